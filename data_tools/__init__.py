@@ -1,0 +1,1 @@
+"""Programs that turn image folders into triplets."""

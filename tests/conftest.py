@@ -1,0 +1,23 @@
+"""What all tests share: no network, one thread, deterministic kernels and one miniature family on disk."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# Read once when transformers is imported, which no line above does.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny random family: read it, never write into it."""
+    # Imported here, so that tests without models do not wait for transformers.
+    from ztrain.mini.family import build_family
+
+    return build_family(tmp_path_factory.mktemp("zimage") / "family")

@@ -1,0 +1,402 @@
+"""Our one model call, sampler and splice against diffusers and transformers themselves, float32 on the CPU."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ZImageImg2ImgPipeline, ZImageOmniPipeline, ZImagePipeline
+from PIL import Image
+from torch import Tensor
+from transformers import Qwen3VLForConditionalGeneration
+
+from ztrain.adapters import build_adapters
+from ztrain.adapters.lora import LoraAdapterConfig
+from ztrain.adapters.projector import ProjectorConfig
+from ztrain.adapters.siglip import SiglipConfig
+from ztrain.adapters.splice import SpliceConfig
+from ztrain.conditioning import Encoded, concatenate
+from ztrain.config import Config, EncodersConfig, ModelConfig, ModelsConfig
+from ztrain.dit import load_transformer
+from ztrain.encoders import Encoders, LatentCodec, TextEncoder
+from ztrain.model import AdaptedDiT
+from ztrain.models import Source
+from ztrain.sample import SampleSettings, sample
+
+SETTINGS = EncodersConfig(min_reference_pixels=4096, max_reference_pixels=16384)
+ALL_READS = frozenset({"reference", "fused", "siglip", "omni"})
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def family_config(family: Path, base: str = "Z-Image-Turbo") -> Config:
+    def model(name: str) -> ModelConfig:
+        return ModelConfig(pretrained_model_name_or_path=str(family / name))
+
+    models = ModelsConfig(
+        base=model(base),
+        vision_language=model("Qwen3-VL-4B-Instruct"),
+        siglip=model("siglip2-so400m-patch16-naflex"),
+    )
+    return Config(models=models, encoders=SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def encoders(family: Path) -> Encoders:
+    return Encoders.load(family_config(family), ALL_READS, torch.float32, "cpu")
+
+
+@pytest.fixture(scope="module")
+def encoded(encoders: Encoders) -> Encoded:
+    prompts = ["a red fox", "two green pears on a very long table " * 6, "a boat"]
+    references = [[picture(1)], [picture(2, 96, 64), picture(3)], []]
+    return encoders.encode(prompts, references, ALL_READS, SETTINGS)
+
+
+def make_model(family: Path, adapters: list, base: str = "Z-Image-Turbo") -> AdaptedDiT:
+    dit = load_transformer(Source(str(family / base)), torch.float32, "cpu")
+    torch.manual_seed(0)
+    return AdaptedDiT(dit, build_adapters(adapters)).eval()
+
+
+def noise_like(*sides: tuple[int, int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn((16, *side), generator=generator) for side in sides]
+
+
+SIGMA = torch.tensor([0.9, 0.4, 0.65])
+PROJECTOR = ProjectorConfig(feature_dim=48, hidden_dim=64)
+LORA = LoraAdapterConfig(rank=4)
+SIGLIP = SiglipConfig(feature_dim=32)
+
+
+@torch.no_grad()
+def test_velocity_equals_diffusers_for_mixed_sizes_and_captions(family: Path, encoded: Encoded) -> None:
+    model = make_model(family, [])
+    noisy = noise_like((8, 8), (12, 6), (4, 10))
+    ours = model(noisy, SIGMA, encoded)
+    theirs = model.dit([x.unsqueeze(1) for x in noisy], 1 - SIGMA, encoded.text, return_dict=False)[0]
+    for mine, stock in zip(ours, theirs, strict=True):
+        assert relative_error(-mine, stock.squeeze(1)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "adapters",
+    [[], [SpliceConfig()], [SpliceConfig(states="fused", compose="replace", tokens="all")], [PROJECTOR], [SIGLIP]],
+    ids=["none", "splice", "fused", "projector", "siglip"],
+)
+def test_batch_equals_singles(family: Path, encoded: Encoded, adapters: list) -> None:
+    """Also with a sample without references in the batch, which diffusers' omni mode silently gets wrong."""
+    model = make_model(family, adapters)
+    noisy = noise_like((8, 8), (12, 6), (4, 10))
+    together = model(noisy, SIGMA, encoded)
+    for i in range(3):
+        alone = model([noisy[i]], SIGMA[i : i + 1], encoded.select([i]))[0]
+        assert relative_error(together[i], alone) < 1e-5
+
+
+@torch.no_grad()
+def test_siglip_layout_is_basic_mode_plus_tokens_in_row_order(family: Path, encoded: Encoded) -> None:
+    """Against diffusers' omni forward with its token scramble undone and its position grids made equal.
+
+    At a caption length divisible by 32 omni mode's caption and image positions are the basic ones (fact 3.4 c); a
+    1 x 1 SigLIP grid has the same position in both, so the two forwards must agree.
+    """
+    model = make_model(family, [SIGLIP])
+    caption = torch.randn((32, 48), generator=torch.Generator().manual_seed(1))
+    grid = torch.randn((1, 1, 32), generator=torch.Generator().manual_seed(2))
+    single = replace(encoded.select([0]), text=[caption], siglip=[[grid]])
+    noisy = noise_like((8, 8))
+    ours = model(noisy, SIGMA[:1], single)[0]
+    theirs = model.dit(
+        [[noisy[0].unsqueeze(1)]],
+        1 - SIGMA[:1],
+        [[caption]],
+        siglip_feats=[[grid]],
+        image_noise_mask=[[1]],
+        return_dict=False,
+    )[0]
+    assert relative_error(-ours, theirs[0].squeeze(1)) < 1e-5
+
+
+@torch.no_grad()
+def test_siglip_tokens_sit_where_their_patch_is(family: Path, encoded: Encoded) -> None:
+    """Transposing reference and target together transposes nothing else: rows and columns are told apart."""
+    model = make_model(family, [SIGLIP])
+    seen: list[Tensor] = []
+    rope = model.dit.rope_embedder
+    model.dit.rope_embedder = lambda ids: (seen.append(ids), rope(ids))[1]
+    grid = torch.zeros((2, 3, 32))
+    model(noise_like((8, 12)), SIGMA[:1], replace(encoded.select([0]), siglip=[[grid, grid]]))
+    siglip_ids = seen[-1]
+    start = 32 + 2  # a caption of up to 32 tokens, then the image
+    assert siglip_ids[:6].tolist() == [[start, r, c] for r in (0, 3) for c in (0, 2, 5)]
+    assert siglip_ids[32:38, 0].tolist() == [start + 1] * 6, "a second reference has its own place"
+    assert siglip_ids[6:32].eq(0).all(), "padding sits at the origin"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+@pytest.mark.parametrize("normalization", [0.0, 1.0])
+def test_sampler_equals_zimage_pipeline(family: Path, guidance: float, normalization: float) -> None:
+    pipeline = ZImagePipeline.from_pretrained(family / "Z-Image")
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["a red fox", "two pears, one plum and a very long description of the table below them"]
+    noise = torch.randn((2, 16, 8, 12), generator=torch.Generator().manual_seed(3))
+    theirs = pipeline(
+        prompt=list(prompts),
+        height=64,
+        width=96,
+        num_inference_steps=8,
+        guidance_scale=guidance,
+        cfg_normalization=normalization,
+        latents=noise.clone(),
+        output_type="latent",
+    ).images
+    encoders = Encoders(TextEncoder(pipeline.text_encoder, pipeline.tokenizer, 512), LatentCodec(pipeline.vae))
+    encoded = encoders.encode(prompts, [[], []], frozenset(), SETTINGS)
+    settings = SampleSettings(
+        num_inference_steps=8, shift=6.0, guidance_scale=guidance, guidance_normalization=normalization
+    )
+    ours = sample(AdaptedDiT(pipeline.transformer, []), encoded, list(noise), settings)
+    assert relative_error(torch.stack(ours), theirs) < 1e-4
+
+
+@torch.no_grad()
+def test_sampler_window_equals_diffusers_truncation(family: Path) -> None:
+    pipeline = ZImagePipeline.from_pretrained(family / "Z-Image-Turbo")
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(3))
+    theirs = pipeline(
+        prompt="a boat", height=64, width=64, num_inference_steps=8, guidance_scale=4.0, cfg_truncation=0.4,
+        latents=noise.clone(), output_type="latent",
+    ).images  # fmt: skip
+    encoders = Encoders(TextEncoder(pipeline.text_encoder, pipeline.tokenizer, 512), LatentCodec(pipeline.vae))
+    encoded = encoders.encode(["a boat"], [[]], frozenset(), SETTINGS)
+    model = AdaptedDiT(pipeline.transformer, [])
+    window = SampleSettings(num_inference_steps=8, shift=3.0, guidance_scale=4.0, guidance_window=(0.6, 1.0))
+    assert relative_error(torch.stack(sample(model, encoded, list(noise), window)), theirs) < 1e-4
+    everywhere = replace(window, guidance_window=(0.0, 1.0))
+    assert relative_error(torch.stack(sample(model, encoded, list(noise), everywhere)), theirs) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+def test_sampler_equals_img2img_pipeline(family: Path, strength: float, guidance: float) -> None:
+    pipeline = ZImageImg2ImgPipeline.from_pretrained(family / "Z-Image-Turbo")
+    pipeline.set_progress_bar_config(disable=True)
+    encoders = Encoders(TextEncoder(pipeline.text_encoder, pipeline.tokenizer, 512), LatentCodec(pipeline.vae))
+    start = encoders.codec.encode(picture(4))
+    settings = SampleSettings(num_inference_steps=8, shift=3.0, guidance_scale=guidance, strength=strength)
+    noise = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(3))
+    encoded = encoders.encode(["a boat"], [[]], frozenset(), SETTINGS)
+    ours = sample(AdaptedDiT(pipeline.transformer, []), encoded, list(noise), settings, start=[start])
+    # The pipeline samples the posterior, so it gets the noised latents from its own scheduler's arithmetic.
+    pipeline.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 8, 8).tolist())
+    skipped = int(max(8 - min(8 * strength, 8), 0))
+    timestep = pipeline.scheduler.timesteps[skipped : skipped + 1]
+    theirs = pipeline(
+        prompt="a boat", image=picture(4), strength=strength, height=64, width=64, num_inference_steps=8,
+        guidance_scale=guidance, latents=pipeline.scheduler.scale_noise(start.unsqueeze(0), timestep, noise),
+        output_type="latent",
+    ).images  # fmt: skip
+    assert relative_error(torch.stack(ours), theirs) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_stock_layout_equals_omni_pipeline(family: Path, count: int) -> None:
+    """The option for official weights: same segments, clean latents, token order and flags as the pipeline's."""
+    pipeline = ZImageOmniPipeline.from_pretrained(family / "Z-Image-Omni-Base")
+    pipeline.set_progress_bar_config(disable=True)
+    # The pipeline feeds its VAE bfloat16 whatever the VAE's dtype is (fact 3.3).
+    encode = pipeline.vae.encode
+    pipeline.vae.encode = lambda x: encode(x.float())
+    images = [picture(7, 80, 64), picture(8)][:count]
+    noise = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(3))
+    theirs = pipeline(
+        image=images or None, prompt="a boat", height=64, width=64, num_inference_steps=4, guidance_scale=2.0,
+        latents=noise.clone(), output_type="latent",
+    ).images  # fmt: skip
+    pipeline.vae.encode = encode
+    config = family_config(family, "Z-Image-Omni-Base")
+    adapter = SiglipConfig(feature_dim=32, init="checkpoint", layout="stock")
+    encoders = Encoders.load(config, adapter.reads, torch.float32, "cpu")
+    encoded = encoders.encode(["a boat"], [images], adapter.reads, SETTINGS)
+    settings = SampleSettings(num_inference_steps=4, shift=6.0, guidance_scale=2.0)
+    model = make_model(family, [adapter], "Z-Image-Omni-Base")
+    ours = sample(model, encoded, list(noise), settings)
+    # The pipeline rounds references to bfloat16 before its VAE; ours does not, hence the wider bound with images.
+    assert relative_error(torch.stack(ours), theirs) < (1e-4 if count == 0 else 2e-2)
+
+
+@torch.no_grad()
+def test_stock_layout_never_mixes_samples_with_and_without_references(family: Path, encoded: Encoded) -> None:
+    adapter = SiglipConfig(feature_dim=32, init="checkpoint", layout="stock")
+    model = make_model(family, [adapter], "Z-Image-Omni-Base")
+    noisy = noise_like((8, 8), (8, 8), (8, 8))
+    for order in ([0, 1, 2], [2, 1, 0]):
+        together = model([noisy[i] for i in order], SIGMA[order], encoded.select(order))
+        for place, i in enumerate(order):
+            alone = model([noisy[i]], SIGMA[i : i + 1], encoded.select([i]))[0]
+            assert relative_error(together[place], alone) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("index", [1, 3, 5, 6])
+def test_spliced_model_on_text_is_the_text_encoder_bit_for_bit(encoders: Encoders, index: int) -> None:
+    assert encoders.spliced is not None
+    ids = encoders.text.tokenizer("a red fox jumps", return_tensors="pt").input_ids
+    text = encoders.text.model
+    reference = text(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[index][0]
+    embeds = text.embed_tokens(ids)
+    settings = SETTINGS.model_copy(update={"hidden_index": index})
+    assert torch.equal(encoders.spliced.decode(embeds, settings), reference)
+    three_axes = torch.arange(ids.shape[1]).expand(3, 1, -1)
+    assert torch.equal(encoders.spliced.decode(embeds, settings, positions=three_axes), reference)
+    other = settings.model_copy(update={"rope_theta": "vl"})
+    assert not torch.equal(encoders.spliced.decode(embeds, other), reference)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("theta", ["text_encoder", "vl"])
+def test_splice_equals_load_state_dict_on_the_stock_class(family: Path, encoders: Encoders, theta: str) -> None:
+    """The splice as the background text writes it, on Qwen3VLForConditionalGeneration itself, image in the sequence."""
+    stock = Qwen3VLForConditionalGeneration.from_pretrained(family / "Qwen3-VL-4B-Instruct").eval()
+    stock.model.language_model.load_state_dict(encoders.text.model.state_dict(), strict=True)
+    spliced = encoders.spliced
+    assert spliced is not None
+    if theta == "text_encoder":
+        rotary = stock.model.language_model.rotary_emb
+        rotary.inv_freq = encoders.text.model.rotary_emb.inv_freq.clone()
+    pixels, grid = spliced._pixels([picture(1, 96, 64)], SETTINGS)
+    ids = spliced._ids([int(grid.prod()) // 4], "a boat", SETTINGS)
+    types = (ids == spliced.ids["<|image_pad|>"]).int()
+    theirs = stock(
+        input_ids=ids, pixel_values=pixels, image_grid_thw=grid, mm_token_type_ids=types,
+        output_hidden_states=True, use_cache=False,
+    ).hidden_states  # fmt: skip
+    for index in (4, 5, 6):  # 1 to 3 are captured before DeepStack is added (fact 4)
+        settings = SETTINGS.model_copy(update={"rope_theta": theta, "hidden_index": index})
+        ours = spliced.encode([picture(1, 96, 64)], "a boat", settings)
+        assert relative_error(ours.states, theirs[index][0]) < 1e-5
+        assert int((ours.kinds == 1).sum()) == int(types.sum())
+        assert int((ours.kinds == 2).sum()) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [{"positions": "1d"}, {"deepstack": False}, {"marker_rows": "vl"}, {"rope_theta": "vl"}, {"hidden_index": 4},
+     {"fused_order": "prompt_first"}, {"max_reference_pixels": 4096}],
+    ids=str,
+)  # fmt: skip
+def test_every_encoder_setting_changes_the_states(encoders: Encoders, change: dict) -> None:
+    before = encoders._spliced([picture(1, 96, 96)], "a boat", SETTINGS)
+    after = encoders._spliced([picture(1, 96, 96)], "a boat", SETTINGS.model_copy(update=change))
+    assert before is not None and after is not None
+    assert before.states.shape != after.states.shape or relative_error(after.states, before.states) > 1e-3
+
+
+@torch.no_grad()
+def test_lists_that_start_at_the_splice_equal_it_bit_for_bit(family: Path, encoded: Encoded) -> None:
+    noisy = noise_like((8, 8), (12, 6), (4, 10))
+    splice = make_model(family, [SpliceConfig()])(noisy, SIGMA, encoded)
+    for adapters in ([PROJECTOR], [SpliceConfig(), LORA]):
+        other = make_model(family, adapters)(noisy, SIGMA, encoded)
+        assert all(torch.equal(a, b) for a, b in zip(splice, other, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("adapters", "without"),
+    [
+        ([SpliceConfig()], []),
+        ([SpliceConfig(compose="blend", states="fused", tokens="all")], []),
+        ([PROJECTOR], []),
+        ([SpliceConfig(), LORA], [SpliceConfig()]),
+        ([SIGLIP], []),
+        ([LORA.model_copy(update={"peft": {"use_dora": True}})], []),
+    ],
+    ids=["splice", "blend", "projector", "lora", "siglip", "dora"],
+)
+def test_scale_zero_is_absence_bit_for_bit_and_between_is_between(
+    family: Path, encoded: Encoded, adapters: list, without: list
+) -> None:
+    noisy = noise_like((8, 8), (12, 6), (4, 10))
+    model = make_model(family, adapters)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
+    absent = make_model(family, without)(noisy, SIGMA, encoded)
+    full = model(noisy, SIGMA, encoded)
+    scales = [1.0] * (len(adapters) - 1)
+    model.set_scales([*scales, 0.5])
+    half = model(noisy, SIGMA, encoded)
+    model.set_scales([*scales, 0.0])
+    zero = model(noisy, SIGMA, encoded)
+    model.set_scales([*scales, 1.0])
+    again = model(noisy, SIGMA, encoded)
+    assert all(torch.equal(a, b) for a, b in zip(zero, absent, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(again, full, strict=True))
+    assert relative_error(half[0], full[0]) > 1e-4 and relative_error(half[0], absent[0]) > 1e-4
+    if adapters != without:
+        distances = [
+            float((h - a).abs().mean() / (f - a).abs().mean()) for h, a, f in zip(half, absent, full, strict=True)
+        ]
+        assert 0.05 < distances[0] < 1.2
+
+
+@torch.no_grad()
+def test_attention_scale_near_zero_forgets_the_tokens(family: Path, encoded: Encoded) -> None:
+    """The log-scale bias: at 1e-6 the main layers no longer see the reference, at 1 it is the plain model."""
+    noisy = noise_like((8, 8), (12, 6), (4, 10))
+    model = make_model(family, [SIGLIP])
+    full = model(noisy, SIGMA, encoded)
+    plain = make_model(family, [])(noisy, SIGMA, encoded)
+    model.set_scales([1e-6])
+    faint = model(noisy, SIGMA, encoded)
+    assert relative_error(faint[0], plain[0]) < 1e-4 < relative_error(full[0], plain[0])
+
+
+@pytest.mark.parametrize("adapters", [[PROJECTOR], [SpliceConfig(), LORA], [SIGLIP, LORA]], ids=["p", "l", "sl"])
+def test_gradient_checkpointing_gives_the_same_gradients(family: Path, encoded: Encoded, adapters: list) -> None:
+    noisy = noise_like((8, 8), (12, 6), (4, 10))
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model(family, adapters).train()
+        if checkpointing:
+            model.dit.enable_gradient_checkpointing()
+        sum(v.square().mean() for v in model(noisy, SIGMA, encoded)).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert gradients[0] and gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+@torch.no_grad()
+def test_guidance_numbers_are_the_two_negatives(family: Path, encoded: Encoded) -> None:
+    """One Euler step from noise with both numbers equals the formula written out with three calls."""
+    model = make_model(family, [SpliceConfig(states="fused", compose="replace", tokens="all")])
+    one = encoded.select([0])
+    noise = noise_like((8, 8))
+    settings = SampleSettings(num_inference_steps=1, shift=3.0, guidance_scale=2.0, image_guidance_scale=1.5)
+    guided = sample(model, one, noise, settings)[0]
+    sigma = torch.ones(1)
+    positive, no_text, no_image = (
+        model(noise, sigma, state)[0] for state in (one, one.without_text(), one.without_reference())
+    )
+    expected = noise[0] - (positive + 2.0 * (positive - no_text) + 1.5 * (positive - no_image))
+    assert relative_error(guided, expected) < 1e-4
+    assert relative_error(no_text, positive) > 1e-4 and relative_error(no_image, positive) > 1e-4
+    joined = concatenate([one, one.without_text()])
+    assert relative_error(model([noise[0]] * 2, sigma.expand(2), joined)[1], no_text) < 1e-5

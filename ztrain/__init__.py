@@ -1,0 +1,15 @@
+"""Teaches Z-Image to see: the splice, trained adapters and their comparison.
+
+`ztrain.load_adapter(pipeline, path)` puts an exported adapter on a diffusers pipeline.
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+
+
+def load_adapter(pipeline: Any, path: Any, **options: Any) -> Any:
+    """See `ztrain.export.load_adapter`; importing ztrain alone loads no library."""
+    from ztrain import export
+
+    return export.load_adapter(pipeline, path, **options)

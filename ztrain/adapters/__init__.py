@@ -1,0 +1,43 @@
+"""The kinds of adapters: one file each, one line each in the table."""
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from ztrain.adapters.base import Adapter, AdapterConfig, AdapterFile
+from ztrain.adapters.lora import Lora, LoraAdapterConfig
+from ztrain.adapters.projector import Projector, ProjectorConfig
+from ztrain.adapters.siglip import Siglip, SiglipConfig
+from ztrain.adapters.splice import Splice, SpliceConfig
+
+ADAPTERS: dict[str, type[Adapter[Any]]] = {
+    "splice": Splice,
+    "projector": Projector,
+    "lora": Lora,
+    "siglip": Siglip,
+}
+
+AnyAdapterConfig = Annotated[
+    SpliceConfig | ProjectorConfig | LoraAdapterConfig | SiglipConfig, Field(discriminator="kind")
+]
+
+
+def build_adapters(configs: list[Any]) -> list[Adapter[Any]]:
+    """Modules for an ordered list of settings."""
+    return [ADAPTERS[config.kind](config) for config in configs]
+
+
+def describe_list(configs: list[Any]) -> str:
+    """The list as people write it: `[siglip, lora]`."""
+    return "[" + ", ".join(config.kind for config in configs) + "]"
+
+
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "AdapterConfig",
+    "AdapterFile",
+    "AnyAdapterConfig",
+    "build_adapters",
+    "describe_list",
+]

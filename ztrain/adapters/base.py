@@ -1,0 +1,83 @@
+"""The adapter protocol: how a frozen Z-Image is made to look at a reference image, in four verbs.
+
+An experiment is an ordered list of adapters; conditioning flows through it as through a pipe. A new kind is one file
+with a config class (what the YAML says) and an Adapter class, and one line in `ztrain.adapters.ADAPTERS`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from ztrain.conditioning import Conditioning, Encoded
+
+Reads = frozenset[str]
+"""Names of the `Encoded` states that an adapter reads besides the text: reference, fused, siglip, omni."""
+
+
+class AdapterConfig(BaseModel):
+    """Settings of one adapter. `composes_reference`: it decides how text and reference states become one caption."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    composes_reference: ClassVar[bool] = False
+
+    kind: str
+
+    @property
+    def reads(self) -> Reads:
+        return frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """One safetensors file of an exported adapter: tensors by key, and the header's metadata (strings only)."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+ConfigT = TypeVar("ConfigT", bound=AdapterConfig)
+
+
+class Adapter(nn.Module, Generic[ConfigT]):
+    """How a frozen Z-Image is made to look at a reference image.
+
+    `scale`: 1 = as trained, 0 = exactly as if the adapter were not in the list; values between weaken it (inference).
+    Parameters that `attach` wakes inside the DiT and those of the module itself are the adapter's weights.
+    """
+
+    file_name = "adapter.safetensors"
+
+    def __init__(self, config: ConfigT) -> None:
+        super().__init__()
+        self.config = config
+        self.scale = 1.0
+
+    def attach(self, dit: nn.Module) -> None:
+        """Creates or unfreezes weights inside the frozen DiT; nothing by default."""
+
+    def forward(self, conditioning: Conditioning, encoded: Encoded) -> Conditioning:
+        """What the DiT reads so far -> what it reads now; unchanged by default."""
+        return conditioning
+
+    def set_scale(self, dit: nn.Module, scale: float) -> None:
+        """Makes `scale` take effect inside the DiT too, for adapters that live there."""
+        self.scale = scale
+
+    def export(self, weights: dict[str, Tensor]) -> dict[str, AdapterFile]:
+        """Files for other tools, by name. `weights`: the adapter's weights by their names in the transformer, or in
+        the adapter itself. By default one file with the names as trained, after the kind."""
+        prefix = f"{self.config.kind}."
+        return {self.file_name: AdapterFile({prefix + name: tensor for name, tensor in weights.items()})}
+
+    def exported_config(self) -> dict[str, Any]:
+        """The settings under which the exported files load again; as trained by default."""
+        return self.config.model_dump(mode="json")
+
+    def read(self, files: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Weights out of exported files (tensors by file name): the inverse of `export`."""
+        prefix = f"{self.config.kind}."
+        tensors = files.get(self.file_name, {})
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

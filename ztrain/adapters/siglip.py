@@ -1,0 +1,167 @@
+"""The unreleased components: siglip_embedder, siglip_refiner and siglip_pad_token, built on a DiT that lacks them.
+
+Modules, names and shapes are diffusers' (ZImageTransformer2DModel with siglip_feat_dim), so a trained set loads as the
+Omni layout does. They are constructed here with real initialisations, because loading a checkpoint without them into a
+config with siglip_feat_dim leaves uninitialised memory (zimage_facts.md 0.3).
+"""
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ztrain.adapters.base import Adapter, AdapterConfig, Reads
+from ztrain.conditioning import Conditioning, Encoded
+from ztrain.errors import InputError
+
+Initialisation = Literal["context_refiner", "random", "statistics_matched", "cap_embedder_slice", "file", "checkpoint"]
+
+
+class SiglipConfig(AdapterConfig):
+    kind: Literal["siglip"] = "siglip"
+    feature_dim: int = Field(default=1152, ge=1)
+    """Width of the SigLIP features: 1152 for siglip2-so400m."""
+    trains: Literal["embedder", "embedder_and_refiner"] = "embedder_and_refiner"
+    """embedder: 4.4 M parameters, the refiner stays a frozen copy of context_refiner; both: 358.4 M."""
+    init: Initialisation = "context_refiner"
+    """context_refiner: refiner copied from it, embedder of unit output variance; random: both random;
+    statistics_matched: embedder with the spread and bias of cap_embedder's output; cap_embedder_slice: its first
+    columns (the last three copy the refiner too); file: from init_file; checkpoint: the base already has them."""
+    init_seed: int = 0
+    init_file: str | None = None
+    """A safetensors file, for init: file."""
+    init_key_map: dict[str, str] = Field(default_factory=dict)
+    """Our key -> the file's key, for example siglip_embedder.1.weight: connector.fc1.weight. Smaller tensors are
+    padded with zeros; keys left out keep the context_refiner initialisation."""
+    layout: Literal["spatial", "stock"] = "spatial"
+    """spatial: one caption segment, tokens in row order at the target's grid; stock: ZImageOmniPipeline's, for
+    official Omni weights only (its token order scrambles positions, zimage_facts.md 3.4)."""
+
+    @property
+    def reads(self) -> Reads:
+        return frozenset({"siglip"} if self.layout == "spatial" else {"siglip", "omni"})
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SiglipConfig":
+        if (self.init == "file") != (self.init_file is not None):
+            raise ValueError("init_file goes with init: file, and only with it")
+        if self.init == "file" and not self.init_key_map:
+            raise ValueError("init: file needs init_key_map, our key: the file's key")
+        if self.trains == "embedder" and self.init == "random":
+            raise ValueError("trains: embedder freezes the refiner, so it cannot be random; use another init")
+        if self.trains == "embedder" and any(key.startswith("siglip_refiner") for key in self.init_key_map):
+            raise ValueError("trains: embedder exports no refiner, so init_key_map cannot name siglip_refiner keys")
+        return self
+
+
+class Siglip(Adapter[SiglipConfig]):
+    """Weights live inside the DiT under diffusers' own names."""
+
+    def attach(self, dit: nn.Module) -> None:
+        config = self.config
+        present = getattr(dit, "siglip_embedder", None) is not None
+        if present != (config.init == "checkpoint"):
+            fact = "already has" if present else "lacks"
+            raise InputError(
+                f"adapters siglip: the base {fact} siglip components, which does not go with init: {config.init}"
+            )
+        if not present:
+            _build(dit, config)
+        elif dit.siglip_embedder[1].in_features != config.feature_dim:
+            width = dit.siglip_embedder[1].in_features
+            raise InputError(f"adapters siglip: feature_dim is {config.feature_dim}, but the base was made for {width}")
+        dit.siglip_embedder.float().requires_grad_(True)
+        dit.siglip_pad_token.data = dit.siglip_pad_token.data.float()
+        dit.siglip_pad_token.requires_grad_(True)
+        if config.trains == "embedder_and_refiner":
+            dit.siglip_refiner.float().requires_grad_(True)
+
+    def forward(self, conditioning: Conditioning, encoded: Encoded) -> Conditioning:
+        omni = encoded.omni if self.config.layout == "stock" else None
+        return replace(conditioning, siglip=encoded.siglip, siglip_scale=self.scale, omni=omni)
+
+    def exported_config(self) -> dict[str, Any]:
+        config = self.config.model_dump(mode="json")
+        if self.config.init != "checkpoint":
+            # The exported weights replace what an initialisation made; what stays frozen is context_refiner's copy.
+            config |= {"init": "context_refiner", "init_file": None, "init_key_map": {}}
+        return config
+
+
+def _build(dit: nn.Module, config: SiglipConfig) -> None:
+    from diffusers.models.normalization import RMSNorm
+
+    source = dit.cap_embedder[1].weight
+    embedder = nn.Sequential(
+        RMSNorm(config.feature_dim, eps=dit.config.norm_eps), nn.Linear(config.feature_dim, dit.dim)
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.init_seed)
+        refiner = copy.deepcopy(dit.context_refiner).requires_grad_(False)
+        if config.init == "random":
+            for module in refiner.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+        _init_embedder(embedder[1], dit.cap_embedder, config)
+    dit.siglip_embedder = embedder.to(source.device, source.dtype).requires_grad_(False)
+    dit.siglip_refiner = refiner
+    dit.siglip_pad_token = nn.Parameter(dit.cap_pad_token.detach().clone(), requires_grad=False)
+    dit.register_to_config(siglip_feat_dim=config.feature_dim)
+    if config.init == "file":
+        _load_file(dit, config)
+
+
+@torch.no_grad()
+def _init_embedder(linear: nn.Linear, cap_embedder: nn.Sequential, config: SiglipConfig) -> None:
+    gain, weight, bias = (
+        cap_embedder[0].weight.float(),
+        cap_embedder[1].weight.float(),
+        cap_embedder[1].bias.float(),
+    )
+    nn.init.zeros_(linear.bias)
+    match config.init:
+        case "statistics_matched":
+            # For inputs of unit RMS, output i of cap_embedder has variance sum_j (W_ij g_j)^2; match its mean over i.
+            spread = (weight * gain).square().sum(dim=1).mean().sqrt()
+            noise = torch.randn(linear.weight.shape).to(linear.weight.device)
+            linear.weight.copy_(noise * (spread.to(noise.device) / math.sqrt(config.feature_dim)))
+            linear.bias.copy_(bias)
+        case "cap_embedder_slice":
+            columns = min(config.feature_dim, weight.shape[1])
+            linear.weight.zero_()
+            linear.weight[:, :columns] = weight[:, :columns].to(linear.weight.device)
+            linear.bias.copy_(bias)
+        case _:
+            nn.init.normal_(linear.weight, std=1.0 / math.sqrt(config.feature_dim))
+
+
+@torch.no_grad()
+def _load_file(dit: nn.Module, config: SiglipConfig) -> None:
+    path = Path(str(config.init_file))
+    if not path.is_file():
+        raise InputError(f"adapters siglip: init_file {path} does not exist")
+    ours = {name: p for name, p in dit.named_parameters() if name.startswith("siglip_")}
+    with safe_open(path, framework="pt") as file:
+        available = set(file.keys())
+        for key, theirs in config.init_key_map.items():
+            if key not in ours:
+                raise InputError(f"adapters siglip: init_key_map names {key}, which is none of {sorted(ours)}")
+            if theirs not in available:
+                raise InputError(f"adapters siglip: {path} has no tensor {theirs}; it has {sorted(available)[:8]} ...")
+            _copy_padded(ours[key], file.get_tensor(theirs), key)
+
+
+def _copy_padded(target: Tensor, source: Tensor, key: str) -> None:
+    fits = source.ndim == target.ndim and all(s <= t for s, t in zip(source.shape, target.shape, strict=True))
+    if not fits:
+        raise InputError(
+            f"adapters siglip: {key} is {tuple(target.shape)}; a {tuple(source.shape)} tensor does not fit in"
+        )
+    target.zero_()
+    target[tuple(slice(0, size) for size in source.shape)] = source.to(target)

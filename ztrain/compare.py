@@ -1,0 +1,191 @@
+"""Renders adapter lists side by side on the same prompts, references and seeds, into one labelled picture.
+
+Columns: reference | no image | splice | presets ... | adapters ... | target. Out: `<output_dir>/compare.png` and
+`compare.json`. The splice and plain text-to-image need no special case: they are lists without weights.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm.auto import tqdm
+
+from ztrain.adapters import build_adapters, describe_list
+from ztrain.config import Config, EncodersConfig, list_reads, parse
+from ztrain.data import Triplet, check_reference, open_image, read_manifest
+from ztrain.dit import load_transformer
+from ztrain.encoders import Encoders
+from ztrain.errors import InputError
+from ztrain.export import ExportedAdapter, adapt, check_identity, identities, read_adapter
+from ztrain.flow import sampler_noise
+from ztrain.model import AdaptedDiT
+from ztrain.models import BaseDefaults, Source, base_defaults, base_dtype
+from ztrain.sample import SampleSettings, sample
+from ztrain.yamls import load_yaml
+
+_MARGIN, _LABEL, _CELL = 8, 24, 192
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One list of adapters to render: by its settings, or as exported with weights."""
+
+    label: str
+    adapters: list[Any]
+    encoders: EncodersConfig
+    exported: ExportedAdapter | None = None
+
+
+def columns_of(config: Config) -> list[Column]:
+    columns = [
+        Column("no image", [], config.encoders),
+        Column("splice", [config.compare.splice], config.encoders),
+    ]
+    for file in config.compare.presets:
+        preset = parse(Config, load_yaml(Path(file)), file)
+        columns.append(Column(Path(file).stem, list(preset.adapters), preset.encoders))
+    for folder in config.compare.adapters:
+        exported = read_adapter(Path(folder))
+        columns.append(Column(describe_list(exported.adapters), exported.adapters, exported.encoders, exported))
+    return columns
+
+
+def sample_settings(config: Config, defaults: BaseDefaults) -> SampleSettings:
+    """Sampling numbers with what is left out taken from the base."""
+    s = config.sample
+    return SampleSettings(
+        num_inference_steps=defaults.num_inference_steps if s.num_inference_steps is None else s.num_inference_steps,
+        shift=defaults.shift,
+        guidance_scale=defaults.guidance_scale if s.guidance_scale is None else s.guidance_scale,
+        image_guidance_scale=s.image_guidance_scale,
+        guidance_normalization=s.guidance_normalization,
+        guidance_window=s.guidance_window,
+    )
+
+
+def pick(triplets: Sequence[Triplet], count: int) -> list[Triplet]:
+    """`count` triplets spread evenly over the split."""
+    places = np.linspace(0, len(triplets) - 1, min(count, len(triplets))).round().astype(int)
+    return [triplets[place] for place in dict.fromkeys(places.tolist())]
+
+
+def compare(config: Config) -> Path:
+    """Renders every column and gives the picture's path."""
+    started, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, base = base_dtype(config.train.mixed_precision), Source.of(config.models.base)
+    settings = sample_settings(config, base_defaults(config.models))
+    triplets = pick(read_manifest(Path(config.data.train_data_dir), config.compare.split), config.compare.num_samples)
+    references = [[open_image(path) for path in triplet.references] for triplet in triplets]
+    for triplet, images in zip(triplets, references, strict=True):
+        for path, image in zip(triplet.references, images, strict=True):
+            check_reference(
+                image,
+                path,
+                min_side=config.data.reference_min_side,
+                max_aspect=config.data.reference_max_aspect,
+            )
+    columns = columns_of(config)
+    encoders = Encoders.load(config, frozenset(), dtype, device)
+    rendered: list[list[Image.Image]] = []
+    dit = None
+    for column in tqdm(columns, desc="columns", unit="list"):
+        # Weights change the transformer, so each trained list gets a fresh one; lists without weights share.
+        dit = load_transformer(base, dtype, device) if dit is None or column.exported else dit
+        encoders.add(config, list_reads(column.adapters), dtype, device)
+        if column.exported is None:
+            model = AdaptedDiT(dit, build_adapters(column.adapters)).eval()
+            if any(p.requires_grad for p in model.parameters()):
+                raise InputError(
+                    f"compare: {column.label} {describe_list(column.adapters)} has untrained weights; export it"
+                )
+        else:
+            check_identity(column.exported, identities(dit, encoders))
+            model = adapt(dit, column.exported)
+        rendered.append(_render(config, column, model, encoders, settings, triplets, references))
+        if column.exported:
+            del model
+            dit = None
+    return _write(config, columns, rendered, triplets, references, settings, time.perf_counter() - started)
+
+
+def _render(
+    config: Config,
+    column: Column,
+    model: AdaptedDiT,
+    encoders: Encoders,
+    settings: SampleSettings,
+    triplets: Sequence[Triplet],
+    references: Sequence[Sequence[Image.Image]],
+) -> list[Image.Image]:
+    height = config.sample.height or config.data.resolution
+    width = config.sample.width or config.data.resolution
+    shape, device = encoders.codec.latent_shape(height, width), encoders.codec.vae.device
+    images = []
+    for row, (triplet, pictures) in enumerate(zip(triplets, references, strict=True)):
+        encoded = encoders.encode([triplet.prompt], [pictures], list_reads(column.adapters), column.encoders)
+        noise = sampler_noise(config.seed + row, shape).to(device)
+        images.append(encoders.codec.decode(sample(model, encoded, [noise], settings)[0]))
+    return images
+
+
+def _write(
+    config: Config,
+    columns: Sequence[Column],
+    rendered: Sequence[Sequence[Image.Image]],
+    triplets: Sequence[Triplet],
+    references: Sequence[Sequence[Image.Image]],
+    settings: SampleSettings,
+    seconds: float,
+) -> Path:
+    folder = Path(config.compare.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = ["reference", *(column.label for column in columns), "target"]
+    targets = [open_image(triplet.target) for triplet in triplets]
+    rows = [[references[i][0], *(images[i] for images in rendered), targets[i]] for i in range(len(triplets))]
+    draw_grid(labels, [triplet.prompt for triplet in triplets], rows).save(folder / "compare.png")
+    plain = np.stack([np.asarray(image, np.float32) for image in rendered[0]])
+    document = {
+        "columns": [
+            {
+                "label": column.label,
+                "adapters": [adapter.model_dump(mode="json") for adapter in column.adapters],
+                # Whether the reference does anything at all: mean absolute difference in 8-bit levels.
+                "difference_to_no_image": float(
+                    np.abs(np.stack([np.asarray(image, np.float32) for image in images]) - plain).mean()
+                ),
+            }
+            for column, images in zip(columns, rendered, strict=True)
+        ],
+        "rows": [{"prompt": t.prompt, "index": t.index, "seed": config.seed + i} for i, t in enumerate(triplets)],
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "image_guidance_scale": settings.image_guidance_scale,
+        "shift": settings.shift,
+        "seconds": round(seconds, 1),
+    }
+    (folder / "compare.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return folder / "compare.png"
+
+
+def draw_grid(labels: Sequence[str], prompts: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Pictures in equal cells, column labels on top and each row's prompt above it."""
+    font = ImageFont.load_default(size=14)
+    stride_x, stride_y = _CELL + _MARGIN, _CELL + _LABEL + _MARGIN
+    size = (_MARGIN + stride_x * len(labels), _LABEL + 2 * _MARGIN + stride_y * len(rows))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, label in enumerate(labels):
+        draw.text((_MARGIN + column * stride_x + _CELL / 2, _MARGIN), label, fill="black", font=font, anchor="ma")
+    for row, pictures in enumerate(rows):
+        top = _LABEL + _MARGIN + row * stride_y
+        draw.text((_MARGIN, top), prompts[row], fill="#666666", font=font)
+        for column, picture in enumerate(pictures):
+            fitted = ImageOps.pad(picture, (_CELL, _CELL), Image.Resampling.LANCZOS, color="white")
+            sheet.paste(fitted, (_MARGIN + column * stride_x, top + _LABEL))
+    return sheet

@@ -1,0 +1,130 @@
+"""What a batch of triplets looks like once encoded, and what the DiT reads: two frozen records of pure tensors.
+
+`Encoded` holds every cached state by name; dropping a modality (guidance, dropout) picks among them and never encodes
+again. Adapters turn an `Encoded` into a `Conditioning`. Nothing here knows a model.
+
+Legend: B batch, R references of a sample (0 or more), L tokens, D text width, (h, w, S) SigLIP grid and width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+# Kinds of tokens in a sequence of the vision-language model.
+TEXT, IMAGE, MARKER = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStates:
+    """Hidden states of one sequence with what each token is: `states` (L, D), `kinds` (L,) of TEXT, IMAGE, MARKER."""
+
+    states: Tensor
+    kinds: Tensor
+
+    def select(self, kinds: Sequence[int]) -> "TokenStates":
+        keep = torch.isin(self.kinds, torch.tensor(list(kinds), device=self.kinds.device))
+        return TokenStates(self.states[keep], self.kinds[keep])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StockOmni:
+    """One sample's inputs in the layout of diffusers' ZImageOmniPipeline, for the official Omni weights.
+
+    `segments`: R + 2 caption segments (1 without references), each (L, D); `latents`: R x (C, h, w) clean reference
+    latents.
+    """
+
+    segments: list[Tensor]
+    latents: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """One encoded batch. Lists have one entry a sample; a state nobody reads stays empty.
+
+    text: prompt alone, B x (L, D).          null_text: the empty prompt, (L, D).
+    reference: image(s) alone through the spliced model, B x TokenStates or None.
+    fused: image(s) and prompt in one sequence, B x TokenStates or None.
+    siglip: B x R x (h, w, S).
+    omni, null_omni: B x StockOmni with the prompt and with the empty one; bare_omni, null_bare_omni: the same two
+    without references.
+    """
+
+    text: list[Tensor]
+    null_text: Tensor
+    reference: list[TokenStates | None]
+    fused: list[TokenStates | None]
+    siglip: list[list[Tensor]]
+    omni: list[StockOmni] = field(default_factory=list)
+    null_omni: list[StockOmni] = field(default_factory=list)
+    bare_omni: list[StockOmni] = field(default_factory=list)
+    null_bare_omni: list[StockOmni] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def without_text(self) -> "Encoded":
+        """The same references with the empty prompt. Image and empty prompt in one sequence is the image alone."""
+        return replace(
+            self,
+            text=[self.null_text] * len(self),
+            fused=[None if fused is None else self.reference[i] for i, fused in enumerate(self.fused)],
+            omni=self.null_omni,
+            bare_omni=self.null_bare_omni,
+        )
+
+    def without_reference(self) -> "Encoded":
+        """The same prompts without any image."""
+        absent: list[TokenStates | None] = [None] * len(self)
+        return replace(
+            self,
+            reference=absent,
+            fused=absent,
+            siglip=[[] for _ in range(len(self))],
+            omni=self.bare_omni,
+            null_omni=self.null_bare_omni,
+        )
+
+    def select(self, indices: Sequence[int]) -> "Encoded":
+        """The samples at these positions, in this order."""
+
+        def pick(values: list) -> list:
+            return [values[i] for i in indices] if values else []
+
+        lists = {name: pick(getattr(self, name)) for name in _PER_SAMPLE}
+        return Encoded(null_text=self.null_text, **lists)
+
+
+_PER_SAMPLE = ("text", "reference", "fused", "siglip", "omni", "null_omni", "bare_omni", "null_bare_omni")
+
+
+def concatenate(batches: Sequence[Encoded]) -> Encoded:
+    """Batches with the same null text one after the other, as one batch."""
+    lists = {name: [value for batch in batches for value in getattr(batch, name)] for name in _PER_SAMPLE}
+    return Encoded(null_text=batches[0].null_text, **lists)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditioning:
+    """What the DiT reads for a batch.
+
+    caption: B x (L, D) caption features.
+    caption_scale: B x (L,) or None: attention to each caption token is multiplied by this before normalisation
+    (1 = as it is, 0 = unseen).
+    siglip: B x R x (h, w, S) grids, empty lists without references; siglip_scale: the same factor for all of them.
+    omni: B x StockOmni when the stock Omni layout is asked for; it then replaces caption.
+    """
+
+    caption: list[Tensor]
+    caption_scale: list[Tensor | None]
+    siglip: list[list[Tensor]]
+    siglip_scale: float = 1.0
+    omni: list[StockOmni] | None = None
+
+
+def text_conditioning(encoded: Encoded) -> Conditioning:
+    """Plain text-to-image: what every list of adapters starts from."""
+    count = len(encoded)
+    return Conditioning(caption=encoded.text, caption_scale=[None] * count, siglip=[[] for _ in range(count)])

@@ -1,0 +1,257 @@
+"""Every knob that is not an adapter's own: one YAML per experiment, checked whole before anything is loaded.
+
+`load_config(files, overrides)`: later files win over earlier ones key by key (lists are replaced), dotted command-line
+overrides win over files. Unknown keys, wrong types and impossible combinations are errors that name key, rule, value.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ztrain.adapters import AnyAdapterConfig, describe_list
+from ztrain.adapters.splice import SpliceConfig
+from ztrain.errors import InputError
+from ztrain.yamls import describe_errors, load_yaml
+
+IMAGE_MULTIPLE = 16
+"""Pixels of a DiT patch: 8 of the VAE times 2 of the transformer; every image side is a multiple."""
+
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelConfig(_Section):
+    pretrained_model_name_or_path: str
+    """A folder in the layout of the released repository, or a Hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+
+
+class ModelsConfig(_Section):
+    base: ModelConfig = ModelConfig(pretrained_model_name_or_path="Tongyi-MAI/Z-Image")
+    """Z-Image, Z-Image-Turbo or Omni-Base. Turbo loses its few-step behaviour when trained on directly."""
+    vision_language: ModelConfig = ModelConfig(pretrained_model_name_or_path="Qwen/Qwen3-VL-4B-Instruct")
+    """Only its visual part and two embedding rows are read, and only if an adapter reads them."""
+    siglip: ModelConfig = ModelConfig(pretrained_model_name_or_path="google/siglip2-so400m-patch16-naflex")
+    """Read only if an adapter reads it."""
+    variant: Literal["auto", "base", "turbo"] = "auto"
+    """Whose steps and guidance to sample with; auto tells by the scheduler's shift (3 Turbo, 6 Base)."""
+
+
+class EncodersConfig(_Section):
+    """Settings that change what the encoders give: they are part of a cache's and an adapter's identity."""
+
+    hidden_index: int | None = Field(default=None, ge=1)
+    """Hidden state of the spliced model that is read: k = the residual stream after k layers, the number of layers =
+    after the final norm as well. None: the second to last, as for prompts (35 of 36 in Z-Image)."""
+    rope_theta: Literal["text_encoder", "vl"] = "text_encoder"
+    """Rotary base of the spliced model: that of the weights it runs (1e6), or Qwen3-VL's (5e6)."""
+    positions: Literal["mrope", "1d"] = "mrope"
+    """Positions of image tokens: rows and columns as Qwen3-VL counts them, or one after the other."""
+    deepstack: bool = True
+    """Whether visual features are also added after the first language layers, as Qwen3-VL was trained."""
+    marker_rows: Literal["text_encoder", "vl"] = "text_encoder"
+    """Whose embeddings of vision_start and vision_end are used."""
+    fused_order: Literal["reference_first", "prompt_first"] = "reference_first"
+    """What comes first in one sequence; attention is causal, so the second sees the first and not the reverse."""
+    min_reference_pixels: int = Field(default=65536, ge=1024)
+    """Smaller references are enlarged to this area before the spliced model sees them."""
+    max_reference_pixels: int = Field(default=262144, ge=1024)
+    """Larger references are shrunk to this area; 1024 pixels are one token, so the default gives at most 256."""
+    max_sequence_length: int = Field(default=512, ge=16)
+    """Most tokens of a prompt with its chat turn; a longer one is an error, not cut."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "EncodersConfig":
+        if self.min_reference_pixels > self.max_reference_pixels:
+            raise ValueError("min_reference_pixels is larger than max_reference_pixels")
+        return self
+
+
+class DataConfig(_Section):
+    train_data_dir: str = "data"
+    """A folder of data_tools.build: one sub-folder a split with metadata.jsonl."""
+    train_split: str = "train"
+    resolution: int = Field(default=1024, ge=32)
+    """Side of the square targets in pixels, a multiple of 16."""
+    max_crop: float = Field(default=0.34, ge=0.0, le=1.0)
+    """Largest share of a target that the square crop may cut away; a target beyond it is an error."""
+    reference_min_side: int = Field(default=32, ge=1)
+    """Smallest side of a reference in pixels."""
+    reference_max_aspect: float = Field(default=8.0, ge=1.0)
+    """Longest side over shortest side of a reference."""
+    dataloader_num_workers: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> "DataConfig":
+        if self.resolution % IMAGE_MULTIPLE:
+            raise ValueError(f"resolution {self.resolution} is not a multiple of {IMAGE_MULTIPLE}")
+        return self
+
+
+class FlowConfig(_Section):
+    sigma_sampling: Literal["uniform", "logit_normal", "scheduler_table"] = "uniform"
+    """How training sigmas are drawn before the shift; see flow.SigmaDensity."""
+    shift: float | Literal["scheduler", "resolution"] = "scheduler"
+    """Moves sigmas towards noise: a number > 0 (1 = not at all), the base scheduler's own (3 Turbo, 6 Base), or by
+    the target's number of tokens."""
+    logit_mean: float = 0.0
+    logit_std: float = Field(default=1.0, gt=0.0)
+    loss_weight: Literal["none", "bump"] = "none"
+
+    @model_validator(mode="after")
+    def _positive(self) -> "FlowConfig":
+        if isinstance(self.shift, float | int) and self.shift <= 0:
+            raise ValueError(f"shift {self.shift} must be above 0")
+        return self
+
+
+class TrainConfig(_Section):
+    learning_rate: float = Field(default=1e-4, gt=0.0)
+    train_batch_size: int = Field(default=1, ge=1)
+    """Triplets for each device and micro-step."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    max_train_steps: int = Field(default=2000, ge=1)
+    """Optimizer steps."""
+    gradient_checkpointing: bool = True
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    """Precision of the frozen models and of the products; trained weights are float32 either way."""
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    lr_warmup_steps: int = Field(default=100, ge=0)
+    """Optimizer steps."""
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    adam_beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    adam_beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
+    adam_weight_decay: float = Field(default=1e-2, ge=0.0)
+    adam_epsilon: float = Field(default=1e-8, gt=0.0)
+    logging_steps: int = Field(default=10, ge=1)
+    """Optimizer steps between two printed lines; every step is written to metrics.jsonl."""
+
+
+class SampleConfig(_Section):
+    num_inference_steps: int | None = Field(default=None, ge=1)
+    """None: as the base was released (8 Turbo, 50 Base)."""
+    guidance_scale: float | None = Field(default=None, ge=0.0)
+    """Text guidance in diffusers' convention, 0 = off; None: as the base was released (0 Turbo, 4 Base)."""
+    image_guidance_scale: float = Field(default=0.0, ge=0.0)
+    """Guidance away from the same prompt without the reference, 0 = off."""
+    guidance_normalization: float = Field(default=0.0, ge=0.0)
+    """The guided velocity is at most this many times as long as the unguided one; 0 = off."""
+    guidance_window: tuple[float, float] = (0.0, 1.0)
+    """Lowest and highest sigma at which guidance acts."""
+    height: int | None = Field(default=None, ge=32)
+    """Pixels; None: data.resolution."""
+    width: int | None = Field(default=None, ge=32)
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "SampleConfig":
+        for name in ("height", "width"):
+            if (side := getattr(self, name)) is not None and side % IMAGE_MULTIPLE:
+                raise ValueError(f"{name} {side} is not a multiple of {IMAGE_MULTIPLE}")
+        low, high = self.guidance_window
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(f"guidance_window {self.guidance_window} must be two sigmas, 0 <= low <= high <= 1")
+        return self
+
+
+class CompareConfig(_Section):
+    adapters: list[str] = Field(default_factory=list)
+    """Exported adapter folders, a column each."""
+    presets: list[str] = Field(default_factory=list)
+    """YAML files with encoders and adapters of further splices, a column each."""
+    splice: SpliceConfig = SpliceConfig()
+    """The splice that is always shown."""
+    split: str = "validation"
+    num_samples: int = Field(default=6, ge=1)
+    """Rows: triplets of the split, spread evenly over it."""
+    output_dir: str = "out/compare"
+
+
+class Config(_Section):
+    """One experiment."""
+
+    seed: int = Field(default=0, ge=0)
+    output_dir: str = "runs/ztrain"
+    models: ModelsConfig = ModelsConfig()
+    encoders: EncodersConfig = EncodersConfig()
+    adapters: list[AnyAdapterConfig] = Field(default_factory=list)
+    """An ordered list; conditioning flows through it as through a pipe. Empty: plain text-to-image."""
+    data: DataConfig = DataConfig()
+    flow: FlowConfig = FlowConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+    compare: CompareConfig = CompareConfig()
+
+    @model_validator(mode="after")
+    def _possible_list(self) -> "Config":
+        check_list(self.adapters)
+        return self
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Encoded states that the adapters read besides the text."""
+        return list_reads(self.adapters)
+
+
+def check_list(adapters: Sequence[Any]) -> None:
+    """Raises ValueError for a list of adapter settings that cannot work together."""
+    kinds = [adapter.kind for adapter in adapters]
+    if twice := sorted({kind for kind in kinds if kinds.count(kind) > 1}):
+        raise ValueError(f"adapters {describe_list(list(adapters))}: {twice[0]} stands twice; keep one")
+    composing = [adapter.kind for adapter in adapters if adapter.composes_reference]
+    if len(composing) > 1:
+        raise ValueError(
+            f"adapters {describe_list(list(adapters))}: {' and '.join(composing)} both compose the caption"
+        )
+    if composing and "omni" in list_reads(adapters):
+        raise ValueError(
+            f"adapters {describe_list(list(adapters))}: the stock siglip layout has its own caption segments"
+        )
+
+
+def list_reads(adapters: Sequence[Any]) -> frozenset[str]:
+    return frozenset().union(*(adapter.reads for adapter in adapters))
+
+
+def load_config(files: Sequence[Path], overrides: Sequence[str] = (), prog: str = "ztrain") -> Config:
+    """The experiment of one or more YAML files with dotted overrides such as --train.learning_rate 3e-4."""
+    merged: dict[str, Any] = {}
+    for file in files:
+        merged = _merge(merged, load_yaml(file))
+    source = " + ".join(str(file) for file in files) or "defaults"
+    config = parse(Config, merged, source)
+    if not overrides:
+        return config
+    try:
+        return tyro.cli(Config, default=config, args=list(overrides), prog=prog, config=(tyro.conf.AvoidSubcommands,))
+    except ValidationError as error:
+        raise InputError(describe_errors(error, source="command line", model=Config)) from error
+
+
+def parse(section: type[SectionT], values: dict[str, Any], source: str) -> SectionT:
+    """`values` as a checked section; lists of YAML become the tuples that fields ask for."""
+    try:
+        return section.model_validate_json(_as_json(values))
+    except ValidationError as error:
+        raise InputError(describe_errors(error, source=source, model=section)) from error
+
+
+def _as_json(values: dict[str, Any]) -> str:
+    # pydantic's JSON mode is as strict about types, but knows that JSON has no tuples.
+    return json.dumps(values, default=str)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

@@ -1,0 +1,240 @@
+"""The frozen encoders: prompts, references and targets in, `Encoded` states and latents out; latents back to images.
+
+Only what an adapter list reads is loaded. Everything runs without gradients. The conventions that live here: the chat
+template, the latents' shift and scale, SigLIP grids in row order.
+
+Legend: L tokens, D text width, C latent channels, H and W latent sides, (h, w, S) SigLIP grid and width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ztrain.conditioning import Encoded, StockOmni, TokenStates
+from ztrain.config import Config, EncodersConfig
+from ztrain.errors import InputError
+from ztrain.models import Source, require_loaded
+from ztrain.vision_language import SplicedModel, first_layers
+
+_OMNI_PIXELS = 1024 * 1024  # ZImageOmniPipeline shrinks larger references to this area
+_OMNI_MULTIPLE = 16
+
+
+class TextEncoder:
+    """Z-Image's own prompt encoding: the chat turn's second to last hidden state, without padding."""
+
+    def __init__(self, model: Any, tokenizer: Any, max_sequence_length: int) -> None:
+        self.model, self.tokenizer, self.max_sequence_length = (
+            model.eval().requires_grad_(False),
+            tokenizer,
+            max_sequence_length,
+        )
+
+    @classmethod
+    def load(
+        cls, source: Source, max_sequence_length: int, dtype: torch.dtype, device: torch.device | str
+    ) -> "TextEncoder":
+        from transformers import AutoTokenizer, Qwen3Model
+
+        source.require("text_encoder/config.json", what="a Z-Image model")
+        with source.explained():
+            tokenizer = AutoTokenizer.from_pretrained(source.location, subfolder="tokenizer", revision=source.revision)
+            model, info = Qwen3Model.from_pretrained(
+                source.location,
+                subfolder="text_encoder",
+                revision=source.revision,
+                dtype=dtype,
+                output_loading_info=True,
+            )
+        require_loaded(info, f"{source.location}/text_encoder")
+        return cls(model.to(device), tokenizer, max_sequence_length)
+
+    def encode(self, prompt: str) -> Tensor:
+        """(L, D) of one prompt, at most max_sequence_length tokens."""
+        # enable_thinking=True leaves the think block out (zimage_facts.md section 4).
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=True,
+        )
+        return self._states(text, prompt)
+
+    def encode_segment(self, text: str) -> Tensor:
+        """(L, D) of a text as it stands, without the chat turn."""
+        return self._states(text, text)
+
+    @torch.no_grad()
+    def _states(self, text: str, prompt: str) -> Tensor:
+        ids = self.tokenizer(text, return_tensors="pt").input_ids  # (1, L)
+        if ids.shape[1] > self.max_sequence_length:
+            raise InputError(
+                f"the prompt {prompt[:60]!r} has {ids.shape[1]} tokens, more than encoders.max_sequence_length"
+                f" {self.max_sequence_length}; shorten it"
+            )
+        with first_layers(self.model, len(self.model.layers) - 1):
+            return self.model(input_ids=ids.to(self.model.device), use_cache=False).last_hidden_state[0]
+
+
+class LatentCodec:
+    """The VAE with Z-Image's shift and scale: images <-> latents."""
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae.eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, source: Source, dtype: torch.dtype, device: torch.device | str) -> "LatentCodec":
+        from diffusers import AutoencoderKL
+
+        source.require("vae/config.json", what="a Z-Image model")
+        with source.explained():
+            vae, info = AutoencoderKL.from_pretrained(
+                source.location,
+                subfolder="vae",
+                revision=source.revision,
+                torch_dtype=dtype,
+                output_loading_info=True,
+            )
+        require_loaded(info, f"{source.location}/vae")
+        return cls(vae.to(device))
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a latent's side: 8."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, H, W) of an image of so many pixels, which must be divisible by 16."""
+        step = 2 * self.factor
+        if height % step or width % step or min(height, width) < step:
+            raise InputError(f"an image of {width} x {height} pixels: both sides must be multiples of {step}")
+        return self.vae.config.latent_channels, height // self.factor, width // self.factor
+
+    @torch.no_grad()
+    def encode(self, image: Image.Image) -> Tensor:
+        """(C, H, W) float32 latents: the posterior's mode, shifted and scaled."""
+        pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1  # (3, 8 H, 8 W)
+        posterior = self.vae.encode(pixels.unsqueeze(0).to(self.vae.device, self.vae.dtype)).latent_dist
+        config = self.vae.config
+        return ((posterior.mode()[0] - config.shift_factor) * config.scaling_factor).float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Image.Image:
+        """The 8-bit RGB image of (C, H, W) latents."""
+        config = self.vae.config
+        scaled = (latents / config.scaling_factor + config.shift_factor).unsqueeze(0)
+        pixels = self.vae.decode(scaled.to(self.vae.device, self.vae.dtype), return_dict=False)[0][0]
+        array = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        return Image.fromarray(array)
+
+
+class SiglipEncoder:
+    """SigLIP2 NaFlex features as grids."""
+
+    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device | str) -> None:
+        from transformers import Siglip2ImageProcessorPil, Siglip2VisionModel
+
+        source.require("config.json", what="a SigLIP2 model")
+        with source.explained():
+            self.processor = Siglip2ImageProcessorPil.from_pretrained(source.location, revision=source.revision)
+            model, info = Siglip2VisionModel.from_pretrained(
+                source.location, revision=source.revision, dtype=dtype, output_loading_info=True
+            )
+        if info["missing_keys"]:
+            require_loaded({"missing_keys": info["missing_keys"]}, source.location)
+        self.model = model.to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(self, image: Image.Image) -> Tensor:
+        """(h, w, S): last hidden state after the final norm, as ZImageOmniPipeline.prepare_siglip_embeds."""
+        inputs = self.processor(images=[image], return_tensors="pt").to(self.model.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        height, width = (int(side) for side in inputs["spatial_shapes"][0])
+        hidden = self.model(**inputs).last_hidden_state[0]
+        return hidden[: height * width].view(height, width, -1)
+
+
+@dataclass(slots=True)
+class Encoders:
+    """The loaded encoders; a part that no adapter reads is None."""
+
+    text: TextEncoder
+    codec: LatentCodec
+    spliced: SplicedModel | None = None
+    siglip: SiglipEncoder | None = None
+
+    @classmethod
+    def load(cls, config: Config, reads: frozenset[str], dtype: torch.dtype, device: torch.device | str) -> "Encoders":
+        base = Source.of(config.models.base)
+        text = TextEncoder.load(base, config.encoders.max_sequence_length, dtype, device)
+        encoders = cls(text, LatentCodec.load(base, dtype, device))
+        encoders.add(config, reads, dtype, device)
+        return encoders
+
+    def add(self, config: Config, reads: frozenset[str], dtype: torch.dtype, device: torch.device | str) -> None:
+        """Loads what `reads` needs and is not there yet."""
+        if reads & {"reference", "fused"} and self.spliced is None:
+            self.spliced = SplicedModel(Source.of(config.models.vision_language), self.text.model, self.text.tokenizer)
+        if "siglip" in reads and self.siglip is None:
+            self.siglip = SiglipEncoder(Source.of(config.models.siglip), dtype, device)
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        references: Sequence[Sequence[Image.Image]],
+        reads: frozenset[str],
+        settings: EncodersConfig,
+    ) -> Encoded:
+        """Everything that `reads` names for each prompt and its references (any number, own sizes)."""
+        pairs = list(zip(prompts, references, strict=True))
+        omni = "omni" in reads
+        return Encoded(
+            text=[self.text.encode(prompt) for prompt in prompts],
+            null_text=self.text.encode(""),
+            reference=[self._spliced(images, "", settings) if "reference" in reads else None for _, images in pairs],
+            fused=[self._spliced(images, prompt, settings) if "fused" in reads else None for prompt, images in pairs],
+            siglip=[[self._grid(image) for image in images] if "siglip" in reads else [] for _, images in pairs],
+            omni=[self._omni(prompt, images) for prompt, images in pairs] if omni else [],
+            null_omni=[self._omni("", images) for _, images in pairs] if omni else [],
+            bare_omni=[self._omni(prompt, []) for prompt in prompts] if omni else [],
+            null_bare_omni=[self._omni("", []) for _ in prompts] if omni else [],
+        )
+
+    def _spliced(self, images: Sequence[Image.Image], prompt: str, settings: EncodersConfig) -> TokenStates | None:
+        assert self.spliced is not None, "Encoders.add was not asked for these reads"
+        return self.spliced.encode(images, prompt, settings) if images else None
+
+    def _grid(self, image: Image.Image) -> Tensor:
+        assert self.siglip is not None, "Encoders.add was not asked for these reads"
+        return self.siglip.encode(image)
+
+    def _omni(self, prompt: str, images: Sequence[Image.Image]) -> StockOmni:
+        """Segments and clean latents as ZImageOmniPipeline.encode_prompt and __call__ prepare them."""
+        if images:
+            segments = ["<|im_start|>user\n<|vision_start|>"]
+            segments += ["<|vision_end|><|vision_start|>"] * (len(images) - 1)
+            segments += [f"<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>"]
+            segments += ["<|vision_end|><|im_end|>"]
+        else:
+            segments = [f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"]
+        return StockOmni(
+            segments=[self.text.encode_segment(segment) for segment in segments],
+            latents=[self.codec.encode(omni_crop(image)) for image in images],
+        )
+
+
+def omni_crop(image: Image.Image) -> Image.Image:
+    """A reference as the stock omni layout feeds it to the VAE: at most 1 MP, centre-cropped to multiples of 16."""
+    if image.width * image.height > _OMNI_PIXELS:
+        factor = (_OMNI_PIXELS / (image.width * image.height)) ** 0.5
+        image = image.resize((int(image.width * factor), int(image.height * factor)), Image.Resampling.LANCZOS)
+    width, height = (side // _OMNI_MULTIPLE * _OMNI_MULTIPLE for side in image.size)
+    if not width or not height:
+        raise InputError(f"a reference of {image.width} x {image.height} pixels is smaller than one patch of 16 x 16")
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

@@ -1,0 +1,175 @@
+"""The objective and the path, once: what sigma, noisy latents and velocity mean, for the loss and for the sampler.
+
+    sigma in [0, 1], 1 = pure noise          noisy    = (1 - sigma) latents + sigma noise
+    velocity = noise - latents               d noisy / d sigma = velocity
+
+Nothing here knows about Z-Image: the transformer's reversed time and sign live in model.py. Every random draw is
+counter-based, a pure function of (seed, epoch, sample index), so it does not depend on ranks, workers or resumes.
+
+Legend: B batch, C latent channels, H and W latent height and width, N sampler steps.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SigmaSampling = Literal["uniform", "logit_normal", "scheduler_table"]
+LossWeight = Literal["none", "bump"]
+
+# Streams keep the draws of one sample independent of each other.
+_NOISE_STREAM, _SIGMA_STREAM, _SAMPLER_STREAM = 0, 1, 2
+
+# Integral over sigma in [0, 1] of exp(-2 (sigma - 1/2)^2) - exp(-1/2): makes the bump's mean weight 1.
+_BUMP_FLOOR = math.exp(-0.5)
+_BUMP_MEAN = math.sqrt(math.pi / 2) * math.erf(math.sqrt(0.5)) - _BUMP_FLOOR
+
+TABLE_SIZE = 1000
+"""Entries of the schedulers' training table (num_train_timesteps of every released scheduler_config.json)."""
+
+
+class Counter(Protocol):
+    """What identifies one draw: the run's seed, the epoch, and the sample's index in the data set."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def index(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SigmaDensity:
+    """How training sigmas are drawn.
+
+    `sampling`: uniform on (0, 1); logit_normal: sigmoid(normal(logit_mean, logit_std)) (Stable Diffusion 3, arXiv
+    2403.03206, section 3.1); scheduler_table: one of the 1000 entries of the scheduler's own table, which is where
+    diffusers' training scripts draw from. `shift` > 0 then moves all three towards noise (see `shift_sigma`);
+    1 leaves them.
+    """
+
+    sampling: SigmaSampling = "logit_normal"
+    shift: float = 1.0
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """`shift sigma / (1 + (shift - 1) sigma)`: keeps 0 and 1, moves the middle towards noise when shift > 1.
+
+    Source: Stable Diffusion 3, arXiv 2403.03206, equation 23; FlowMatchEulerDiscreteScheduler.set_timesteps.
+    """
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def resolution_shift(
+    num_image_tokens: int,
+    *,
+    base_tokens: int = 256,
+    max_tokens: int = 4096,
+    base_log_shift: float = 0.5,
+    max_log_shift: float = 1.15,
+) -> float:
+    """The shift for an image of so many DiT tokens: exp of a line through (256, 0.5) and (4096, 1.15).
+
+    Source: calculate_shift in diffusers' pipeline_z_image.py with the scheduler's default numbers; 1024 x 1024 pixels
+    are 4096 tokens and give 3.16.
+    """
+    slope = (max_log_shift - base_log_shift) / (max_tokens - base_tokens)
+    return math.exp(base_log_shift + slope * (num_image_tokens - base_tokens))
+
+
+def counter_generator(counter: Counter, stream: int) -> torch.Generator:
+    """A CPU generator that depends on nothing but the counter and the stream."""
+    words = np.random.SeedSequence([counter.seed, counter.epoch, counter.index, stream]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(words[0]) & (2**63 - 1))
+
+
+def draw_noise(counters: Sequence[Counter], latents: Sequence[Tensor]) -> list[Tensor]:
+    """Standard normal noise like each sample's latents, B x (C, H, W); drawn in float32 on the CPU on every device."""
+    drawn = []
+    for counter, sample in zip(counters, latents, strict=True):
+        noise = torch.randn(sample.shape, generator=counter_generator(counter, _NOISE_STREAM))
+        drawn.append(noise.to(sample.device))
+    return drawn
+
+
+def draw_sigma(counters: Sequence[Counter], density: SigmaDensity) -> Tensor:
+    """One sigma for each sample, (B,), float32 on the CPU."""
+    drawn = []
+    for counter in counters:
+        generator = counter_generator(counter, _SIGMA_STREAM)
+        match density.sampling:
+            case "uniform":
+                sigma = torch.rand((), generator=generator)
+            case "logit_normal":
+                normal = torch.randn((), generator=generator)
+                sigma = torch.sigmoid(density.logit_mean + density.logit_std * normal)
+            case "scheduler_table":
+                sigma = torch.randint(1, TABLE_SIZE + 1, (), generator=generator) / TABLE_SIZE
+        drawn.append(shift_sigma(sigma, density.shift))
+    return torch.stack(drawn)
+
+
+def sampler_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
+    """The sampler's starting noise for one image, (C, H, W), float32 on the CPU: the same on every device."""
+    words = np.random.SeedSequence([seed, _SAMPLER_STREAM]).generate_state(1, np.uint64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(int(words[0]) & (2**63 - 1)))
+
+
+def interpolate(latents: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
+    """The noisy latents of one sample at sigma: `(1 - sigma) latents + sigma noise`, any shape."""
+    return (1 - sigma) * latents + sigma * noise
+
+
+def loss_weight(sigma: Tensor, kind: LossWeight) -> Tensor:
+    """Weight of a sample's squared error, (B,); its mean over uniform sigma is 1 for every kind.
+
+    bump: a Gaussian around sigma = 1/2, minus its value at the ends, as DiffSynth-Studio trains Z-Image
+    (diffsynth/diffusion/flow_match.py, set_training_weight); normalised in closed form over uniform sigma instead of
+    over the scheduler's shifted table. 0 at sigma 0 and 1, 1.58 in the middle.
+    """
+    if kind == "none":
+        return torch.ones_like(sigma)
+    return (torch.exp(-2 * (sigma - 0.5) ** 2) - _BUMP_FLOOR) / _BUMP_MEAN
+
+
+def velocity_losses(
+    velocity: Sequence[Tensor],
+    latents: Sequence[Tensor],
+    noise: Sequence[Tensor],
+    sigma: Tensor,
+    weight: LossWeight = "none",
+) -> Tensor:
+    """Weighted mean squared error to `noise - latents` for each sample, (B,), computed in float32.
+
+    `velocity`, `latents`, `noise`: B x (C, H, W), sizes may differ between samples; `sigma`: (B,).
+    """
+    errors = [
+        (v.float() - (n.float() - x.float())).square().mean() for v, x, n in zip(velocity, latents, noise, strict=True)
+    ]
+    return torch.stack(errors) * loss_weight(sigma, weight).to(errors[0].device)
+
+
+def sigma_schedule(num_inference_steps: int, shift: float, strength: float = 1.0) -> Tensor:
+    """The sampler's sigmas, (N + 1,), from noise to 0; shorter when `strength` < 1 starts from an image.
+
+    The released pipelines pass linspace(1, 1/N, N) to the scheduler, which shifts it (pipeline_z_image.py,
+    get_default_z_image_sigmas); the scheduler's own default spacing differs. `strength` in (0, 1] keeps the last
+    N * strength steps with ZImageImg2ImgPipeline's rounding; a strength that leaves no step is a ValueError.
+    """
+    sigmas = shift_sigma(torch.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps), shift)
+    skipped = int(max(num_inference_steps - min(num_inference_steps * strength, num_inference_steps), 0))
+    if skipped >= num_inference_steps:
+        raise ValueError(f"strength {strength} leaves none of {num_inference_steps} steps; raise one of the two")
+    return torch.cat([sigmas[skipped:], torch.zeros(1)])
+
+
+def euler_step(noisy: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    """One Euler step of d noisy / d sigma = velocity, in float32."""
+    return noisy + (next_sigma - sigma) * velocity

@@ -1,0 +1,139 @@
+"""AdaptedDiT: a frozen Z-Image with an ordered list of adapters, as one module and one call for training and sampling.
+
+The only caller of the transformer, and the only place that knows its conventions: its time t = 1 - sigma and its sign
+(it predicts latents - noise). Legend: B batch, C latent channels, H and W latent sides.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ztrain import dit as transformer
+from ztrain.adapters import Adapter
+from ztrain.conditioning import Conditioning, Encoded, StockOmni, text_conditioning
+from ztrain.errors import InputError
+
+
+class AdaptedDiT(nn.Module):
+    """velocity = model(noisy, sigma, encoded). Only the adapters' parameters require gradients.
+
+    `weights_of[i]`: names, in `named_parameters`, of the weights that adapter i brought or woke.
+    """
+
+    def __init__(self, dit: Any, adapters: Sequence[Adapter[Any]]) -> None:
+        super().__init__()
+        self.dit = dit.requires_grad_(False)
+        self.base_dtype = dit.layers[0].attention.to_q.weight.dtype
+        self.adapters = nn.ModuleList(adapters)
+        self.weights_of: list[list[str]] = []
+        for index, adapter in enumerate(adapters):
+            before = {name for name, p in dit.named_parameters() if p.requires_grad}
+            adapter.attach(dit)
+            woken = [n for n, p in dit.named_parameters() if p.requires_grad and n not in before]
+            own = [f"adapters.{index}.{name}" for name, _ in adapter.named_parameters()]
+            self.weights_of.append([f"dit.{name}" for name in woken] + own)
+            adapter.to(dit.layers[0].attention_norm1.weight.device)
+
+    def forward(self, noisy: Sequence[Tensor], sigma: Tensor, encoded: Encoded) -> list[Tensor]:
+        """Velocities, B x (C, H, W) in the base's dtype.
+
+        noisy: B x (C, H, W), any dtype, sizes may differ, sides even; sigma: (B,) in [0, 1], 1 = noise.
+        Adapter weights are float32 on a bf16 base: their products run in the base's dtype by autocast.
+        """
+        with self._precision(noisy[0].device):
+            conditioning = text_conditioning(encoded)
+            for adapter in self.adapters:
+                if adapter.scale != 0:
+                    conditioning = adapter(conditioning, encoded)
+            inputs = [sample.to(self.base_dtype) for sample in noisy]
+            t = 1 - sigma.float().to(noisy[0].device)  # stays float32: bf16 would round 0.9013 to 0.904
+            if conditioning.omni is None:
+                output = transformer.forward(
+                    self.dit,
+                    inputs,
+                    t,
+                    [caption.to(self.base_dtype) for caption in conditioning.caption],
+                    [[grid.to(self.base_dtype) for grid in grids] for grids in conditioning.siglip],
+                    conditioning.caption_scale,
+                    conditioning.siglip_scale,
+                )
+            else:
+                output = self._stock_omni(inputs, t, conditioning, conditioning.omni)
+        return [-sample for sample in output]
+
+    def _precision(self, device: torch.device) -> AbstractContextManager:
+        if self.base_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.base_dtype)
+
+    def _stock_omni(
+        self, noisy: list[Tensor], t: Tensor, conditioning: Conditioning, omni: list[StockOmni]
+    ) -> list[Tensor]:
+        """diffusers' omni mode, called as ZImageOmniPipeline does.
+
+        Samples with and without references never share a call: diffusers decides by the first sample for all.
+        """
+        if conditioning.siglip_scale != 1.0:
+            raise InputError("adapters siglip: layout stock only runs at scale 0 or 1")
+        output: list[Tensor | None] = [None] * len(noisy)
+        groups: dict[int, list[int]] = {}
+        for i, sample in enumerate(omni):
+            groups.setdefault(len(sample.latents), []).append(i)
+        for count, places in groups.items():
+            results = self.dit(
+                [
+                    [*(x.unsqueeze(1).to(self.base_dtype) for x in omni[i].latents), noisy[i].unsqueeze(1)]
+                    for i in places
+                ],
+                t[places],
+                [[segment.to(self.base_dtype) for segment in omni[i].segments] for i in places],
+                siglip_feats=[
+                    [*(grid.to(self.base_dtype) for grid in conditioning.siglip[i]), None] if count else None
+                    for i in places
+                ],
+                image_noise_mask=[[0] * count + [1] for _ in places],
+                return_dict=False,
+            )[0]
+            for i, result in zip(places, results, strict=True):
+                output[i] = result.squeeze(1)
+        return [sample for sample in output if sample is not None]
+
+    def set_scales(self, scales: Sequence[float]) -> None:
+        """One scale for each adapter: 1 = as trained, 0 = as if it were not in the list."""
+        for adapter, scale in zip(self.adapters, scales, strict=True):
+            adapter.set_scale(self.dit, scale)
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Trained weights by parameter name: what a checkpoint needs."""
+        return {name: p.detach() for name, p in self.named_parameters() if name in self._trainable_names()}
+
+    def _trainable_names(self) -> set[str]:
+        return {name for names in self.weights_of for name in names}
+
+    def adapter_weights(self, index: int) -> dict[str, Tensor]:
+        """Weights of one adapter by their names in the transformer or in the adapter itself."""
+        parameters = dict(self.named_parameters())
+        return {_short(name, index): parameters[name].detach() for name in self.weights_of[index]}
+
+    @torch.no_grad()
+    def load_adapter_weights(self, index: int, weights: dict[str, Tensor], source: str) -> None:
+        """Copies weights in, after comparing the key sets and shapes with what the adapter has."""
+        own = self.adapter_weights(index)
+        if missing := sorted(set(own) - set(weights)):
+            raise InputError(f"{source} lacks {len(missing)} weights of the adapter, for example {missing[0]}")
+        if unexpected := sorted(set(weights) - set(own)):
+            raise InputError(
+                f"{source} has {len(unexpected)} weights that the adapter lacks, for example {unexpected[0]}"
+            )
+        for name, parameter in own.items():
+            if parameter.shape != weights[name].shape:
+                shapes = f"{tuple(weights[name].shape)}, expected {tuple(parameter.shape)}"
+                raise InputError(f"{source}: {name} has shape {shapes}")
+            parameter.copy_(weights[name])
+
+
+def _short(name: str, index: int) -> str:
+    return name.removeprefix("dit.").removeprefix(f"adapters.{index}.")

@@ -1,0 +1,88 @@
+"""One picture from one prompt and any references: `ztrain sample`.
+
+With `--adapter` an exported list, else the experiment's own adapters if they need no weights (the splice).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from ztrain.adapters import build_adapters, describe_list
+from ztrain.compare import sample_settings
+from ztrain.config import Config, list_reads
+from ztrain.data import check_reference, open_image
+from ztrain.dit import load_transformer
+from ztrain.encoders import Encoders
+from ztrain.errors import InputError
+from ztrain.export import adapt, check_identity, identities, read_adapter
+from ztrain.flow import sampler_noise
+from ztrain.model import AdaptedDiT
+from ztrain.models import Source, base_defaults, base_dtype
+from ztrain.sample import sample
+
+
+def render(
+    config: Config,
+    prompt: str,
+    references: Sequence[Path],
+    adapter: Path | None,
+    out: Path,
+    *,
+    start_image: Path | None = None,
+    strength: float | None = None,
+    scales: Sequence[float] | None = None,
+) -> Path:
+    """Writes the picture to `out`. A start image is resized to the output; `strength` in (0, 1] is the way from it."""
+    if not prompt.strip() and not references:
+        raise InputError("the prompt is empty and there is no reference; give --prompt or --reference")
+    if (start_image is None) != (strength is None):
+        raise InputError("--start-image and --strength go together")
+    if strength is not None and not 0.0 < strength <= 1.0:
+        raise InputError(f"--strength {strength} must be above 0 and at most 1")
+    images = [open_image(path) for path in references]
+    for image, path in zip(images, references, strict=True):
+        check_reference(
+            image, path, min_side=config.data.reference_min_side, max_aspect=config.data.reference_max_aspect
+        )
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, base = base_dtype(config.train.mixed_precision), Source.of(config.models.base)
+    settings = sample_settings(config, base_defaults(config.models))
+    exported = read_adapter(adapter) if adapter else None
+    adapters = exported.adapters if exported else list(config.adapters)
+    encoder_settings = exported.encoders if exported else config.encoders
+    reads = list_reads(adapters)
+    encoders = Encoders.load(config, reads, dtype, device)
+    dit = load_transformer(base, dtype, device)
+    if exported:
+        check_identity(exported, identities(dit, encoders))
+        model = adapt(dit, exported)
+    else:
+        model = AdaptedDiT(dit, build_adapters(adapters)).eval()
+        if any(p.requires_grad for p in model.parameters()):
+            raise InputError(f"adapters {describe_list(adapters)} have untrained weights; give a trained --adapter")
+    if scales is not None:
+        if len(scales) != len(adapters):
+            raise InputError(
+                f"--scales has {len(scales)} numbers for the {len(adapters)} adapters {describe_list(adapters)}"
+            )
+        model.set_scales(scales)
+
+    height = config.sample.height or config.data.resolution
+    width = config.sample.width or config.data.resolution
+    noise = sampler_noise(config.seed, encoders.codec.latent_shape(height, width)).to(device)
+    start = None
+    if start_image is not None and strength is not None:
+        settings = replace(settings, strength=strength)
+        start = [encoders.codec.encode(open_image(start_image).resize((width, height)))]
+    encoded = encoders.encode([prompt], [images], reads, encoder_settings)
+    try:
+        latents = sample(model, encoded, [noise], settings, start=start, progress=tqdm)[0]
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    encoders.codec.decode(latents).save(out)
+    return out

@@ -1,0 +1,99 @@
+"""The sampler: Euler steps over the released pipelines' own sigmas, with text and image guidance as two numbers.
+
+`model` is anything that is called like AdaptedDiT: model(noisy, sigma, encoded) -> velocities, the call that training
+makes. Guidance is diffusers' number, 0 = off:
+
+    velocity = positive + g_text (positive - without text) + g_image (positive - without reference)
+
+Legend: B batch, C latent channels, H and W latent sides.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ztrain.conditioning import Encoded, concatenate
+from ztrain.flow import euler_step, interpolate, sigma_schedule
+
+Model = Callable[[Sequence[Tensor], Tensor, Encoded], list[Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSettings:
+    """How one image is sampled.
+
+    `shift` > 0 of the schedule; `guidance_scale` and `image_guidance_scale` >= 0, 0 = off; `guidance_normalization`:
+    the guided velocity's norm is at most this many times the positive one's, 0 = off (diffusers' cfg_normalization);
+    `guidance_window`: guidance acts where low <= sigma <= high; `strength` in (0, 1] with a start image.
+    """
+
+    num_inference_steps: int
+    shift: float
+    guidance_scale: float = 0.0
+    image_guidance_scale: float = 0.0
+    guidance_normalization: float = 0.0
+    guidance_window: tuple[float, float] = (0.0, 1.0)
+    strength: float = 1.0
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    encoded: Encoded,
+    noise: Sequence[Tensor],
+    settings: SampleSettings,
+    *,
+    start: Sequence[Tensor] | None = None,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> list[Tensor]:
+    """Latents, B x (C, H, W) float32, from noise of that shape and, with `strength` < 1, start latents."""
+    schedule = sigma_schedule(settings.num_inference_steps, settings.shift, settings.strength)
+    noisy = [sample.float() for sample in noise]
+    if start is not None:
+        noisy = [interpolate(x.to(n.device), n, float(schedule[0])) for x, n in zip(start, noisy, strict=True)]
+    elif settings.strength != 1.0:
+        raise ValueError(f"strength {settings.strength} needs a start image; without one it is 1")
+
+    for step in progress(range(len(schedule) - 1)):
+        sigma, next_sigma = schedule[step], schedule[step + 1]
+        velocities = _guided(model, noisy, sigma, encoded, settings)
+        noisy = [euler_step(x, v, sigma, next_sigma) for x, v in zip(noisy, velocities, strict=True)]
+    return noisy
+
+
+def _guided(
+    model: Model, noisy: Sequence[Tensor], sigma: Tensor, encoded: Encoded, settings: SampleSettings
+) -> list[Tensor]:
+    """Velocities in float32; positives and negatives share one call."""
+    low, high = settings.guidance_window
+    scales = [settings.guidance_scale, settings.image_guidance_scale]
+    if not low <= float(sigma) <= high:
+        scales = [0.0, 0.0]
+    variants = [encoded]
+    if scales[0] > 0:
+        variants.append(encoded.without_text())
+    if scales[1] > 0:
+        variants.append(encoded.without_reference())
+    count = len(noisy)
+    joined = concatenate(variants) if len(variants) > 1 else encoded
+    output = [v.float() for v in model(list(noisy) * len(variants), sigma.expand(count * len(variants)), joined)]
+
+    active = [scale for scale in scales if scale > 0]
+    guided = []
+    for i in range(count):
+        positive = output[i]
+        velocity = positive
+        for place, scale in enumerate(active, start=1):
+            velocity = velocity + scale * (positive - output[place * count + i])
+        guided.append(_limited(velocity, positive, settings.guidance_normalization) if active else velocity)
+    return guided
+
+
+def _limited(velocity: Tensor, positive: Tensor, factor: float) -> Tensor:
+    """Shrinks the velocity of one sample so that its norm is at most `factor` times the positive one's; 0 leaves it."""
+    if factor <= 0:
+        return velocity
+    limit, norm = factor * torch.linalg.vector_norm(positive), torch.linalg.vector_norm(velocity)
+    return velocity * (limit / norm) if norm > limit else velocity

@@ -1,0 +1,63 @@
+"""Measures the spread of prompt and reference states, for `scaling` of the splice: `ztrain stats --out FILE`.
+
+Means and standard deviations for each dimension over a split's prompts and references with the loaded models and
+encoder settings, because published numbers belong to other models (zimage_facts.md section 4, "Scaling").
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ztrain.adapters.splice import STATISTICS_KINDS
+from ztrain.config import Config
+from ztrain.data import open_image, read_manifest
+from ztrain.encoders import Encoders
+from ztrain.models import base_dtype
+
+
+class Moments:
+    """Running mean and standard deviation for each dimension, in float64."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self.squares = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, states: Tensor) -> None:
+        """(L, D), L may be 0."""
+        values = states.double().cpu()
+        self.count += len(values)
+        self.total = self.total + values.sum(0)
+        self.squares = self.squares + values.square().sum(0)
+
+    def mean(self) -> Tensor:
+        return (self.total / self.count).float()
+
+    def std(self) -> Tensor:
+        variance = self.squares / self.count - (self.total / self.count).square()
+        return variance.clamp_min(0).sqrt().float()
+
+
+def measure(config: Config, out: Path) -> Path:
+    """Writes `<kind>_mean` and `<kind>_std` (D,) for the prompt alone and for text, image and marker tokens."""
+    reads = frozenset({"reference", "fused"})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoders = Encoders.load(config, reads, base_dtype(config.train.mixed_precision), device)
+    moments = {kind: Moments() for kind in ("prompt", *STATISTICS_KINDS)}
+    triplets = read_manifest(Path(config.data.train_data_dir), config.data.train_split)
+    for triplet in tqdm(triplets, unit="triplet"):
+        images = [open_image(path) for path in triplet.references]
+        encoded = encoders.encode([triplet.prompt], [images], reads, config.encoders)
+        moments["prompt"].add(encoded.text[0])
+        fused = encoded.fused[0]
+        assert fused is not None, "every triplet has a reference"
+        for kind, number in STATISTICS_KINDS.items():
+            moments[kind].add(fused.states[fused.kinds == number])
+    tensors = {f"{kind}_mean": m.mean() for kind, m in moments.items()}
+    tensors |= {f"{kind}_std": m.std() for kind, m in moments.items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tokens = {kind: m.count for kind, m in moments.items()}
+    save_file(tensors, out, metadata={"tokens": json.dumps(tokens), "encoders": config.encoders.model_dump_json()})
+    return out

@@ -21,6 +21,7 @@ help:  ## this list
 
 test demo: export TOKENIZERS_PARALLELISM = false
 test demo: export HF_HUB_OFFLINE = 1
+demo: export TRANSFORMERS_VERBOSITY = error
 # Two pytest workers with a thread for every core each would fight for the cores.
 test: export OMP_NUM_THREADS = 1
 

@@ -209,9 +209,7 @@ def drop_unreadable(pictures: list[Picture], max_share: float) -> tuple[list[Pic
     return readable, rejected
 
 
-def make_pairs(
-    pictures: list[Picture], config: BuildConfig, without_reference: Counter[str]
-) -> dict[str, list[Pair]]:
+def make_pairs(pictures: list[Picture], config: BuildConfig, without_reference: Counter[str]) -> dict[str, list[Pair]]:
     """Output split -> its pairs in the order of the seed.
 
     Triplets that have no (further) reference are left out and counted in `without_reference` by split/style.
@@ -240,9 +238,7 @@ def make_pairs(
     return pairs
 
 
-def _pair_style(
-    pictures: list[Picture], config: BuildConfig, without_reference: Counter[str]
-) -> Iterator[Pair]:
+def _pair_style(pictures: list[Picture], config: BuildConfig, without_reference: Counter[str]) -> Iterator[Pair]:
     """Pairs of one style in one split: every target once, then every target again, in random order.
 
     A heap by use hands out the least used picture first, so that all are references about equally often.
@@ -298,9 +294,7 @@ def read_finished(out: Path, expected: str) -> dict[str, int] | None:
     return {split: len(read_manifest(out, split)) for split in report["triplets"]}
 
 
-def write_build(
-    out: Path, pairs: dict[str, list[Pair]], report: dict[str, object], licences: list[Path]
-) -> None:
+def write_build(out: Path, pairs: dict[str, list[Pair]], report: dict[str, object], licences: list[Path]) -> None:
     """Write all of the output beside `out` and rename it there, so that `out` is never seen half done."""
     building = out.with_name(f".{out.name}.{os.getpid()}.building")
     try:
@@ -311,18 +305,14 @@ def write_build(
                 place = folder / picture.file_name
                 place.parent.mkdir(parents=True, exist_ok=True)
                 try:
-                    os.link(
-                        picture.path.resolve(), place
-                    )  # resolved, for a link to a link would be no picture
+                    os.link(picture.path.resolve(), place)  # resolved, for a link to a link would be no picture
                 except OSError:  # another file system, or one without hard links
                     shutil.copyfile(picture.path, place)
             lines = "".join(json.dumps(pair.row(), ensure_ascii=False) + "\n" for pair in of_split)
             (folder / MANIFEST_NAME).write_text(lines, encoding="utf-8")
         for path in licences:
             shutil.copyfile(path, building / path.name)
-        (building / REPORT_NAME).write_text(
-            json.dumps(report, ensure_ascii=False, indent=2), encoding="utf-8"
-        )
+        (building / REPORT_NAME).write_text(json.dumps(report, ensure_ascii=False, indent=2), encoding="utf-8")
         building.rename(out)
     except OSError as error:
         raise InputError(f"{out}: cannot write it ({error}); free space or choose another --out") from error

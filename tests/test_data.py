@@ -23,9 +23,7 @@ PHOTOS = Path(__file__).parents[2] / "shared/data/photos"
 EMOJI = Path(__file__).parents[2] / "shared/data/emoji_styles"
 AWKWARD_TABLE = PHOTOS / "awkward/manifest.csv"
 AWKWARD = (
-    list(csv.DictReader(AWKWARD_TABLE.read_text(encoding="utf-8").splitlines()))
-    if AWKWARD_TABLE.is_file()
-    else []
+    list(csv.DictReader(AWKWARD_TABLE.read_text(encoding="utf-8").splitlines())) if AWKWARD_TABLE.is_file() else []
 )
 needs_photos = pytest.mark.skipif(not AWKWARD, reason=f"{PHOTOS} is absent")
 
@@ -315,9 +313,7 @@ def manifest(folder: Path, *lines: str | dict[str, object]) -> Path:
     (split / "images").mkdir(parents=True, exist_ok=True)
     for name in ("a.png", "b.png", "images/c \u2028日本.png"):
         Image.new("RGB", (8, 8)).save(split / name)
-    text = "\n".join(
-        line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines
-    )
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines)
     (split / "metadata.jsonl").write_text(text, encoding="utf-8")
     return folder
 
@@ -327,9 +323,7 @@ ROW: dict[str, object] = {"reference_file_name": "a.png", "target_file_name": "b
 
 def test_manifest_rows(tmp_path: Path) -> None:
     several = {"reference_file_names": ["a.png", "images/c \u2028日本.png"], "target_file_name": "b.png"}
-    folder = manifest(
-        tmp_path, {**ROW, "style": "ink", "n": [1]}, "", {**several, "prompt": " a\u2028b "}, ""
-    )
+    folder = manifest(tmp_path, {**ROW, "style": "ink", "n": [1]}, "", {**several, "prompt": " a\u2028b "}, "")
     first, second = read_manifest(folder, "train")
     assert (first.index, second.index) == (0, 1)
     assert (first.prompt, second.prompt) == ("a cat", "a\u2028b")
@@ -398,10 +392,7 @@ def test_row_round_trip_over_real_pictures(tmp_path: Path) -> None:
     names = sorted(path.name for path in style.iterdir())[:6]
     for name in names:
         (tmp_path / "val" / name).symlink_to((style / name).resolve())
-    rows = [
-        {**ROW, "reference_file_name": a, "target_file_name": b}
-        for a, b in zip(names, names[1:], strict=False)
-    ]
+    rows = [{**ROW, "reference_file_name": a, "target_file_name": b} for a, b in zip(names, names[1:], strict=False)]
     (tmp_path / "val/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     triplets = read_manifest(tmp_path, "val")
     assert [triplet.target.name for triplet in triplets] == names[1:]
@@ -436,9 +427,7 @@ def test_every_epoch_is_a_permutation(batch: int, num_samples: int, seed: int, e
     ranks=st.sampled_from([1, 2, 3, 4, 6]),
 )
 @settings(max_examples=100, deadline=None)
-def test_order_depends_on_neither_history_nor_batching(
-    step: int, num_samples: int, seed: int, ranks: int
-) -> None:
+def test_order_depends_on_neither_history_nor_batching(step: int, num_samples: int, seed: int, ranks: int) -> None:
     batch = 12
     whole = batch_keys(step, global_batch_size=batch, num_samples=num_samples, seed=seed)
     data._permutation.cache_clear()  # as in a process that resumes here
@@ -454,9 +443,7 @@ def test_order_depends_on_neither_history_nor_batching(
 def test_order_is_the_documented_one() -> None:
     keys = batch_keys(3, global_batch_size=4, num_samples=5, seed=7)  # positions 12..15: epochs 2, 2, 2, 3
     third, fourth = (np.random.default_rng([7, epoch]).permutation(5) for epoch in (2, 3))
-    assert keys == [SampleKey(7, 2, int(third[place])) for place in (2, 3, 4)] + [
-        SampleKey(7, 3, int(fourth[0]))
-    ]
+    assert keys == [SampleKey(7, 2, int(third[place])) for place in (2, 3, 4)] + [SampleKey(7, 3, int(fourth[0]))]
     assert all(type(key.index) is int for key in keys)  # so that keys can go into JSON
     orders = {
         tuple(key.index for key in batch_keys(epoch, global_batch_size=50, num_samples=50, seed=seed))

@@ -266,9 +266,7 @@ def test_vision_language_model_sees_the_image(family: Path) -> None:
             assert torch.equal(image.pixel_values, torch.ones_like(image.pixel_values)), "mean and std of 0.5"
         count = int(image.image_grid_thw.prod()) // 4
         assert count == 78  # enlarged to 65536 square pixels, then 32 px a token
-        prompt = (
-            "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>hi<|im_end|>\n"
-        )
+        prompt = "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>hi<|im_end|>\n"
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         with torch.no_grad():
             output = whole.model(
@@ -328,18 +326,13 @@ def test_base_and_turbo_render(family: Path) -> None:
 def test_omni_renders_from_a_reference(family: Path) -> None:
     omni = ZImageOmniPipeline.from_pretrained(family / mini.OMNI)
     omni.vae.to(torch.bfloat16)  # the pipeline encodes references in bfloat16 whatever the VAE holds
-    pictures = [
-        picture(omni, "a red circle", image=Image.new("RGB", (64, 64), colour))
-        for colour in ("white", "navy")
-    ]
+    pictures = [picture(omni, "a red circle", image=Image.new("RGB", (64, 64), colour)) for colour in ("white", "navy")]
     assert pictures[0].shape == (64, 64, 3)
     assert all(np.isfinite(each).all() and each.std() > 0.01 for each in pictures)
     assert np.abs(pictures[0] - pictures[1]).max() > 0.01, "the reference has no effect"
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("torchvision") is not None, reason="transformers imports it if it can"
-)
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="transformers imports it if it can")
 def test_nothing_needed_torchvision(family: Path) -> None:
     ZImageOmniPipeline.from_pretrained(family / mini.OMNI)
     assert not [name for name in sys.modules if name.split(".")[0] == "torchvision"]

@@ -72,7 +72,7 @@ def noise_like(*sides: tuple[int, int]) -> list[Tensor]:
 
 
 SIGMA = torch.tensor([0.9, 0.4, 0.65])
-PROJECTOR = ProjectorConfig(feature_dim=48, hidden_dim=64)
+PROJECTOR = ProjectorConfig(hidden_dim=64)
 LORA = LoraAdapterConfig(rank=4)
 SIGLIP = SiglipConfig(feature_dim=32)
 

@@ -5,7 +5,9 @@
 
 from typing import Any
 
-__version__ = "0.1.0"
+from ztrain.version import VERSION as __version__
+
+__all__ = ["__version__", "load_adapter"]
 
 
 def load_adapter(pipeline: Any, path: Any, **options: Any) -> Any:

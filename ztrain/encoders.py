@@ -183,6 +183,10 @@ class Encoders:
         if "siglip" in reads and self.siglip is None:
             self.siglip = SiglipEncoder(Source.of(config.models.siglip), dtype, device)
 
+    @property
+    def siglip_dim(self) -> int | None:
+        return None if self.siglip is None else int(self.siglip.model.config.hidden_size)
+
     def encode(
         self,
         prompts: Sequence[str],

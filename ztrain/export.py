@@ -16,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-import ztrain
 from ztrain.adapters import AnyAdapterConfig, build_adapters, describe_list
 from ztrain.conditioning import Encoded
 from ztrain.config import Config, EncodersConfig, ModelConfig, list_reads, parse
@@ -26,6 +25,7 @@ from ztrain.flow import sampler_noise
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, identity, public_name
 from ztrain.sample import SampleSettings, sample
+from ztrain.version import VERSION
 from ztrain.vision_language import SplicedModel
 
 CONFIG_FILE = "adapter_config.json"
@@ -66,12 +66,12 @@ def save_adapter(folder: Path, model: AdaptedDiT, config: Config, known: Identit
         save_file(
             kept,
             folder / name,
-            metadata={"ztrain.version": ztrain.__version__, "ztrain.step": str(step)} | metadata[name],
+            metadata={"ztrain.version": VERSION, "ztrain.step": str(step)} | metadata[name],
         )
     models = config.models
     document = {
         "format_version": FORMAT_VERSION,
-        "ztrain_version": ztrain.__version__,
+        "ztrain_version": VERSION,
         "adapters": exported,
         "encoders": config.encoders.model_dump(mode="json"),
         "models": {role: _public(getattr(models, role)) for role in ("base", "vision_language", "siglip")},
@@ -98,23 +98,25 @@ def _sha256(path: Path) -> str:
 
 
 def _model_card(config: Config, document: dict[str, Any]) -> str:
-    from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+    from huggingface_hub import ModelCardData
 
     base = document["models"]["base"]["pretrained_model_name_or_path"]
     kinds = describe_list(config.adapters)
-    lora = "Stock diffusers reads the LoRA alone with `pipe.load_lora_weights(folder)`.\n" if "lora" in kinds else ""
-    card = load_or_create_model_card(
-        from_training=True,
-        model_description=(
-            f"# ztrain adapter `{kinds}`\n\nReference-image adapter for `{base}`, trained for {document['step']} steps"
-            f" with ztrain {document['ztrain_version']}.\n\n```python\nimport ztrain\n"
-            "adapted = ztrain.load_adapter(pipe, folder)\nimages = adapted(prompt, reference)\n```\n\n" + lora
-        ),
-        # A local folder's name is no Hub id, and the card's checker asks for one.
+    data = ModelCardData(
+        # A local folder's name is no Hub id, and the Hub refuses cards that point to none.
         base_model=base if "/" in base else None,
-        inference=True,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["z-image", "ztrain", *(adapter.kind for adapter in config.adapters)],
     )
-    return str(populate_model_card(card, tags=["z-image", "ztrain", *(a.kind for a in config.adapters)]))
+    lora = "Stock diffusers reads the LoRA alone with `pipe.load_lora_weights(folder)`.\n"
+    return (
+        f"---\n{data.to_yaml()}\n---\n\n# ztrain adapter `{kinds}`\n\n"
+        f"Reference-image adapter for `{base}`, trained for {document['step']} steps with ztrain"
+        f" {document['ztrain_version']}.\n\n```python\nimport ztrain\nfrom diffusers import ZImagePipeline\n\n"
+        f'pipe = ZImagePipeline.from_pretrained("{base}")\nadapted = ztrain.load_adapter(pipe, folder)\n'
+        "images = adapted(prompt, reference)\n```\n\n" + (lora if "lora" in kinds else "")
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,7 +134,7 @@ def train(config: Config) -> Path:
     encoders = Encoders.load(config, config.reads, dtype, accelerator.device)
     known = identities(dit, encoders)
     torch.manual_seed(config.seed)  # new weights are the same on every process
-    model = AdaptedDiT(dit, build_adapters(config.adapters)).to(accelerator.device).train()
+    model = AdaptedDiT(dit, build_adapters(config.adapters, encoders.siglip_dim)).to(accelerator.device).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise InputError(

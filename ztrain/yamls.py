@@ -43,9 +43,17 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes text such as 1e4, which `_Loader` would otherwise read back as a number."""
+    """SafeDumper whose text `_Loader` reads back: 1e4 in quotes, and the rarer line ends as escapes.
+
+    Plain or single-quoted, U+0085 would come back as a line feed.
+    """
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if re.search("[\x85\u2028\u2029]", data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
+_Dumper.add_representer(str, _Dumper.represent_str)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, _FLOAT_STARTS)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, _FLOAT_STARTS)
 

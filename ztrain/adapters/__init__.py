@@ -22,9 +22,9 @@ AnyAdapterConfig = Annotated[
 ]
 
 
-def build_adapters(configs: list[Any]) -> list[Adapter[Any]]:
-    """Modules for an ordered list of settings."""
-    return [ADAPTERS[config.kind](config) for config in configs]
+def build_adapters(configs: list[Any], siglip_dim: int | None = None) -> list[Adapter[Any]]:
+    """Modules for an ordered list of settings; `siglip_dim`: width of the loaded SigLIP model's features, if any."""
+    return [ADAPTERS[config.kind](config.resolved(siglip_dim)) for config in configs]
 
 
 def describe_list(configs: list[Any]) -> str:

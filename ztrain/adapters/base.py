@@ -29,6 +29,10 @@ class AdapterConfig(BaseModel):
     def reads(self) -> Reads:
         return frozenset()
 
+    def resolved(self, siglip_dim: int | None) -> "AdapterConfig":
+        """With what only the loaded models know filled in: the width of the SigLIP features."""
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterFile:

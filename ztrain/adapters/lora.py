@@ -83,10 +83,14 @@ class Lora(Adapter[LoraAdapterConfig]):
             raise InputError(
                 f"adapters lora: target_modules {self.config.target_modules!r} matches no module of the DiT"
             )
+        awake = [parameter for parameter in dit.parameters() if parameter.requires_grad]
         try:
             dit.add_adapter(self._peft_config(), adapter_name=_PEFT_NAME)
         except (TypeError, ValueError) as error:
             raise InputError(f"adapters lora: peft cannot add this LoRA: {error}") from error
+        # peft freezes whatever is not its own: an adapter attached before this one would silently stop training.
+        for parameter in awake:
+            parameter.requires_grad_(True)
         for name, module in _peft_layers(dit):
             self.scaling[name] = module.scaling[_PEFT_NAME]
         # A bf16 base makes bf16 LoRA weights; the optimizer needs float32 ones.

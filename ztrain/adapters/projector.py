@@ -6,7 +6,7 @@ so that training begins exactly at the splice and any loss against it is visible
 because stored states reach 1e4 in a few dimensions (zimage_facts.md 7, item 38).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -17,18 +17,18 @@ from ztrain.adapters.splice import ComposeConfig, ComposingAdapter
 
 class ProjectorConfig(ComposeConfig):
     kind: Literal["projector"] = "projector"
-    feature_dim: int = Field(default=2560, ge=1)
-    """Width of the caption features: cap_feat_dim of the DiT, 2560 for Z-Image."""
     hidden_dim: int = Field(default=5120, ge=1)
-    """Width of the hidden layer; 5120 gives 26.2 M parameters at feature_dim 2560."""
+    """Width of the hidden layer; 5120 gives 26.2 M parameters on Z-Image, whose caption features are 2560 wide."""
 
 
 class Projector(ComposingAdapter):
-    def __init__(self, config: ProjectorConfig) -> None:
-        super().__init__(config)
-        self.norm = nn.RMSNorm(config.feature_dim, eps=1e-6)
-        self.up = nn.Linear(config.feature_dim, config.hidden_dim)
-        self.down = nn.Linear(config.hidden_dim, config.feature_dim)
+    config: ProjectorConfig
+
+    def attach(self, dit: Any) -> None:
+        width = dit.config.cap_feat_dim
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.up = nn.Linear(width, self.config.hidden_dim)
+        self.down = nn.Linear(self.config.hidden_dim, width)
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
 

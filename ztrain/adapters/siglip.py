@@ -25,8 +25,8 @@ Initialisation = Literal["context_refiner", "random", "statistics_matched", "cap
 
 class SiglipConfig(AdapterConfig):
     kind: Literal["siglip"] = "siglip"
-    feature_dim: int = Field(default=1152, ge=1)
-    """Width of the SigLIP features: 1152 for siglip2-so400m."""
+    feature_dim: int | None = Field(default=None, ge=1)
+    """Width of the SigLIP features: 1152 for siglip2-so400m. None: that of models.siglip."""
     trains: Literal["embedder", "embedder_and_refiner"] = "embedder_and_refiner"
     """embedder: 4.4 M parameters, the refiner stays a frozen copy of context_refiner; both: 358.4 M."""
     init: Initialisation = "context_refiner"
@@ -47,6 +47,15 @@ class SiglipConfig(AdapterConfig):
     def reads(self) -> Reads:
         return frozenset({"siglip"} if self.layout == "spatial" else {"siglip", "omni"})
 
+    def resolved(self, siglip_dim: int | None) -> "SiglipConfig":
+        if siglip_dim is None or self.feature_dim == siglip_dim:
+            return self
+        if self.feature_dim is not None:
+            raise InputError(
+                f"adapters siglip: feature_dim is {self.feature_dim}, but models.siglip gives {siglip_dim}"
+            )
+        return self.model_copy(update={"feature_dim": siglip_dim})
+
     @model_validator(mode="after")
     def _consistent(self) -> "SiglipConfig":
         if (self.init == "file") != (self.init_file is not None):
@@ -63,8 +72,9 @@ class SiglipConfig(AdapterConfig):
 class Siglip(Adapter[SiglipConfig]):
     """Weights live inside the DiT under diffusers' own names."""
 
-    def attach(self, dit: nn.Module) -> None:
+    def attach(self, dit: Any) -> None:
         config = self.config
+        assert config.feature_dim is not None, "resolve the config with the SigLIP model's width first"
         present = getattr(dit, "siglip_embedder", None) is not None
         if present != (config.init == "checkpoint"):
             fact = "already has" if present else "lacks"
@@ -72,7 +82,7 @@ class Siglip(Adapter[SiglipConfig]):
                 f"adapters siglip: the base {fact} siglip components, which does not go with init: {config.init}"
             )
         if not present:
-            _build(dit, config)
+            _build(dit, config, config.feature_dim)
         elif dit.siglip_embedder[1].in_features != config.feature_dim:
             width = dit.siglip_embedder[1].in_features
             raise InputError(f"adapters siglip: feature_dim is {config.feature_dim}, but the base was made for {width}")
@@ -94,13 +104,11 @@ class Siglip(Adapter[SiglipConfig]):
         return config
 
 
-def _build(dit: nn.Module, config: SiglipConfig) -> None:
+def _build(dit: Any, config: SiglipConfig, width: int) -> None:
     from diffusers.models.normalization import RMSNorm
 
     source = dit.cap_embedder[1].weight
-    embedder = nn.Sequential(
-        RMSNorm(config.feature_dim, eps=dit.config.norm_eps), nn.Linear(config.feature_dim, dit.dim)
-    )
+    embedder = nn.Sequential(RMSNorm(width, eps=dit.config.norm_eps), nn.Linear(width, dit.dim))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.init_seed)
         refiner = copy.deepcopy(dit.context_refiner).requires_grad_(False)
@@ -112,7 +120,7 @@ def _build(dit: nn.Module, config: SiglipConfig) -> None:
     dit.siglip_embedder = embedder.to(source.device, source.dtype).requires_grad_(False)
     dit.siglip_refiner = refiner
     dit.siglip_pad_token = nn.Parameter(dit.cap_pad_token.detach().clone(), requires_grad=False)
-    dit.register_to_config(siglip_feat_dim=config.feature_dim)
+    dit.register_to_config(siglip_feat_dim=width)
     if config.init == "file":
         _load_file(dit, config)
 
@@ -130,15 +138,15 @@ def _init_embedder(linear: nn.Linear, cap_embedder: nn.Sequential, config: Sigli
             # For inputs of unit RMS, output i of cap_embedder has variance sum_j (W_ij g_j)^2; match its mean over i.
             spread = (weight * gain).square().sum(dim=1).mean().sqrt()
             noise = torch.randn(linear.weight.shape).to(linear.weight.device)
-            linear.weight.copy_(noise * (spread.to(noise.device) / math.sqrt(config.feature_dim)))
+            linear.weight.copy_(noise * (spread.to(noise.device) / math.sqrt(linear.in_features)))
             linear.bias.copy_(bias)
         case "cap_embedder_slice":
-            columns = min(config.feature_dim, weight.shape[1])
+            columns = min(linear.in_features, weight.shape[1])
             linear.weight.zero_()
             linear.weight[:, :columns] = weight[:, :columns].to(linear.weight.device)
             linear.bias.copy_(bias)
         case _:
-            nn.init.normal_(linear.weight, std=1.0 / math.sqrt(config.feature_dim))
+            nn.init.normal_(linear.weight, std=1.0 / math.sqrt(linear.in_features))
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ MARKER = "family.json"  # written last: a folder that holds it is complete
 BASE, TURBO, OMNI = "Z-Image", "Z-Image-Turbo", "Z-Image-Omni-Base"
 VISION_LANGUAGE, SIGLIP = "Qwen3-VL-4B-Instruct", "siglip2-so400m-patch16-naflex"
 
-# The schedules that the two released checkpoints ship (zimage_facts.md 2).
+# The schedules that the two released checkpoints ship (zimage_facts.md 2); Omni-Base's is taken to be Base's.
 SHIFTS = {BASE: 6.0, TURBO: 3.0, OMNI: 6.0}
 
 
@@ -286,6 +286,10 @@ def build_transformer(sizes: FamilySizes, siglip: bool) -> ZImageTransformer2DMo
         axes_dims=list(sizes.dit_axes_dims),
         axes_lens=list(sizes.dit_axes_lens),
     )
+    for final_layer in transformer.all_final_layer.values():
+        # Tokens arrive with unit variance, and a velocity (noise - latents) has variance 2: torch's own start could
+        # not reach a target's spread, so no adapter before this frozen layer could learn one.
+        nn.init.normal_(final_layer.linear.weight, std=(2 / sizes.dit_dim) ** 0.5)
     return _finished(transformer)
 
 

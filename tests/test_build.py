@@ -1,0 +1,568 @@
+"""Style folders -> triplets as people build them: real processes on painted and real pictures; their YAML."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pydantic
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_tools.build import main
+from ztrain.data import Triplet, open_image, read_manifest
+from ztrain.errors import InputError
+from ztrain.mini.painter import STYLES, choose_contents, paint_style_folders
+from ztrain.yamls import describe_errors, dump_yaml, load_yaml
+
+ROOT = Path(__file__).parents[1]
+EMOJI = ROOT.parent / "shared/data/emoji_styles"
+NUM_CONTENTS = 24
+NUM_VAL = 4
+
+
+def run(*arguments: object, module: str = "data_tools.build", **environment: str) -> subprocess.CompletedProcess[str]:
+    """The program in a process of its own, as on a terminal of 200 columns."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.fixture(scope="session")
+def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Painted style folders that no test changes."""
+    folder = tmp_path_factory.mktemp("painted")
+    paint_style_folders(folder, size=32, num_contents=NUM_CONTENTS)
+    return folder
+
+
+@pytest.fixture
+def source(painted: Path, tmp_path: Path) -> Path:
+    """Painted style folders of one's own, with a config beside them."""
+    folder = tmp_path / "source"
+    shutil.copytree(painted, folder)
+    write_config(folder)
+    return folder
+
+
+def write_config(folder: Path, **options: object) -> Path:
+    path = folder / "build.yaml"
+    path.write_text(dump_yaml({"images": "images", "contents": "contents.csv", **options}))
+    return path
+
+
+def build(source: Path, out: Path, *options: object) -> dict[str, list[Triplet]]:
+    """Build, expect success, and read all splits back."""
+    done = run("--config", source / "build.yaml", "--out", out, *options)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, [summary(out)]), done.stderr
+    return {split: read_manifest(out, split) for split in splits(out)}
+
+
+def splits(out: Path) -> list[str]:
+    return [name for name in ("train", "validation", "all") if (out / name).is_dir()]
+
+
+def summary(out: Path) -> str:
+    counts = (f"{split} {len(read_manifest(out, split))}" for split in splits(out)) if out.is_dir() else ()
+    return f"{out}: " + ", ".join(counts)
+
+
+def refuse(source: Path, out: Path, *options: object) -> str:
+    """Build, expect a refusal that leaves nothing behind, and return its one message."""
+    before = sorted(out.parent.rglob("*"))
+    done = run("--config", source / "build.yaml", "--out", out, *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert sorted(out.parent.rglob("*")) == before
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    return done.stderr
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# ---- what a build holds
+
+
+def test_triplets_keep_the_rules(source: Path, tmp_path: Path) -> None:
+    (source / "LICENSES.md").write_text("by nobody")
+    built = build(source, tmp_path / "deep/er/out")
+    contents = {content.name: (content.prompt, split) for content, split in choose_contents(NUM_CONTENTS, 0)}
+    assert {split: len(rows) for split, rows in built.items()} == {
+        "train": (NUM_CONTENTS - NUM_VAL) * len(STYLES),
+        "validation": NUM_VAL * len(STYLES),
+    }
+    for split, rows in built.items():
+        targets = Counter((row.columns["style"], row.columns["content"]) for row in rows)
+        assert set(targets.values()) == {1}
+        for row in rows:
+            style, content, other = (row.columns[key] for key in ("style", "content", "reference_content"))
+            assert contents[str(content)] == (row.prompt, "val" if split == "validation" else "train")
+            assert content != other and contents[str(other)][1] == contents[str(content)][1]
+            assert row.target.name == f"{content}.png" and row.references[0].name == f"{other}.png"
+            assert row.target.parent.name == row.references[0].parent.name == style
+            original = source / "images" / str(style) / row.target.name
+            assert row.target.read_bytes() == original.read_bytes()
+        styles = [row.columns["style"] for row in rows]
+        assert styles != sorted(styles, key=str)  # the rows are shuffled
+    assert (tmp_path / "deep/er/out/LICENSES.md").read_text() == "by nobody"
+
+
+@pytest.mark.parametrize(("references", "per_target"), [(1, 1), (1, 3), (2, 2)])
+def test_references_are_balanced_and_never_repeat(
+    source: Path, tmp_path: Path, references: int, per_target: int
+) -> None:
+    options = ("--references-per-triplet", references, "--triplets-per-target", per_target)
+    built = build(source, tmp_path / "out", *options)
+    assert len(built["train"]) == (NUM_CONTENTS - NUM_VAL) * len(STYLES) * per_target
+    uses: dict[object, Counter[Path]] = defaultdict(Counter)
+    met: dict[Path, list[Path]] = defaultdict(list)
+    for row in built["train"]:
+        assert len(row.references) == references
+        uses[row.columns["style"]].update(row.references)
+        met[row.target] += row.references
+    for counter in uses.values():
+        assert len(counter) == NUM_CONTENTS - NUM_VAL
+        assert max(counter.values()) - min(counter.values()) <= 2
+    for target, seen in met.items():
+        assert len({target, *seen}) == 1 + references * per_target
+
+
+def test_equal_bytes_are_no_reference(source: Path, tmp_path: Path) -> None:
+    ink = source / "images/ink"
+    train = [content.name for content, split in choose_contents(NUM_CONTENTS, 0) if split == "train"]
+    for name in train[2:]:
+        (ink / f"{name}.png").unlink()
+    shutil.copyfile(ink / f"{train[0]}.png", ink / f"{train[1]}.png")  # the two that are left are one
+    built = build(source, tmp_path / "out")
+    assert "ink" not in {row.columns["style"] for row in built["train"]}
+    report = json.loads((tmp_path / "out/build_report.json").read_text())
+    assert report["without_reference"] == {"train/ink": 2}
+
+
+def test_style_without_reference_is_counted_and_said(source: Path, tmp_path: Path) -> None:
+    val = [content.name for content, split in choose_contents(NUM_CONTENTS, 0) if split == "val"]
+    for name in val[1:]:
+        (source / f"images/neon/{name}.png").unlink()
+    done = run("--config", source / "build.yaml", "--out", tmp_path / "out")
+    assert done.returncode == 0
+    assert "note: triplets without reference: 1, see " in done.stderr
+    report = json.loads((tmp_path / "out/build_report.json").read_text())
+    assert report["without_reference"] == {"validation/neon": 1}
+    assert report["triplets"]["validation"] == NUM_VAL * (len(STYLES) - 1)
+
+
+def test_cut_keeps_styles_even(source: Path, tmp_path: Path) -> None:
+    for path in sorted((source / "images/neon").iterdir())[3:]:
+        path.unlink()  # a small style gives what it has, the others share the rest
+    cut = 40
+    built = build(source, tmp_path / "out", "--max-triplets-per-split", cut)
+    counts = Counter(row.columns["style"] for row in built["train"])
+    assert sum(counts.values()) == cut
+    assert counts.pop("neon") <= 3
+    assert max(counts.values()) - min(counts.values()) <= 1
+    named = {path for rows in built.values() for row in rows for path in (row.target, *row.references)}
+    assert named == set((tmp_path / "out").rglob("images/*/*"))  # no picture that no row names
+
+
+def test_seed_decides_everything(source: Path, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        build(source, tmp_path / name, *(("--seed", 1) if name == "c" else ()))
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    assert digests(tmp_path / "a")["train/metadata.jsonl"] != digests(tmp_path / "c")["train/metadata.jsonl"]
+
+
+def test_options_from_file_and_command_line(source: Path, tmp_path: Path) -> None:
+    table = source / "contents.csv"
+    table.write_text(table.read_text().replace("id,prompt,split", "key,text,part"))
+    columns = {"id_column": "key", "prompt_column": "text", "split_column": "part"}
+    write_config(source, **columns, splits={"train": "x", "val": "all"}, styles=["ink", "neon"], seed=5)
+    built = build(source, tmp_path / "out", "--splits.train", "train", "--styles", "ink", "popart")
+    assert {row.columns["style"] for rows in built.values() for row in rows} == {"ink", "popart"}
+    assert set(built) == {"train", "all"}
+    report = json.loads((tmp_path / "out/build_report.json").read_text())
+    assert report["config"]["seed"] == 5
+
+
+def test_contents_of_other_splits_are_left_out(source: Path, tmp_path: Path) -> None:
+    write_config(source, splits={"val": "validation"})
+    built = build(source, tmp_path / "out")
+    assert set(built) == {"validation"}
+    report = json.loads((tmp_path / "out/build_report.json").read_text())
+    assert report["counts"]["contents_of_other_splits"] == NUM_CONTENTS - NUM_VAL
+
+
+# ---- again, and over something else
+
+
+def test_rerun_is_up_to_date_and_anything_else_is_refused(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()  # an empty folder is free
+    build(source, out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    again = run("--config", source / "build.yaml", "--out", out)
+    assert (again.returncode, again.stdout) == (0, f"{out} is up to date\n{summary(out)}\n")
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert "already holds something else" in refuse(source, out, "--seed", 1)
+    painting = source / "images/ink" / next((out / "train/images/ink").iterdir()).name
+    painting.unlink()  # out holds a hard link to it
+    Image.new("RGB", (32, 32)).save(painting)
+    assert "already holds something else" in refuse(source, out)
+
+
+def test_foreign_and_damaged_folders_are_refused(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build(source, out)
+    victim = read_manifest(out, "train")[0].target
+    victim.unlink()
+    assert victim.name in refuse(source, out)
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    assert "already holds something else" in refuse(source, out)
+    shutil.rmtree(out)
+    out.write_text("a file")
+    assert "already holds something else" in refuse(source, out)
+
+
+# ---- what cannot be built
+
+
+def test_unreadable_pictures_are_rejected_up_to_the_share(source: Path, tmp_path: Path) -> None:
+    bad = sorted((source / "images/ink").iterdir())[:2]
+    bad[0].write_bytes(b"")
+    bad[1].write_bytes(bad[1].read_bytes()[:150])
+    message = refuse(source, tmp_path / "out")
+    assert "2 of 144 pictures (1.39%) are unreadable, more than max_reject_share 0 " in message
+    assert all(str(path.name) in message for path in bad)
+    refuse(source, tmp_path / "out", "--max-reject-share", 0.013)
+    built = build(source, tmp_path / "out", "--max-reject-share", 0.014)
+    named = {path.name for row in built["train"] for path in row.references if row.columns["style"] == "ink"}
+    assert named and not named & {path.name for path in bad}
+    report = json.loads((tmp_path / "out/build_report.json").read_text())
+    assert set(report["rejected"]) == {f"ink/{path.name}" for path in bad}
+    assert "the file is empty" in report["rejected"][f"ink/{bad[0].name}"]
+    assert report["counts"]["pictures_rejected"] == 2
+
+
+def append(path: Path, text: str) -> None:
+    path.write_text(path.read_text() + text)
+
+
+MISTAKES = {
+    "no images": (lambda folder: shutil.rmtree(folder / "images"), "images: no such folder"),
+    "no table": (lambda folder: (folder / "contents.csv").unlink(), "contents.csv: cannot read"),
+    "no column": (
+        lambda folder: write_config(folder, id_column="x"),
+        "no column 'x'; its columns are: id, prompt",
+    ),
+    "empty style": (lambda folder: (folder / "images/oil").mkdir(), "images/oil: no picture of a content"),
+    "no style": (
+        lambda folder: write_config(folder, styles=["oil"]),
+        "no style folder oil; found: blueprint, ink",
+    ),
+    "empty split": (lambda folder: write_config(folder, splits={"test": "x"}), "check ids and splits"),
+    "one empty split": (
+        lambda folder: write_config(folder, splits={"train": "a", "dev": "b"}),
+        "split 'b' gets no triplet",
+    ),
+    "id twice": (
+        lambda folder: append(folder / "contents.csv", "cat,a cat,train\ncat,b,val\n"),
+        "csv:27: the id 'cat'",
+    ),
+    "empty prompt": (
+        lambda folder: append(folder / "contents.csv", "cat, ,train\n"),
+        "csv:26: prompt is empty",
+    ),
+    "empty id": (lambda folder: append(folder / "contents.csv", ",a cat,train\n"), "csv:26: id is empty"),
+    "short row": (lambda folder: append(folder / "contents.csv", "cat\n"), "csv:26: must have 3 fields"),
+    "long row": (
+        lambda folder: append(folder / "contents.csv", "cat,a,train,x\n"),
+        "csv:26: must have 3 fields",
+    ),
+    "two files": (
+        lambda folder: (
+            Image.open(next((folder / "images/ink").iterdir()))
+            .convert("RGB")
+            .save(next((folder / "images/ink").iterdir()).with_suffix(".bmp"))
+        ),
+        "the same content as",
+    ),
+    "unknown key": (
+        lambda folder: write_config(folder, style=["ink"]),
+        "build.yaml: style: unknown key (got ['ink'])",
+    ),
+    "wrong type": (
+        lambda folder: write_config(folder, seed="x"),
+        "build.yaml: seed: Input should be a valid integer",
+    ),
+    "bad split": (
+        lambda folder: write_config(folder, splits={"val": "../x"}),
+        "'../x' must be the plain name",
+    ),
+    "key twice": (
+        lambda folder: append(folder / "build.yaml", "images: x\n"),
+        "build.yaml:3: the key 'images'",
+    ),
+    "no config": (lambda folder: (folder / "build.yaml").unlink(), "build.yaml: cannot read the file"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named_and_leave_nothing(
+    source: Path, tmp_path: Path, mistake: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, message = MISTAKES[mistake]
+    make(source)
+    before = sorted(tmp_path.rglob("*"))
+    # In this process: twenty of their own would take longer than all other tests here.
+    assert main(["--config", f"{source}/build.yaml", "--out", f"{tmp_path}/out"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("error: ") and message in printed.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_command_line_mistakes(source: Path, tmp_path: Path) -> None:
+    assert "command line: seed: " in refuse(source, tmp_path / "out", "--seed", -1)
+    for arguments in (
+        [],
+        ["--config", source / "build.yaml"],
+        ["--config", source / "build.yaml", "--sed", 3],
+    ):
+        done = run(*arguments)
+        assert (done.returncode, done.stdout) == (2, "") and "--" in done.stderr
+
+
+def test_unwritable_place(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot write it" in refuse(source, tmp_path / "file/out")
+
+
+# ---- other people's loaders, real pictures
+
+
+def test_datasets_loads_both_splits(source: Path, tmp_path: Path) -> None:
+    built = build(source, tmp_path / "out", "--max-triplets-per-split", 12)
+    program = f"""
+import datasets, json
+data = datasets.load_dataset("imagefolder", data_dir={str(tmp_path / "out")!r})
+def seen(row): return (*row["reference"].size, *row["target"].size, row["prompt"])
+rows = {{split: [seen(row) for row in data[split]] for split in data}}
+print(json.dumps(rows))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert rows == {split: [[32, 32, 32, 32, row.prompt] for row in of_split] for split, of_split in built.items()}
+
+
+def test_shipped_config_on_real_pictures(tmp_path: Path) -> None:
+    if not EMOJI.is_dir():
+        pytest.skip(f"{EMOJI} is absent")
+    config = ROOT / "configs/data/emoji_styles.yaml"
+    options = ("--styles", "breeze", "breeze_mono", "oxygen", "--max-triplets-per-split", "30")
+    done = run("--config", config, "--out", tmp_path / "out", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'out'}: train 30, validation 17\n"
+    train, val = (read_manifest(tmp_path / "out", split) for split in ("train", "validation"))
+    assert not {row.columns["content"] for row in train} & {row.columns["content"] for row in val}
+    assert Counter(row.columns["style"] for row in train) == {"breeze": 10, "breeze_mono": 10, "oxygen": 10}
+    assert {open_image(path).size for row in train for path in (row.target, *row.references)} == {(128, 128)}
+    assert (tmp_path / "out/LICENSES.md").read_bytes() == (EMOJI / "LICENSES.md").read_bytes()
+
+
+# ---- the painter
+
+
+def test_painting_is_deterministic_and_distinct(painted: Path, tmp_path: Path) -> None:
+    done = run(
+        *("--out", tmp_path / "again", "--size", 32, "--num-contents", NUM_CONTENTS),
+        module="ztrain.mini.painter",
+    )
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "again") == digests(painted)
+    assert len(set(digests(painted).values())) == len(STYLES) * NUM_CONTENTS + 1
+    means = {}
+    for style in STYLES:  # a style is nearer to itself than to any other, by its average picture
+        stack = [np.asarray(open_image(path)).astype(float) for path in sorted((painted / "images" / style).iterdir())]
+        means[style] = (np.mean(stack[::2], axis=0), np.mean(stack[1::2], axis=0))
+    for style, (even, _) in means.items():
+        gaps = {other: float(np.abs(even - odd).mean()) for other, (_, odd) in means.items()}
+        assert min(gaps, key=gaps.__getitem__) == style
+        assert sorted(gaps.values())[1] > 3 * gaps[style]
+
+
+def test_prompts_name_the_content_only() -> None:
+    contents = choose_contents(180, 0)
+    prompts = [content.prompt for content, _ in contents]
+    assert len(set(prompts)) == 180
+    assert {"a star", "two fish at the top", "three boats on the left"} <= set(prompts)
+    assert not [prompt for prompt in prompts if any(style in prompt for style in STYLES)]
+    assert Counter(split for _, split in contents) == {"train": 150, "val": 30}
+
+
+def test_painter_refusals(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(InputError, match="holds something else"):
+        paint_style_folders(tmp_path, num_contents=6)
+    with pytest.raises(InputError, match="num_contents 181"):
+        paint_style_folders(tmp_path / "new", num_contents=181)
+    done = run("--out", tmp_path / "new", "--size", 8, module="ztrain.mini.painter")
+    assert (done.returncode, done.stderr) == (2, "error: size 8 must be at least 16 pixels\n")
+    assert not (tmp_path / "new").exists()
+
+
+# ---- YAML
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+tricky = st.sampled_from(
+    ["1e4", "1e-4", "-.5E3", "1.e5", ".5e-3", "1:30", "no", "~", "<<", "=", "2026-01-01", "0x1", ""]
+)
+values = st.recursive(
+    scalars | tricky,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | tricky, inner, max_size=3),
+)
+
+
+@given(st.dictionaries(st.text() | tricky, values, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_yaml_round_trip(tmp_path_factory: pytest.TempPathFactory, document: dict[str, Any]) -> None:
+    path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
+    path.write_text(dump_yaml(document), encoding="utf-8")
+    loaded = load_yaml(path)
+    assert loaded == document and repr(loaded) == repr(document)  # repr: 1, 1.0 and True are equal
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+@settings(max_examples=100, deadline=None)
+def test_yaml_floats_as_python_writes_them(tmp_path_factory: pytest.TempPathFactory, number: float) -> None:
+    path = tmp_path_factory.getbasetemp() / "float.yaml"
+    path.write_text(f"a: {number!r}\nb: {number:e}\nc: {number:.17E}\n")
+    assert load_yaml(path) == {"a": number, "b": float(f"{number:e}"), "c": number}
+    assert all(type(value) is float for value in load_yaml(path).values())
+
+
+def test_yaml_scalars_that_stay_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text('a: 1e-4\nb: 5e6\nc: "1e-4"\nd: 12\ne: e5\nf: 1e\ng: +2E+3\n')
+    loaded = load_yaml(tmp_path / "a.yaml")
+    assert loaded == {"a": 0.0001, "b": 5e6, "c": "1e-4", "d": 12, "e": "e5", "f": "1e", "g": 2000.0}
+    assert type(loaded["d"]) is int
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "a.yaml:3: the key 'a' stands twice"),
+        ("x:\n  - {b: 1, c: 2, b: 1}\n", "a.yaml:2: the key 'b' stands twice"),
+        ("a: 1\n'a': 2\n", "a.yaml:2: the key 'a' stands twice"),
+        ("a: [1\nb: 2\n", "a.yaml:2: while parsing a flow sequence"),
+        ("a:\n\t- 1\n", "a.yaml:2: "),
+        ("a: !!python/object/apply:os.getcwd []\n", "a.yaml:1: could not determine a constructor"),
+        ("a: *b\n", "a.yaml:1: found undefined alias"),
+        ("? [1]\n: 2\n", "a.yaml:1: "),
+        ("- 1\n", "a.yaml: must hold a mapping of keys to values, but holds a list"),
+        ("# nothing\n", "but holds nothing"),
+        ("a: 1\n---\nb: 1\n", "a.yaml:2: "),
+        ("a: 2026-13-45\n", "a.yaml: not readable as YAML (month must be"),
+        ("a: \x07\n", "a.yaml: not readable as YAML"),
+        ("[" * 5000, "a.yaml: not readable as YAML"),
+    ],
+)
+def test_yaml_mistakes_name_file_and_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_yaml(tmp_path / "a.yaml")
+    assert f"{tmp_path}/a.yaml" in str(caught.value) and message in str(caught.value)
+
+
+def test_yaml_merge_may_override(tmp_path: Path) -> None:
+    text = "deep: {er: &mid {<<: &base {x: 1, y: 1}, x: 2}}\ntop: {<<: *mid, x: 3}\nlow: {<<: *base, y: 4}\n"
+    (tmp_path / "a.yaml").write_text(text)
+    loaded = load_yaml(tmp_path / "a.yaml")
+    assert loaded["top"] == {"x": 3, "y": 1} and loaded["low"] == {"x": 1, "y": 4}
+
+
+class Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+
+class Lora(Strict):
+    kind: Literal["lora"] = "lora"
+    rank: int = 8
+
+
+class Projector(Strict):
+    kind: Literal["projector"] = "projector"
+    width: int = 8
+
+
+class Train(Strict):
+    learning_rate: float = pydantic.Field(default=1e-4, gt=0)
+
+
+class Whole(Strict):
+    train: Train
+    adapters: list[Annotated[Lora | Projector, pydantic.Field(discriminator="kind")]] = []
+    names: dict[str, Train] | None = None
+    note: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _note_is_kind(self) -> "Whole":
+        if self.note == "rude":
+            raise ValueError("note must be kind")
+        return self
+
+
+@pytest.mark.parametrize(
+    ("given_values", "lines"),
+    [
+        ({"train": {"lrr": 3}}, ["c.yaml: train.lrr: unknown key (got 3); did you mean learning_rate?"]),
+        ({"train": {"qqqq": 3}}, ["c.yaml: train.qqqq: unknown key (got 3); known keys: learning_rate"]),
+        (
+            {"train": {"learning_rate": 0.0}},
+            ["c.yaml: train.learning_rate: Input should be greater than 0 (got 0.0)"],
+        ),
+        ({}, ["c.yaml: train: is missing; give it a value"]),
+        (
+            {"train": {}, "adapters": [{"kind": "lora"}, {"kind": "lora", "rankk": 1, "rank": "x"}]},
+            [
+                "c.yaml: adapters.1.rank: Input should be a valid integer (got 'x')",
+                "c.yaml: adapters.1.rankk: unknown key (got 1); did you mean rank?",
+            ],
+        ),
+        (
+            {"train": {}, "names": {"a": {"rate": 1}}},
+            ["names.a.rate: unknown key (got 1); did you mean learning_rate?"],
+        ),
+        ({"train": {}, "note": "rude"}, ["c.yaml: note must be kind"]),
+        ({"train": {}, "note": ["x" * 200]}, ["c.yaml: note: Input should be a valid string (got ['xxx"]),
+    ],
+)
+def test_validation_errors_in_words(given_values: dict[str, Any], lines: list[str]) -> None:
+    with pytest.raises(pydantic.ValidationError) as caught:
+        Whole.model_validate(given_values)
+    described = describe_errors(caught.value, source="c.yaml", model=Whole).splitlines()
+    assert len(described) == len(lines)
+    assert all(part in whole and len(whole) < 160 for part, whole in zip(lines, described, strict=True))
+    without_model = describe_errors(caught.value, source="c.yaml").splitlines()
+    assert len(without_model) == len(lines) and not any("did you mean" in line for line in without_model)

@@ -1,0 +1,154 @@
+"""The experiment file: what is refused and in which words, overrides, presets, and the command line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.test_parity import family_config
+from ztrain.config import Config, ModelConfig, load_config
+from ztrain.dit import load_transformer
+from ztrain.encoders import Encoders
+from ztrain.errors import InputError
+from ztrain.models import Source, base_defaults, identity, public_name
+from ztrain.train import sigma_density
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml")) + sorted((ROOT / "configs" / "presets").glob("*.yaml"))
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "experiment.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {learning_rat: 3}", ["train.learning_rat", "unknown key", "3", "did you mean learning_rate"]),
+        ("train: {learning_rate: fast}", ["train.learning_rate", "valid number", "fast"]),
+        ("train: {learning_rate: true}", ["train.learning_rate", "valid number", "True"]),
+        ("train: {max_train_steps: 0}", ["train.max_train_steps", "greater than or equal to 1", "0"]),
+        ("train: {mixed_precision: fp16}", ["train.mixed_precision", "bf16", "fp16"]),
+        ("data: {resolution: 100}", ["data", "resolution 100 is not a multiple of 16"]),
+        ("sample: {height: 72}", ["sample", "height 72 is not a multiple of 16"]),
+        ("sample: {guidance_window: [0.9, 0.1]}", ["guidance_window", "low <= high"]),
+        ("encoders: {min_reference_pixels: 5000, max_reference_pixels: 4000}", ["min_reference_pixels is larger"]),
+        ("adapters: [{kind: ip_adapter}]", ["adapters.0", "ip_adapter", "siglip"]),
+        ("adapters: [{kind: lora, ranks: 3}]", ["adapters.0.ranks", "unknown key", "rank"]),
+        ("adapters: [{kind: lora}, {kind: lora}]", ["lora stands twice"]),
+        ("adapters: [{kind: splice}, {kind: projector}]", ["splice and projector both compose"]),
+        ("adapters: [{kind: splice}, {kind: siglip, layout: stock}]", ["stock siglip layout"]),
+        ("flow: {shift: -1.0}", ["flow", "shift -1.0 must be above 0"]),
+        ("flow: {shift: often}", ["flow.shift", "often"]),
+        ("seed: 1\nseed: 2", ["experiment.yaml:2", "seed", "twice"]),
+        ("seed: [", ["experiment.yaml"]),
+        ("- 1", ["mapping"]),
+    ],
+)
+def test_wrong_experiments_are_named(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(InputError) as error:
+        load_config([write(tmp_path, text)])
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+def test_later_files_and_overrides_win(tmp_path: Path) -> None:
+    above = write(tmp_path, "train: {learning_rate: 5e-5}\nflow: {shift: 2}")
+    files = [ROOT / "configs" / "siglip_lora.yaml", ROOT / "configs" / "tiny.yaml", above]
+    config = load_config(
+        files, ["--adapters.1.rank", "8", "--train.max_train_steps", "7", "--flow.shift", "resolution"]
+    )
+    assert config.train.learning_rate == 5e-5 and config.train.train_batch_size == 4
+    assert config.adapters[1].rank == 8 and config.train.max_train_steps == 7 and config.flow.shift == "resolution"
+    assert [adapter.kind for adapter in config.adapters] == ["siglip", "lora"]
+    assert config.reads == {"siglip"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid(path: Path) -> None:
+    config = load_config([path])
+    assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "ztrain.cli", *arguments], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_config_show_prints_what_it_loaded() -> None:
+    files = ["configs/lora.yaml", "configs/tiny.yaml"]
+    shown = run("config", "show", "--config", *files, "--adapters.0.rank", "3")
+    assert shown.returncode == 0, shown.stderr
+    expected = load_config([ROOT / file for file in files], ["--adapters.0.rank", "3"])
+    assert yaml.safe_load(shown.stdout) == expected.model_dump(mode="json")
+
+
+def test_command_line_mistakes_exit_with_2(tmp_path: Path) -> None:
+    for arguments, words in (
+        (["config", "show", "--config", str(write(tmp_path, "trian: {}"))], ["trian", "unknown key", "train"]),
+        (["config", "show", "--train.learning_rate", "-1"], ["learning_rate"]),
+        (["config", "show", "--train.lr", "1"], ["--train.lr"]),
+        (["config", "show", "--config", "absent.yaml"], ["absent.yaml"]),
+        (["fly"], ["ztrain VERB"]),
+    ):
+        finished = run(*arguments)
+        assert finished.returncode == 2 and "Traceback" not in finished.stderr, finished.stderr
+        assert all(word in finished.stderr + finished.stdout for word in words), finished.stderr + finished.stdout
+
+
+def test_base_and_turbo_keep_their_own_defaults(family: Path) -> None:
+    turbo, base = (base_defaults(family_config(family, name).models) for name in ("Z-Image-Turbo", "Z-Image"))
+    assert (turbo.variant, turbo.shift, turbo.num_inference_steps, turbo.guidance_scale) == ("turbo", 3.0, 8, 0.0)
+    assert (base.variant, base.shift, base.num_inference_steps, base.guidance_scale) == ("base", 6.0, 50, 4.0)
+    config = family_config(family)
+    assert sigma_density(config, turbo.shift).shift == 3.0
+    by_number = config.model_copy(update={"flow": config.flow.model_copy(update={"shift": 2.5})})
+    assert sigma_density(by_number, turbo.shift).shift == 2.5
+    by_size = config.model_copy(update={"flow": config.flow.model_copy(update={"shift": "resolution"})})
+    assert sigma_density(by_size, turbo.shift).shift == pytest.approx(3.158, abs=1e-3)  # exp(1.15) at 1024 px
+
+
+def test_folders_that_are_no_models_are_named(family: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty is not a Z-Image model: transformer/config.json is missing"):
+        load_transformer(Source(str(tmp_path / "empty")), torch.float32, "cpu")
+    with pytest.raises(InputError, match="absent is no folder; give a folder or a Hub id"):
+        load_transformer(Source(str(tmp_path / "absent")), torch.float32, "cpu")
+    with pytest.raises(InputError, match="cannot load nobody/nothing"):
+        load_transformer(Source("nobody/nothing"), torch.float32, "cpu")
+    swapped = family_config(family)
+    wrong = ModelConfig(pretrained_model_name_or_path=str(family / "siglip2-so400m-patch16-naflex"))
+    models = swapped.models.model_copy(update={"vision_language": wrong})
+    with pytest.raises(InputError, match="siglip2-so400m-patch16-naflex"):
+        Encoders.load(swapped.model_copy(update={"models": models}), frozenset({"reference"}), torch.float32, "cpu")
+
+
+def test_identity_tells_checkpoints_apart_but_not_precisions(family: Path) -> None:
+    turbo = load_transformer(Source(str(family / "Z-Image-Turbo")), torch.float32, "cpu")
+    halved = load_transformer(Source(str(family / "Z-Image-Turbo")), torch.bfloat16, "cpu")
+    base = load_transformer(Source(str(family / "Z-Image")), torch.float32, "cpu")
+    known = identity(turbo, "transformer")
+    assert identity(halved, "transformer") == known
+    assert identity(base, "transformer")["weights"] != known["weights"]
+    with torch.no_grad():
+        turbo.layers[1].feed_forward.w2.weight.mul_(1.05)
+    assert identity(turbo, "transformer")["weights"] != known["weights"]
+    assert public_name(str(family)) == "family" and public_name("Tongyi-MAI/Z-Image") == "Tongyi-MAI/Z-Image"
+
+
+def test_prompts_that_do_not_fit_are_refused(family: Path) -> None:
+    encoders = Encoders.load(family_config(family), frozenset({"reference", "fused"}), torch.float32, "cpu")
+    with pytest.raises(InputError, match="more than encoders.max_sequence_length 512"):
+        encoders.text.encode("word " * 700)
+    from tests.test_parity import SETTINGS, picture
+
+    with pytest.raises(InputError, match="contains the special token"):
+        encoders._spliced([picture(1)], "a <|image_pad|> b", SETTINGS)
+    with pytest.raises(InputError, match="hidden_index is 7; this language model has states 1 to 6"):
+        encoders._spliced([picture(1)], "", SETTINGS.model_copy(update={"hidden_index": 7}))
+    with pytest.raises(InputError, match="multiples of 16"):
+        encoders.codec.latent_shape(64, 72)

@@ -1,0 +1,132 @@
+"""The real size: parameter counts on the meta device, and one training step of each kind on a real GPU (-m gpu)."""
+
+import gc
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import ZImageTransformer2DModel
+
+from ztrain.adapters import build_adapters
+from ztrain.adapters.lora import LoraAdapterConfig
+from ztrain.adapters.projector import ProjectorConfig
+from ztrain.adapters.siglip import SiglipConfig
+from ztrain.adapters.splice import SpliceConfig
+from ztrain.conditioning import IMAGE, Encoded, TokenStates
+from ztrain.dit import REAL_CONFIG
+from ztrain.model import AdaptedDiT
+
+EVERYWHERE = (
+    r"^(layers|noise_refiner|context_refiner)\.\d+\.(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.w[123])$"
+)
+ATTENTION = EVERYWHERE.replace(r"|feed_forward\.w[123]", "")
+WITH_MODULATION = EVERYWHERE.replace(r"|feed_forward", r"|adaLN_modulation\.0|feed_forward")
+
+SIGLIP = SiglipConfig(feature_dim=1152)
+
+
+def lora(rank: int, **settings: str) -> LoraAdapterConfig:
+    return LoraAdapterConfig(rank=rank, **settings)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "millions"),
+    [  # zimage_facts.md 1.1
+        ([SIGLIP], 358.358144),
+        ([SiglipConfig(feature_dim=1152, trains="embedder")], 4.428672 + 0.003840),
+        ([lora(32)], 70.0),
+        ([lora(16)], 35.0),
+        ([lora(16, target_modules=ATTENTION)], 16.7),
+        ([lora(32, target_modules=ATTENTION)], 33.4),
+        ([lora(16, target_modules=EVERYWHERE)], 39.7),
+        ([lora(32, target_modules=EVERYWHERE)], 79.4),
+        ([lora(16, target_modules=WITH_MODULATION)], 47.7),
+        ([lora(32, target_modules=WITH_MODULATION)], 95.4),
+        ([ProjectorConfig(hidden_dim=2560)], 13.1),
+        ([ProjectorConfig()], 26.2),
+        ([ProjectorConfig(hidden_dim=10240)], 52.4),
+        ([SpliceConfig()], 0.0),
+        ([SIGLIP, lora(32)], 358.358144 + 70.0),
+    ],
+    ids=str,
+)
+def test_parameter_counts(adapters: list, millions: float) -> None:
+    with torch.device("meta"):
+        dit = ZImageTransformer2DModel(**REAL_CONFIG)
+        base = sum(p.numel() for p in dit.parameters())
+        model = AdaptedDiT(dit, build_adapters(adapters))
+    assert base == 6_154_908_736
+    assert len([n for n, _ in dit.named_parameters() if "lora" not in n and "siglip" not in n]) == 521
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count / 1e6 == pytest.approx(millions, abs=0.06)
+    if adapters == [SIGLIP]:
+        assert count == 358_358_144 and len(model.trainable_state()) == 30
+
+
+@pytest.mark.gpu
+def test_one_training_step_of_each_kind_at_1024() -> None:
+    """Random bf16 weights, 1024 x 1024, batch 1, gradient checkpointing, AdamW; writes $OUT/real_size.json."""
+    device = torch.device("cuda")
+    rows = []
+    for name, adapters in {
+        "projector": [ProjectorConfig()],
+        "splice_lora": [SpliceConfig(), lora(32)],
+        "siglip": [SIGLIP],
+        "siglip_lora": [SIGLIP, lora(32)],
+        "lora": [lora(32)],
+    }.items():
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.bfloat16)
+        with device:
+            dit = ZImageTransformer2DModel(**REAL_CONFIG)
+        torch.set_default_dtype(torch.float32)
+        for parameter in dit.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.02)
+        dit.enable_gradient_checkpointing()
+        model = AdaptedDiT(dit, build_adapters(adapters)).to(device).train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, 1e-4)
+        encoded = Encoded(
+            text=[torch.randn((96, 2560), device=device)],
+            null_text=torch.randn((8, 2560), device=device),
+            reference=[TokenStates(torch.randn((256, 2560), device=device), torch.full((256,), IMAGE, device=device))],
+            fused=[None],
+            siglip=[[torch.randn((16, 16, 1152), device=device)]],
+        )
+        latents, noise = torch.randn((2, 16, 128, 128), device=device)
+        milliseconds = []
+        for step in range(4):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            velocity = model([0.3 * latents + 0.7 * noise], torch.tensor([0.7]), encoded)[0]
+            loss = (velocity.float() - (noise - latents)).square().mean()
+            loss.backward()
+            if step == 0:
+                assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.cuda.synchronize()
+            milliseconds.append((time.perf_counter() - start) * 1e3)
+            assert loss.isfinite()
+        row = {
+            "list": name,
+            "trained": sum(p.numel() for p in trained),
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            "ms_of_steps": [round(value, 1) for value in milliseconds],
+            "loss": round(loss.item(), 4),
+        }
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+        del dit, model, optimizer, trained, velocity, loss, encoded
+    out = Path(os.environ.get("OUT", "out")) / "real_size.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    assert all(row["peak_gib"] < 24 for row in rows)

@@ -326,7 +326,7 @@ def build(command: Command) -> dict[str, int]:
     table, images = (command.config.parent / given for given in (config.contents, config.images))
     counts: Counter[str] = Counter(contents_of_other_splits=0, pictures_without_content=0)
     pictures = find_pictures(images, read_contents(table, config, counts), config, counts)
-    licences = list(table.parent.glob("LICENSES.md"))  # one or none
+    licences = [path for path in table.parent.glob("LICENSES.md") if path.is_file()]  # one or none
     made_from = fingerprint(config, pictures, [table, *licences])
     finished = read_finished(out, made_from)
     if finished:

@@ -81,7 +81,7 @@ def read_manifest(folder: Path, split: str) -> list[Triplet]:
     """
     path = folder / split / MANIFEST_NAME
     try:
-        raw_lines = path.read_bytes().split(b"\n")  # not splitlines(): U+2028 inside a prompt is no line end
+        raw_lines = path.read_bytes().splitlines()  # of bytes: U+2028 inside a prompt is no line end
     except OSError as error:
         raise InputError(
             f"{path}: cannot read the manifest of split {split!r} ({error.strerror}); "

@@ -53,9 +53,11 @@ class Content:
     def prompt(self) -> str:
         """Two stars on the left."""
         number = {1: "a", 2: "two", 3: "three"}[self.count]
-        noun = self.kind if self.count == 1 or self.kind == "fish" else f"{self.kind}s"
+        noun = self.kind if self.count == 1 else PLURALS.get(self.kind, f"{self.kind}s")
         return f"{number} {noun}{PLACES[self.place][0]}"
 
+
+PLURALS = {"fish": "fish"}
 
 # The words for a place, then its centre, width and height as shares of the side.
 PLACES = {

@@ -110,11 +110,10 @@ def test_draws_depend_on_nothing_but_the_counter() -> None:
 @given(st.integers(1, 60), st.floats(0.01, 1.0), st.floats(1.0, 8.0))
 def test_strength_keeps_the_end_of_the_schedule(steps: int, strength: float, shift: float) -> None:
     whole = sigma_schedule(steps, shift)
-    kept = steps - int(max(steps - min(steps * strength, steps), 0))
-    if kept == 0:
-        with pytest.raises(ValueError, match="leaves none"):
-            sigma_schedule(steps, shift, strength)
-        return
+    kept = steps - int(max(steps - min(steps * strength, steps), 0))  # ZImageImg2ImgPipeline.get_timesteps
     part = sigma_schedule(steps, shift, strength)
     assert len(part) == kept + 1 and torch.equal(part, whole[-kept - 1 :])
-    assert part[-1] == 0 and (part[1:] < part[:-1]).all() and part[0] <= 1
+    for outside in (0.0, -0.5, 1.5):
+        with pytest.raises(ValueError, match="above 0 and at most 1"):
+            sigma_schedule(steps, shift, outside)
+    assert part[-1] == 0 and (part[1:] < part[:-1]).all() and part[0] <= 1 + 1e-6

@@ -24,8 +24,9 @@ LAUNCH = ("accelerate.commands.launch", "--config_file", "configs/accelerate/cpu
 needs_emoji = pytest.mark.skipif(not EMOJI.is_dir(), reason="../shared/data/emoji_styles is absent")
 
 
-def run(*command: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+def run(*command: str, status: int = 0, cpu: bool = False) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    environment |= {"ACCELERATE_USE_CPU": "true"} if cpu else {}
     finished = subprocess.run(
         [sys.executable, "-m", *command], capture_output=True, text=True, cwd=ROOT, env=environment
     )
@@ -107,11 +108,12 @@ def test_two_processes_and_workers_change_nothing(family: Path, paintings: Path,
     train(family, paintings, tmp_path / "one", "splice_lora", *words)
     train(family, paintings, tmp_path / "workers", "splice_lora", *words, "--data.dataloader_num_workers", "2")
     assert losses(tmp_path / "one") == losses(tmp_path / "workers")
+    # accelerate starts several CPU processes through MPI only; torchrun's gloo processes are the same to the trainer.
     run(
-        "accelerate.commands.launch", "--cpu", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", "-m", "ztrain.train", "--config", "configs/splice_lora.yaml", "configs/tiny.yaml",
-        *models(family), "--data.train_data_dir", str(paintings), "--output_dir", str(tmp_path / "two"), *words,
-        "--train.train_batch_size", "2",
+        "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d",
+        "--rdzv_endpoint", "localhost:0", "-m", "ztrain.train", "--config", "configs/splice_lora.yaml",
+        "configs/tiny.yaml", *models(family), "--data.train_data_dir", str(paintings), "--output_dir",
+        str(tmp_path / "two"), *words, "--train.train_batch_size", "2", cpu=True,
     )  # fmt: skip
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     train(family, paintings, tmp_path / "accumulated", "splice_lora", *words, "--train.train_batch_size", "2",
@@ -173,19 +175,22 @@ def test_sample_with_strength_scales_and_odd_references(family: Path, paintings:
     adapter = ("--adapter", str(tmp_path / "run" / "export"))
     both = ("--reference", str(tmp_path / "rgba.png"), str(tmp_path / "start.png"))
     render("a.png", "--prompt", "a boat", *both, *adapter, "--sample.width", "96")
-    assert Image.open(tmp_path / "a.png").size == (96, 64)
+    with Image.open(tmp_path / "a.png") as rendered:
+        assert rendered.size == (96, 64)
     render("b.png", "--prompt", "a boat", *both, *adapter, "--sample.width", "96", "--scales", "0", "0")
     render("c.png", "--prompt", "a boat", "--sample.width", "96")
     assert (tmp_path / "b.png").read_bytes() == (tmp_path / "c.png").read_bytes() != (tmp_path / "a.png").read_bytes()
     render("d.png", "--prompt", "a boat", "--start-image", str(tmp_path / "start.png"), "--strength", "0.5")
+    start = str(tmp_path / "start.png")
+    other_base = ("--models.base.pretrained_model_name_or_path", str(family / "Z-Image"))
     for words, message in (
         ((), "the prompt is empty"),
         (("--prompt", "x", "--strength", "0.5"), "go together"),
-        (("--prompt", "x", "--start-image", str(tmp_path / "start.png"), "--strength", "0.1"), "leaves none of 4 steps"),
+        (("--prompt", "x", "--start-image", start, "--strength", "0"), "must be above 0"),
         (("--prompt", "x", "--sample.width", "50"), "multiple of 16"),
         (("--prompt", "x", "--scales", "1", "1"), "2 numbers for the 1 adapters"),
         (("--prompt", "x", "--reference", str(tmp_path / "absent.png")), "absent.png"),
-        (("--prompt", "x", *adapter, "--models.base.pretrained_model_name_or_path", str(family / "Z-Image")), "another transformer"),
+        (("--prompt", "x", *adapter, *other_base), "another transformer"),
     ):  # fmt: skip
         failed = render("e.png", *words, status=2)
         assert message in failed.stderr + failed.stdout and "Traceback" not in failed.stderr, failed.stderr
@@ -261,8 +266,9 @@ def test_the_demo_prints_its_picture_last_and_says_that_the_weights_are_random(t
 def test_commands_in_readme_are_the_tested_ones() -> None:
     """Every line of README's shell blocks names a program and options that exist."""
     text = (ROOT / "README.md").read_text()
-    commands = [line.strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S)
-                for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]  # fmt: skip
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    commands = [line for line in lines if line and not line.startswith("#")]
     assert len(commands) >= 8
     makefile = (ROOT / "Makefile").read_text()
     for command in commands:

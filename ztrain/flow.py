@@ -161,12 +161,12 @@ def sigma_schedule(num_inference_steps: int, shift: float, strength: float = 1.0
 
     The released pipelines pass linspace(1, 1/N, N) to the scheduler, which shifts it (pipeline_z_image.py,
     get_default_z_image_sigmas); the scheduler's own default spacing differs. `strength` in (0, 1] keeps the last
-    N * strength steps with ZImageImg2ImgPipeline's rounding; a strength that leaves no step is a ValueError.
+    N * strength steps with ZImageImg2ImgPipeline's rounding; at least one is left.
     """
+    if not 0.0 < strength <= 1.0:
+        raise ValueError(f"strength {strength} must be above 0 and at most 1")
     sigmas = shift_sigma(torch.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps), shift)
-    skipped = int(max(num_inference_steps - min(num_inference_steps * strength, num_inference_steps), 0))
-    if skipped >= num_inference_steps:
-        raise ValueError(f"strength {strength} leaves none of {num_inference_steps} steps; raise one of the two")
+    skipped = int(num_inference_steps - num_inference_steps * strength)
     return torch.cat([sigmas[skipped:], torch.zeros(1)])
 
 

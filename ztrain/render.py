@@ -79,10 +79,7 @@ def render(
         settings = replace(settings, strength=strength)
         start = [encoders.codec.encode(open_image(start_image).resize((width, height)))]
     encoded = encoders.encode([prompt], [images], reads, encoder_settings)
-    try:
-        latents = sample(model, encoded, [noise], settings, start=start, progress=tqdm)[0]
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    latents = sample(model, encoded, [noise], settings, start=start, progress=tqdm)[0]
     out.parent.mkdir(parents=True, exist_ok=True)
     encoders.codec.decode(latents).save(out)
     return out

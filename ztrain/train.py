@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,13 +116,13 @@ def sigma_density(config: Config, scheduler_shift: float) -> SigmaDensity:
     return SigmaDensity(flow.sigma_sampling, shift, flow.logit_mean, flow.logit_std)
 
 
-def check_first_gradients(model: AdaptedDiT) -> None:
+def check_first_gradients(model: AdaptedDiT, steps_done: int) -> None:
     """Every trained weight must have a gradient after the first backward: a silent None trains nothing."""
+    if steps_done:
+        return
     lost = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if lost:
-        raise RuntimeError(
-            f"{len(lost)} trained weights have no gradient after the first backward, for example {lost[0]}"
-        )
+        raise RuntimeError(f"{len(lost)} trained weights got no gradient in the first step, for example {lost[0]}")
 
 
 def train(config: Config) -> Path:
@@ -159,38 +160,32 @@ def train(config: Config) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")
         accelerator.print(f"training {sum(p.numel() for p in trained):,} weights of {describe_list(config.adapters)}")
-    record = Record(folder / "metrics.jsonl", config, accelerator)
+    # close() ends the progress line, so that an error starts on a line of its own.
+    with closing(Record(folder / "metrics.jsonl", config, accelerator)) as record:
+        for batch in loader:
+            # --- one micro-step --------------------------------------------------------------------------------
+            latents = [encoders.codec.encode(item.target) for item in batch]  # B x (C, H, W)
+            encoded = encoders.encode(
+                [item.prompt for item in batch], [item.references for item in batch], config.reads, config.encoders
+            )
+            with accelerator.accumulate(wrapped):
+                keys = [item.key for item in batch]
+                noise, sigma = draw_noise(keys, latents), draw_sigma(keys, density)  # B x (C, H, W), (B,)
+                noisy = [interpolate(x, n, float(s)) for x, n, s in zip(latents, noise, sigma, strict=True)]
+                velocity = wrapped(noisy, sigma, encoded)
+                loss = velocity_losses(velocity, latents, noise, sigma, config.flow.loss_weight).mean()
+                accelerator.backward(loss)
+                record.add_micro_step(accelerator.gather(loss.detach()).mean().item())
+                if accelerator.sync_gradients:
+                    check_first_gradients(model, record.step)
+                    grad_norm = accelerator.clip_grad_norm_(trained, t.max_grad_norm)
+                    record.finish_step(float(grad_norm), schedule.get_last_lr()[0])
+                optimizer.step()
+                if accelerator.sync_gradients:
+                    schedule.step()
+                optimizer.zero_grad()
+            # ---------------------------------------------------------------------------------------------------
 
-    # --- training ----------------------------------------------------------------------------------------------
-    for batch in loader:
-        latents = [encoders.codec.encode(item.target) for item in batch]  # B x (C, H, W)
-        encoded = encoders.encode(
-            [item.prompt for item in batch],
-            [item.references for item in batch],
-            config.reads,
-            config.encoders,
-        )
-        with accelerator.accumulate(wrapped):
-            keys = [item.key for item in batch]
-            noise, sigma = draw_noise(keys, latents), draw_sigma(keys, density)  # B x (C, H, W), (B,)
-            noisy = [interpolate(x, n, float(s)) for x, n, s in zip(latents, noise, sigma, strict=True)]
-            velocity = wrapped(noisy, sigma, encoded)
-            loss = velocity_losses(velocity, latents, noise, sigma, config.flow.loss_weight).mean()
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                if record.step == 0:
-                    check_first_gradients(model)
-                grad_norm = accelerator.clip_grad_norm_(trained, t.max_grad_norm)
-            record.add_micro_step(accelerator.gather(loss.detach()).mean().item())
-            if accelerator.sync_gradients:
-                record.finish_step(float(grad_norm), schedule.get_last_lr()[0])
-            optimizer.step()
-            if accelerator.sync_gradients:
-                schedule.step()
-            optimizer.zero_grad()
-    # -----------------------------------------------------------------------------------------------------------
-
-    record.close()
     exported = folder / "export"
     if accelerator.is_main_process:
         save_adapter(exported, model, config, known, step=t.max_train_steps)

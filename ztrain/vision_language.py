@@ -101,8 +101,10 @@ class SplicedModel:
         """Hidden states of one user turn with images and prompt, (L, D), with each token's kind."""
         device = self.model.language_model.embed_tokens.weight.device
         pixels, grid = self._pixels(images, settings)
-        features = self.model.get_image_features(pixels.to(device), grid.to(device), return_dict=True)
-        counts = [len(feature) for feature in features.pooler_output]
+        # The visual part itself: what Qwen3VLModel.get_image_features splits by image differs between versions.
+        visual = self.model.visual
+        features = visual(pixels.to(device, visual.dtype), grid_thw=grid.to(device), return_dict=True)
+        counts = (grid.prod(-1) // visual.spatial_merge_size**2).tolist()
         ids = self._ids(counts, prompt, settings).to(device)  # (1, L)
         is_image = ids == self.ids[IMAGE_PAD]
 
@@ -110,18 +112,12 @@ class SplicedModel:
         if settings.marker_rows == "vl":
             for token, row in self.marker_rows.items():
                 embeds[ids == self.ids[token]] = row.to(embeds)
-        embeds[is_image] = torch.cat(list(features.pooler_output)).to(embeds)
-        deepstack = [torch.cat(list(level)) for level in features.deepstack_features]  # 3 x (V, D)
+        embeds[is_image] = features.pooler_output.to(embeds)
         positions = None
         if settings.positions == "mrope":
             positions, _ = self.model.get_rope_index(ids, is_image.int(), image_grid_thw=grid.to(device))
-        states = self.decode(
-            embeds,
-            settings,
-            positions=positions,
-            is_image=is_image,
-            deepstack=deepstack if settings.deepstack else None,
-        )
+        deepstack = features.deepstack_features if settings.deepstack else None  # 3 x (V, D)
+        states = self.decode(embeds, settings, positions=positions, is_image=is_image, deepstack=deepstack)
         kinds = torch.full_like(ids[0], TEXT, dtype=torch.uint8)
         kinds[is_image[0]] = IMAGE
         kinds[(ids[0] == self.ids[VISION_START]) | (ids[0] == self.ids[VISION_END])] = MARKER

@@ -7,6 +7,7 @@ steps=${1:-50}
 python -m ztrain.mini.family --out out/family
 python -m data_tools.build --config configs/data/emoji_styles.yaml --out out/emoji --max-triplets-per-split 256
 
+rm -rf runs/tiny  # training refuses a folder that already holds a run
 for list in projector splice_lora siglip siglip_lora lora; do
   accelerate launch --config_file configs/accelerate/cpu.yaml -m ztrain.train \
     --config "configs/$list.yaml" configs/tiny.yaml \

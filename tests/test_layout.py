@@ -29,19 +29,20 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "encoders": {"config", "models", "conditioning", "vision_language"},
     "dit": {"models"},
     "model": {"conditioning", "adapters", "dit"},
-    "sample": {"flow", "conditioning"},
+    "sample": {"flow", "conditioning", "config", "models"},
     "export": {
         "config", "models", "conditioning", "adapters", "model", "encoders", "vision_language", "sample", "flow",
-        "version",
+        "version", "data",
     },
     "train": {
-        "config", "models", "data", "flow", "adapters", "dit", "model", "encoders", "export", "yamls",
+        "config", "models", "data", "flow", "adapters", "dit", "model", "encoders", "export", "stats", "yamls",
     },
     "compare": {
-        "config", "models", "data", "flow", "adapters", "dit", "encoders", "model", "sample", "export", "yamls",
+        "config", "models", "data", "flow", "adapters", "dit", "encoders", "model", "sample", "export", "stats",
+        "yamls",
     },
     "render": {
-        "config", "models", "data", "flow", "adapters", "dit", "encoders", "model", "sample", "export", "compare",
+        "config", "models", "data", "flow", "adapters", "dit", "encoders", "model", "sample", "export", "stats",
     },
     "stats": {"config", "models", "data", "encoders", "adapters"},
     "cli": {"config", "yamls", "train", "compare", "stats", "render"},

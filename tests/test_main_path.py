@@ -14,6 +14,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from tests.test_parity import picture
+from ztrain.cli import _VERBS, _parser
+from ztrain.config import load_config
 from ztrain.export import read_adapter
 
 ROOT = Path(__file__).parents[1]
@@ -66,40 +68,61 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["train/loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def shell(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Runs shell lines as a user would from the project's root, with what they write going to `folder` instead."""
+    project = folder / "project"
+    project.mkdir()
+    for name in ("configs", "launch", ".venv"):
+        (project / name).symlink_to(ROOT / name)
+    (folder / "shared").symlink_to(ROOT.parent / "shared")
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    finished = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, cwd=project, env=environment
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished
+
+
 @needs_emoji
-@pytest.mark.timeout(600)
-def test_emoji_drawings_train_every_list_and_meet_in_one_picture(family: Path, tmp_path: Path) -> None:
-    """Done-when 5: style folders and splits of emoji_styles, every trainable list through accelerate launch."""
-    run("data_tools.build", "--config", "configs/data/emoji_styles.yaml", "--out", str(tmp_path / "emoji"),
-        "--max-triplets-per-split", "64")  # fmt: skip
+@pytest.mark.timeout(900)
+def test_emoji_drawings_train_every_list_and_meet_in_one_picture(tmp_path: Path) -> None:
+    """launch/train_tiny.sh: emoji_styles' folders and splits, every trainable list through accelerate launch."""
+    finished = shell(tmp_path, "launch/train_tiny.sh 50")
+    project = tmp_path / "project"
     splits = json.loads((EMOJI / "splits.json").read_text())
     for split, contents in (("train", splits["train_contents"]), ("validation", splits["val_contents"])):
-        rows = [json.loads(line) for line in (tmp_path / "emoji" / split / "metadata.jsonl").read_text().splitlines()]
-        assert len(rows) == 64 and {row["content"] for row in rows} <= set(contents)
-        assert all(row["content"] not in row["reference_file_name"] for row in rows)
-    exports = []
+        rows = [
+            json.loads(line) for line in (project / "out/emoji" / split / "metadata.jsonl").read_text().splitlines()
+        ]
+        assert len(rows) == 256 and {row["content"] for row in rows} <= set(contents)
+        assert all(f"/{row['content']}." not in row["reference_file_name"] for row in rows)
     for name in LISTS:
-        out = tmp_path / name
-        finished = train(family, tmp_path / "emoji", out, name)
-        assert finished.stdout.splitlines()[-1] == f"exported: {out / 'export'}"
-        curve = losses(out)
-        assert len(curve) == 50
-        assert sum(curve[-10:]) < sum(curve[:10]), (name, curve)
-        exports.append(str(out / "export"))
-    compared = run(
-        "ztrain.cli", "compare", "--config", "configs/splice.yaml", "configs/tiny.yaml", *models(family),
-        "--data.train_data_dir", str(tmp_path / "emoji"), "--compare.adapters", *exports,
-        "--compare.output_dir", str(tmp_path), "--compare.num_samples", "3",
-    )  # fmt: skip
-    assert compared.stdout.splitlines()[-1] == str(tmp_path / "compare.png")
-    result = json.loads((tmp_path / "compare.json").read_text())
+        curve = losses(project / "runs/tiny" / name)
+        assert len(curve) == 50 and sum(curve[-10:]) < sum(curve[:10]), (name, curve)
+    assert finished.stdout.splitlines()[-1] == "out/compare/compare.png"
+    result = json.loads((project / "out/compare/compare.json").read_text())
     labels = [column["label"] for column in result["columns"]]
     assert labels == ["no image", "splice", "[projector]", "[splice, lora]", "[siglip]", "[siglip, lora]", "[lora]"]
-    assert result["num_inference_steps"] == 4 and result["shift"] == 3.0 and len(result["rows"]) == 3
+    assert result["num_inference_steps"] == 4 and result["shift"] == 3.0 and len(result["rows"]) == 6
     changed = {column["label"]: column["difference_to_no_image"] for column in result["columns"]}
     assert changed.pop("no image") == 0 and min(changed.values()) > 0.1, changed
-    with Image.open(tmp_path / "compare.png") as sheet:
-        assert sheet.size == (8 + 200 * 9, 24 + 16 + 224 * 3)
+    with Image.open(project / "out/compare/compare.png") as sheet:
+        assert sheet.size == (8 + 200 * 9, 24 + 16 + 224 * 6)
+
+
+@needs_emoji
+def test_readme_block_on_real_drawings_runs_as_written(tmp_path: Path) -> None:
+    section = (ROOT / "README.md").read_text().split("## The same on real drawings")[1]
+    block = re.findall(r"```bash\n(.*?)```", section, re.S)[0]
+    activate, commands = block.split("\n", 1)
+    assert activate == "source .venv/bin/activate"
+    assert shell(tmp_path, commands).stdout.splitlines()[-1] == "out/compare/compare.png"
 
 
 def test_two_processes_and_workers_change_nothing(family: Path, paintings: Path, tmp_path: Path) -> None:
@@ -126,6 +149,8 @@ def test_run_folder_is_enough_to_repeat_it(family: Path, paintings: Path, tmp_pa
     run(*LAUNCH, "-m", "ztrain.train", "--config", str(tmp_path / "first" / "config.yaml"),
         "--output_dir", str(tmp_path / "second"))  # fmt: skip
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
+    again = run("ztrain.train", "--config", str(tmp_path / "first" / "config.yaml"), status=2)
+    assert "already holds a run" in again.stderr
     first, second = (read_adapter(tmp_path / name / "export") for name in ("first", "second"))
     for key, tensor in first.files["adapter.safetensors"].items():
         assert torch.equal(tensor, second.files["adapter.safetensors"][key])
@@ -145,7 +170,8 @@ def test_bf16_base_trains_float32_weights(family: Path, paintings: Path, tmp_pat
 def test_stats_feed_the_scaled_splice_and_presets_are_columns(family: Path, paintings: Path, tmp_path: Path) -> None:
     common = [*models(family), "--data.train_data_dir", str(paintings)]
     stats = tmp_path / "stats.safetensors"
-    run("ztrain.cli", "stats", "--config", "configs/splice.yaml", "configs/tiny.yaml", *common, "--out", str(stats))
+    run("ztrain.cli", "stats", "--config", "configs/splice.yaml", "configs/tiny.yaml", *common, "--out", str(stats),
+        "--encoders.hidden_index", "4")  # fmt: skip
     with safe_open(stats, framework="pt") as file:
         assert all(file.get_tensor(key).isfinite().all() for key in file.keys()) and len(file.keys()) == 8
     preset = tmp_path / "scaled.yaml"
@@ -157,6 +183,12 @@ def test_stats_feed_the_scaled_splice_and_presets_are_columns(family: Path, pain
         "--compare.presets", str(preset), "--compare.output_dir", str(tmp_path), "--compare.num_samples", "2",
         "--sample.guidance_scale", "2", "--sample.image_guidance_scale", "1",
     )  # fmt: skip
+    other = ("--compare.presets", str(preset), "--encoders.hidden_index", "5")
+    preset.write_text(preset.read_text().replace("hidden_index: 4", "hidden_index: 5"))
+    failed = run(
+        "ztrain.cli", "compare", "--config", "configs/splice.yaml", "configs/tiny.yaml", *common, *other, status=2
+    )
+    assert "was measured with encoders.hidden_index 4, this run has 5" in failed.stderr
     columns = {c["label"]: c for c in json.loads((tmp_path / "compare.json").read_text())["columns"]}
     assert columns["scaled"]["difference_to_no_image"] != columns["splice"]["difference_to_no_image"] > 0
 
@@ -185,6 +217,7 @@ def test_sample_with_strength_scales_and_odd_references(family: Path, paintings:
     other_base = ("--models.base.pretrained_model_name_or_path", str(family / "Z-Image"))
     for words, message in (
         ((), "the prompt is empty"),
+        (("--prompt", "x", "--config", "configs/siglip.yaml", "configs/tiny.yaml"), "are untrained"),
         (("--prompt", "x", "--strength", "0.5"), "go together"),
         (("--prompt", "x", "--start-image", start, "--strength", "0"), "must be above 0"),
         (("--prompt", "x", "--sample.width", "50"), "multiple of 16"),
@@ -221,9 +254,11 @@ def test_bad_triplets_stop_training_with_one_sentence(
     (split / "broken.png").write_bytes((split / "fine.png").read_bytes()[:2000])
     row |= {"reference_file_name": "fine.png", "target_file_name": "fine.png"} | spoil
     (split / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    workers = "1" if message == "broken.png" else "0"  # a worker's error must arrive as the same sentence
     failed = run(
         "ztrain.train", "--config", "configs/splice_lora.yaml", "configs/tiny.yaml", *models(family),
-        "--data.train_data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run"), status=2,
+        "--data.train_data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run"),
+        "--data.dataloader_num_workers", workers, status=2,
     )  # fmt: skip
     errors = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0] and "Traceback" not in failed.stderr, failed.stderr
@@ -263,29 +298,25 @@ def test_the_demo_prints_its_picture_last_and_says_that_the_weights_are_random(t
     assert "weights are random" in finished.stdout
 
 
-def test_commands_in_readme_are_the_tested_ones() -> None:
-    """Every line of README's shell blocks names a program and options that exist."""
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+def test_commands_in_readme_name_what_exists() -> None:
+    """Programs, verbs, files and options of every shell line; the block on real drawings also runs as it stands."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    commands = [line for line in lines if line and not line.startswith("#")]
+    commands = [line.split() for line in lines if line and not line.startswith("#")]
     assert len(commands) >= 8
-    makefile = (ROOT / "Makefile").read_text()
-    for command in commands:
-        words = [w for w in command.split() if "=" not in w or w.startswith("-")]
+    targets = (ROOT / "Makefile").read_text()
+    for words in commands:
+        assert words[0] in {"make", "source", "python", "accelerate", "ztrain"}, words
         if words[0] == "make":
-            assert re.search(rf"^(?:.* )?{words[1]}:", makefile, re.M), command
-            continue
-        files = [w for w in words if w.startswith(("configs/", "launch/")) and "MY" not in w]
-        assert all((ROOT / file).is_file() for file in files), command
-        if "--config" in words and "configs/data/" not in command:
-            start = words.index("--config") + 1
-            end = next((i for i in range(start, len(words)) if words[i].startswith("--")), len(words))
-            options = words[end:]
-            own = {"--out", "--prompt", "--reference", "--adapter", "--start-image", "--strength", "--scales"}
-            kept: list[str] = []
-            for i, word in enumerate(options):
-                if word.startswith("--") and word not in own:
-                    values = next((j for j in range(i + 1, len(options)) if options[j].startswith("--")), len(options))
-                    kept += options[i:values]
-            run("ztrain.cli", "config", "show", "--config", *words[start:end], *kept)
+            assert re.search(rf"^(?:.* )?{words[1]}:", targets, re.M), words
+        missing = [w for w in words if w.startswith(("configs/", "launch/")) and not (ROOT / w).is_file()]
+        assert not missing, words
+        if words[0] == "ztrain" or "ztrain.train" in words:
+            verb = (
+                "train"
+                if words[0] != "ztrain"
+                else next(v for v in _VERBS if words[1 : 1 + len(v.split())] == v.split())
+            )
+            start = words.index("--config")
+            options, overrides = _parser(verb).parse_known_args(words[start:])
+            assert load_config([ROOT / file for file in options.config], overrides)

@@ -20,6 +20,7 @@ from ztrain.conditioning import Encoded, concatenate
 from ztrain.config import Config, EncodersConfig, ModelConfig, ModelsConfig
 from ztrain.dit import load_transformer
 from ztrain.encoders import Encoders, LatentCodec, TextEncoder
+from ztrain.errors import InputError
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source
 from ztrain.sample import SampleSettings, sample
@@ -60,9 +61,9 @@ def encoded(encoders: Encoders) -> Encoded:
     return encoders.encode(prompts, references, ALL_READS, SETTINGS)
 
 
-def make_model(family: Path, adapters: list, base: str = "Z-Image-Turbo") -> AdaptedDiT:
+def make_model(family: Path, adapters: list, base: str = "Z-Image-Turbo", seed: int = 0) -> AdaptedDiT:
     dit = load_transformer(Source(str(family / base)), torch.float32, "cpu")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return AdaptedDiT(dit, build_adapters(adapters)).eval()
 
 
@@ -129,7 +130,7 @@ def test_siglip_layout_is_basic_mode_plus_tokens_in_row_order(family: Path, enco
 
 @torch.no_grad()
 def test_siglip_tokens_sit_where_their_patch_is(family: Path, encoded: Encoded) -> None:
-    """Transposing reference and target together transposes nothing else: rows and columns are told apart."""
+    """Position ids of a 2 x 3 grid beside a 4 x 6 target: in row order, spread over the target's patches."""
     model = make_model(family, [SIGLIP])
     seen: list[Tensor] = []
     rope = model.dit.rope_embedder
@@ -400,3 +401,35 @@ def test_guidance_numbers_are_the_two_negatives(family: Path, encoded: Encoded) 
     assert relative_error(no_text, positive) > 1e-4 and relative_error(no_image, positive) > 1e-4
     joined = concatenate([one, one.without_text()])
     assert relative_error(model([noise[0]] * 2, sigma.expand(2), joined)[1], no_text) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("adapters", [[], [PROJECTOR], [SIGLIP], [SIGLIP, LORA]], ids=["none", "p", "s", "sl"])
+def test_main_layers_stay_in_the_bases_precision(family: Path, encoded: Encoded, adapters: list) -> None:
+    """Float32 adapter weights on a bf16 base must not promote the whole sequence to float32."""
+    dit = load_transformer(Source(str(family / "Z-Image-Turbo")), torch.bfloat16, "cpu")
+    model = AdaptedDiT(dit, build_adapters(adapters)).eval()
+    seen: list[torch.dtype] = []
+    for layer in dit.layers:
+        layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    noisy = noise_like((8, 8), (12, 6), (4, 10))
+    output = model(noisy, SIGMA, encoded)
+    assert set(seen) == {torch.bfloat16} and output[0].dtype == torch.bfloat16
+    exact = make_model(family, adapters)(noisy, SIGMA, encoded)
+    assert relative_error(output[0].float(), exact[0]) < 0.1
+
+
+@torch.no_grad()
+def test_stock_segments_beyond_the_room_are_refused_on_the_host(family: Path, encoded: Encoded) -> None:
+    adapter = SiglipConfig(feature_dim=32, init="checkpoint", layout="stock")
+    model = make_model(family, [adapter], "Z-Image-Omni-Base")
+    one = encoded.select([0])
+
+    def with_segment(length: int) -> Encoded:
+        first, _, last = one.omni[0].segments
+        return replace(one, omni=[replace(one.omni[0], segments=[first, torch.zeros((length, 48)), last])])
+
+    longest = (1536 - 1 - len(one.omni[0].segments[0]) - 2) // 32 * 32 - 32
+    assert model(noise_like((8, 8)), SIGMA[:1], with_segment(longest))[0].isfinite().all()
+    with pytest.raises(InputError, match="do not fit the DiT's 1536 positions"):
+        model(noise_like((8, 8)), SIGMA[:1], with_segment(1542))

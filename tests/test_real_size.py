@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
@@ -68,7 +69,7 @@ def test_parameter_counts(adapters: list, millions: float) -> None:
 
 @pytest.mark.gpu
 def test_one_training_step_of_each_kind_at_1024() -> None:
-    """Random bf16 weights, 1024 x 1024, batch 1, gradient checkpointing, AdamW; writes $OUT/real_size.json."""
+    """Random bf16 weights, 1024 x 1024, batch 1, gradient checkpointing, AdamW; writes benchmarks/results/."""
     device = torch.device("cuda")
     rows = []
     for name, adapters in {
@@ -125,8 +126,10 @@ def test_one_training_step_of_each_kind_at_1024() -> None:
         print(json.dumps(row), flush=True)
         rows.append(row)
         del dit, model, optimizer, trained, velocity, loss, encoded
-    out = Path(os.environ.get("OUT", "out")) / "real_size.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    gpu = torch.cuda.get_device_name()
+    out = Path(os.environ.get("OUT", "benchmarks/results")) / f"first_step_{gpu.lower().replace(' ', '_')}.json"
+    machine = {"gpu": gpu, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    command = "python -m pytest -m gpu tests/test_real_size.py"
+    document = {"command": command, "what": "DiT alone, 1024 x 1024, batch 1", "machine": machine, "rows": rows}
+    out.write_text(json.dumps(document, indent=1) + "\n")
     assert all(row["peak_gib"] < 24 for row in rows)

@@ -25,8 +25,9 @@ from ztrain.errors import InputError
 from ztrain.export import ExportedAdapter, adapt, check_identity, identities, read_adapter
 from ztrain.flow import sampler_noise
 from ztrain.model import AdaptedDiT
-from ztrain.models import BaseDefaults, Source, base_defaults, base_dtype
-from ztrain.sample import SampleSettings, sample
+from ztrain.models import Source, base_defaults, base_dtype
+from ztrain.sample import SampleSettings, released_or, sample
+from ztrain.stats import check_statistics
 from ztrain.yamls import load_yaml
 
 _MARGIN, _LABEL, _CELL = 8, 24, 192
@@ -56,19 +57,6 @@ def columns_of(config: Config) -> list[Column]:
     return columns
 
 
-def sample_settings(config: Config, defaults: BaseDefaults) -> SampleSettings:
-    """Sampling numbers with what is left out taken from the base."""
-    s = config.sample
-    return SampleSettings(
-        num_inference_steps=defaults.num_inference_steps if s.num_inference_steps is None else s.num_inference_steps,
-        shift=defaults.shift,
-        guidance_scale=defaults.guidance_scale if s.guidance_scale is None else s.guidance_scale,
-        image_guidance_scale=s.image_guidance_scale,
-        guidance_normalization=s.guidance_normalization,
-        guidance_window=s.guidance_window,
-    )
-
-
 def pick(triplets: Sequence[Triplet], count: int) -> list[Triplet]:
     """`count` triplets spread evenly over the split."""
     places = np.linspace(0, len(triplets) - 1, min(count, len(triplets))).round().astype(int)
@@ -79,7 +67,7 @@ def compare(config: Config) -> Path:
     """Renders every column and gives the picture's path."""
     started, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
     dtype, base = base_dtype(config.train.mixed_precision), Source.of(config.models.base)
-    settings = sample_settings(config, base_defaults(config.models))
+    settings = released_or(config.sample, base_defaults(config.models))
     triplets = pick(read_manifest(Path(config.data.train_data_dir), config.compare.split), config.compare.num_samples)
     references = [[open_image(path) for path in triplet.references] for triplet in triplets]
     for triplet, images in zip(triplets, references, strict=True):
@@ -91,26 +79,28 @@ def compare(config: Config) -> Path:
                 max_aspect=config.data.reference_max_aspect,
             )
     columns = columns_of(config)
+    for column in columns:
+        check_statistics(column.adapters, column.encoders)
     encoders = Encoders.load(config, frozenset(), dtype, device)
     rendered: list[list[Image.Image]] = []
-    dit = None
+    for column in columns:
+        if column.exported is None and any(adapter.needs_training for adapter in column.adapters):
+            raise InputError(f"compare: {column.label} {describe_list(column.adapters)} is untrained; export it first")
+    dit = model = None
     for column in tqdm(columns, desc="columns", unit="list"):
-        # Weights change the transformer, so each trained list gets a fresh one; lists without weights share.
-        dit = load_transformer(base, dtype, device) if dit is None or column.exported else dit
+        # Weights change the transformer, so each trained list gets a fresh one, after the last one is gone.
+        if column.exported:
+            dit = model = None
+        dit = load_transformer(base, dtype, device) if dit is None else dit
         encoders.add(config, list_reads(column.adapters), dtype, device)
         if column.exported is None:
-            model = AdaptedDiT(dit, build_adapters(column.adapters)).eval()
-            if any(p.requires_grad for p in model.parameters()):
-                raise InputError(
-                    f"compare: {column.label} {describe_list(column.adapters)} has untrained weights; export it"
-                )
+            model = AdaptedDiT(dit, build_adapters(column.adapters, encoders.siglip_dim)).eval()
         else:
             check_identity(column.exported, identities(dit, encoders))
             model = adapt(dit, column.exported)
         rendered.append(_render(config, column, model, encoders, settings, triplets, references))
         if column.exported:
-            del model
-            dit = None
+            dit = model = None
     return _write(config, columns, rendered, triplets, references, settings, time.perf_counter() - started)
 
 

@@ -201,6 +201,11 @@ def open_image(path: Path) -> Image.Image:
         ) from error
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture in memory as `open_image` would give it: orientation, profile, transparency and depth in the pixels."""
+    return _to_rgb(ImageOps.exif_transpose(image), Path("the given picture"))
+
+
 def _too_many_pixels(path: Path, found: str) -> str:
     return f"{path}: too many pixels ({found}; at most {MAX_PIXELS:,} are read); shrink the picture"
 

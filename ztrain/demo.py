@@ -6,6 +6,7 @@ family, so the pictures are noise; it shows that the path works, not what an ada
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -73,6 +74,7 @@ def demo(out: Path, adapters: str, steps: int) -> None:
         *("--models.vision_language.pretrained_model_name_or_path", str(family / "Qwen3-VL-4B-Instruct")),
         *("--models.siglip.pretrained_model_name_or_path", str(family / "siglip2-so400m-patch16-naflex")),
     ]
+    shutil.rmtree(out / "run", ignore_errors=True)  # the demo's own run of an earlier time
     launch = ("accelerate.commands.launch", "--config_file", str(CONFIGS / "accelerate" / "cpu.yaml"))
     run(*launch, "-m", "ztrain.train", "--config", *experiment, *overrides)
 

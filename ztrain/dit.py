@@ -73,6 +73,19 @@ def check_room(
             raise InputError(f"latents of {sides[0]} x {sides[1]} exceed the DiT's grid of {height} x {width} patches")
 
 
+def check_omni_room(dit: Any, segment_lengths: Sequence[int], num_references: int) -> None:
+    """The same for the stock omni layout, whose segments start where the unpadded ones before them end."""
+    rows, start = dit.config.axes_lens[0], 1
+    for length in segment_lengths:
+        # Two places after each segment are for its image and its SigLIP tokens.
+        if max(start + padded(length), start + length + 2) > rows:
+            raise InputError(
+                f"caption segments of {list(segment_lengths)} tokens with {num_references} references do not fit the"
+                f" DiT's {rows} positions; shorten the prompt"
+            )
+        start += length + 2
+
+
 def forward(
     dit: Any,
     noisy: Sequence[Tensor],
@@ -112,6 +125,8 @@ def forward(
         for s, x, c in zip(caption_scale, image, caption, strict=True)
     ]
     for index, tokens in _siglip_tokens(dit, siglip, noisy, caption_lengths).items():
+        # Float32 weights in a bf16 base make float32 tokens, which would promote the whole sequence.
+        tokens = (tokens[0].to(image[index][0].dtype), tokens[1])
         parts[index].append(tokens)
         if siglip_scale != 1.0 and scales[index] is None:
             scales[index] = [torch.ones(len(part[0]), device=device) for part in parts[index][:2]]

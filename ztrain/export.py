@@ -18,18 +18,20 @@ from torch import Tensor
 
 from ztrain.adapters import AnyAdapterConfig, build_adapters, describe_list
 from ztrain.conditioning import Encoded
-from ztrain.config import Config, EncodersConfig, ModelConfig, list_reads, parse
+from ztrain.config import Config, DataConfig, EncodersConfig, ModelConfig, list_reads, parse
+from ztrain.data import as_rgb, check_reference
 from ztrain.encoders import Encoders, LatentCodec, SiglipEncoder, TextEncoder
 from ztrain.errors import InputError
 from ztrain.flow import sampler_noise
 from ztrain.model import AdaptedDiT
-from ztrain.models import Source, identity, public_name
+from ztrain.models import BaseDefaults, Source, defaults_for, identity, public_name
 from ztrain.sample import SampleSettings, sample
 from ztrain.version import VERSION
 from ztrain.vision_language import SplicedModel
 
 CONFIG_FILE = "adapter_config.json"
 CARD_FILE = "README.md"
+STATISTICS_FILE = "statistics.safetensors"
 FORMAT_VERSION = 1
 
 Identities = dict[str, dict[str, str]]
@@ -57,10 +59,11 @@ def save_adapter(folder: Path, model: AdaptedDiT, config: Config, known: Identit
         for name, file in (adapter.export(weights) if weights else {}).items():
             tensors.setdefault(name, {}).update(file.tensors)
             metadata.setdefault(name, {}).update(file.metadata)
+    copied = {STATISTICS_FILE for entry in exported if entry.get("statistics_file")}
     for entry in exported:
         if statistics := entry.get("statistics_file"):
-            (folder / "statistics.safetensors").write_bytes(Path(statistics).read_bytes())
-            entry["statistics_file"] = "statistics.safetensors"
+            (folder / STATISTICS_FILE).write_bytes(Path(statistics).read_bytes())
+            entry["statistics_file"] = STATISTICS_FILE
     for name, content in tensors.items():
         kept = {key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}
         save_file(
@@ -76,7 +79,7 @@ def save_adapter(folder: Path, model: AdaptedDiT, config: Config, known: Identit
         "encoders": config.encoders.model_dump(mode="json"),
         "models": {role: _public(getattr(models, role)) for role in ("base", "vision_language", "siglip")},
         "identity": known,
-        "files": {name: _sha256(folder / name) for name in sorted(tensors)},
+        "files": {name: _sha256(folder / name) for name in sorted([*tensors, *copied])},
         "step": step,
     }
     (folder / CARD_FILE).write_text(_model_card(config, document), encoding="utf-8")
@@ -110,12 +113,15 @@ def _model_card(config: Config, document: dict[str, Any]) -> str:
         tags=["z-image", "ztrain", *(adapter.kind for adapter in config.adapters)],
     )
     lora = "Stock diffusers reads the LoRA alone with `pipe.load_lora_weights(folder)`.\n"
+    example = (
+        "```python\nimport torch\nimport ztrain\nfrom diffusers import ZImagePipeline\n\n"
+        f'pipe = ZImagePipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")\n'
+        "adapted = ztrain.load_adapter(pipe, folder)\nimages = adapted(prompt, reference)\n```\n\n"
+    )
     return (
         f"---\n{data.to_yaml()}\n---\n\n# ztrain adapter `{kinds}`\n\n"
         f"Reference-image adapter for `{base}`, trained for {document['step']} steps with ztrain"
-        f" {document['ztrain_version']}.\n\n```python\nimport ztrain\nfrom diffusers import ZImagePipeline\n\n"
-        f'pipe = ZImagePipeline.from_pretrained("{base}")\nadapted = ztrain.load_adapter(pipe, folder)\n'
-        "images = adapted(prompt, reference)\n```\n\n" + (lora if "lora" in kinds else "")
+        f" {document['ztrain_version']}.\n\n{example}" + (lora if "lora" in kinds else "")
     )
 
 
@@ -188,8 +194,8 @@ def adapt(dit: Any, exported: ExportedAdapter) -> AdaptedDiT:
 class AdaptedPipeline:
     """A stock pipeline's models with adapters: prompts and reference images in, pictures out."""
 
-    def __init__(self, model: AdaptedDiT, encoders: Encoders, settings: EncodersConfig, shift: float) -> None:
-        self.model, self.encoders, self.settings, self.shift = model, encoders, settings, shift
+    def __init__(self, model: AdaptedDiT, encoders: Encoders, settings: EncodersConfig, defaults: BaseDefaults) -> None:
+        self.model, self.encoders, self.settings, self.defaults = model, encoders, settings, defaults
         self.reads = list_reads([adapter.config for adapter in model.adapters])
 
     def encode(self, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]]) -> Encoded:
@@ -202,18 +208,28 @@ class AdaptedPipeline:
         *,
         height: int = 1024,
         width: int = 1024,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 4.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         image_guidance_scale: float = 0.0,
         seed: int = 0,
         scales: Sequence[float] | None = None,
     ) -> list[Image.Image]:
         """One image for each prompt, all with the same references; sides in multiples of 16.
 
-        `guidance_scale` and `image_guidance_scale` in diffusers' convention, 0 = off; `scales`: one for each adapter.
+        Steps and guidance left out are the base's own (8 and 0 for Turbo, 50 and 4 for Base). Guidance is in diffusers'
+        convention, 0 = off; `scales`: one for each adapter.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        images = [reference] if isinstance(reference, Image.Image) else list(reference or [])
+        given = [reference] if isinstance(reference, Image.Image) else list(reference or [])
+        images = [as_rgb(image) for image in given]
+        limits = DataConfig()
+        for image in images:
+            check_reference(
+                image,
+                Path("the given reference"),
+                min_side=limits.reference_min_side,
+                max_aspect=limits.reference_max_aspect,
+            )
         if not images and not all(text.strip() for text in prompts):
             raise InputError("the prompt is empty and there is no reference; give one of the two")
         if scales is not None:
@@ -222,12 +238,14 @@ class AdaptedPipeline:
         device = self.encoders.codec.vae.device
         noise = [sampler_noise(seed + i, shape).to(device) for i in range(len(prompts))]
         settings = SampleSettings(
-            num_inference_steps=num_inference_steps,
-            shift=self.shift,
-            guidance_scale=guidance_scale,
+            num_inference_steps=self.defaults.num_inference_steps
+            if num_inference_steps is None
+            else num_inference_steps,
+            shift=self.defaults.shift,
+            guidance_scale=self.defaults.guidance_scale if guidance_scale is None else guidance_scale,
             image_guidance_scale=image_guidance_scale,
         )
-        encoded = self.encode(prompts, [[image.convert("RGB") for image in images]] * len(prompts))
+        encoded = self.encode(prompts, [images] * len(prompts))
         return [self.encoders.codec.decode(x) for x in sample(self.model, encoded, noise, settings)]
 
 
@@ -237,18 +255,23 @@ def load_adapter(
     *,
     vision_language: str | None = None,
     siglip: str | None = None,
+    variant: str = "auto",
 ) -> AdaptedPipeline:
     """Puts an exported adapter list on a diffusers ZImagePipeline and gives the callable that takes references.
 
     The pipeline's transformer is changed in place. `vision_language`, `siglip`: folder or Hub id of the encoders, by
-    default the names that were recorded. Raises InputError for a base or encoder that does not match, before anything
-    is changed.
+    default the names that were recorded; `variant`: auto, base or turbo, for default steps and guidance. Raises
+    InputError for a base or encoder that does not match, before anything is changed.
     """
     exported = read_adapter(Path(path))
     reads = list_reads(exported.adapters)
     # Identities ignore LoRA layers, so a second load onto the same transformer must be refused here.
     if any(".lora_" in name for name, _ in pipeline.transformer.named_parameters()):
         raise InputError("this pipeline's transformer already has a LoRA; load the adapter onto a fresh pipeline")
+    if any("_hf_hook" in vars(part) for part in (pipeline.transformer, pipeline.text_encoder, pipeline.vae)):
+        raise InputError(
+            "this pipeline moves its models in and out (CPU offload); load the adapter onto one without it"
+        )
     dtype, device = pipeline.vae.dtype, pipeline.vae.device
     text = TextEncoder(pipeline.text_encoder, pipeline.tokenizer, exported.encoders.max_sequence_length)
     encoders = Encoders(text, LatentCodec(pipeline.vae))
@@ -261,7 +284,8 @@ def load_adapter(
         encoders.siglip = SiglipEncoder(_source(exported, "siglip", siglip), dtype, device)
     check_identity(exported, identities(pipeline.transformer, encoders))
     model = adapt(pipeline.transformer, exported)
-    return AdaptedPipeline(model, encoders, exported.encoders, float(pipeline.scheduler.config.shift))
+    shift = float(pipeline.scheduler.config.shift)
+    return AdaptedPipeline(model, encoders, exported.encoders, defaults_for(shift, variant, "this pipeline"))
 
 
 def _source(exported: ExportedAdapter, role: str, given: str | None) -> Source:

@@ -81,6 +81,7 @@ class AdaptedDiT(nn.Module):
         output: list[Tensor | None] = [None] * len(noisy)
         groups: dict[int, list[int]] = {}
         for i, sample in enumerate(omni):
+            transformer.check_omni_room(self.dit, [len(s) for s in sample.segments], len(sample.latents))
             groups.setdefault(len(sample.latents), []).append(i)
         for count, places in groups.items():
             results = self.dit(

@@ -96,24 +96,25 @@ _STEPS_AND_GUIDANCE = {"turbo": (8, 0.0), "base": (50, 4.0)}
 _VARIANT_OF_SHIFT = {3.0: "turbo", 6.0: "base"}
 
 
+def defaults_for(shift: float, variant: str, where: str) -> BaseDefaults:
+    """Steps and guidance of a variant; auto tells it by the scheduler's shift."""
+    if variant == "auto":
+        if shift not in _VARIANT_OF_SHIFT:
+            raise InputError(f"{where}: scheduler shift {shift} is neither Turbo's 3 nor Base's 6; set models.variant")
+        variant = _VARIANT_OF_SHIFT[shift]
+    steps, guidance = _STEPS_AND_GUIDANCE[variant]
+    return BaseDefaults(variant, shift, steps, guidance)
+
+
 def base_defaults(models: ModelsConfig) -> BaseDefaults:
-    """Shift from scheduler_config.json; steps and guidance by the variant, which the shift tells when it is auto."""
+    """Shift from scheduler_config.json; steps and guidance by models.variant."""
     source = Source.of(models.base)
     source.require("scheduler/scheduler_config.json", what="a Z-Image model")
     with source.explained():
         scheduler = json.loads(source.file("scheduler/scheduler_config.json").read_text())
     if scheduler.get("use_dynamic_shifting"):
         raise InputError(f"{source.location}: use_dynamic_shifting schedulers are not Z-Image's; set it to false")
-    shift = float(scheduler.get("shift", 1.0))
-    variant: str = models.variant
-    if variant == "auto":
-        if shift not in _VARIANT_OF_SHIFT:
-            raise InputError(
-                f"{source.location}: scheduler shift {shift} is neither Turbo's 3 nor Base's 6; set models.variant"
-            )
-        variant = _VARIANT_OF_SHIFT[shift]
-    steps, guidance = _STEPS_AND_GUIDANCE[variant]
-    return BaseDefaults(variant, shift, steps, guidance)
+    return defaults_for(float(scheduler.get("shift", 1.0)), models.variant, source.location)
 
 
 # What decides how a model's weights are used, by role: named here because libraries add fields between versions.

@@ -11,7 +11,6 @@ import torch
 from tqdm.auto import tqdm
 
 from ztrain.adapters import build_adapters, describe_list
-from ztrain.compare import sample_settings
 from ztrain.config import Config, list_reads
 from ztrain.data import check_reference, open_image
 from ztrain.dit import load_transformer
@@ -21,7 +20,8 @@ from ztrain.export import adapt, check_identity, identities, read_adapter
 from ztrain.flow import sampler_noise
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype
-from ztrain.sample import sample
+from ztrain.sample import released_or, sample
+from ztrain.stats import check_statistics
 
 
 def render(
@@ -50,10 +50,13 @@ def render(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, base = base_dtype(config.train.mixed_precision), Source.of(config.models.base)
-    settings = sample_settings(config, base_defaults(config.models))
+    settings = released_or(config.sample, base_defaults(config.models))
     exported = read_adapter(adapter) if adapter else None
     adapters = exported.adapters if exported else list(config.adapters)
     encoder_settings = exported.encoders if exported else config.encoders
+    if exported is None and any(entry.needs_training for entry in adapters):
+        raise InputError(f"adapters {describe_list(adapters)} are untrained; give the exported folder with --adapter")
+    check_statistics(adapters, encoder_settings)
     reads = list_reads(adapters)
     encoders = Encoders.load(config, reads, dtype, device)
     dit = load_transformer(base, dtype, device)
@@ -61,9 +64,7 @@ def render(
         check_identity(exported, identities(dit, encoders))
         model = adapt(dit, exported)
     else:
-        model = AdaptedDiT(dit, build_adapters(adapters)).eval()
-        if any(p.requires_grad for p in model.parameters()):
-            raise InputError(f"adapters {describe_list(adapters)} have untrained weights; give a trained --adapter")
+        model = AdaptedDiT(dit, build_adapters(adapters, encoders.siglip_dim)).eval()
     if scales is not None:
         if len(scales) != len(adapters):
             raise InputError(

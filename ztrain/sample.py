@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ztrain.conditioning import Encoded, concatenate
+from ztrain.config import SampleConfig
 from ztrain.flow import euler_step, interpolate, sigma_schedule
+from ztrain.models import BaseDefaults
 
 Model = Callable[[Sequence[Tensor], Tensor, Encoded], list[Tensor]]
 
@@ -36,6 +38,19 @@ class SampleSettings:
     guidance_normalization: float = 0.0
     guidance_window: tuple[float, float] = (0.0, 1.0)
     strength: float = 1.0
+
+
+def released_or(config: SampleConfig, defaults: BaseDefaults) -> SampleSettings:
+    """The configured numbers, with what is left out as the base was released."""
+    steps, guidance = config.num_inference_steps, config.guidance_scale
+    return SampleSettings(
+        num_inference_steps=defaults.num_inference_steps if steps is None else steps,
+        shift=defaults.shift,
+        guidance_scale=defaults.guidance_scale if guidance is None else guidance,
+        image_guidance_scale=config.image_guidance_scale,
+        guidance_normalization=config.guidance_normalization,
+        guidance_window=config.guidance_window,
+    )
 
 
 @torch.no_grad()

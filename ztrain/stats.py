@@ -5,17 +5,21 @@ encoder settings, because published numbers belong to other models (zimage_facts
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ztrain.adapters.splice import STATISTICS_KINDS
-from ztrain.config import Config
+from ztrain.adapters.splice import STATISTICS_KINDS, read_statistics
+from ztrain.config import Config, EncodersConfig
 from ztrain.data import open_image, read_manifest
 from ztrain.encoders import Encoders
+from ztrain.errors import InputError
 from ztrain.models import base_dtype
 
 
@@ -61,3 +65,20 @@ def measure(config: Config, out: Path) -> Path:
     tokens = {kind: m.count for kind, m in moments.items()}
     save_file(tensors, out, metadata={"tokens": json.dumps(tokens), "encoders": config.encoders.model_dump_json()})
     return out
+
+
+def check_statistics(adapters: Sequence[Any], settings: EncodersConfig) -> None:
+    """Refuses a statistics file that was measured under other encoder settings than those of this run."""
+    for adapter in adapters:
+        if not (path := adapter.statistics_path):
+            continue
+        read_statistics(path)
+        with safe_open(path, framework="pt") as file:
+            measured = json.loads(file.metadata()["encoders"])
+        now = settings.model_dump(mode="json")
+        if changed := sorted(key for key in now if measured.get(key) != now[key]):
+            key = changed[0]
+            raise InputError(
+                f"{path} was measured with encoders.{key} {measured.get(key)}, this run has {now[key]};"
+                " measure again with `ztrain stats`"
+            )

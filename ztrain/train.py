@@ -33,6 +33,7 @@ from ztrain.export import identities, save_adapter
 from ztrain.flow import SigmaDensity, draw_noise, draw_sigma, interpolate, resolution_shift, velocity_losses
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype
+from ztrain.stats import check_statistics
 from ztrain.yamls import dump_yaml
 
 
@@ -52,7 +53,14 @@ class TripletPictures(Dataset):
     def __init__(self, triplets: Sequence[Triplet], config: Config) -> None:
         self.triplets, self.data = triplets, config.data
 
-    def __getitem__(self, key: SampleKey) -> Loaded:
+    def __getitem__(self, key: SampleKey) -> Loaded | InputError:
+        """A bad picture comes back as its error: raised in a worker it would arrive wrapped in a traceback."""
+        try:
+            return self._load(key)
+        except InputError as error:
+            return error
+
+    def _load(self, key: SampleKey) -> Loaded:
         triplet, data = self.triplets[key.index], self.data
         references = [open_image(path) for path in triplet.references]
         for image, path in zip(references, triplet.references, strict=True):
@@ -84,6 +92,11 @@ class MicroBatches:
         return self.num_micro_steps
 
 
+def _whole(items: list[Loaded | InputError]) -> list[Loaded] | InputError:
+    """The micro-batch, or the first thing that is wrong with it."""
+    return next((item for item in items if isinstance(item, InputError)), None) or items  # type: ignore[return-value]
+
+
 def make_loader(config: Config, accelerator: Accelerator) -> DataLoader:
     triplets = read_manifest(Path(config.data.train_data_dir), config.data.train_split)
     micro_steps = config.train.max_train_steps * config.train.gradient_accumulation_steps
@@ -99,7 +112,7 @@ def make_loader(config: Config, accelerator: Accelerator) -> DataLoader:
         TripletPictures(triplets, config),
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=config.data.dataloader_num_workers,
-        collate_fn=list,
+        collate_fn=_whole,
     )
 
 
@@ -127,9 +140,17 @@ def check_first_gradients(model: AdaptedDiT, steps_done: int) -> None:
 
 def train(config: Config) -> Path:
     """Runs the experiment and gives the folder of the exported adapter."""
-    accelerator = Accelerator(gradient_accumulation_steps=config.train.gradient_accumulation_steps)
+    folder = Path(config.output_dir)
+    if (folder / "metrics.jsonl").exists() or (folder / "export").exists():
+        raise InputError(f"output_dir {folder} already holds a run; name another folder or remove it")
+    # AdaptedDiT owns the precision; without the word here a user's accelerate config would add another one on top.
+    accelerator = Accelerator(
+        mixed_precision="no", gradient_accumulation_steps=config.train.gradient_accumulation_steps
+    )
+    accelerator.wait_for_everyone()  # every process has seen the empty folder before one writes into it
     dtype, base = base_dtype(config.train.mixed_precision), Source.of(config.models.base)
     density = sigma_density(config, base_defaults(config.models).shift)
+    check_statistics(config.adapters, config.encoders)
     loader = make_loader(config, accelerator)
     dit = load_transformer(base, dtype, accelerator.device)
     encoders = Encoders.load(config, config.reads, dtype, accelerator.device)
@@ -155,7 +176,6 @@ def train(config: Config) -> Path:
     schedule = get_scheduler(t.lr_scheduler, optimizer, t.lr_warmup_steps, t.max_train_steps)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
 
-    folder = Path(config.output_dir)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")
@@ -163,6 +183,8 @@ def train(config: Config) -> Path:
     # close() ends the progress line, so that an error starts on a line of its own.
     with closing(Record(folder / "metrics.jsonl", config, accelerator)) as record:
         for batch in loader:
+            if isinstance(batch, InputError):
+                raise batch
             # --- one micro-step --------------------------------------------------------------------------------
             latents = [encoders.codec.encode(item.target) for item in batch]  # B x (C, H, W)
             encoded = encoders.encode(

@@ -29,6 +29,16 @@ class AdapterConfig(BaseModel):
     def reads(self) -> Reads:
         return frozenset()
 
+    @property
+    def needs_training(self) -> bool:
+        """Whether the list shows nothing before it is trained: its weights start fresh."""
+        return True
+
+    @property
+    def statistics_path(self) -> str | None:
+        """The statistics file that the settings name, if any."""
+        return None
+
     def resolved(self, siglip_dim: int | None) -> "AdapterConfig":
         """With what only the loaded models know filled in: the width of the SigLIP features."""
         return self

@@ -38,9 +38,15 @@ class LoraAdapterConfig(AdapterConfig):
     """Regular expression that module names of the transformer must match in full."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     init: bool | str = True
-    """peft's init_lora_weights: true (B = 0), gaussian, pissa, pissa_niter_N, olora, orthogonal."""
+    """peft's init_lora_weights: true (B = 0), gaussian, pissa, pissa_niter_N, olora, orthogonal. pissa and olora move a
+    part of the base into the LoRA: a bf16 base then rounds what is left and training starts that far from the base."""
     peft: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Further options of peft.LoraConfig as they are called there, such as use_dora or use_rslora."""
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the initialisation takes something out of the base's weights."""
+        return str(self.init).split("_")[0] in _BASE_CHANGING
 
     @model_validator(mode="after")
     def _plain_expression(self) -> "LoraAdapterConfig":
@@ -50,6 +56,10 @@ class LoraAdapterConfig(AdapterConfig):
             raise ValueError(f"target_modules is not a regular expression: {error}") from error
         if taken := _OWN_FIELDS & set(self.peft):
             raise ValueError(f"set {sorted(taken)} by the fields rank, alpha, target_modules, init and dropout")
+        if self.peft.get("lora_bias") or self.peft.get("bias", "none") != "none":
+            raise ValueError("peft bias and lora_bias are no part of the exported layouts; leave them out")
+        if self.peft.get("use_dora") and self.changes_base:
+            raise ValueError(f"init {self.init} with use_dora cannot be exported against the original base; choose one")
         return self
 
 
@@ -74,7 +84,7 @@ class Lora(Adapter[LoraAdapterConfig]):
                 init_lora_weights=config.init,
                 **config.peft,
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ImportError) as error:
             raise InputError(f"adapters lora: peft refuses these options: {error}") from error
 
     def attach(self, dit: nn.Module) -> None:
@@ -86,7 +96,7 @@ class Lora(Adapter[LoraAdapterConfig]):
         awake = [parameter for parameter in dit.parameters() if parameter.requires_grad]
         try:
             dit.add_adapter(self._peft_config(), adapter_name=_PEFT_NAME)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ImportError) as error:
             raise InputError(f"adapters lora: peft cannot add this LoRA: {error}") from error
         # peft freezes whatever is not its own: an adapter attached before this one would silently stop training.
         for parameter in awake:
@@ -97,7 +107,10 @@ class Lora(Adapter[LoraAdapterConfig]):
         for parameter in dit.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
-        if str(self.config.init).split("_")[0] in _BASE_CHANGING:
+        names = [name for name, _ in dit.named_parameters() if f".{_PEFT_NAME}" in name]
+        if lost := [n for n in names if _with_peft_name(next(iter(_without_peft_name({n: torch.empty(0)})))) != n]:
+            raise InputError(f"adapters lora: these peft options make weights that no export holds, such as {lost[0]}")
+        if self.config.changes_base:
             self.start = {n: p.detach().clone() for n, p in dit.named_parameters() if f".{_PEFT_NAME}." in n}
 
     def set_scale(self, dit: nn.Module, scale: float) -> None:

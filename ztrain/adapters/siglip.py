@@ -47,6 +47,10 @@ class SiglipConfig(AdapterConfig):
     def reads(self) -> Reads:
         return frozenset({"siglip"} if self.layout == "spatial" else {"siglip", "omni"})
 
+    @property
+    def needs_training(self) -> bool:
+        return self.init != "checkpoint"
+
     def resolved(self, siglip_dim: int | None) -> "SiglipConfig":
         if siglip_dim is None or self.feature_dim == siglip_dim:
             return self

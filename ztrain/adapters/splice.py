@@ -61,6 +61,10 @@ class ComposeConfig(AdapterConfig):
         # Dropping the prompt of a fused sequence leaves the image alone.
         return frozenset({"reference"} if self.states == "reference" else {"reference", "fused"})
 
+    @property
+    def statistics_path(self) -> str | None:
+        return self.statistics_file
+
     @model_validator(mode="after")
     def _scaling_needs_statistics(self) -> "ComposeConfig":
         if self.scaling != "none" and self.statistics_file is None:
@@ -70,6 +74,10 @@ class ComposeConfig(AdapterConfig):
 
 class SpliceConfig(ComposeConfig):
     kind: Literal["splice"] = "splice"
+
+    @property
+    def needs_training(self) -> bool:
+        return False
 
 
 def read_statistics(path: str) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -302,7 +303,7 @@ def test_commands_in_readme_name_what_exists() -> None:
     """Programs, verbs, files and options of every shell line; the block on real drawings also runs as it stands."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    commands = [line.split() for line in lines if line and not line.startswith("#")]
+    commands = [shlex.split(line) for line in lines if line and not line.startswith("#")]
     assert len(commands) >= 8
     targets = (ROOT / "Makefile").read_text()
     for words in commands:

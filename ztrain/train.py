@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ztrain.adapters import build_adapters, describe_list
-from ztrain.config import Config, load_config
+from ztrain.config import Config, TrainConfig, load_config
 from ztrain.data import SampleKey, Triplet, batch_keys, check_reference, fit_target, open_image, read_manifest
 from ztrain.dit import load_transformer
 from ztrain.encoders import Encoders
@@ -138,48 +138,56 @@ def check_first_gradients(model: AdaptedDiT, steps_done: int) -> None:
         raise RuntimeError(f"{len(lost)} trained weights got no gradient in the first step, for example {lost[0]}")
 
 
-def train(config: Config) -> Path:
-    """Runs the experiment and gives the folder of the exported adapter."""
-    folder = Path(config.output_dir)
+def refuse_used_folder(folder: Path) -> None:
+    """A second run into a folder would leave files of two runs side by side."""
     if (folder / "metrics.jsonl").exists() or (folder / "export").exists():
         raise InputError(f"output_dir {folder} already holds a run; name another folder or remove it")
-    # AdaptedDiT owns the precision; without the word here a user's accelerate config would add another one on top.
-    accelerator = Accelerator(
-        mixed_precision="no", gradient_accumulation_steps=config.train.gradient_accumulation_steps
+
+
+def make_model(config: Config, dit: Any, siglip_dim: int | None) -> AdaptedDiT:
+    """The frozen transformer with fresh adapters, the same on every process, ready to train."""
+    torch.manual_seed(config.seed)
+    model = AdaptedDiT(dit, build_adapters(config.adapters, siglip_dim)).to(dit.device).train()
+    if not model.trainable_state():
+        listed = describe_list(config.adapters)
+        raise InputError(f"adapters {listed} has no weights to train; add projector, lora or siglip")
+    if config.train.gradient_checkpointing:
+        dit.enable_gradient_checkpointing()
+    return model
+
+
+def make_optimizer(config: TrainConfig, trained: list[torch.nn.Parameter]) -> tuple[torch.optim.Optimizer, Any]:
+    """AdamW and its learning-rate schedule, which counts optimizer steps."""
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = torch.optim.AdamW(
+        trained, config.learning_rate, betas, config.adam_epsilon, weight_decay=config.adam_weight_decay
     )
+    return optimizer, get_scheduler(config.lr_scheduler, optimizer, config.lr_warmup_steps, config.max_train_steps)
+
+
+def train(config: Config) -> Path:
+    """Runs the experiment and gives the folder of the exported adapter."""
+    folder, t = Path(config.output_dir), config.train
+    refuse_used_folder(folder)
+    # AdaptedDiT owns the precision; without the word here a user's accelerate config would add another one on top.
+    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=t.gradient_accumulation_steps)
     accelerator.wait_for_everyone()  # every process has seen the empty folder before one writes into it
-    dtype, base = base_dtype(config.train.mixed_precision), Source.of(config.models.base)
+    dtype, device = base_dtype(t.mixed_precision), accelerator.device
     density = sigma_density(config, base_defaults(config.models).shift)
     check_statistics(config.adapters, config.encoders)
     loader = make_loader(config, accelerator)
-    dit = load_transformer(base, dtype, accelerator.device)
-    encoders = Encoders.load(config, config.reads, dtype, accelerator.device)
+    dit = load_transformer(Source.of(config.models.base), dtype, device)
+    encoders = Encoders.load(config, config.reads, dtype, device)
     known = identities(dit, encoders)
-    torch.manual_seed(config.seed)  # new weights are the same on every process
-    model = AdaptedDiT(dit, build_adapters(config.adapters, encoders.siglip_dim)).to(accelerator.device).train()
+    model = make_model(config, dit, encoders.siglip_dim)
     trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
-        raise InputError(
-            f"adapters {describe_list(config.adapters)} has no weights to train; add projector, lora or siglip"
-        )
-    if config.train.gradient_checkpointing:
-        dit.enable_gradient_checkpointing()
-
-    t = config.train
-    optimizer = torch.optim.AdamW(
-        trained,
-        t.learning_rate,
-        (t.adam_beta1, t.adam_beta2),
-        t.adam_epsilon,
-        weight_decay=t.adam_weight_decay,
-    )
-    schedule = get_scheduler(t.lr_scheduler, optimizer, t.lr_warmup_steps, t.max_train_steps)
+    optimizer, schedule = make_optimizer(t, trained)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")
         accelerator.print(f"training {sum(p.numel() for p in trained):,} weights of {describe_list(config.adapters)}")
+
     # close() ends the progress line, so that an error starts on a line of its own.
     with closing(Record(folder / "metrics.jsonl", config, accelerator)) as record:
         for batch in loader:

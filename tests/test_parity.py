@@ -237,7 +237,7 @@ def test_stock_layout_equals_omni_pipeline(family: Path, count: int) -> None:
     model = make_model(family, [adapter], "Z-Image-Omni-Base")
     ours = sample(model, encoded, list(noise), settings)
     # The pipeline rounds references to bfloat16 before its VAE; ours does not, hence the wider bound with images.
-    assert relative_error(torch.stack(ours), theirs) < (1e-4 if count == 0 else 2e-2)
+    assert relative_error(torch.stack(ours), theirs) < (1e-4 if count == 0 else 1e-3)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Our one model call, sampler and splice against diffusers and transformers themselves, float32 on the CPU."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ztrain.errors import InputError
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source
 from ztrain.sample import SampleSettings, sample
+from ztrain.vision_language import SplicedModel
 
 SETTINGS = EncodersConfig(min_reference_pixels=4096, max_reference_pixels=16384)
 ALL_READS = frozenset({"reference", "fused", "siglip", "omni"})
@@ -433,3 +435,27 @@ def test_stock_segments_beyond_the_room_are_refused_on_the_host(family: Path, en
     assert model(noise_like((8, 8)), SIGMA[:1], with_segment(longest))[0].isfinite().all()
     with pytest.raises(InputError, match="do not fit the DiT's 1536 positions"):
         model(noise_like((8, 8)), SIGMA[:1], with_segment(1542))
+
+
+@torch.no_grad()
+def test_splice_reads_a_sharded_checkpoint_and_only_what_it_needs(
+    family: Path, encoders: Encoders, tmp_path: Path
+) -> None:
+    """As the real repository is stored: several shards and an index; shards of the language model stay untouched."""
+    folder = family / "Qwen3-VL-4B-Instruct"
+    stock = Qwen3VLForConditionalGeneration.from_pretrained(folder)
+    stock.save_pretrained(tmp_path, max_shard_size="100KB")
+    (tmp_path / "preprocessor_config.json").write_bytes((folder / "preprocessor_config.json").read_bytes())
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    needed = {file for key, file in index.items() if "visual." in key or key.endswith("embed_tokens.weight")}
+    unneeded = set(index.values()) - needed
+    assert len(needed) > 1 and unneeded
+    for file in unneeded:
+        (tmp_path / file).unlink()
+    sharded = SplicedModel(Source(str(tmp_path)), encoders.text.model, encoders.text.tokenizer)
+    settings = SETTINGS.model_copy(update={"marker_rows": "vl"})
+    ours, reference = (
+        sharded.encode([picture(1)], "a boat", settings),
+        encoders._spliced([picture(1)], "a boat", settings),
+    )
+    assert reference is not None and torch.equal(ours.states, reference.states)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from tests.test_parity import family_config
+from tests.test_parity import SETTINGS, family_config, picture
 from ztrain.config import Config, ModelConfig, load_config
 from ztrain.dit import load_transformer
 from ztrain.encoders import Encoders
@@ -144,8 +144,6 @@ def test_prompts_that_do_not_fit_are_refused(family: Path) -> None:
     encoders = Encoders.load(family_config(family), frozenset({"reference", "fused"}), torch.float32, "cpu")
     with pytest.raises(InputError, match="more than encoders.max_sequence_length 512"):
         encoders.text.encode("word " * 700)
-    from tests.test_parity import SETTINGS, picture
-
     with pytest.raises(InputError, match="contains the special token"):
         encoders._spliced([picture(1)], "a <|image_pad|> b", SETTINGS)
     with pytest.raises(InputError, match="hidden_index is 7; this language model has states 1 to 6"):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.test_parity import picture
 from ztrain.cli import _VERBS, _parser
@@ -274,10 +276,6 @@ def test_a_list_without_weights_cannot_train(family: Path, paintings: Path, tmp_
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(family: Path, paintings: Path, tmp_path: Path) -> None:
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(family / "Z-Image-Turbo", tmp_path / "broken")
     weights = tmp_path / "broken" / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ztrain.errors import InputError
-from ztrain.models import Source, require_loaded
+from ztrain.models import Source, load_part
 
 PATCH = 2  # all_patch_size of the released transformer/config.json
 MULTIPLE = 32  # SEQ_MULTI_OF in diffusers' transformer_z_image.py: every part is padded to this many tokens
@@ -30,17 +30,7 @@ def load_transformer(source: Source, dtype: torch.dtype, device: torch.device | 
     """The frozen transformer of a Z-Image repository, in eval mode."""
     from diffusers import ZImageTransformer2DModel
 
-    source.require("transformer/config.json", what="a Z-Image model")
-    with source.explained():
-        dit, info = ZImageTransformer2DModel.from_pretrained(
-            source.location,
-            subfolder="transformer",
-            revision=source.revision,
-            torch_dtype=dtype,
-            output_loading_info=True,
-        )
-    require_loaded(info, f"{source.location}/transformer")
-    return dit.to(device).eval().requires_grad_(False)
+    return load_part(ZImageTransformer2DModel, source, "transformer", device, torch_dtype=dtype)
 
 
 def padded(length: int) -> int:
@@ -144,12 +134,12 @@ def forward(
     return [_unpatchify(tokens[: len(p)], x) for tokens, p, x in zip(output, patches, noisy, strict=True)]
 
 
-Sequence_ = tuple[Tensor, Tensor]  # states (N, d) and rotary factors (N, d_head / 2), complex
+Tokens = tuple[Tensor, Tensor]  # states (N, d) and rotary factors (N, d_head / 2), complex
 
 
 def _siglip_tokens(
     dit: Any, siglip: Sequence[Sequence[Tensor]], noisy: Sequence[Tensor], caption_lengths: Sequence[int]
-) -> dict[int, Sequence_]:
+) -> dict[int, Tokens]:
     """Refined SigLIP tokens of every sample that has references, by its place in the batch."""
     present = [i for i, grids in enumerate(siglip) if grids]
     if not present:
@@ -223,7 +213,7 @@ def _pad(tokens: Sequence[Tensor], positions: Sequence[Tensor], pad_token: Tenso
 
 def _refine(
     dit: Any, layers: nn.ModuleList, sequences: Sequence[tuple[Tensor, Tensor]], modulation: Tensor | None
-) -> list[Sequence_]:
+) -> list[Tokens]:
     """Runs refiner blocks over sequences of states and positions; gives states and rotary factors."""
     lengths = [len(states) for states, _ in sequences]
     freqs = dit.rope_embedder(torch.cat([positions for _, positions in sequences])).split(lengths)
@@ -233,7 +223,7 @@ def _refine(
     return [(states[i, :length], freqs[i]) for i, length in enumerate(lengths)]
 
 
-def _batch(sequences: Sequence[Sequence_]) -> tuple[Tensor, Tensor, Tensor | None]:
+def _batch(sequences: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor | None]:
     """(B, N, d), (B, N, d_head / 2), and a mask (B, N) only where lengths differ: masks turn fast kernels off."""
     states = pad_sequence([s for s, _ in sequences], batch_first=True)
     freqs = pad_sequence([f for _, f in sequences], batch_first=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ztrain.conditioning import Encoded, StockOmni, TokenStates
 from ztrain.config import Config, EncodersConfig
 from ztrain.errors import InputError
-from ztrain.models import Source, require_loaded
+from ztrain.models import Source, load_part, require_loaded
 from ztrain.vision_language import SplicedModel, first_layers
 
 _OMNI_PIXELS = 1024 * 1024  # ZImageOmniPipeline shrinks larger references to this area
@@ -41,18 +41,10 @@ class TextEncoder:
     ) -> "TextEncoder":
         from transformers import AutoTokenizer, Qwen3Model
 
-        source.require("text_encoder/config.json", what="a Z-Image model")
+        model = load_part(Qwen3Model, source, "text_encoder", device, dtype=dtype)
         with source.explained():
             tokenizer = AutoTokenizer.from_pretrained(source.location, subfolder="tokenizer", revision=source.revision)
-            model, info = Qwen3Model.from_pretrained(
-                source.location,
-                subfolder="text_encoder",
-                revision=source.revision,
-                dtype=dtype,
-                output_loading_info=True,
-            )
-        require_loaded(info, f"{source.location}/text_encoder")
-        return cls(model.to(device), tokenizer, max_sequence_length)
+        return cls(model, tokenizer, max_sequence_length)
 
     def encode(self, prompt: str) -> Tensor:
         """(L, D) of one prompt, at most max_sequence_length tokens."""
@@ -91,17 +83,7 @@ class LatentCodec:
     def load(cls, source: Source, dtype: torch.dtype, device: torch.device | str) -> "LatentCodec":
         from diffusers import AutoencoderKL
 
-        source.require("vae/config.json", what="a Z-Image model")
-        with source.explained():
-            vae, info = AutoencoderKL.from_pretrained(
-                source.location,
-                subfolder="vae",
-                revision=source.revision,
-                torch_dtype=dtype,
-                output_loading_info=True,
-            )
-        require_loaded(info, f"{source.location}/vae")
-        return cls(vae.to(device))
+        return cls(load_part(AutoencoderKL, source, "vae", device, torch_dtype=dtype))
 
     @property
     def factor(self) -> int:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ztrain.adapters import AnyAdapterConfig, build_adapters, describe_list
+from ztrain.adapters import build_adapters, describe_list
 from ztrain.conditioning import Encoded
 from ztrain.config import Config, DataConfig, EncodersConfig, ModelConfig, list_reads, parse
 from ztrain.data import as_rgb, check_reference
@@ -137,13 +137,6 @@ class ExportedAdapter:
     files: dict[str, dict[str, Tensor]]
 
 
-class _AdapterDocument(Config):
-    """The parts of adapter_config.json that are settings, checked like an experiment's."""
-
-    adapters: list[AnyAdapterConfig]
-    encoders: EncodersConfig
-
-
 def read_adapter(folder: Path) -> ExportedAdapter:
     """Reads a folder of `save_adapter`; its files must be the ones that were written."""
     path = folder / CONFIG_FILE
@@ -160,7 +153,7 @@ def read_adapter(folder: Path) -> ExportedAdapter:
     for entry in document["adapters"]:
         if statistics := entry.get("statistics_file"):
             entry["statistics_file"] = str(folder / statistics)
-    settings = parse(_AdapterDocument, {key: document[key] for key in ("adapters", "encoders")}, str(path))
+    settings = parse(Config, {key: document[key] for key in ("adapters", "encoders")}, str(path))
     files = {}
     for name, expected in document["files"].items():
         if not (folder / name).is_file() or _sha256(folder / name) != expected:

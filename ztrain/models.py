@@ -80,6 +80,20 @@ def require_loaded(info: dict[str, Any], where: str) -> None:
             raise InputError(f"{where}: {len(info[key])} {key.replace('_', ' ')}, for example {sorted(info[key])[0]}")
 
 
+def load_part(kind: Any, source: Source, subfolder: str, device: torch.device | str, **precision: torch.dtype) -> Any:
+    """One frozen model of a Z-Image repository, in eval mode, every weight accounted for.
+
+    `kind`: the diffusers or transformers class; `precision`: its own word for the dtype, torch_dtype or dtype.
+    """
+    source.require(f"{subfolder}/config.json", what="a Z-Image model")
+    with source.explained():
+        part, info = kind.from_pretrained(
+            source.location, subfolder=subfolder, revision=source.revision, output_loading_info=True, **precision
+        )
+    require_loaded(info, f"{source.location}/{subfolder}")
+    return part.to(device).eval().requires_grad_(False)
+
+
 @dataclass(frozen=True, slots=True)
 class BaseDefaults:
     """How a checkpoint was released to be sampled: `guidance_scale` in diffusers' convention, 0 = off."""

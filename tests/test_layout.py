@@ -19,11 +19,13 @@ import pytest
 MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "errors": set(),
     "yamls": set(),
-    "data": set(),
+    "images": set(),
+    "data": {"images"},
+    "sampler": set(),
     "flow": set(),
     "conditioning": set(),
     "adapters": {"conditioning"},
-    "config": {"adapters", "yamls"},
+    "config": {"adapters", "images", "yamls"},
     "models": {"config"},
     "vision_language": {"config", "models", "conditioning"},
     "encoders": {"config", "models", "conditioning", "vision_language"},
@@ -34,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
         "config", "models", "conditioning", "adapters", "model", "encoders", "vision_language", "sample", "flow",
         "version", "data",
     },
+    "tracking": {"config"},
     "train": {
         "config", "models", "data", "flow", "adapters", "dit", "model", "encoders", "export", "stats", "yamls",
     },
@@ -48,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "cli": {"config", "yamls", "train", "compare", "stats", "render"},
     "demo": {"config", "train", "compare", "mini", "data_tools"},
     "mini": set(),
-    "data_tools": {"data", "yamls"},
+    "data_tools": {"data", "images", "yamls"},
     "ztrain/__init__": {"export", "version"},
     "version": set(),
 }

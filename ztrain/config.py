@@ -15,11 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ztrain.adapters import AnyAdapterConfig, describe_list
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.errors import InputError
+from ztrain.images import IMAGE_MULTIPLE
 from ztrain.yamls import describe_errors, load_yaml
-
-IMAGE_MULTIPLE = 16
-"""Pixels of a DiT patch: 8 of the VAE times 2 of the transformer; every image side is a multiple."""
-
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
@@ -78,23 +75,51 @@ class EncodersConfig(_Section):
 
 class DataConfig(_Section):
     train_data_dir: str = "data"
-    """A folder of data_tools.build: one sub-folder a split with metadata.jsonl."""
+    """A folder of data_tools.build or data_tools.pack, or a Hub data set with the same columns."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
     train_split: str = "train"
+    validation_split: str = "validation"
+    """Held-out triplets for validation and previews; read only if one of them is on."""
+    text_only_data_dir: str | None = None
+    """Pictures with prompts and without references, for `text_only_share`."""
+    text_only_split: str = "train"
+    text_only_share: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of training samples that come from text_only_data_dir, so that plain text-to-image is practised too."""
     resolution: int = Field(default=1024, ge=32)
-    """Side of the square targets in pixels, a multiple of 16."""
-    max_crop: float = Field(default=0.34, ge=0.0, le=1.0)
-    """Largest share of a target that the square crop may cut away; a target beyond it is an error."""
+    """Side in pixels of a square target, a multiple of 16; other aspects have as many tokens."""
+    max_target_aspect: float = Field(default=2.0, ge=1.0)
+    """Longest side over shortest side of the targets' buckets; 1 = squares only."""
+    max_crop: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Largest share of a target that fitting it to its bucket may cut away; a target beyond it is refused."""
     reference_min_side: int = Field(default=32, ge=1)
     """Smallest side of a reference in pixels."""
     reference_max_aspect: float = Field(default=8.0, ge=1.0)
     """Longest side over shortest side of a reference."""
-    dataloader_num_workers: int = Field(default=0, ge=0)
+    max_bad_share: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of triplets that may be refused (broken picture, prompt too long); they are counted and left out. 0: any
+    is an error."""
+    dataloader_num_workers: int = Field(default=2, ge=0)
+    """Processes that read the cache ahead of training, and decode pictures when it is built; 0 = none."""
 
     @model_validator(mode="after")
-    def _whole_patches(self) -> "DataConfig":
+    def _possible(self) -> "DataConfig":
         if self.resolution % IMAGE_MULTIPLE:
             raise ValueError(f"resolution {self.resolution} is not a multiple of {IMAGE_MULTIPLE}")
+        if self.text_only_share and self.text_only_data_dir is None:
+            raise ValueError(f"text_only_share {self.text_only_share} needs text_only_data_dir")
         return self
+
+
+class CacheConfig(_Section):
+    """Encoded pictures and prompts on disk. Entries are named by what they were made from, so that data sets, runs and
+    experiments share one folder and a stale entry cannot be found."""
+
+    dir: str = "cache"
+    entries_per_shard: int = Field(default=128, ge=1)
+    """Entries of one kind that are written, and lost by an interruption, together."""
+    verify_share: float = Field(default=0.02, gt=0.0, le=1.0)
+    """Share of entries that `ztrain cache --verify` computes again; 1 = all."""
 
 
 class FlowConfig(_Section):
@@ -124,16 +149,87 @@ class TrainConfig(_Section):
     gradient_checkpointing: bool = True
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """Precision of the frozen models and of the products; trained weights are float32 either way."""
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit keeps its two moments in 8 bits (bitsandbytes): 2.6 GiB less for [siglip], nothing for a LoRA."""
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant_with_warmup"
     lr_warmup_steps: int = Field(default=100, ge=0)
     """Optimizer steps."""
+    lr_num_cycles: int = Field(default=1, ge=1)
+    """Restarts of cosine_with_restarts."""
+    lr_power: float = Field(default=1.0, gt=0.0)
+    """Exponent of polynomial."""
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     adam_beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     adam_beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
     adam_weight_decay: float = Field(default=1e-2, ge=0.0)
     adam_epsilon: float = Field(default=1e-8, gt=0.0)
+    ema_decay: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Highest decay of the moving average of the trained weights, reached as (1 + step) / (10 + step); 0 = off. When
+    on, the average is what is validated, shown and exported."""
+    dropout_text: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Share of samples trained without the prompt. The three shares exclude each other and add up to at most 1; the
+    defaults are IP-Adapter's (tutorial_train.py). Without them guidance has no negatives to lean on."""
+    dropout_reference: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Share trained without the reference."""
+    dropout_both: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Share trained with neither."""
+    prior_weight: float = Field(default=0.0, ge=0.0, le=1.0)
+    """On samples without a reference the loss is (1 - w) of the data's and w of the distance to the base's own
+    velocity, so that plain text-to-image does not drift: 0 = off (no second forward), 1 = stay with the base."""
     logging_steps: int = Field(default=10, ge=1)
     """Optimizer steps between two printed lines; every step is written to metrics.jsonl."""
+    checkpointing_steps: int = Field(default=500, ge=1)
+    """Optimizer steps between two checkpoints; the last step always has one."""
+    checkpoints_total_limit: int = Field(default=3, ge=2)
+    """Newest checkpoints that are kept; an older one goes only after a newer one is verified."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> "TrainConfig":
+        total = self.dropout_text + self.dropout_reference + self.dropout_both
+        if total > 1:
+            raise ValueError(f"dropout_text + dropout_reference + dropout_both is {total:g}, more than 1")
+        return self
+
+
+class ValidationConfig(_Section):
+    validation_steps: int = Field(default=500, ge=0)
+    """Optimizer steps between two validations, the first at step 0; 0 = never."""
+    num_samples: int = Field(default=32, ge=2)
+    """Held-out triplets, spread evenly over the split."""
+    sigmas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    """Noise levels at which the loss is measured, each with the same noise every time."""
+    preview_steps: int = Field(default=500, ge=0)
+    """Optimizer steps between two preview grids, the first at step 0; 0 = never."""
+    num_previews: int = Field(default=4, ge=1)
+    """Rows of the grid: held-out triplets, spread evenly."""
+
+    @model_validator(mode="after")
+    def _inside(self) -> "ValidationConfig":
+        if not self.sigmas or not all(0.0 < sigma <= 1.0 for sigma in self.sigmas):
+            raise ValueError(f"sigmas {self.sigmas} must be one or more numbers above 0 and at most 1")
+        return self
+
+
+class TrackingConfig(_Section):
+    """Where metrics go besides metrics.jsonl, which is always written first."""
+
+    report_to: Literal["none", "wandb"] = "none"
+    """The key comes from `wandb login` or WANDB_API_KEY, never from here."""
+    mode: Literal["online", "offline"] = "online"
+    """offline writes a folder for `wandb sync`; online falls back to it when the server does not answer."""
+    project: str = "ztrain"
+    entity: str | None = None
+    name: str | None = None
+    """Name of the run; None: that of output_dir."""
+    group: str | None = None
+    tags: list[str] = Field(default_factory=list)
+    notes: str | None = None
+    log_adapter: bool = False
+    """Whether the exported adapter is uploaded as an artifact."""
+    log_data_manifest: bool = False
+    """Whether the list of triplets (names, prompts, hashes; no pictures) is uploaded as an artifact."""
 
 
 class SampleConfig(_Section):
@@ -180,13 +276,19 @@ class Config(_Section):
 
     seed: int = Field(default=0, ge=0)
     output_dir: str = "runs/ztrain"
+    resume_from_checkpoint: str = "none"
+    """none: a fresh run; latest: the newest whole checkpoint of output_dir, or a fresh run where it has none; or the
+    folder of a checkpoint."""
     models: ModelsConfig = ModelsConfig()
     encoders: EncodersConfig = EncodersConfig()
     adapters: list[AnyAdapterConfig] = Field(default_factory=list)
     """An ordered list; conditioning flows through it as through a pipe. Empty: plain text-to-image."""
     data: DataConfig = DataConfig()
+    cache: CacheConfig = CacheConfig()
     flow: FlowConfig = FlowConfig()
     train: TrainConfig = TrainConfig()
+    validation: ValidationConfig = ValidationConfig()
+    tracking: TrackingConfig = TrackingConfig()
     sample: SampleConfig = SampleConfig()
     compare: CompareConfig = CompareConfig()
 

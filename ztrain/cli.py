@@ -1,6 +1,7 @@
 """`ztrain VERB --config FILE [FILE ...] [--dotted.key value ...]`: the commands people type.
 
 config show   prints the resolved experiment
+cache         computes every state that training reads; --verify checks what is there
 train         trains the adapter list in this process (accelerate launch -m ztrain.train for several)
 compare       renders no image, splice and exported adapters into one labelled picture
 sample        renders one prompt with references
@@ -21,10 +22,10 @@ def _config_show(config: Config, options: argparse.Namespace) -> str:
     return dump_yaml(config.model_dump(mode="json")).rstrip()
 
 
-def _train(config: Config, options: argparse.Namespace) -> str:
-    from ztrain.train import train
+def _cache(config: Config, options: argparse.Namespace) -> str:
+    from ztrain.prepare import cache_states
 
-    return f"exported: {train(config)}"
+    return cache_states(config, check=options.verify)
 
 
 def _compare(config: Config, options: argparse.Namespace) -> str:
@@ -58,7 +59,7 @@ def _sample(config: Config, options: argparse.Namespace) -> str:
 
 _VERBS = {
     "config show": _config_show,
-    "train": _train,
+    "cache": _cache,
     "compare": _compare,
     "stats": _stats,
     "sample": _sample,
@@ -70,6 +71,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     parser.add_argument("--config", nargs="+", type=Path, default=[])
     if verb in ("sample", "stats"):
         parser.add_argument("--out", type=Path, required=True)
+    if verb == "cache":
+        parser.add_argument("--verify", action="store_true")
     if verb == "sample":
         parser.add_argument("--prompt", default="")
         parser.add_argument("--reference", nargs="*", type=Path, default=[])
@@ -82,6 +85,10 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["train"]:
+        from ztrain.train import main as train
+
+        return train(words[1:])
     verb = next((name for name in _VERBS if words[: len(name.split())] == name.split()), None)
     if verb is None:
         helped = bool(words) and words[0] in ("-h", "--help")

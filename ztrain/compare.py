@@ -13,24 +13,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 from tqdm.auto import tqdm
 
 from ztrain.adapters import build_adapters, describe_list
 from ztrain.config import Config, EncodersConfig, list_reads, parse
-from ztrain.data import Triplet, check_reference, open_image, read_manifest
+from ztrain.data import Triplet, read_manifest
 from ztrain.dit import load_transformer
 from ztrain.encoders import Encoders
 from ztrain.errors import InputError
 from ztrain.export import ExportedAdapter, adapt, check_identity, identities, read_adapter
 from ztrain.flow import sampler_noise
+from ztrain.grid import draw_grid
+from ztrain.images import check_reference, open_image
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype
 from ztrain.sample import SampleSettings, released_or, sample
+from ztrain.sampler import spread
 from ztrain.stats import check_statistics
 from ztrain.yamls import load_yaml
-
-_MARGIN, _LABEL, _CELL = 8, 24, 192
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +58,18 @@ def columns_of(config: Config) -> list[Column]:
     return columns
 
 
-def pick(triplets: Sequence[Triplet], count: int) -> list[Triplet]:
-    """`count` triplets spread evenly over the split."""
-    places = np.linspace(0, len(triplets) - 1, min(count, len(triplets))).round().astype(int)
-    return [triplets[place] for place in dict.fromkeys(places.tolist())]
-
-
 def compare(config: Config) -> Path:
     """Renders every column and gives the picture's path."""
     started, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
     dtype, base = base_dtype(config.train.mixed_precision), Source.of(config.models.base)
     settings = released_or(config.sample, base_defaults(config.models))
-    triplets = pick(read_manifest(Path(config.data.train_data_dir), config.compare.split), config.compare.num_samples)
-    references = [[open_image(path) for path in triplet.references] for triplet in triplets]
+    triplets = spread(read_manifest(Path(config.data.train_data_dir), config.compare.split), config.compare.num_samples)
+    references = [[open_image(picture) for picture in triplet.references] for triplet in triplets]
     for triplet, images in zip(triplets, references, strict=True):
-        for path, image in zip(triplet.references, images, strict=True):
+        for picture, image in zip(triplet.references, images, strict=True):
             check_reference(
-                image,
-                path,
+                image.size,
+                picture.name,
                 min_side=config.data.reference_min_side,
                 max_aspect=config.data.reference_max_aspect,
             )
@@ -161,21 +156,3 @@ def _write(
     }
     (folder / "compare.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return folder / "compare.png"
-
-
-def draw_grid(labels: Sequence[str], prompts: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Pictures in equal cells, column labels on top and each row's prompt above it."""
-    font = ImageFont.load_default(size=14)
-    stride_x, stride_y = _CELL + _MARGIN, _CELL + _LABEL + _MARGIN
-    size = (_MARGIN + stride_x * len(labels), _LABEL + 2 * _MARGIN + stride_y * len(rows))
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, label in enumerate(labels):
-        draw.text((_MARGIN + column * stride_x + _CELL / 2, _MARGIN), label, fill="black", font=font, anchor="ma")
-    for row, pictures in enumerate(rows):
-        top = _LABEL + _MARGIN + row * stride_y
-        draw.text((_MARGIN, top), prompts[row], fill="#666666", font=font)
-        for column, picture in enumerate(pictures):
-            fitted = ImageOps.pad(picture, (_CELL, _CELL), Image.Resampling.LANCZOS, color="white")
-            sheet.paste(fitted, (_MARGIN + column * stride_x, top + _LABEL))
-    return sheet

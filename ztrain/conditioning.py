@@ -7,7 +7,8 @@ Legend: B batch, R references of a sample (0 or more), L tokens, D text width, (
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,18 @@ class Encoded:
             null_omni=self.null_bare_omni,
         )
 
+    @property
+    def with_reference(self) -> list[bool]:
+        """For each sample whether it still has a reference."""
+        return [
+            any((self.reference[i], self.fused[i], self.siglip[i], self.omni and self.omni[i].latents))
+            for i in range(len(self))
+        ]
+
+    def to(self, device: torch.device) -> "Encoded":
+        """The same batch on another device; copies from pinned memory do not wait."""
+        return _moved(self, device)
+
     def select(self, indices: Sequence[int]) -> "Encoded":
         """The samples at these positions, in this order."""
 
@@ -95,6 +108,36 @@ class Encoded:
 
         lists = {name: pick(getattr(self, name)) for name in _PER_SAMPLE}
         return Encoded(null_text=self.null_text, **lists)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Any nesting of lists and records of tensors, on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, list):
+        return [_moved(entry, device) for entry in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+    return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropout:
+    """Shares of samples that lose their prompt, their reference, or both; they exclude each other."""
+
+    text: float = 0.0
+    reference: float = 0.0
+    both: float = 0.0
+
+    def apply(self, encoded: Encoded, uniform: float) -> Encoded:
+        """`encoded` of one sample with what the draw from [0, 1) takes away."""
+        if uniform < self.text:
+            return encoded.without_text()
+        if uniform < self.text + self.reference:
+            return encoded.without_reference()
+        if uniform < self.text + self.reference + self.both:
+            return encoded.without_text().without_reference()
+        return encoded
 
 
 _PER_SAMPLE = ("text", "reference", "fused", "siglip", "omni", "null_omni", "bare_omni", "null_bare_omni")

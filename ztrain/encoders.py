@@ -6,9 +6,10 @@ template, the latents' shift and scale, SigLIP grids in row order.
 Legend: L tokens, D text width, C latent channels, H and W latent sides, (h, w, S) SigLIP grid and width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -73,6 +74,20 @@ class TextEncoder:
             return self.model(input_ids=ids.to(self.model.device), use_cache=False).last_hidden_state[0]
 
 
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' table of unused weights: a vision tower out of a whole model leaves many, and what is
+    missing is an error of ours."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 class LatentCodec:
     """The VAE with Z-Image's shift and scale: images <-> latents."""
 
@@ -122,7 +137,7 @@ class SiglipEncoder:
         from transformers import Siglip2ImageProcessorPil, Siglip2VisionModel
 
         source.require("config.json", what="a SigLIP2 model")
-        with source.explained():
+        with source.explained(), quiet_loading():
             self.processor = Siglip2ImageProcessorPil.from_pretrained(source.location, revision=source.revision)
             model, info = Siglip2VisionModel.from_pretrained(
                 source.location, revision=source.revision, dtype=dtype, output_loading_info=True
@@ -139,6 +154,79 @@ class SiglipEncoder:
         height, width = (int(side) for side in inputs["spatial_shapes"][0])
         hidden = self.model(**inputs).last_hidden_state[0]
         return hidden[: height * width].view(height, width, -1)
+
+
+def siglip_width(source: Source) -> int:
+    """Width of a SigLIP2 model's features, from its config alone."""
+    from transformers import Siglip2VisionConfig
+
+    source.require("config.json", what="a SigLIP2 model")
+    with source.explained():
+        return int(Siglip2VisionConfig.from_pretrained(source.location, revision=source.revision).hidden_size)
+
+
+Reference = TypeVar("Reference", contravariant=True)
+
+
+class States(Protocol[Reference]):
+    """One encoded state at a time. `Reference` stands for a picture: itself where states are computed, what names it
+    where they are read from a cache."""
+
+    def text(self, prompt: str) -> Tensor:
+        """(L, D) of the prompt's chat turn."""
+
+    def segment(self, text: str) -> Tensor:
+        """(L, D) of a text as it stands."""
+
+    def reference(self, references: Sequence[Reference]) -> TokenStates:
+        """One or more images alone through the spliced model."""
+
+    def fused(self, references: Sequence[Reference], prompt: str) -> TokenStates:
+        """Images and prompt in one sequence."""
+
+    def siglip(self, reference: Reference) -> Tensor:
+        """(h, w, S)."""
+
+    def clean_latents(self, reference: Reference) -> Tensor:
+        """(C, h, w) of the stock omni layout."""
+
+
+def assemble(
+    states: States[Reference], prompts: Sequence[str], references: Sequence[Sequence[Reference]], reads: frozenset[str]
+) -> Encoded:
+    """The batch that `reads` asks for, out of single states: the one place that knows which ones a triplet needs."""
+    pairs = list(zip(prompts, references, strict=True))
+
+    def omni(prompt: str, images: Sequence[Reference]) -> StockOmni:
+        return StockOmni(
+            segments=[states.segment(segment) for segment in _omni_segments(prompt, len(images))],
+            latents=[states.clean_latents(image) for image in images],
+        )
+
+    stock = "omni" in reads
+    return Encoded(
+        text=[states.text(prompt) for prompt in prompts],
+        null_text=states.text(""),
+        reference=[states.reference(images) if images and "reference" in reads else None for _, images in pairs],
+        fused=[states.fused(images, prompt) if images and "fused" in reads else None for prompt, images in pairs],
+        siglip=[[states.siglip(image) for image in images] if "siglip" in reads else [] for _, images in pairs],
+        omni=[omni(prompt, images) for prompt, images in pairs] if stock else [],
+        null_omni=[omni("", images) for _, images in pairs] if stock else [],
+        bare_omni=[omni(prompt, []) for prompt in prompts] if stock else [],
+        null_bare_omni=[omni("", []) for _ in prompts] if stock else [],
+    )
+
+
+def _omni_segments(prompt: str, num_references: int) -> list[str]:
+    """Caption segments as ZImageOmniPipeline.encode_prompt writes them."""
+    if not num_references:
+        return [f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"]
+    return [
+        "<|im_start|>user\n<|vision_start|>",
+        *["<|vision_end|><|vision_start|>"] * (num_references - 1),
+        f"<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>",
+        "<|vision_end|><|im_end|>",
+    ]
 
 
 @dataclass(slots=True)
@@ -177,41 +265,35 @@ class Encoders:
         settings: EncodersConfig,
     ) -> Encoded:
         """Everything that `reads` names for each prompt and its references (any number, own sizes)."""
-        pairs = list(zip(prompts, references, strict=True))
-        omni = "omni" in reads
-        return Encoded(
-            text=[self.text.encode(prompt) for prompt in prompts],
-            null_text=self.text.encode(""),
-            reference=[self._spliced(images, "", settings) if "reference" in reads else None for _, images in pairs],
-            fused=[self._spliced(images, prompt, settings) if "fused" in reads else None for prompt, images in pairs],
-            siglip=[[self._grid(image) for image in images] if "siglip" in reads else [] for _, images in pairs],
-            omni=[self._omni(prompt, images) for prompt, images in pairs] if omni else [],
-            null_omni=[self._omni("", images) for _, images in pairs] if omni else [],
-            bare_omni=[self._omni(prompt, []) for prompt in prompts] if omni else [],
-            null_bare_omni=[self._omni("", []) for _ in prompts] if omni else [],
-        )
+        return assemble(_Computed(self, settings), prompts, references, reads)
 
-    def _spliced(self, images: Sequence[Image.Image], prompt: str, settings: EncodersConfig) -> TokenStates | None:
-        assert self.spliced is not None, "Encoders.add was not asked for these reads"
-        return self.spliced.encode(images, prompt, settings) if images else None
 
-    def _grid(self, image: Image.Image) -> Tensor:
-        assert self.siglip is not None, "Encoders.add was not asked for these reads"
-        return self.siglip.encode(image)
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """States computed when asked for; a reference is a picture."""
 
-    def _omni(self, prompt: str, images: Sequence[Image.Image]) -> StockOmni:
-        """Segments and clean latents as ZImageOmniPipeline.encode_prompt and __call__ prepare them."""
-        if images:
-            segments = ["<|im_start|>user\n<|vision_start|>"]
-            segments += ["<|vision_end|><|vision_start|>"] * (len(images) - 1)
-            segments += [f"<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>"]
-            segments += ["<|vision_end|><|im_end|>"]
-        else:
-            segments = [f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"]
-        return StockOmni(
-            segments=[self.text.encode_segment(segment) for segment in segments],
-            latents=[self.codec.encode(omni_crop(image)) for image in images],
-        )
+    encoders: Encoders
+    settings: EncodersConfig
+
+    def text(self, prompt: str) -> Tensor:
+        return self.encoders.text.encode(prompt)
+
+    def segment(self, text: str) -> Tensor:
+        return self.encoders.text.encode_segment(text)
+
+    def reference(self, references: Sequence[Image.Image]) -> TokenStates:
+        return self.fused(references, "")
+
+    def fused(self, references: Sequence[Image.Image], prompt: str) -> TokenStates:
+        assert self.encoders.spliced is not None, "Encoders.add was not asked for these reads"
+        return self.encoders.spliced.encode(references, prompt, self.settings)
+
+    def siglip(self, reference: Image.Image) -> Tensor:
+        assert self.encoders.siglip is not None, "Encoders.add was not asked for these reads"
+        return self.encoders.siglip.encode(reference)
+
+    def clean_latents(self, reference: Image.Image) -> Tensor:
+        return self.encoders.codec.encode(omni_crop(reference))
 
 
 def omni_crop(image: Image.Image) -> Image.Image:

@@ -19,10 +19,10 @@ from torch import Tensor
 from ztrain.adapters import build_adapters, describe_list
 from ztrain.conditioning import Encoded
 from ztrain.config import Config, DataConfig, EncodersConfig, ModelConfig, list_reads, parse
-from ztrain.data import as_rgb, check_reference
 from ztrain.encoders import Encoders, LatentCodec, SiglipEncoder, TextEncoder
 from ztrain.errors import InputError
 from ztrain.flow import sampler_noise
+from ztrain.images import as_rgb, check_reference
 from ztrain.model import AdaptedDiT
 from ztrain.models import BaseDefaults, Source, defaults_for, identity, public_name
 from ztrain.sample import SampleSettings, sample
@@ -218,8 +218,8 @@ class AdaptedPipeline:
         limits = DataConfig()
         for image in images:
             check_reference(
-                image,
-                Path("the given reference"),
+                image.size,
+                "the given reference",
                 min_side=limits.reference_min_side,
                 max_aspect=limits.reference_max_aspect,
             )

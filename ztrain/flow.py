@@ -22,7 +22,7 @@ SigmaSampling = Literal["uniform", "logit_normal", "scheduler_table"]
 LossWeight = Literal["none", "bump"]
 
 # Streams keep the draws of one sample independent of each other.
-_NOISE_STREAM, _SIGMA_STREAM, _SAMPLER_STREAM = 0, 1, 2
+_NOISE_STREAM, _SIGMA_STREAM, _SAMPLER_STREAM, _DROPOUT_STREAM, _STEP_STREAM = 0, 1, 2, 3, 4
 
 # Integral over sigma in [0, 1] of exp(-2 (sigma - 1/2)^2) - exp(-1/2): makes the bump's mean weight 1.
 _BUMP_FLOOR = math.exp(-0.5)
@@ -116,6 +116,17 @@ def draw_sigma(counters: Sequence[Counter], density: SigmaDensity) -> Tensor:
     return torch.stack(drawn)
 
 
+def draw_dropout(counter: Counter) -> float:
+    """One number from [0, 1) that decides what a sample is trained without."""
+    return float(torch.rand((), generator=counter_generator(counter, _DROPOUT_STREAM)))
+
+
+def seed_micro_step(seed: int, micro_step: int, process_index: int) -> None:
+    """Seeds torch's global generator, which only dropout inside LoRA layers uses, as a function of the counters."""
+    words = np.random.SeedSequence([seed, micro_step, process_index, _STEP_STREAM]).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0]) & (2**63 - 1))
+
+
 def sampler_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
     """The sampler's starting noise for one image, (C, H, W), float32 on the CPU: the same on every device."""
     words = np.random.SeedSequence([seed, _SAMPLER_STREAM]).generate_state(1, np.uint64)
@@ -150,10 +161,29 @@ def velocity_losses(
 
     `velocity`, `latents`, `noise`: B x (C, H, W), sizes may differ between samples; `sigma`: (B,).
     """
-    errors = [
-        (v.float() - (n.float() - x.float())).square().mean() for v, x, n in zip(velocity, latents, noise, strict=True)
-    ]
-    return torch.stack(errors) * loss_weight(sigma, weight).to(errors[0].device)
+    target = [n.float() - x.float() for x, n in zip(latents, noise, strict=True)]
+    return _squared_errors(velocity, target) * loss_weight(sigma, weight).to(velocity[0].device)
+
+
+def keep_prior(
+    losses: Tensor,
+    velocity: Sequence[Tensor],
+    base_velocity: Sequence[Tensor],
+    sigma: Tensor,
+    share: Tensor,
+    weight: LossWeight = "none",
+) -> Tensor:
+    """`(1 - share) losses + share prior`, (B,): prior is the weighted error to the base's own velocity.
+
+    `share`: (B,) in [0, 1], 0 where a sample is to learn from the data alone.
+    """
+    prior = _squared_errors(velocity, base_velocity) * loss_weight(sigma, weight).to(losses.device)
+    return torch.lerp(losses, prior, share.to(losses))
+
+
+def _squared_errors(velocity: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
+    """Mean squared error of each sample, (B,), in float32."""
+    return torch.stack([(v.float() - t.float()).square().mean() for v, t in zip(velocity, target, strict=True)])
 
 
 def sigma_schedule(num_inference_steps: int, shift: float, strength: float = 1.0) -> Tensor:

@@ -62,7 +62,29 @@ class AdaptedDiT(nn.Module):
                 )
             else:
                 output = self._stock_omni(inputs, t, conditioning, conditioning.omni)
+            if torch.is_grad_enabled() and not any(encoded.with_reference):
+                output = [self._tied(output[0]), *output[1:]]
         return [-sample for sample in output]
+
+    def _tied(self, output: Tensor) -> Tensor:
+        """`output` with zero gradients to weights that nothing used: without a reference, what reads one is idle.
+
+        Otherwise DDP waits for them forever, and the optimizer would treat their step differently for other numbers
+        of processes.
+        """
+        names = self._trainable_names()
+        idle = [p.flatten()[:1].sum() for name, p in self.named_parameters() if name in names]
+        return output + (0 * torch.stack(idle).sum()).to(output.dtype) if idle else output
+
+    @torch.no_grad()
+    def base_velocity(self, noisy: Sequence[Tensor], sigma: Tensor, encoded: Encoded) -> list[Tensor]:
+        """Velocities of the frozen base on the same inputs, as if there were no adapters."""
+        scales = [adapter.scale for adapter in self.adapters]
+        self.set_scales([0.0] * len(scales))
+        try:
+            return self(noisy, sigma, encoded)
+        finally:
+            self.set_scales(scales)
 
     def _precision(self, device: torch.device) -> AbstractContextManager:
         if self.base_dtype == torch.float32:
@@ -114,6 +136,11 @@ class AdaptedDiT(nn.Module):
     def _trainable_names(self) -> set[str]:
         return {name for names in self.weights_of for name in names}
 
+    @torch.no_grad()
+    def load_trainable_state(self, state: dict[str, Tensor], source: str) -> None:
+        """The inverse of `trainable_state`, after comparing keys and shapes."""
+        _copy_into(self.trainable_state(), state, source)
+
     def adapter_weights(self, index: int) -> dict[str, Tensor]:
         """Weights of one adapter by their names in the transformer or in the adapter itself."""
         parameters = dict(self.named_parameters())
@@ -122,18 +149,19 @@ class AdaptedDiT(nn.Module):
     @torch.no_grad()
     def load_adapter_weights(self, index: int, weights: dict[str, Tensor], source: str) -> None:
         """Copies weights in, after comparing the key sets and shapes with what the adapter has."""
-        own = self.adapter_weights(index)
-        if missing := sorted(set(own) - set(weights)):
-            raise InputError(f"{source} lacks {len(missing)} weights of the adapter, for example {missing[0]}")
-        if unexpected := sorted(set(weights) - set(own)):
-            raise InputError(
-                f"{source} has {len(unexpected)} weights that the adapter lacks, for example {unexpected[0]}"
-            )
-        for name, parameter in own.items():
-            if parameter.shape != weights[name].shape:
-                shapes = f"{tuple(weights[name].shape)}, expected {tuple(parameter.shape)}"
-                raise InputError(f"{source}: {name} has shape {shapes}")
-            parameter.copy_(weights[name])
+        _copy_into(self.adapter_weights(index), weights, source)
+
+
+def _copy_into(own: dict[str, Tensor], weights: dict[str, Tensor], source: str) -> None:
+    if missing := sorted(set(own) - set(weights)):
+        raise InputError(f"{source} lacks {len(missing)} weights of the adapter, for example {missing[0]}")
+    if unexpected := sorted(set(weights) - set(own)):
+        raise InputError(f"{source} has {len(unexpected)} weights that the adapter lacks, for example {unexpected[0]}")
+    for name, parameter in own.items():
+        if parameter.shape != weights[name].shape:
+            shapes = f"{tuple(weights[name].shape)}, expected {tuple(parameter.shape)}"
+            raise InputError(f"{source}: {name} has shape {shapes}")
+        parameter.copy_(weights[name])
 
 
 def _short(name: str, index: int) -> str:

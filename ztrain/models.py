@@ -55,6 +55,16 @@ class Source:
         with self.explained():
             return Path(hf_hub_download(self.location, name, revision=self.revision))
 
+    def files(self, *patterns: str) -> list[Path]:
+        """Local paths of all files that match glob patterns below the repository's root, downloaded if need be."""
+        root = self.folder
+        if root is None:
+            from huggingface_hub import snapshot_download
+
+            with self.explained():
+                root = Path(snapshot_download(self.location, revision=self.revision, allow_patterns=list(patterns)))
+        return sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()})
+
     def has(self, name: str) -> bool:
         if self.folder is not None:
             return (self.folder / name).is_file()

@@ -12,12 +12,12 @@ from tqdm.auto import tqdm
 
 from ztrain.adapters import build_adapters, describe_list
 from ztrain.config import Config, list_reads
-from ztrain.data import check_reference, open_image
 from ztrain.dit import load_transformer
 from ztrain.encoders import Encoders
 from ztrain.errors import InputError
 from ztrain.export import adapt, check_identity, identities, read_adapter
 from ztrain.flow import sampler_noise
+from ztrain.images import check_reference, open_image
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype
 from ztrain.sample import released_or, sample
@@ -45,7 +45,7 @@ def render(
     images = [open_image(path) for path in references]
     for image, path in zip(images, references, strict=True):
         check_reference(
-            image, path, min_side=config.data.reference_min_side, max_aspect=config.data.reference_max_aspect
+            image.size, str(path), min_side=config.data.reference_min_side, max_aspect=config.data.reference_max_aspect
         )
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

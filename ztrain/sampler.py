@@ -5,12 +5,16 @@ loader's own state survives another number of workers or processes.
 """
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from ztrain.errors import InputError
+
+ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,64 @@ def batch_keys(step: int, *, global_batch_size: int, num_samples: int, seed: int
         epoch, place = divmod(position, num_samples)
         keys.append(SampleKey(seed, epoch, int(_permutation(seed, epoch, num_samples)[place])))
     return keys
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Two data sets in one order: `num_samples` triplets, and `num_text_only` others that make up `share` of it.
+
+    Indices from `num_samples` on are of the second. Each has its own epochs; position p of the order belongs to the
+    second where floor((p + 1) share) > floor(p share), so that any stretch of the order has its share of them.
+    """
+
+    num_samples: int
+    num_text_only: int = 0
+    share: float = 0.0
+
+    def keys(self, step: int, *, global_batch_size: int, seed: int) -> list[SampleKey]:
+        """Keys of one step as `batch_keys` gives them, of both data sets."""
+        keys = []
+        for position in range(step * global_batch_size, (step + 1) * global_batch_size):
+            others = math.floor(position * self.share)
+            if math.floor((position + 1) * self.share) > others:
+                [key] = batch_keys(others, global_batch_size=1, num_samples=self.num_text_only, seed=seed)
+                keys.append(SampleKey(seed, key.epoch, self.num_samples + key.index))
+            else:
+                place = position - others
+                keys += batch_keys(place, global_batch_size=1, num_samples=self.num_samples, seed=seed)
+        return keys
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatches:
+    """One process's keys of every micro-step from `first` to `last`, in order.
+
+    The global batch of an optimizer step is the same for any number of processes that keeps device_batch_size x
+    num_processes x accumulation: the micro-steps of all processes cut one order into consecutive slices.
+    """
+
+    mixture: Mixture
+    seed: int
+    device_batch_size: int
+    num_processes: int
+    process_index: int
+    first: int
+    last: int
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        size, start = self.device_batch_size * self.num_processes, self.process_index * self.device_batch_size
+        for step in range(self.first, self.last):
+            keys = self.mixture.keys(step, global_batch_size=size, seed=self.seed)
+            yield keys[start : start + self.device_batch_size]
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+
+def spread(items: Sequence[ItemT], count: int) -> list[ItemT]:
+    """At most `count` items, evenly spread over the sequence; the first and the last are among them."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[place] for place in dict.fromkeys(places.tolist())]
 
 
 @functools.lru_cache(maxsize=4)

@@ -17,9 +17,10 @@ from tqdm.auto import tqdm
 
 from ztrain.adapters.splice import STATISTICS_KINDS, read_statistics
 from ztrain.config import Config, EncodersConfig
-from ztrain.data import open_image, read_manifest
+from ztrain.data import read_manifest
 from ztrain.encoders import Encoders
 from ztrain.errors import InputError
+from ztrain.images import open_image
 from ztrain.models import base_dtype
 
 

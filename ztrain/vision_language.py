@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -178,7 +179,7 @@ def _front_end(
 
     visual = AutoModel.from_config(config.vision_config)
     weights, rows = {}, {}
-    for path in _shards(source):
+    for path in weight_files(source):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():
                 if matched := re.fullmatch(r"(?:model\.)?visual\.(.+)", key):
@@ -197,11 +198,11 @@ def _front_end(
     }
 
 
-def _shards(source: Source) -> list[str]:
-    """The weight files that hold the visual part and the embeddings."""
+def weight_files(source: Source) -> list[Path]:
+    """The weight files that hold the visual part and the embeddings; nothing else of the repository is read."""
     if not source.has("model.safetensors.index.json"):
         source.require("model.safetensors", what="a Qwen3-VL model")
-        return [str(source.file("model.safetensors"))]
+        return [source.file("model.safetensors")]
     index = json.loads(source.file("model.safetensors.index.json").read_text())["weight_map"]
     wanted = {file for key, file in index.items() if "visual." in key or key.endswith("embed_tokens.weight")}
-    return [str(source.file(name)) for name in sorted(wanted)]
+    return [source.file(name) for name in sorted(wanted)]

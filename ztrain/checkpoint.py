@@ -1,0 +1,271 @@
+"""Checkpoints that are whole or not there: written beside, hashed, renamed, verified; only then are old ones removed.
+
+In: tensors by file and a JSON state. Out: `<folder>/step-00000100/` with safetensors files, `state.json` and
+`MANIFEST.json` (bytes and SHA-256 of each). Resuming takes the newest one whose hashes hold. No pickle anywhere; the
+base model is referenced by its identity, never stored. Also: which settings a resumed run may change.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ztrain.config import Config
+from ztrain.errors import InputError
+
+FORMAT_VERSION = 1
+MANIFEST = "MANIFEST.json"
+_NAME = re.compile(r"step-(\d{8})")
+
+FREE_ON_RESUME = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "models",  # may have moved; the identities of the models are compared instead
+    "data.train_data_dir",  # may have moved; the samples' digest is compared instead
+    "data.revision",
+    "data.train_split",
+    "data.text_only_data_dir",
+    "data.text_only_split",
+    "data.validation_split",
+    "data.max_bad_share",
+    "data.dataloader_num_workers",
+    "cache",
+    "train.train_batch_size",  # together: the global batch size is compared
+    "train.gradient_accumulation_steps",
+    "train.gradient_checkpointing",
+    "train.max_train_steps",  # unless the learning rate depends on it
+    "train.logging_steps",
+    "train.checkpointing_steps",
+    "train.checkpoints_total_limit",
+    "validation",
+    "tracking",
+    "sample",
+    "compare",
+)
+"""Keys, or sections, that a resumed run may change. Everything else decides what is trained."""
+
+_SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One that was read and whose hashes held. `tensors` by file name."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def publish(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> Path:
+    """Writes one checkpoint whole or not at all, and reads its bytes back before it counts.
+
+    Raises InputError where the disk does not take it; earlier checkpoints are then as they were.
+    """
+    final = folder / folder_name(step)
+    writing = folder / f".writing-{folder_name(step)}-{os.getpid()}"
+    needed = sum(tensor.nbytes for file in tensors.values() for tensor in file.values()) + (1 << 16)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(folder).free) < needed:
+            raise InputError(f"{folder}: a checkpoint needs {needed:,} bytes and {free:,} are free; {_KEPT}")
+        writing.mkdir()
+        for name, content in tensors.items():
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}, writing / name)
+        _write(writing / "state.json", {"format_version": FORMAT_VERSION, "step": step, **state})
+        files = {path.name: _describe(path) for path in sorted(writing.iterdir())}
+        for name in files:
+            _sync(writing / name)
+        _write(writing / MANIFEST, {"files": files})
+        _sync(writing / MANIFEST)
+        _retire(final)  # of an earlier life of this run: the same step, or a damaged one
+        os.rename(writing, final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{final}: cannot write the checkpoint ({error}; it needs {needed:,} bytes); {_KEPT}"
+        ) from error
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)  # after the rename there is nothing left to remove
+    check(final)
+    return final
+
+
+_KEPT = "free some space or mend the folder, then resume: earlier checkpoints are untouched"
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def check(path: Path) -> None:
+    """Raises InputError that names what is wrong with a checkpoint's files."""
+    try:
+        listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: no whole checkpoint: cannot read {MANIFEST} ({error})") from error
+    for name, expected in listed.items():
+        if not (path / name).is_file() or _describe(path / name) != expected:
+            raise InputError(f"{path / name} is missing or damaged: its SHA-256 is not the one in {MANIFEST}")
+
+
+def read(path: Path) -> Checkpoint:
+    """A checkpoint, after `check`. Raises InputError; one of a newer format is refused too."""
+    check(path)
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if state.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: checkpoint format {state.get('format_version')} is not {FORMAT_VERSION}; update ztrain"
+        )
+    names = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    tensors = {name: load_file(path / name) for name in names if name.endswith(".safetensors")}
+    return Checkpoint(path, state["step"], state, tensors)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Published checkpoints, oldest first, by the step in their names; clocks and dates say nothing."""
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: path.name)
+
+
+def find(wanted: str, folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint that `resume_from_checkpoint` means, and why newer ones were passed over.
+
+    none: None. latest: the newest of `folder` that is whole, None where there are none at all; InputError where there
+    are some and all are damaged, as a fresh start would hide the loss. Otherwise the folder of one checkpoint.
+    """
+    if wanted == "none":
+        return None, []
+    if wanted != "latest":
+        return read(Path(wanted)), []
+    passed: list[str] = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            return read(path), passed
+        except InputError as error:
+            passed.append(str(error))
+    if passed:
+        raise InputError(f"{folder}: no checkpoint is whole: {'; '.join(passed)}")
+    return None, []
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints. Call it after the newest has been verified."""
+    for path in checkpoints(folder)[:-keep]:
+        _retire(path)
+
+
+def _retire(path: Path) -> None:
+    """Removes a checkpoint if it is there. Renamed first: what is half removed must not have a checkpoint's name."""
+    if path.exists():
+        condemned = path.with_name(f".removing-{path.name}")
+        os.rename(path, condemned)
+        shutil.rmtree(condemned)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed writers left behind. Only for the process that holds the run's lock."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name.startswith((".writing-", ".removing-")):
+                shutil.rmtree(path)
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Keeps a second trainer out of a run's folder; the kernel gives it back when the process dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = folder / ".lock.owner"
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        who = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "another process"
+        raise InputError(
+            f"{folder}: {who} is training into this folder; wait for it, or name another output_dir"
+        ) from error
+    try:
+        owner.write_text(f"process {os.getpid()} on {os.uname().nodename}\n", encoding="utf-8")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def frozen_differences(before: dict[str, Any], config: Config) -> list[str]:
+    """`key: was -> is` for every setting that a resumed run may not change."""
+    old, new = _leaves(before), _leaves(config.model_dump(mode="json"))
+    free = list(FREE_ON_RESUME)
+    if config.train.lr_scheduler not in _SCHEDULES_WITHOUT_END:
+        free.remove("train.max_train_steps")
+    changed = []
+    for key in sorted(set(old) | set(new)):
+        if any(key == name or key.startswith(f"{name}.") for name in free) or old.get(key) == new.get(key):
+            continue
+        changed.append(f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}")
+    return changed
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key; lists count by position."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if entries is None:
+        return {prefix: value}
+    inside: dict[str, Any] = {}
+    for key, entry in entries:
+        inside |= _leaves(entry, f"{prefix}.{key}" if prefix else str(key))
+    return inside or {prefix: value}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[dict[str, Tensor], dict]:
+    """An optimizer's state as `<what>.<parameter>` tensors, and the JSON of the rest; `names`: in its own order."""
+    tensors, numbers = {}, {}
+    stored = optimizer.state_dict()
+    for index, state in stored["state"].items():
+        for what, value in state.items():
+            (tensors if isinstance(value, Tensor) else numbers)[f"{what}.{names[index]}"] = value
+    return tensors, {"numbers": numbers, "groups": stored["param_groups"]}
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: Mapping[str, Tensor], rest: dict[str, Any]
+) -> None:
+    """The inverse of `optimizer_tensors`, for an optimizer over the same parameters."""
+    state: dict[int, dict[str, Any]] = {}
+    places = {name: index for index, name in enumerate(names)}
+    for key, value in {**tensors, **rest["numbers"]}.items():
+        what, name = key.split(".", 1)
+        if name not in places:
+            raise InputError(f"the checkpoint's optimizer knows a weight {name} that this run does not train")
+        state.setdefault(places[name], {})[what] = value
+    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in rest["groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,100 @@
+"""Digests of files and pictures, remembered by stamp so that their bytes are read once.
+
+In: pictures wherever they lie, and files of models. Out: `Known` pictures, by what is in them. The memo is one Parquet
+file without names or paths; losing it costs time only.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from tqdm.auto import tqdm
+
+from ztrain.errors import InputError
+from ztrain.images import Picture, PictureFile, image_size
+from ztrain.store import workspace
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A picture with the digest of its bytes and its upright size in pixels."""
+
+    picture: Picture
+    digest: str
+    width: int
+    height: int
+
+
+class Digests:
+    """Digest and size of files and pictures, remembered by their stamp so that bytes are read once."""
+
+    _SCHEMA = pa.schema(
+        [("stamp", pa.string()), ("digest", pa.string()), ("width", pa.int32()), ("height", pa.int32())]
+    )
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known = self._load()
+        self._saved = len(self._known)
+
+    def _load(self) -> dict[str, tuple[str, int, int]]:
+        try:
+            columns = pq.read_table(self.path, schema=self._SCHEMA).to_pydict()
+        except FileNotFoundError:
+            return {}
+        except (pa.ArrowInvalid, OSError):
+            return {}  # only a memo: what it held is read from the files again
+        places = zip(columns["digest"], columns["width"], columns["height"], strict=True)
+        return dict(zip(columns["stamp"], places, strict=True))
+
+    def of_file(self, path: Path) -> str:
+        """Digest of any file's bytes."""
+        source = PictureFile(path)
+        if source.stamp not in self._known:
+            digest = xxhash.xxh3_128()
+            with path.open("rb") as file:
+                while block := file.read(1 << 24):
+                    digest.update(block)
+            self._known[source.stamp] = (digest.hexdigest(), 0, 0)
+        return self._known[source.stamp][0]
+
+    def of_pictures(self, pictures: Sequence[Picture], workers: int) -> list[Known | InputError]:
+        """Each picture with digest and size, or what is wrong with it, from its bytes or its header."""
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            bar = tqdm(total=len(pictures), desc="reading pictures", unit="picture", disable=None, delay=2)
+            with bar:
+                found = []
+                for known in pool.map(self._of_picture, pictures):
+                    found.append(known)
+                    bar.update()
+        return found
+
+    def _of_picture(self, picture: Picture) -> Known | InputError:
+        try:
+            stamp = picture.stamp
+            if stamp not in self._known or not self._known[stamp][1]:
+                data = picture.read()
+                width, height = image_size(data, picture.name)
+                self._known[stamp] = (xxhash.xxh3_128_hexdigest(data), width, height)
+            return Known(picture, *self._known[stamp])
+        except InputError as error:
+            return error
+        except OSError as error:
+            return InputError(f"{picture.name}: cannot read the picture ({error.strerror or error})")
+
+    def save(self) -> None:
+        """Writes what is new, together with what other processes have written since."""
+        if len(self._known) == self._saved:
+            return
+        merged = self._load() | self._known
+        digests, widths, heights = zip(*merged.values(), strict=True)
+        columns = {"stamp": list(merged), "digest": digests, "width": widths, "height": heights}
+        with workspace(self.path.parent) as scratch:
+            pq.write_table(pa.table(columns, schema=self._SCHEMA), scratch / self.path.name)
+            os.replace(scratch / self.path.name, self.path)
+        self._saved = len(merged)

@@ -1,0 +1,310 @@
+"""Fills a cache: loads the encoders, one group at a time, and computes the states that are missing.
+
+In: a `Cache` and what is needed of it. Out: published shards. Any number of processes may fill one cache; each shard is
+written by one. Interrupted, it goes on where it was. Pictures are decoded and shards written by threads meanwhile.
+"""
+
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ztrain.cache import ROLES, Cache, Kind, Needs, Request, digest_json
+from ztrain.config import Config
+from ztrain.encoders import LatentCodec, SiglipEncoder, TextEncoder, omni_crop
+from ztrain.errors import InputError
+from ztrain.images import fit_target, open_image
+from ztrain.models import Source, base_dtype, identity
+from ztrain.store import Entry, workspace
+from ztrain.vision_language import SplicedModel
+
+TOLERANCE = 1e-2
+"""Largest relative difference that verify puts up with: another GPU or library build rounds differently."""
+
+_AHEAD = 4  # decoded pictures that wait for the encoder, for each worker
+_GROUPS: tuple[tuple[Kind, ...], ...] = (  # kinds whose encoders are in memory together
+    ("latents", "clean_latents"),
+    ("siglip",),
+    ("text", "segment", "reference", "fused"),
+)
+
+
+@dataclass(slots=True)
+class Filled:
+    """What one process did: states computed by kind, sentences for those that could not be, seconds in all, seconds
+    in which there was something to encode, and of those the encoders' own."""
+
+    computed: dict[str, int] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    encoding_seconds: float = 0.0
+    busy_seconds: float = 0.0
+
+    @property
+    def busy_share(self) -> float:
+        """Share of the encoding time in which an encoder was at work, 0..1."""
+        return self.busy_seconds / self.encoding_seconds if self.encoding_seconds else 1.0
+
+
+class Encoding:
+    """The encoders of some kinds, loaded, and how a request of such a kind is computed."""
+
+    def __init__(self, config: Config, kinds: set[Kind], device: torch.device | str) -> None:
+        dtype, base = base_dtype(config.train.mixed_precision), Source.of(config.models.base)
+        self.settings = config.encoders
+        self.codec = self.siglip = self.text = self.spliced = None
+        modules: dict[str, Any] = {}
+        if kinds & {"latents", "clean_latents"}:
+            self.codec = LatentCodec.load(base, dtype, device)
+            modules["vae"] = self.codec.vae
+        if "siglip" in kinds:
+            self.siglip = SiglipEncoder(Source.of(config.models.siglip), dtype, device)
+            modules["siglip"] = self.siglip.model
+        if kinds & {"text", "segment", "reference", "fused"}:
+            self.text = TextEncoder.load(base, config.encoders.max_sequence_length, dtype, device)
+            modules["text_encoder"] = self.text.model
+        if kinds & {"reference", "fused"} and self.text is not None:
+            source = Source.of(config.models.vision_language)
+            self.spliced = SplicedModel(source, self.text.model, self.text.tokenizer)
+            modules["vision_language"] = self.spliced.model.visual
+        self.identities = {role: identity(module, role) for role, module in modules.items()}
+
+    def compute(self, request: Request, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """The request's tensors, on the CPU. Raises InputError for a prompt or picture that the encoder refuses."""
+        match request.kind:
+            case "latents" | "clean_latents":
+                assert self.codec is not None
+                states = self.codec.encode(images[0])
+            case "siglip":
+                assert self.siglip is not None
+                states = self.siglip.encode(images[0])
+            case "text":
+                assert self.text is not None
+                states = self.text.encode(request.text)
+            case "segment":
+                assert self.text is not None
+                states = self.text.encode_segment(request.text)
+            case _:
+                assert self.spliced is not None
+                sequence = self.spliced.encode(images, request.text, self.settings)
+                return {"states": sequence.states.cpu(), "kinds": sequence.kinds.cpu()}
+        return {"states": states.cpu()}
+
+
+def fill(cache: Cache, needs: Needs, device: torch.device | str, *, progress: bool = True) -> Filled:
+    """Computes what is missing of `needs`, in this process.
+
+    A prompt or picture that cannot be encoded is written down as refused and counted; raises InputError for what makes
+    further work pointless: a model that does not load, a full disk.
+    """
+    filled, started = Filled(), time.perf_counter()
+    missing = cache.missing(needs)
+    if missing:
+        with workspace(cache.folder) as scratch:
+            for kinds in _GROUPS:
+                if todo := [request for request in missing if request.kind in kinds]:
+                    _Filling(cache, needs, scratch, filled).run(todo, device, progress)
+    filled.seconds = time.perf_counter() - started
+    return filled
+
+
+def verify(cache: Cache, needs: Needs, device: torch.device | str) -> str:
+    """Checks every needed entry's bytes and computes a share of them again; says what was compared.
+
+    Raises InputError that names every damaged shard, or a state that comes out otherwise now.
+    """
+    if missing := cache.missing(needs):
+        raise InputError(
+            f"{cache.folder}: {len(missing)} states are not cached, first {missing[0].label}; fill it first"
+        )
+    refused = cache.refusals(needs)
+    present = [request for place, request in needs.requests.items() if place not in refused]
+    damaged: dict[str, None] = {}
+    for request in tqdm(present, desc="checking bytes", unit="state", disable=None):
+        try:
+            cache.store(request.kind).read(request.key)
+        except InputError as error:
+            damaged[str(error)] = None
+    if damaged:
+        raise InputError("; ".join(damaged))
+    worst, count = 0.0, 0
+    for kinds in _GROUPS:
+        chosen = [request for kind in kinds for request in _share(cache.config, present, kind)]
+        encoding = Encoding(cache.config, {request.kind for request in chosen}, device)
+        for request, images in _decoded(chosen, cache.config.data.dataloader_num_workers):
+            if isinstance(images, InputError):
+                raise images
+            kept, parts = cache.store(request.kind).read(request.key), encoding.compute(request, images)
+            difference = max(_difference(tensor, kept[part]) for part, tensor in parts.items())
+            worst, count = max(worst, difference), count + 1
+            if difference > TOLERANCE:
+                raise InputError(
+                    f"{cache.folder}: {request.label} comes out {difference:.1%} away from the cached one: its encoder"
+                    f" or inputs changed unseen; delete {cache.store(request.kind).folder.name} and fill it again"
+                )
+    return f"{len(present)} states are whole; {count} computed again, largest relative difference {worst:.1e}"
+
+
+def _share(config: Config, requests: Sequence[Request], kind: Kind) -> list[Request]:
+    of_kind = [request for request in requests if request.kind == kind]
+    return random.Random(config.seed).sample(of_kind, math.ceil(len(of_kind) * config.cache.verify_share))
+
+
+def _difference(tensor: Tensor, kept: Tensor) -> float:
+    """Norm of the difference over the norm of what was kept; infinite for another shape or precision."""
+    if tensor.shape != kept.shape or tensor.dtype != kept.dtype:
+        return math.inf
+    difference = (tensor.double() - kept.double()).norm()
+    return float(difference / kept.double().norm().clamp_min(1e-30)) if difference > 0 else 0.0
+
+
+Decoded = list[Image.Image] | InputError
+
+
+def _decode(request: Request) -> Decoded:
+    """The request's pictures as its encoder takes them, or what is wrong with one."""
+    try:
+        images = [open_image(known.picture) for known in request.pictures]
+        if request.kind == "clean_latents":
+            return [omni_crop(image) for image in images]
+        return [fit_target(image, request.bucket) for image in images] if request.bucket else images
+    except InputError as error:
+        return error
+
+
+def _decoded(requests: Iterator[Request] | Sequence[Request], workers: int) -> Iterator[tuple[Request, Decoded]]:
+    """Requests with their pictures, decoded by threads some way ahead of the consumer."""
+    waiting: list[tuple[Request, Future[Decoded]]] = []
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for request in requests:
+            waiting.append((request, pool.submit(_decode, request)))
+            if len(waiting) > _AHEAD * max(1, workers):
+                done, future = waiting.pop(0)
+                yield done, future.result()
+        for done, future in waiting:
+            yield done, future.result()
+
+
+@dataclass(slots=True)
+class _Shard:
+    """A shard that this process has claimed and is at work on."""
+
+    kind: Kind
+    name: str
+    claim: ExitStack
+    left: int
+    entries: list[Entry] = field(default_factory=list)
+
+
+class _Filling:
+    """One pass over the missing states of one group: claims shards, computes their entries, publishes them."""
+
+    def __init__(self, cache: Cache, needs: Needs, scratch: Path, filled: Filled) -> None:
+        self.cache, self.needs, self.scratch, self.filled = cache, needs, scratch, filled
+        self.open: dict[tuple[Kind, str], _Shard] = {}  # by kind and key of each entry
+
+    def run(self, missing: Sequence[Request], device: torch.device | str, progress: bool) -> None:
+        """Computes `missing`. Shards that another process is at work on are waited for at the end."""
+        kinds = {request.kind for request in missing}
+        encoding = Encoding(self.cache.config, kinds, device)
+        for kind in sorted(kinds):
+            self._describe(kind, encoding)
+        workers, started = self.cache.config.data.dataloader_num_workers, time.perf_counter()
+        description = "encoding " + " + ".join(sorted(kinds))
+        with (
+            tqdm(total=len(missing), desc=description, unit="state", disable=None if progress else True) as bar,
+            ThreadPoolExecutor(1) as writer,
+            ExitStack() as cleanup,
+        ):
+            cleanup.callback(self._give_back)
+            for wait in (False, True):
+                written: list[Future[None]] = []
+                for request, images in _decoded(self._claimed(missing, wait), workers):
+                    shard = self.open[request.kind, request.key]
+                    shard.entries.append(self._entry(encoding, request, images))
+                    bar.update()
+                    if len(shard.entries) == shard.left:
+                        written.append(writer.submit(self._publish, shard))
+                    while written and written[0].done():
+                        written.pop(0).result()  # a full disk ends the work here, not after hours
+                for future in written:
+                    future.result()
+        self.filled.encoding_seconds += time.perf_counter() - started
+        for kind in kinds:
+            self.cache.store(kind).compact(self.scratch)
+
+    def _describe(self, kind: Kind, encoding: Encoding) -> None:
+        """kind.json: what the fingerprint was made of, in words, and the identity of the encoders."""
+        store = self.cache.store(kind)
+        known = {role: encoding.identities[role] for role in ROLES[kind]}
+        document = {"kind": kind, "fingerprint": self.cache.fingerprint(kind), "identities": known}
+        store.folder.mkdir(parents=True, exist_ok=True)
+        place = self.scratch / f"{kind}.json"
+        place.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        os.replace(place, store.folder / "kind.json")
+
+    def _claimed(self, missing: Sequence[Request], wait: bool) -> Iterator[Request]:
+        """The requests of every shard that this process claims, shard after shard, less what has been done since.
+
+        Shards are cut from all that is needed, not from what is missing: so processes that start at different times
+        agree on their borders.
+        """
+        wanted = {(request.kind, request.key) for request in missing}
+        size = self.cache.config.cache.entries_per_shard
+        for kind in sorted({request.kind for request in missing}):
+            store = self.cache.store(kind)
+            of_kind = [request for (needed, _), request in self.needs.requests.items() if needed == kind]
+            for start in range(0, len(of_kind), size):
+                piece = of_kind[start : start + size]
+                todo = [r for r in piece if (kind, r.key) in wanted and r.key not in store]
+                claim = ExitStack()
+                if not todo or not claim.enter_context(
+                    store.claim(digest_json([request.key for request in piece]), wait=wait)
+                ):
+                    claim.close()
+                    continue
+                store.reload()
+                todo = [request for request in todo if request.key not in store]
+                # The name says what is in the shard, so that a later one, with what was missing here, is another file.
+                shard = _Shard(kind, digest_json([request.key for request in todo]), claim, len(todo))
+                self.open |= {(kind, request.key): shard for request in todo}
+                if not todo:
+                    claim.close()
+                yield from todo
+
+    def _entry(self, encoding: Encoding, request: Request, images: Decoded) -> Entry:
+        started = time.perf_counter()
+        try:
+            if isinstance(images, InputError):
+                raise images
+            parts, refused = encoding.compute(request, images), ""
+        except InputError as error:
+            parts, refused = {}, str(error)
+            for known in request.pictures:  # the index holds no path of this machine
+                refused = refused.replace(known.picture.name, Path(known.picture.name).name)
+            self.filled.refused.append(refused)
+        self.filled.busy_seconds += time.perf_counter() - started
+        self.filled.computed[request.kind] = self.filled.computed.get(request.kind, 0) + 1
+        return Entry(key=request.key, label=request.label, parts=parts, refused=refused)
+
+    def _publish(self, shard: _Shard) -> None:
+        self.cache.store(shard.kind).write(shard.name, shard.entries, self.scratch)
+        shard.entries.clear()
+        shard.claim.close()
+
+    def _give_back(self) -> None:
+        """Claims of shards that an error kept from being finished; closing one twice does nothing."""
+        for shard in self.open.values():
+            shard.claim.close()

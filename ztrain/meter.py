@@ -1,0 +1,115 @@
+"""What one run measures of its steps: loss, loss by sigma, gradient norm, seconds; agreed on by all processes.
+
+One collective a step carries every sample's loss and every process's wish to stop, so that all processes see the same
+numbers, stop before the same step where one of them is not finite, and save at the same step where one was told to.
+"""
+
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ztrain.sampler import SampleKey
+from ztrain.version import VERSION
+
+ItemT = TypeVar("ItemT")
+
+SIGMA_BINS = 10
+"""Equal parts of [0, 1] by which the loss is also given: the only loss curves of flow matching that can be compared."""
+
+
+class Meter:
+    """Collects a step's micro-steps; also the progress line."""
+
+    def __init__(self, step: int, last: int, logging_steps: int, accelerator: Accelerator) -> None:
+        self.accelerator, self.step, self.logging_steps = accelerator, step, logging_steps
+        self.rows: list[Tensor] = []  # (3, B) float64: sample index, sigma, loss
+        self.losses: list[tuple[float, float]] = []  # (sigma, loss) of every sample of the step, on every process
+        self.grad_norm = 0.0
+        self.waited = 0.0
+        self.started = time.perf_counter()
+        main = accelerator.is_main_process
+        self.bar = tqdm(total=last, initial=step, disable=not main, unit="step", mininterval=1.0, desc="training")
+
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()  # ends the progress line, so that an error starts on a line of its own
+
+    def timed(self, loader: Iterable[ItemT]) -> Iterator[ItemT]:
+        """The loader's items, with the seconds that were spent waiting for them."""
+        items = iter(loader)
+        while True:
+            started = time.perf_counter()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - started
+            yield item
+
+    def add(self, keys: Sequence[SampleKey], sigma: Tensor, losses: Tensor) -> None:
+        """One micro-step of this process: (B,) each. Does not wait for the device."""
+        index = torch.tensor([key.index for key in keys], dtype=torch.float64, device=losses.device)
+        self.rows.append(torch.stack([index, sigma.to(losses.device).double(), losses.detach().double()]))
+
+    def agree(self, grad_norm: Tensor | float, received: int) -> int:
+        """The signal that any process has received, 0 for none. Raises RuntimeError on every process where a loss or
+        the gradient norm of any is not finite: before the optimizer's step, so the weights are still good."""
+        rows = torch.cat(self.rows, dim=1)  # (3, n)
+        head = torch.tensor([float(received), float(grad_norm)], dtype=torch.float64, device=rows.device)
+        together = self.accelerator.gather(torch.cat([head, rows.flatten()]).unsqueeze(0)).cpu()  # (P, 2 + 3 n)
+        samples = together[:, 2:].view(len(together), 3, -1)
+        self.rows, self.grad_norm = [], float(together[0, 1])
+        bad = [int(index) for index in samples[:, 0][~samples[:, 2].isfinite()]]
+        if bad or not together[:, 1].isfinite().all():
+            named = f"the loss of samples {bad[:8]} (from 0, in the order of the data)" if bad else "the gradient norm"
+            raise RuntimeError(f"step {self.step + 1}: {named} is not finite; stopped before the step")
+        self.losses = list(zip(samples[:, 1].flatten().tolist(), samples[:, 2].flatten().tolist(), strict=True))
+        return int(together[:, 0].max())
+
+    def finish_step(self, learning_rate: float) -> dict[str, float]:
+        """The step's metrics by the names that W&B shows; the same on every process but for the seconds."""
+        now, self.step = time.perf_counter(), self.step + 1
+        seconds, waited = now - self.started, self.waited
+        self.started, self.waited = now, 0.0
+        # fsum rounds once, whatever the order: the number of processes does not show.
+        loss = math.fsum(loss for _, loss in self.losses) / len(self.losses)
+        values = {"train/loss": loss, "train/grad_norm": self.grad_norm, "train/lr": learning_rate}
+        bins: dict[int, list[float]] = {}
+        for sigma, of_sample in self.losses:
+            bins.setdefault(min(int(sigma * SIGMA_BINS), SIGMA_BINS - 1), []).append(of_sample)
+        values |= {f"train/loss_sigma/{place}": math.fsum(found) / len(found) for place, found in sorted(bins.items())}
+        values |= {
+            "perf/step_seconds": seconds,
+            "perf/data_wait_share": waited / seconds,
+            "perf/samples_per_second": len(self.losses) / seconds,
+        }
+        if torch.cuda.is_available():
+            values["mem/max_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.bar.update()
+        if self.step % self.logging_steps == 0:
+            self.bar.set_postfix(loss=f"{loss:.4f}", grad_norm=f"{self.grad_norm:.3f}")
+        return values
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """What may be said about where a run took place: versions and hardware, no names, paths or variables."""
+    libraries = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+    return {
+        "ztrain": VERSION,
+        "python": ".".join(map(str, sys.version_info[:3])),
+        **{name: version(name) for name in libraries},
+        "platform": platform.platform(terse=True),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "num_processes": accelerator.num_processes,
+    }

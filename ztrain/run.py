@@ -1,0 +1,295 @@
+"""What one process of a training run consists of: built, restored, validated, saved and exported.
+
+In: a config, and the checkpoint that it resumes from. Out: a `Run`, whose loop is train.py. Whatever the main process
+alone does (files, locks) fails on all processes together.
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import nn
+from tqdm.auto import tqdm
+
+from ztrain import checkpoint
+from ztrain.adapters import build_adapters, describe_list
+from ztrain.cache import Cache
+from ztrain.config import Config, TrainConfig
+from ztrain.dit import load_transformer
+from ztrain.encoders import siglip_width
+from ztrain.errors import InputError
+from ztrain.export import save_adapter
+from ztrain.meter import environment
+from ztrain.model import AdaptedDiT
+from ztrain.models import Source, base_dtype, identity
+from ztrain.prepare import prepare
+from ztrain.samples import Samples, write_manifest
+from ztrain.tracking import Record
+from ztrain.validate import Previews, describe_losses, validation_losses
+from ztrain.yamls import dump_yaml
+
+
+@dataclass
+class Run:
+    """What one process of a run consists of. `wrapped` is `model` as DDP wants it called."""
+
+    config: Config
+    folder: Path
+    accelerator: Accelerator
+    cache: Cache
+    samples: Samples
+    model: AdaptedDiT
+    wrapped: Any
+    optimizer: Any
+    schedule: Any
+    ema: EMAModel | None
+    identities: dict[str, dict[str, str]]
+    previews: Previews | None
+    record: Record | None = None
+    step: int = 0
+    """Optimizer steps done."""
+
+    @functools.cached_property
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def make_model(config: Config, dit: Any) -> AdaptedDiT:
+    """The frozen transformer with fresh adapters, the same on every process, ready to train."""
+    torch.manual_seed(config.seed)
+    width = siglip_width(Source.of(config.models.siglip)) if "siglip" in config.reads else None
+    model = AdaptedDiT(dit, build_adapters(config.adapters, width)).to(dit.device).train()
+    if not model.trainable_state():
+        listed = describe_list(config.adapters)
+        raise InputError(f"adapters {listed} has no weights to train; add projector, lora or siglip")
+    if config.train.gradient_checkpointing:
+        dit.enable_gradient_checkpointing()
+    return model
+
+
+def make_optimizer(config: TrainConfig, trained: list[nn.Parameter]) -> tuple[torch.optim.Optimizer, Any]:
+    """AdamW and its learning-rate schedule, which counts optimizer steps."""
+    kind: Any = torch.optim.AdamW
+    if config.optimizer == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit as kind
+        except ImportError as error:
+            raise InputError(
+                "train.optimizer adamw_8bit needs bitsandbytes: pip install 'ztrain[bitsandbytes]'"
+            ) from error
+    optimizer = kind(
+        trained,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+    )
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )
+    return optimizer, schedule
+
+
+def enter_folder(config: Config, accelerator: Accelerator, held: ExitStack) -> checkpoint.Checkpoint | None:
+    """Takes the run's folder for this run, and finds where to go on; the main process for all."""
+    folder = Path(config.output_dir)
+    with _collective(accelerator):
+        if accelerator.is_main_process:
+            held.enter_context(checkpoint.run_lock(folder))
+            checkpoint.sweep(folder / "checkpoints")
+            used = (folder / "metrics.jsonl").exists() or (folder / "export").exists()
+            if used and config.resume_from_checkpoint == "none":
+                raise InputError(
+                    f"output_dir {folder} already holds a run; continue it with --resume_from_checkpoint latest, name "
+                    "another folder, or remove it"
+                )
+    found, passed = checkpoint.find(config.resume_from_checkpoint, folder / "checkpoints")
+    for reason in passed:
+        accelerator.print(f"passed over: {reason}")
+    if found is not None:
+        accelerator.print(f"resuming from {found.path} at step {found.step}")
+    elif config.resume_from_checkpoint == "latest":
+        accelerator.print(f"no checkpoint in {folder / 'checkpoints'}: starting at step 0")
+    return found
+
+
+@contextmanager
+def _collective(accelerator: Accelerator) -> Iterator[None]:
+    """Runs a block on every process; an InputError of the main one is raised on all, so that none waits forever."""
+    message: list[str] = [""]
+    try:
+        yield
+    except InputError as error:
+        if not accelerator.is_main_process:
+            raise
+        message = [str(error)]
+    [reason] = broadcast_object_list(message)
+    if reason:
+        raise InputError(reason)
+
+
+def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoint | None) -> Run:
+    """Everything loaded and, where there is a checkpoint, restored from it."""
+    t, device, dtype = config.train, accelerator.device, base_dtype(config.train.mixed_precision)
+    cache, samples, kinds = prepare(config, device, accelerator)
+    dit = load_transformer(Source.of(config.models.base), dtype, device)
+    known = {"transformer": identity(dit, "transformer"), **cache.identities(kinds)}
+    previews = None
+    if config.validation.preview_steps:
+        previews = Previews.of(config, cache, samples, accelerator)
+        previews.render_base(dit)
+    model = make_model(config, dit)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, schedule = make_optimizer(t, trained)
+    ema = EMAModel(trained, decay=t.ema_decay, foreach=True) if t.ema_decay else None
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    folder = Path(config.output_dir)
+    run = Run(config, folder, accelerator, cache, samples, model, wrapped, optimizer, schedule, ema, known, previews)
+    accelerator.print(f"training {sum(p.numel() for p in trained):,} weights of {describe_list(config.adapters)}")
+    if resumed is not None:
+        _restore(run, resumed)
+    return run
+
+
+@contextmanager
+def recorded(run: Run, resumed: checkpoint.Checkpoint | None) -> Iterator[Record]:
+    """The run's files that are written once, and its record."""
+    config, folder = run.config, run.folder
+    (folder / "config.yaml").write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")
+    (folder / "env.json").write_text(json.dumps(environment(run.accelerator), indent=2) + "\n", encoding="utf-8")
+    started = (folder / "metrics.jsonl").exists()  # a run that ended before its first checkpoint starts its record anew
+    step = run.step if resumed is not None else -1 if started else None
+    record = Record(folder, config.tracking, config.model_dump(mode="json"), resumed_step=step)
+    failed = True
+    try:
+        if config.tracking.log_data_manifest:
+            record.log_folder("triplets", "dataset", [write_manifest(run.samples, folder / "triplets.jsonl")])
+        yield record
+        if config.tracking.log_adapter and (folder / "export").is_dir():
+            record.log_folder("adapter", "model", sorted((folder / "export").iterdir()))
+        failed = False
+    finally:
+        record.close(failed=failed)
+
+
+def after_step(run: Run, values: dict[str, float]) -> None:
+    """Validates and renders when it is time, and writes the step down. Values that are empty are those of step 0."""
+    v, last = run.config.validation, run.step == run.config.train.max_train_steps
+    sheet, table = None, None
+    validating = v.validation_steps and (run.step % v.validation_steps == 0 or last)
+    rendering = run.previews is not None and (run.step % v.preview_steps == 0 or last)
+    if validating or rendering:
+        with _averaged(run):
+            if validating:
+                losses = validation_losses(run.model, run.accelerator, run.config, run.cache, run.samples)
+                if run.accelerator.is_main_process:
+                    tqdm.write(f"step {run.step}: {describe_losses(losses)}")
+                values = values | losses
+            if rendering and run.previews is not None:
+                sheet, table = run.previews.grid(run.model, run.step)
+    if run.record is not None and values:
+        run.record.log(run.step, values, grid=sheet, table=table)
+
+
+@contextmanager
+def _averaged(run: Run) -> Iterator[None]:
+    """The model with its averaged weights, where there is an average."""
+    if run.ema is None:
+        yield
+        return
+    trained = list(run.trained.values())
+    run.ema.store(trained)
+    run.ema.copy_to(trained)
+    try:
+        yield
+    finally:
+        run.ema.restore(trained)
+
+
+def save(run: Run) -> Path:
+    """Publishes a checkpoint of this step and removes old ones; a failure is raised on every process."""
+    path = run.checkpoints / checkpoint.folder_name(run.step)
+    with _collective(run.accelerator):
+        if run.accelerator.is_main_process:
+            names = list(run.trained)
+            optimizer, rest = checkpoint.optimizer_tensors(run.optimizer.optimizer, names)
+            tensors = {"trainable.safetensors": run.model.trainable_state(), "optimizer.safetensors": optimizer}
+            if run.ema is not None:
+                tensors["ema.safetensors"] = dict(zip(names, run.ema.shadow_params, strict=True))
+            checkpoint.publish(run.checkpoints, run.step, tensors, _state(run) | {"optimizer": rest})
+            checkpoint.prune(run.checkpoints, run.config.train.checkpoints_total_limit)
+    return path
+
+
+def _state(run: Run) -> dict[str, Any]:
+    """What a checkpoint says besides its tensors, and what a resumed run is compared with."""
+    return {
+        "config": run.config.model_dump(mode="json"),
+        "identities": run.identities,
+        "samples": run.samples.digest,
+        "global_batch_size": _global_batch_size(run),
+        "schedule": run.schedule.state_dict(),
+        "ema_steps": run.ema.optimization_step if run.ema is not None else 0,
+    }
+
+
+def _global_batch_size(run: Run) -> int:
+    t = run.config.train
+    return t.train_batch_size * t.gradient_accumulation_steps * run.accelerator.num_processes
+
+
+def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
+    """Puts a checkpoint into a freshly built run, after comparing what must not have changed."""
+    changed = checkpoint.frozen_differences(found.state["config"], run.config)
+    now = _state(run)
+    same = {"identities": "the models", "samples": "the triplets", "global_batch_size": "the global batch size"}
+    for key, words in same.items():
+        if found.state[key] != now[key]:
+            was, is_now = (json.dumps(value[key], sort_keys=True) for value in (found.state, now))
+            changed.append(f"{words}: {was} -> {is_now}")
+    if changed:
+        raise InputError(
+            f"{found.path}: this run differs from the one that was saved in what may not change on resume: "
+            + "; ".join(changed)
+        )
+    if found.step > run.config.train.max_train_steps:
+        raise InputError(f"{found.path} is beyond train.max_train_steps {run.config.train.max_train_steps}; raise it")
+    names = list(run.trained)
+    run.model.load_trainable_state(found.tensors["trainable.safetensors"], str(found.path))
+    rest = found.state["optimizer"]
+    checkpoint.load_optimizer(run.optimizer.optimizer, names, found.tensors["optimizer.safetensors"], rest)
+    run.schedule.load_state_dict(found.state["schedule"])
+    if run.ema is not None:
+        averaged = found.tensors["ema.safetensors"]
+        run.ema.shadow_params = [averaged[name].to(p.device) for name, p in run.trained.items()]
+        run.ema.optimization_step = found.state["ema_steps"]
+    run.step = found.step
+    if run.schedule.last_epoch != run.step:
+        raise InputError(f"{found.path}: its schedule stands at step {run.schedule.last_epoch}, not {run.step}")
+
+
+def export(run: Run) -> Path:
+    """The adapter for others, with averaged weights where there is an average."""
+    exported = run.folder / "export"
+    with _collective(run.accelerator), _averaged(run):
+        if run.accelerator.is_main_process:
+            save_adapter(exported, run.model, run.config, run.identities, step=run.step)
+    return exported

@@ -1,0 +1,214 @@
+"""Triplets as training sees them: pictures by digest and size, targets in their buckets, and all that they need cached.
+
+In: the data of a config. Out: lists of `Sample`, and for each list what it asks of the cache. A triplet that cannot be
+used (broken picture, reference too thin, target that would lose too much, prompt too long) is counted and left out up
+to data.max_bad_share, and stops everything beyond it.
+"""
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ztrain.cache import Cache, Needs, digest_json
+from ztrain.config import Config
+from ztrain.data import Triplet, read_triplets
+from ztrain.digests import Known
+from ztrain.dit import padded
+from ztrain.encoders import assemble
+from ztrain.errors import InputError
+from ztrain.images import Bucket, check_reference, pick_bucket, target_buckets
+from ztrain.sampler import spread
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One triplet, ready to be asked for its states."""
+
+    prompt: str
+    references: tuple[Known, ...]
+    target: Known
+    bucket: Bucket
+    where: str
+    """What messages call it."""
+
+
+@dataclass(slots=True)
+class Split:
+    """The usable samples of one split, and sentences for the others."""
+
+    name: str
+    samples: list[Sample]
+    rejected: list[str] = field(default_factory=list)
+
+    def check(self, max_bad_share: float) -> None:
+        """Raises InputError where more than the share is unusable, or nothing is left."""
+        total = len(self.samples) + len(self.rejected)
+        if len(self.rejected) > max_bad_share * total or not self.samples:
+            shown = "; ".join(self.rejected[:3]) or "there are none"
+            raise InputError(
+                f"{self.name}: {len(self.rejected)} of {total} triplets cannot be used (data.max_bad_share "
+                f"{max_bad_share:g}): {shown}"
+            )
+
+
+@dataclass(slots=True)
+class Samples:
+    """All data of an experiment. `validation` is empty where neither validation nor previews are on."""
+
+    train: Split
+    text_only: Split | None = None
+    validation: Split | None = None
+
+    @property
+    def splits(self) -> list[Split]:
+        return [split for split in (self.train, self.text_only, self.validation) if split is not None]
+
+    @property
+    def trained(self) -> list[Sample]:
+        """What the order's indices stand for: triplets, then text-only samples."""
+        return self.train.samples + (self.text_only.samples if self.text_only else [])
+
+    def held_out(self, count: int) -> list[Sample]:
+        return spread(self.validation.samples, count) if self.validation else []
+
+    @property
+    def digest(self) -> str:
+        """Differs whenever training would see other samples or the same ones in another place."""
+        return digest_json([[_contents(sample) for sample in self.train.samples], self._text_only_contents()])
+
+    def _text_only_contents(self) -> list[list[object]]:
+        return [_contents(sample) for sample in self.text_only.samples] if self.text_only else []
+
+
+def _contents(sample: Sample) -> list[object]:
+    bucket = [sample.bucket.height, sample.bucket.width]
+    return [sample.prompt, [known.digest for known in sample.references], sample.target.digest, bucket]
+
+
+def read_samples(config: Config, cache: Cache) -> Samples:
+    """The samples of a config; remembers in the cache's memo what it read of every picture."""
+    data, validation = config.data, config.validation
+    samples = Samples(_read_split(config, cache, data.train_data_dir, data.train_split))
+    if data.text_only_data_dir is not None and data.text_only_share:
+        samples.text_only = _read_split(config, cache, data.text_only_data_dir, data.text_only_split, text_only=True)
+    if validation.validation_steps or validation.preview_steps:
+        try:
+            samples.validation = _read_split(config, cache, data.train_data_dir, data.validation_split)
+        except InputError as error:
+            raise InputError(
+                f"{error} (for training without held-out triplets set validation.validation_steps and "
+                "validation.preview_steps to 0)"
+            ) from error
+    cache.digests.save()
+    for split in samples.splits:
+        split.check(data.max_bad_share)
+    return samples
+
+
+def _read_split(config: Config, cache: Cache, location: str, name: str, *, text_only: bool = False) -> Split:
+    data = config.data
+    listing = read_triplets(location, name, data.revision, text_only=text_only, max_bad_share=data.max_bad_share)
+    pictures = [picture for triplet in listing.triplets for picture in (triplet.target, *triplet.references)]
+    known = iter(cache.digests.of_pictures(pictures, data.dataloader_num_workers))
+    buckets = target_buckets(data.resolution, data.max_target_aspect, padded)
+    split = Split(f"{location} {name}", [], list(listing.rejected))
+    for triplet in listing.triplets:
+        target, *references = [next(known) for _ in range(1 + len(triplet.references))]
+        try:
+            split.samples.append(_sample(config, triplet, target, references, buckets))
+        except InputError as error:
+            split.rejected.append(f"{triplet.where}: {error}")
+    return split
+
+
+def _sample(
+    config: Config,
+    triplet: Triplet,
+    target: Known | InputError,
+    references: Sequence[Known | InputError],
+    buckets: Sequence[Bucket],
+) -> Sample:
+    data, whole = config.data, []
+    for known in (target, *references):
+        if isinstance(known, InputError):
+            raise known
+        whole.append(known)
+    for known in whole[1:]:
+        check_reference(
+            (known.width, known.height),
+            known.picture.name,
+            min_side=data.reference_min_side,
+            max_aspect=data.reference_max_aspect,
+        )
+    picture = whole[0]
+    bucket = pick_bucket((picture.width, picture.height), buckets, data.max_crop, picture.picture.name)
+    return Sample(
+        prompt=triplet.prompt, references=tuple(whole[1:]), target=picture, bucket=bucket, where=triplet.where
+    )
+
+
+def shuffled(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """The same samples, each with the references of another one: a cycle through all of them in random order."""
+    order = random.Random(f"shuffled references {seed}").sample(range(len(samples)), len(samples))
+    other = dict(zip(order, order[1:] + order[:1], strict=True))
+    return [replace(sample, references=samples[other[i]].references) for i, sample in enumerate(samples)]
+
+
+def write_manifest(samples: Samples, path: Path) -> Path:
+    """The training samples as JSON lines, pictures by name and digest: what a run was trained on, without paths."""
+
+    def describe(known: Known) -> dict[str, str]:
+        return {"name": Path(known.picture.name).name, "xxh3": known.digest}
+
+    rows = [
+        {"prompt": s.prompt, "references": [describe(known) for known in s.references], "target": describe(s.target)}
+        for s in samples.trained
+    ]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def needs_of(samples: Iterable[Sample], reads: frozenset[str], needs: Needs) -> None:
+    """Adds what `samples` ask of a cache under `reads`: their targets' latents and every encoded state."""
+    for sample in samples:
+        needs.latents(sample.target, sample.bucket)
+        assemble(needs, [sample.prompt], [sample.references], reads)
+
+
+def all_needs(config: Config, samples: Samples) -> Needs:
+    """Everything that a run of this config reads from the cache: training, validation and previews."""
+    needs = Needs()
+    needs_of(samples.trained, config.reads, needs)
+    if config.validation.validation_steps:
+        held_out = samples.held_out(config.validation.num_samples)
+        needs_of(held_out, config.reads, needs)
+        needs_of(shuffled(held_out, config.seed), config.reads, needs)
+    if config.validation.preview_steps:
+        reads = config.reads | config.compare.splice.reads
+        needs_of(samples.held_out(config.validation.num_previews), reads, needs)
+    return needs
+
+
+def drop_refused(config: Config, samples: Samples, cache: Cache) -> bool:
+    """Takes out the samples that the encoders refused, counted against data.max_bad_share like any other.
+
+    True where it took some: then other held-out samples may move up, whose states are needed as well.
+    """
+    refused = cache.refusals(all_needs(config, samples))
+    if not refused:
+        return False
+    for split in samples.splits:
+        kept = []
+        for sample in split.samples:
+            own = Needs()
+            needs_of([sample], config.reads | config.compare.splice.reads, own)
+            reason = next((refused[place] for place in own.requests if place in refused), None)
+            if reason is None:
+                kept.append(sample)
+            else:
+                split.rejected.append(f"{sample.where}: {reason}")
+        split.samples = kept
+        split.check(config.data.max_bad_share)
+    return True

@@ -1,0 +1,239 @@
+"""Tensors on disk by key: safetensors shards with a Parquet index, written by any number of processes.
+
+A store is one folder. `<shard>.safetensors` holds the tensors of some entries, `index/<shard>.parquet` says what they
+are, with an xxh3 of each tensor's bytes. A shard counts once its index is there, so whatever an interrupted writer
+leaves behind is not seen. Every read is checked against the index. Knows nothing of pictures or models.
+"""
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import xxhash
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ztrain.errors import InputError
+
+_INDEX = pa.schema(
+    [
+        ("key", pa.string()),
+        ("label", pa.string()),  # what messages call the entry; no path of this machine
+        ("shard", pa.string()),  # file name, empty for a refused entry
+        ("shard_bytes", pa.int64()),
+        ("parts", pa.list_(pa.string())),  # names of the entry's tensors
+        ("xxh3", pa.list_(pa.string())),  # of the bytes of each
+        ("refused", pa.string()),  # why there is no entry, empty where there is one
+    ]
+)
+_COMPACT_FROM = 64  # index files; fewer are read in milliseconds
+_OPEN_SHARDS = 64  # memory-mapped files that one process keeps open
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """Tensors by part name, or the sentence that says why there are none."""
+
+    key: str
+    label: str
+    parts: Mapping[str, Tensor]
+    refused: str = ""
+
+
+class Store:
+    """One folder of entries. `reload` sees what other processes have published since."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tables: dict[str, pa.Table] = {}  # index file -> its rows
+        self._places: dict[str, tuple[str, int]] = {}  # key -> index file and row
+        self._open: dict[str, Any] = {}
+        self.reload()
+
+    def reload(self) -> None:
+        """Reads index files that are new. One that vanishes meanwhile was merged into another, so looks again."""
+        while True:
+            found = {path.name: path for path in (self.folder / "index").glob("*.parquet")}
+            try:
+                for name in sorted(set(found) - set(self._tables)):
+                    self._add(name, found[name])
+            except FileNotFoundError:
+                continue
+            return
+
+    def _add(self, name: str, path: Path) -> None:
+        try:
+            table = pq.read_table(path, schema=_INDEX)
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise InputError(
+                f"{path}: damaged cache index ({str(error).splitlines()[0]}); delete it and run `ztrain cache` again"
+            ) from error
+        self._tables[name] = table
+        shards = {shard for shard in table["shard"].unique().to_pylist() if shard}
+        gone = {shard for shard in shards if not (self.folder / shard).is_file()}
+        for row, (key, shard) in enumerate(zip(table["key"].to_pylist(), table["shard"].to_pylist(), strict=True)):
+            if shard not in gone:  # entries of a shard that was deleted are computed again
+                self._places[key] = (name, row)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def _row(self, key: str) -> dict[str, Any]:
+        name, row = self._places[key]
+        return self._tables[name].slice(row, 1).to_pylist()[0]
+
+    def refusals(self, keys: Sequence[str]) -> dict[str, str]:
+        """Key -> reason of the entries that could not be made."""
+        bad = {}
+        for table in self._tables.values():
+            for key, reason in zip(table["key"].to_pylist(), table["refused"].to_pylist(), strict=True):
+                if reason:
+                    bad[key] = reason
+        return {key: bad[key] for key in keys if key in bad}
+
+    def read(self, key: str) -> dict[str, Tensor]:
+        """The entry's tensors, on the CPU. Raises InputError naming shard and entry where the bytes are not as
+        written, KeyError for a key that is not there."""
+        row = self._row(key)
+        path = self.folder / row["shard"]
+        parts = {}
+        try:
+            file = self._shard(path, row["shard_bytes"])
+            for part, expected in zip(row["parts"], row["xxh3"], strict=True):
+                tensor = file.get_tensor(_tensor_name(key, part))
+                if _hash(tensor) != expected:
+                    raise InputError(_damaged(path, f"the bytes of {row['label']} are not the ones that were written"))
+                parts[part] = tensor
+        except (SafetensorError, OSError) as error:
+            raise InputError(_damaged(path, str(error))) from error
+        return parts
+
+    def _shard(self, path: Path, expected_bytes: int) -> Any:
+        if path.name not in self._open:
+            if (found := path.stat().st_size) != expected_bytes:
+                raise InputError(_damaged(path, f"it has {found} bytes instead of {expected_bytes}"))
+            while len(self._open) >= _OPEN_SHARDS:
+                self._open.pop(next(iter(self._open)))
+            self._open[path.name] = safe_open(path, framework="pt")
+        return self._open[path.name]
+
+    def write(self, name: str, entries: Sequence[Entry], workspace: Path) -> None:
+        """Publishes one shard, whole or not at all. `workspace`: a folder of this process on the same file system."""
+        tensors = {
+            _tensor_name(entry.key, part): tensor.contiguous()
+            for entry in entries
+            for part, tensor in entry.parts.items()
+        }
+        shard, size = f"{name}.safetensors" if tensors else "", 0
+        index = self.folder / "index" / f"{name}.parquet"
+        try:
+            if shard:
+                save_file(tensors, workspace / shard)
+                size = (workspace / shard).stat().st_size
+            rows = [
+                {
+                    "key": entry.key,
+                    "label": entry.label,
+                    "shard": "" if entry.refused else shard,
+                    "shard_bytes": size,
+                    "parts": list(entry.parts),
+                    "xxh3": [_hash(tensor.contiguous()) for tensor in entry.parts.values()],
+                    "refused": entry.refused,
+                }
+                for entry in entries
+            ]
+            pq.write_table(pa.Table.from_pylist(rows, schema=_INDEX), workspace / index.name)
+            index.parent.mkdir(parents=True, exist_ok=True)
+            if shard:
+                os.replace(workspace / shard, self.folder / shard)
+            os.replace(workspace / index.name, index)
+        except (OSError, SafetensorError) as error:
+            # safetensors reports a full disk as an error of its own, with the system's words.
+            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+            advice = "free some space" if full else "mend it"
+            raise InputError(
+                f"{self.folder / (shard or index.name)}: cannot write it ({error}); {advice} and run again, what was "
+                "finished before is kept"
+            ) from error
+        self.reload()
+
+    @contextmanager
+    def claim(self, name: str, *, wait: bool = False) -> Iterator[bool]:
+        """Whether this process may write the shard: one at a time does; a process that dies gives its claims back."""
+        path = self.folder / "claims" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=-1 if wait else 0, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+            lock.release()
+
+    def compact(self, workspace: Path) -> None:
+        """Merges many small index files into one, so that opening a large store stays fast."""
+        with self.claim("compact") as alone:
+            self.reload()
+            names = [path.name for path in (self.folder / "index").glob("*.parquet")]
+            if not alone or len(names) < _COMPACT_FROM:
+                return
+            merged = pa.concat_tables([self._tables[name] for name in sorted(names)])
+            place = f"merged-{uuid.uuid4().hex[:16]}.parquet"
+            pq.write_table(merged, workspace / place)
+            os.replace(workspace / place, self.folder / "index" / place)
+            for name in names:
+                (self.folder / "index" / name).unlink()
+
+
+def _tensor_name(key: str, part: str) -> str:
+    return f"{key}.{part}"
+
+
+def _hash(tensor: Tensor) -> str:
+    return xxhash.xxh3_64_hexdigest(tensor.flatten().view(torch.uint8).numpy())
+
+
+def _damaged(path: Path, reason: str) -> str:
+    return f"{path}: damaged cache shard: {reason}; delete the file and run `ztrain cache` to compute its entries again"
+
+
+@contextmanager
+def workspace(folder: Path) -> Iterator[Path]:
+    """A scratch folder inside `folder` for as long as this process works, after removing those of dead processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(".writing-*.lock"):
+        lock = FileLock(path, timeout=0)
+        try:
+            with lock:
+                shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+                path.unlink(missing_ok=True)
+        except Timeout:
+            continue  # its process is alive
+    place = folder / f".writing-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    with FileLock(f"{place}.lock"):
+        place.mkdir()
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+            Path(f"{place}.lock").unlink(missing_ok=True)

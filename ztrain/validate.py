@@ -1,0 +1,157 @@
+"""What a run shows of itself: losses on held-out triplets and a grid of previews, both from the cache.
+
+The losses are taken at fixed sigmas with fixed noise, three ways: with the right reference, with another sample's, with
+none. Right lower than another's means that the image is used. Nothing here draws from a generator that training uses.
+"""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+
+from ztrain.adapters import build_adapters, describe_list
+from ztrain.batches import read_batch
+from ztrain.cache import Cache
+from ztrain.conditioning import concatenate
+from ztrain.config import Config
+from ztrain.encoders import LatentCodec
+from ztrain.flow import draw_noise, interpolate, sampler_noise, velocity_losses
+from ztrain.grid import draw_grid
+from ztrain.images import open_image
+from ztrain.model import AdaptedDiT
+from ztrain.models import Source, base_defaults, base_dtype
+from ztrain.sample import released_or, sample
+from ztrain.sampler import SampleKey
+from ztrain.samples import Sample, Samples, shuffled
+
+_EPOCH = 2**32 - 1  # of validation's noise: an epoch that no training reaches
+
+_LARGEST = 1024  # pixels of a side of the originals that are kept beside the previews
+
+VARIANTS = ("loss", "loss_shuffled", "loss_no_reference")
+"""Metrics under val/: with the right reference, with another sample's, with none."""
+
+
+@torch.no_grad()
+def validation_losses(
+    model: AdaptedDiT, accelerator: Accelerator, config: Config, cache: Cache, samples: Samples
+) -> dict[str, float]:
+    """`val/loss`, `val/loss_shuffled`, `val/loss_no_reference`, each also `_sigma_<s>`, and `val/image_use`:
+    shuffled minus right. Means over the held-out samples, the same for any number of processes."""
+    held_out = samples.held_out(config.validation.num_samples)
+    others, sigmas = shuffled(held_out, config.seed), config.validation.sigmas
+    table = torch.zeros((len(VARIANTS), len(held_out), len(sigmas)), dtype=torch.float64, device=accelerator.device)
+    model.eval()
+    for i in range(accelerator.process_index, len(held_out), accelerator.num_processes):
+        key = SampleKey(config.seed, _EPOCH, i)
+        right, other = (
+            read_batch(cache, [s], [key], config.reads).to(accelerator.device) for s in (held_out[i], others[i])
+        )
+        encoded = concatenate([right.encoded, other.encoded, right.encoded.without_reference()])
+        latents, noise = right.latents * 3, draw_noise([key], right.latents) * 3
+        for place, sigma in enumerate(sigmas):
+            at = torch.full((3,), sigma)
+            noisy = [interpolate(x, n, sigma) for x, n in zip(latents, noise, strict=True)]
+            table[:, i, place] = velocity_losses(model(noisy, at, encoded), latents, noise, at).double()
+    model.train()
+    table = accelerator.reduce(table, reduction="sum").cpu()  # every place was filled by one process
+    values = {f"val/{name}": float(table[v].mean()) for v, name in enumerate(VARIANTS)}
+    for place, sigma in enumerate(sigmas):
+        values |= {f"val/{name}_sigma_{sigma:g}": float(table[v, :, place].mean()) for v, name in enumerate(VARIANTS)}
+    return values | {"val/image_use": values["val/loss_shuffled"] - values["val/loss"]}
+
+
+@dataclass(slots=True)
+class Previews:
+    """Rows of held-out samples in columns: reference, no image, splice, this adapter list, target.
+
+    The columns of the frozen base are rendered once, before adapters are attached, and kept in `folder`.
+    """
+
+    config: Config
+    cache: Cache
+    rows: list[Sample]
+    accelerator: Accelerator
+    folder: Path
+    codec: LatentCodec
+
+    @classmethod
+    def of(cls, config: Config, cache: Cache, samples: Samples, accelerator: Accelerator) -> "Previews":
+        base, dtype = Source.of(config.models.base), base_dtype(config.train.mixed_precision)
+        codec = LatentCodec.load(base, dtype, accelerator.device)
+        rows = samples.held_out(config.validation.num_previews)
+        return cls(config, cache, rows, accelerator, Path(config.output_dir) / "samples", codec)
+
+    def render_base(self, dit: Any) -> None:
+        """The columns that training does not change; those of an earlier life of the run are kept."""
+        lists = {"no_image": [], "splice": [self.config.compare.splice]}
+        for name, adapters in lists.items():
+            wanted = [self.folder / "base" / f"{name}-{i}.png" for i in range(len(self.rows))]
+            # Asked of the main process: others may have no such folder, and all must render together.
+            [complete] = self.accelerator.gather(
+                torch.tensor([float(all(path.is_file() for path in wanted))], device=self.accelerator.device)
+            )[:1].tolist()
+            if not complete:
+                model = AdaptedDiT(dit, build_adapters(adapters)).eval()
+                reads = frozenset().union(*(adapter.reads for adapter in adapters))
+                self._save({f"base/{name}-{i}.png": image for i, image in self._render(model, reads).items()})
+        for i, row in enumerate(self.rows):
+            for name, known in (("reference", row.references[0]), ("target", row.target)):
+                image = open_image(known.picture)
+                image.thumbnail((_LARGEST, _LARGEST))
+                self._save({f"base/{name}-{i}.png": image})
+
+    def grid(self, model: AdaptedDiT, step: int) -> tuple[Path, list[dict[str, str | Path]]]:
+        """The sheet of a step, and its cells as rows of a table. Every process calls it; the main one writes."""
+        model.eval()
+        images = self._render(model, self.config.reads)
+        model.train()
+        name = f"step-{step:08d}"
+        self._save({f"{name}/{i}.png": image for i, image in images.items()})
+        columns = {
+            "reference": "base/reference-{}.png",
+            "no image": "base/no_image-{}.png",
+            "splice": "base/splice-{}.png",
+            describe_list(self.config.adapters): name + "/{}.png",
+            "target": "base/target-{}.png",
+        }
+        places = [
+            {label: self.folder / place.format(i) for label, place in columns.items()} for i in range(len(self.rows))
+        ]
+        sheet = self.folder / f"{name}.png"
+        if self.accelerator.is_main_process:
+            cells = [[Image.open(path) for path in row.values()] for row in places]
+            draw_grid(list(columns), [row.prompt for row in self.rows], cells).save(sheet)
+        table = [{"prompt": row.prompt, **cells} for row, cells in zip(self.rows, places, strict=True)]
+        return sheet, table
+
+    def _render(self, model: AdaptedDiT, reads: frozenset[str]) -> dict[int, Image.Image]:
+        """Each row's image, on the main process; rows are divided among all."""
+        settings = released_or(self.config.sample, base_defaults(self.config.models))
+        device, mine = self.accelerator.device, []
+        for i in range(self.accelerator.process_index, len(self.rows), self.accelerator.num_processes):
+            row = self.rows[i]
+            encoded = read_batch(self.cache, [row], [SampleKey(self.config.seed, 0, i)], reads).to(device).encoded
+            noise = sampler_noise(self.config.seed + i, self.codec.latent_shape(row.bucket.height, row.bucket.width))
+            file = io.BytesIO()
+            self.codec.decode(sample(model, encoded, [noise.to(device)], settings)[0]).save(file, format="png")
+            mine.append((i, file.getvalue()))
+        return {i: Image.open(io.BytesIO(data)) for i, data in gather_object(mine)}
+
+    def _save(self, images: Mapping[str, Image.Image]) -> None:
+        if self.accelerator.is_main_process:
+            for name, image in images.items():
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                image.save(self.folder / name)
+
+
+def describe_losses(values: Mapping[str, float]) -> str:
+    """One line for people."""
+    right, other, none = (values[f"val/{name}"] for name in VARIANTS)
+    return f"validation loss {right:.5f}, with another's reference {other:.5f}, with none {none:.5f}"

@@ -33,12 +33,12 @@ from ztrain.adapters.siglip import SiglipConfig
 from ztrain.adapters.splice import SpliceConfig, match_statistics
 from ztrain.conditioning import Encoded, TokenStates
 from ztrain.config import Config
-from ztrain.data import SampleKey
 from ztrain.encoders import Encoders
 from ztrain.errors import InputError
 from ztrain.export import adapt, identities, load_adapter, read_adapter, save_adapter
 from ztrain.flow import SigmaDensity, draw_noise, draw_sigma, interpolate, velocity_losses
 from ztrain.model import AdaptedDiT
+from ztrain.sampler import SampleKey
 
 SPLICE = SpliceConfig()
 FUSED = SpliceConfig(states="fused", compose="replace", tokens="all")

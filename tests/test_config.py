@@ -145,8 +145,8 @@ def test_prompts_that_do_not_fit_are_refused(family: Path) -> None:
     with pytest.raises(InputError, match="more than encoders.max_sequence_length 512"):
         encoders.text.encode("word " * 700)
     with pytest.raises(InputError, match="contains the special token"):
-        encoders._spliced([picture(1)], "a <|image_pad|> b", SETTINGS)
+        encoders.spliced.encode([picture(1)], "a <|image_pad|> b", SETTINGS)
     with pytest.raises(InputError, match="hidden_index is 7; this language model has states 1 to 6"):
-        encoders._spliced([picture(1)], "", SETTINGS.model_copy(update={"hidden_index": 7}))
+        encoders.spliced.encode([picture(1)], "", SETTINGS.model_copy(update={"hidden_index": 7}))
     with pytest.raises(InputError, match="multiples of 16"):
         encoders.codec.latent_shape(64, 72)

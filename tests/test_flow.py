@@ -10,7 +10,6 @@ from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ztrain.data import SampleKey
 from ztrain.flow import (
     SigmaDensity,
     draw_noise,
@@ -24,6 +23,7 @@ from ztrain.flow import (
     sigma_schedule,
     velocity_losses,
 )
+from ztrain.sampler import SampleKey
 
 KEYS = [SampleKey(seed, epoch, index) for seed in (0, 1) for epoch in (0, 3) for index in (0, 1, 70000)]
 

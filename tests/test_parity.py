@@ -304,8 +304,8 @@ def test_splice_equals_load_state_dict_on_the_stock_class(family: Path, encoders
     ids=str,
 )  # fmt: skip
 def test_every_encoder_setting_changes_the_states(encoders: Encoders, change: dict) -> None:
-    before = encoders._spliced([picture(1, 96, 96)], "a boat", SETTINGS)
-    after = encoders._spliced([picture(1, 96, 96)], "a boat", SETTINGS.model_copy(update=change))
+    before = encoders.spliced.encode([picture(1, 96, 96)], "a boat", SETTINGS)
+    after = encoders.spliced.encode([picture(1, 96, 96)], "a boat", SETTINGS.model_copy(update=change))
     assert before is not None and after is not None
     assert before.states.shape != after.states.shape or relative_error(after.states, before.states) > 1e-3
 
@@ -456,6 +456,6 @@ def test_splice_reads_a_sharded_checkpoint_and_only_what_it_needs(
     settings = SETTINGS.model_copy(update={"marker_rows": "vl"})
     ours, reference = (
         sharded.encode([picture(1)], "a boat", settings),
-        encoders._spliced([picture(1)], "a boat", settings),
+        encoders.spliced.encode([picture(1)], "a boat", settings),
     )
     assert reference is not None and torch.equal(ours.states, reference.states)

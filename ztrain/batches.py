@@ -1,24 +1,26 @@
-"""Cached samples as batches: the data set, dropout of prompt and reference, and the loader of one process.
+"""Cached samples as batches, read some way ahead of training; and dropout of prompt and reference.
 
-Every item is a function of its key, so workers and processes may come and go. Order: sampler.py.
+Every batch is a function of its keys (order: sampler.py), so the number of workers changes nothing. Workers are
+threads: reading a memory-mapped file and hashing it leaves Python's lock free; processes would copy every tensor.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ztrain.cache import Cache
 from ztrain.conditioning import Dropout, Encoded, concatenate
 from ztrain.config import Config
 from ztrain.encoders import assemble
-from ztrain.errors import InputError
 from ztrain.flow import draw_dropout
-from ztrain.interrupt import ignore_signals
-from ztrain.sampler import MicroBatches, SampleKey
+from ztrain.sampler import SampleKey
 from ztrain.samples import Sample
+
+_AHEAD = 2  # batches that wait in memory for each worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,45 +46,36 @@ def read_batch(cache: Cache, samples: Sequence[Sample], keys: Sequence[SampleKey
     )
 
 
-class CachedSamples(Dataset):
-    """SampleKey -> Batch of one, with what dropout leaves of it. Indexed by keys, which the sampler gives."""
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """Iterates over one process's batches in the order's order. Errors of a worker are raised as they are."""
 
-    def __init__(self, config: Config, cache: Cache, samples: Sequence[Sample]) -> None:
-        train = config.train
-        self.cache, self.samples, self.reads = cache, samples, config.reads
-        self.dropout = Dropout(text=train.dropout_text, reference=train.dropout_reference, both=train.dropout_both)
+    config: Config
+    cache: Cache
+    samples: Sequence[Sample]
+    order: Iterable[list[SampleKey]]
 
-    def __getitem__(self, key: SampleKey) -> Batch | InputError:
-        """A damaged entry comes back as its error: raised in a worker it would arrive wrapped in a traceback."""
+    def __iter__(self) -> Iterator[Batch]:
+        workers = self.config.data.dataloader_num_workers
+        if not workers:
+            yield from map(self.read, self.order)
+            return
+        waiting: deque[Future[Batch]] = deque()
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
         try:
-            batch = read_batch(self.cache, [self.samples[key.index]], [key], self.reads)
-        except InputError as error:
-            return error
-        return Batch(
-            keys=batch.keys, latents=batch.latents, encoded=self.dropout.apply(batch.encoded, draw_dropout(key))
-        )
+            for keys in self.order:
+                waiting.append(pool.submit(self.read, keys))
+                if len(waiting) > _AHEAD * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-
-def _together(items: list[Batch | InputError]) -> Batch | InputError:
-    """The micro-batch, or the first thing that is wrong with it."""
-    batches = []
-    for item in items:
-        if isinstance(item, InputError):
-            return item
-        batches.append(item)
-    return Batch(
-        keys=[key for batch in batches for key in batch.keys],
-        latents=[sample for batch in batches for sample in batch.latents],
-        encoded=concatenate([batch.encoded for batch in batches]),
-    )
-
-
-def make_loader(config: Config, cache: Cache, samples: Sequence[Sample], order: MicroBatches) -> DataLoader:
-    """One process's batches in the order's order."""
-    return DataLoader(
-        CachedSamples(config, cache, samples),
-        batch_sampler=order,  # type: ignore[arg-type]  # gives keys, not numbers
-        num_workers=config.data.dataloader_num_workers,
-        collate_fn=_together,
-        worker_init_fn=ignore_signals,
-    )
+    def read(self, keys: Sequence[SampleKey]) -> Batch:
+        """The batch of these keys, with what dropout leaves of each sample."""
+        t = self.config.train
+        dropout = Dropout(text=t.dropout_text, reference=t.dropout_reference, both=t.dropout_both)
+        batch = read_batch(self.cache, [self.samples[key.index] for key in keys], keys, self.config.reads)
+        kept = [dropout.apply(batch.encoded.select([i]), draw_dropout(key)) for i, key in enumerate(keys)]
+        return Batch(keys=batch.keys, latents=batch.latents, encoded=concatenate(kept))

@@ -25,7 +25,7 @@ from ztrain.models import Source
 from ztrain.store import Store
 from ztrain.vision_language import weight_files
 
-Kind = Literal["latents", "clean_latents", "siglip", "text", "segment", "reference", "fused"]
+StateName = Literal["latents", "clean_latents", "siglip", "text", "segment", "reference", "fused"]
 
 _RULES = 1  # part of every fingerprint: raise it when this package comes to prepare inputs or read states otherwise
 
@@ -33,7 +33,7 @@ _RULES = 1  # part of every fingerprint: raise it when this package comes to pre
 _SPLICE_SETTINGS = (
     "hidden_index rope_theta positions deepstack marker_rows min_reference_pixels max_reference_pixels".split()
 )
-_SETTINGS: dict[Kind, list[str]] = {
+_SETTINGS: dict[StateName, list[str]] = {
     "latents": [],
     "clean_latents": [],
     "siglip": [],
@@ -43,7 +43,7 @@ _SETTINGS: dict[Kind, list[str]] = {
     "fused": [*_SPLICE_SETTINGS, "fused_order"],
 }
 # Models that a kind is computed with, by role, and the libraries whose preprocessing it goes through.
-ROLES: dict[Kind, list[str]] = {
+ROLES: dict[StateName, list[str]] = {
     "latents": ["vae"],
     "clean_latents": ["vae"],
     "siglip": ["siglip"],
@@ -60,7 +60,7 @@ _LIBRARIES["vision_language"] = ["transformers", "pillow"]
 class Request:
     """One state: of which kind, and from what."""
 
-    kind: Kind
+    state: StateName
     text: str = ""
     pictures: tuple[Known, ...] = ()
     bucket: Bucket | None = None
@@ -74,7 +74,7 @@ class Request:
     def label(self) -> str:
         """What messages call it, without the path of this machine."""
         names = [Path(known.picture.name).name for known in self.pictures]
-        return f"{self.kind} of {' + '.join([*names, *([repr(self.text[:60])] if self.text or not names else [])])}"
+        return f"{self.state} of {' + '.join([*names, *([repr(self.text[:60])] if self.text or not names else [])])}"
 
 
 class RequestedStates:
@@ -85,38 +85,38 @@ class RequestedStates:
 
     def latents(self, target: Known, bucket: Bucket) -> Tensor:
         """(C, H, W) of a target, in the VAE's precision."""
-        return self._get(Request(kind="latents", pictures=(target,), bucket=bucket))["states"]
+        return self._get(Request(state="latents", pictures=(target,), bucket=bucket))["states"]
 
     def text(self, prompt: str) -> Tensor:
-        return self._get(Request(kind="text", text=prompt))["states"]
+        return self._get(Request(state="text", text=prompt))["states"]
 
     def segment(self, text: str) -> Tensor:
-        return self._get(Request(kind="segment", text=text))["states"]
+        return self._get(Request(state="segment", text=text))["states"]
 
     def reference(self, references: Sequence[Known]) -> TokenStates:
-        parts = self._get(Request(kind="reference", pictures=tuple(references)))
+        parts = self._get(Request(state="reference", pictures=tuple(references)))
         return TokenStates(parts["states"], parts["kinds"])
 
     def fused(self, references: Sequence[Known], prompt: str) -> TokenStates:
-        parts = self._get(Request(kind="fused", pictures=tuple(references), text=prompt))
+        parts = self._get(Request(state="fused", pictures=tuple(references), text=prompt))
         return TokenStates(parts["states"], parts["kinds"])
 
     def siglip(self, reference: Known) -> Tensor:
-        return self._get(Request(kind="siglip", pictures=(reference,)))["states"]
+        return self._get(Request(state="siglip", pictures=(reference,)))["states"]
 
     def clean_latents(self, reference: Known) -> Tensor:
-        return self._get(Request(kind="clean_latents", pictures=(reference,)))["states"]
+        return self._get(Request(state="clean_latents", pictures=(reference,)))["states"]
 
 
 class Needs(RequestedStates):
     """Writes down what is asked for, each state once, in order of first use."""
 
     def __init__(self) -> None:
-        self.requests: dict[tuple[Kind, str], Request] = {}
+        self.requests: dict[tuple[StateName, str], Request] = {}
         super().__init__(self._note)
 
     def _note(self, request: Request) -> dict[str, Tensor]:
-        self.requests.setdefault((request.kind, request.key), request)
+        self.requests.setdefault((request.state, request.key), request)
         nothing = torch.empty(0)
         return {"states": nothing, "kinds": nothing}
 
@@ -127,7 +127,7 @@ class Cache:
     def __init__(self, config: Config) -> None:
         self.config, self.folder = config, Path(config.cache.dir)
         self.digests = Digests(self.folder / "digests.parquet")
-        self._stores: dict[Kind, Store] = {}
+        self._stores: dict[StateName, Store] = {}
         self._files: dict[str, str] = {}
 
     def states(self) -> RequestedStates:
@@ -136,16 +136,16 @@ class Cache:
 
     def _read(self, request: Request) -> dict[str, Tensor]:
         try:
-            return self.store(request.kind).read(request.key)
+            return self.store(request.state).read(request.key)
         except KeyError as error:
             raise InputError(f"{self.folder}: {request.label} is not cached; run `ztrain cache`") from error
 
-    def store(self, kind: Kind) -> Store:
+    def store(self, kind: StateName) -> Store:
         if kind not in self._stores:
             self._stores[kind] = Store(self.folder / f"{kind}-{digest_json(self.fingerprint(kind))[:16]}")
         return self._stores[kind]
 
-    def fingerprint(self, kind: Kind) -> dict[str, Any]:
+    def fingerprint(self, kind: StateName) -> dict[str, Any]:
         """All that decides what the kind's encoder gives for a prompt or picture; README, "The cache"."""
         settings = self.config.encoders.model_dump(mode="json")
         libraries = sorted({name for role in ROLES[kind] for name in _LIBRARIES[role]})
@@ -180,15 +180,15 @@ class Cache:
     def missing(self, needs: Needs) -> list[Request]:
         return [request for (kind, key), request in needs.requests.items() if key not in self.store(kind)]
 
-    def refusals(self, needs: Needs) -> dict[tuple[Kind, str], str]:
+    def refusals(self, needs: Needs) -> dict[tuple[StateName, str], str]:
         """The needed states that cannot be made, with the reason."""
-        found: dict[tuple[Kind, str], str] = {}
+        found: dict[tuple[StateName, str], str] = {}
         for kind in dict.fromkeys(kind for kind, _ in needs.requests):
             keys = [key for of_kind, key in needs.requests if of_kind == kind]
             found |= {(kind, key): reason for key, reason in self.store(kind).refusals(keys).items()}
         return found
 
-    def identities(self, kinds: Sequence[Kind]) -> dict[str, dict[str, str]]:
+    def identities(self, kinds: Sequence[StateName]) -> dict[str, dict[str, str]]:
         """The identity of every encoder behind these kinds, as it was when their entries were computed."""
         found: dict[str, dict[str, str]] = {}
         for kind in kinds:

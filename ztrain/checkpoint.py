@@ -248,7 +248,8 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[dict[str, Tensor], dict]:
     """An optimizer's state as `<what>.<parameter>` tensors, and the JSON of the rest; `names`: in its own order."""
-    tensors, numbers = {}, {}
+    tensors: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
     stored = optimizer.state_dict()
     for index, state in stored["state"].items():
         for what, value in state.items():

@@ -100,7 +100,7 @@ class DataConfig(_Section):
     """Share of triplets that may be refused (broken picture, prompt too long); they are counted and left out. 0: any
     is an error."""
     dataloader_num_workers: int = Field(default=2, ge=0)
-    """Processes that read the cache ahead of training, and decode pictures when it is built; 0 = none."""
+    """Threads that read the cache ahead of training, and decode pictures when it is filled; 0 = none."""
 
     @model_validator(mode="after")
     def _possible(self) -> "DataConfig":

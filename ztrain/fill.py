@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ztrain.cache import ROLES, Cache, Kind, Needs, Request, digest_json
+from ztrain.cache import ROLES, Cache, Needs, Request, StateName, digest_json
 from ztrain.config import Config
 from ztrain.encoders import LatentCodec, SiglipEncoder, TextEncoder, omni_crop
 from ztrain.errors import InputError
@@ -34,7 +34,7 @@ TOLERANCE = 1e-2
 """Largest relative difference that verify puts up with: another GPU or library build rounds differently."""
 
 _AHEAD = 4  # decoded pictures that wait for the encoder, for each worker
-_GROUPS: tuple[tuple[Kind, ...], ...] = (  # kinds whose encoders are in memory together
+_GROUPS: tuple[tuple[StateName, ...], ...] = (  # kinds whose encoders are in memory together
     ("latents", "clean_latents"),
     ("siglip",),
     ("text", "segment", "reference", "fused"),
@@ -61,7 +61,7 @@ class Filled:
 class Encoding:
     """The encoders of some kinds, loaded, and how a request of such a kind is computed."""
 
-    def __init__(self, config: Config, kinds: set[Kind], device: torch.device | str) -> None:
+    def __init__(self, config: Config, kinds: set[StateName], device: torch.device | str) -> None:
         dtype, base = base_dtype(config.train.mixed_precision), Source.of(config.models.base)
         self.settings = config.encoders
         self.codec = self.siglip = self.text = self.spliced = None
@@ -83,7 +83,7 @@ class Encoding:
 
     def compute(self, request: Request, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """The request's tensors, on the CPU. Raises InputError for a prompt or picture that the encoder refuses."""
-        match request.kind:
+        match request.state:
             case "latents" | "clean_latents":
                 assert self.codec is not None
                 states = self.codec.encode(images[0])
@@ -114,7 +114,7 @@ def fill(cache: Cache, needs: Needs, device: torch.device | str, *, progress: bo
     if missing:
         with workspace(cache.folder) as scratch:
             for kinds in _GROUPS:
-                if todo := [request for request in missing if request.kind in kinds]:
+                if todo := [request for request in missing if request.state in kinds]:
                     _Filling(cache, needs, scratch, filled).run(todo, device, progress)
     filled.seconds = time.perf_counter() - started
     return filled
@@ -134,7 +134,7 @@ def verify(cache: Cache, needs: Needs, device: torch.device | str) -> str:
     damaged: dict[str, None] = {}
     for request in tqdm(present, desc="checking bytes", unit="state", disable=None):
         try:
-            cache.store(request.kind).read(request.key)
+            cache.store(request.state).read(request.key)
         except InputError as error:
             damaged[str(error)] = None
     if damaged:
@@ -142,23 +142,23 @@ def verify(cache: Cache, needs: Needs, device: torch.device | str) -> str:
     worst, count = 0.0, 0
     for kinds in _GROUPS:
         chosen = [request for kind in kinds for request in _share(cache.config, present, kind)]
-        encoding = Encoding(cache.config, {request.kind for request in chosen}, device)
+        encoding = Encoding(cache.config, {request.state for request in chosen}, device)
         for request, images in _decoded(chosen, cache.config.data.dataloader_num_workers):
             if isinstance(images, InputError):
                 raise images
-            kept, parts = cache.store(request.kind).read(request.key), encoding.compute(request, images)
+            kept, parts = cache.store(request.state).read(request.key), encoding.compute(request, images)
             difference = max(_difference(tensor, kept[part]) for part, tensor in parts.items())
             worst, count = max(worst, difference), count + 1
             if difference > TOLERANCE:
                 raise InputError(
                     f"{cache.folder}: {request.label} comes out {difference:.1%} away from the cached one: its encoder"
-                    f" or inputs changed unseen; delete {cache.store(request.kind).folder.name} and fill it again"
+                    f" or inputs changed unseen; delete {cache.store(request.state).folder.name} and fill it again"
                 )
     return f"{len(present)} states are whole; {count} computed again, largest relative difference {worst:.1e}"
 
 
-def _share(config: Config, requests: Sequence[Request], kind: Kind) -> list[Request]:
-    of_kind = [request for request in requests if request.kind == kind]
+def _share(config: Config, requests: Sequence[Request], kind: StateName) -> list[Request]:
+    of_kind = [request for request in requests if request.state == kind]
     return random.Random(config.seed).sample(of_kind, math.ceil(len(of_kind) * config.cache.verify_share))
 
 
@@ -177,7 +177,7 @@ def _decode(request: Request) -> Decoded:
     """The request's pictures as its encoder takes them, or what is wrong with one."""
     try:
         images = [open_image(known.picture) for known in request.pictures]
-        if request.kind == "clean_latents":
+        if request.state == "clean_latents":
             return [omni_crop(image) for image in images]
         return [fit_target(image, request.bucket) for image in images] if request.bucket else images
     except InputError as error:
@@ -201,7 +201,7 @@ def _decoded(requests: Iterator[Request] | Sequence[Request], workers: int) -> I
 class _Shard:
     """A shard that this process has claimed and is at work on."""
 
-    kind: Kind
+    state: StateName
     name: str
     claim: ExitStack
     left: int
@@ -213,11 +213,11 @@ class _Filling:
 
     def __init__(self, cache: Cache, needs: Needs, scratch: Path, filled: Filled) -> None:
         self.cache, self.needs, self.scratch, self.filled = cache, needs, scratch, filled
-        self.open: dict[tuple[Kind, str], _Shard] = {}  # by kind and key of each entry
+        self.open: dict[tuple[StateName, str], _Shard] = {}  # by kind and key of each entry
 
     def run(self, missing: Sequence[Request], device: torch.device | str, progress: bool) -> None:
         """Computes `missing`. Shards that another process is at work on are waited for at the end."""
-        kinds = {request.kind for request in missing}
+        kinds = {request.state for request in missing}
         encoding = Encoding(self.cache.config, kinds, device)
         for kind in sorted(kinds):
             self._describe(kind, encoding)
@@ -232,7 +232,7 @@ class _Filling:
             for wait in (False, True):
                 written: list[Future[None]] = []
                 for request, images in _decoded(self._claimed(missing, wait), workers):
-                    shard = self.open[request.kind, request.key]
+                    shard = self.open[request.state, request.key]
                     shard.entries.append(self._entry(encoding, request, images))
                     bar.update()
                     if len(shard.entries) == shard.left:
@@ -245,7 +245,7 @@ class _Filling:
         for kind in kinds:
             self.cache.store(kind).compact(self.scratch)
 
-    def _describe(self, kind: Kind, encoding: Encoding) -> None:
+    def _describe(self, kind: StateName, encoding: Encoding) -> None:
         """kind.json: what the fingerprint was made of, in words, and the identity of the encoders."""
         store = self.cache.store(kind)
         known = {role: encoding.identities[role] for role in ROLES[kind]}
@@ -261,9 +261,9 @@ class _Filling:
         Shards are cut from all that is needed, not from what is missing: so processes that start at different times
         agree on their borders.
         """
-        wanted = {(request.kind, request.key) for request in missing}
+        wanted = {(request.state, request.key) for request in missing}
         size = self.cache.config.cache.entries_per_shard
-        for kind in sorted({request.kind for request in missing}):
+        for kind in sorted({request.state for request in missing}):
             store = self.cache.store(kind)
             of_kind = [request for (needed, _), request in self.needs.requests.items() if needed == kind]
             for start in range(0, len(of_kind), size):
@@ -296,11 +296,11 @@ class _Filling:
                 refused = refused.replace(known.picture.name, Path(known.picture.name).name)
             self.filled.refused.append(refused)
         self.filled.busy_seconds += time.perf_counter() - started
-        self.filled.computed[request.kind] = self.filled.computed.get(request.kind, 0) + 1
+        self.filled.computed[request.state] = self.filled.computed.get(request.state, 0) + 1
         return Entry(key=request.key, label=request.label, parts=parts, refused=refused)
 
     def _publish(self, shard: _Shard) -> None:
-        self.cache.store(shard.kind).write(shard.name, shard.entries, self.scratch)
+        self.cache.store(shard.state).write(shard.name, shard.entries, self.scratch)
         shard.entries.clear()
         shard.claim.close()
 

@@ -36,12 +36,6 @@ class Interruption:
         os.write(2, f"\n{name}: finishing this step, then saving; a second signal stops at once\n".encode())
 
 
-def ignore_signals(worker: int) -> None:
-    """For loader workers: whoever signals the whole process group means the trainer, which ends its workers itself."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def end_with_launcher() -> None:
     """Asks the kernel for a SIGTERM when the launcher that started this process dies.
 

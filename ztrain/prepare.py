@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ztrain.cache import Cache, Kind, Needs
+from ztrain.cache import Cache, Needs, StateName
 from ztrain.config import Config
 from ztrain.fill import Filled, fill, verify
 from ztrain.samples import Samples, all_needs, drop_refused, needs_of, read_samples
@@ -18,7 +18,7 @@ from ztrain.samples import Samples, all_needs, drop_refused, needs_of, read_samp
 
 def prepare(
     config: Config, device: torch.device | str, accelerator: Accelerator
-) -> tuple[Cache, Samples, Sequence[Kind]]:
+) -> tuple[Cache, Samples, Sequence[StateName]]:
     """A cache that holds all that training reads, the usable samples, and the kinds of states that adapters read."""
     with accelerator.main_process_first():
         cache = Cache(config)

@@ -85,11 +85,12 @@ def make_optimizer(config: TrainConfig, trained: list[nn.Parameter]) -> tuple[to
     kind: Any = torch.optim.AdamW
     if config.optimizer == "adamw_8bit":
         try:
-            from bitsandbytes.optim import AdamW8bit as kind
+            import bitsandbytes
         except ImportError as error:
             raise InputError(
                 "train.optimizer adamw_8bit needs bitsandbytes: pip install 'ztrain[bitsandbytes]'"
             ) from error
+        kind = bitsandbytes.optim.AdamW8bit
     optimizer = kind(
         trained,
         lr=config.learning_rate,

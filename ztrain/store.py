@@ -33,7 +33,7 @@ _INDEX = pa.schema(
         ("shard", pa.string()),  # file name, empty for a refused entry
         ("shard_bytes", pa.int64()),
         ("parts", pa.list_(pa.string())),  # names of the entry's tensors
-        ("xxh3", pa.list_(pa.string())),  # of the bytes of each
+        ("xxh3", pa.list_(pa.string())),  # of each
         ("refused", pa.string()),  # why there is no entry, empty where there is one
     ]
 )
@@ -58,16 +58,19 @@ class Store:
         self.folder = folder
         self._tables: dict[str, pa.Table] = {}  # index file -> its rows
         self._places: dict[str, tuple[str, int]] = {}  # key -> index file and row
+        self._read_files: dict[str, int] = {}
         self._open: dict[str, Any] = {}
         self.reload()
 
     def reload(self) -> None:
         """Reads index files that are new. One that vanishes meanwhile was merged into another, so looks again."""
         while True:
-            found = {path.name: path for path in (self.folder / "index").glob("*.parquet")}
             try:
-                for name in sorted(set(found) - set(self._tables)):
-                    self._add(name, found[name])
+                for path in sorted((self.folder / "index").glob("*.parquet")):
+                    number = path.stat().st_ino  # a shard that is written again comes with a new index file
+                    if self._read_files.get(path.name) != number:
+                        self._add(path.name, path)
+                        self._read_files[path.name] = number
             except FileNotFoundError:
                 continue
             return
@@ -210,7 +213,10 @@ def _tensor_name(key: str, part: str) -> str:
 
 
 def _hash(tensor: Tensor) -> str:
-    return xxhash.xxh3_64_hexdigest(tensor.flatten().view(torch.uint8).numpy())
+    """Of type, shape and bytes: a damaged header can change how the same bytes are read."""
+    digest = xxhash.xxh3_64(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _damaged(path: Path, reason: str) -> str:

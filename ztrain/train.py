@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
-from ztrain.batches import Batch, make_loader
+from ztrain.batches import Loader
 from ztrain.config import Config, load_config
 from ztrain.errors import InputError
 from ztrain.flow import (
@@ -96,14 +96,14 @@ def _loop(run: Run, order: MicroBatches, interruption: Interruption) -> Outcome:
     config, accelerator, model, t = run.config, run.accelerator, run.model, run.config.train
     density = sigma_density(config, base_defaults(config.models).shift)
     trained, weight = list(run.trained.values()), config.flow.loss_weight
-    loader = make_loader(config, run.cache, run.samples.trained, order)
+    loader = Loader(config, run.cache, run.samples.trained, order)
     saved: Path | None = None
     with Meter(run.step, t.max_train_steps, t.logging_steps, accelerator) as meter:
         if run.step == 0:
             after_step(run, {})
         for micro_step, batch in enumerate(meter.timed(loader), start=order.first):
             # --- one micro-step --------------------------------------------------------------------------------
-            batch = _whole(batch).to(accelerator.device)
+            batch = batch.to(accelerator.device)
             latents, encoded = batch.latents, batch.encoded  # B x (C, H, W)
             seed_micro_step(config.seed, micro_step, accelerator.process_index)
             with accelerator.accumulate(run.wrapped):
@@ -137,12 +137,6 @@ def _loop(run: Run, order: MicroBatches, interruption: Interruption) -> Outcome:
                 if stop:
                     return Outcome(signal=stop, checkpoint=saved)
     return Outcome(exported=export(run))
-
-
-def _whole(batch: Batch | InputError) -> Batch:
-    if isinstance(batch, InputError):
-        raise batch
-    return batch
 
 
 def _prior_shares(with_reference: Sequence[bool], prior_weight: float) -> Tensor:

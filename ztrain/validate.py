@@ -128,7 +128,9 @@ class Previews:
         if self.accelerator.is_main_process:
             cells = [[Image.open(path) for path in row.values()] for row in places]
             draw_grid(list(columns), [row.prompt for row in self.rows], cells).save(sheet)
-        table = [{"prompt": row.prompt, **cells} for row, cells in zip(self.rows, places, strict=True)]
+        table: list[dict[str, str | Path]] = [
+            {"prompt": row.prompt, **cells} for row, cells in zip(self.rows, places, strict=True)
+        ]
         return sheet, table
 
     def _render(self, model: AdaptedDiT, reads: frozenset[str]) -> dict[int, Image.Image]:

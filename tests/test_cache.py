@@ -1,0 +1,476 @@
+"""The cache: what a change makes it compute again, what it refuses to read, and who may write it at the same time."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from tests.triplets import ROOT, model_words, tiny_config, write_triplets
+from ztrain import cache as cache_room
+from ztrain.cache import Cache
+from ztrain.config import Config, EncodersConfig
+from ztrain.encoders import Encoders, LatentCodec, SiglipEncoder, TextEncoder, assemble
+from ztrain.errors import InputError
+from ztrain.fill import Filled, fill, verify
+from ztrain.images import fit_target, open_image
+from ztrain.prepare import cache_states
+from ztrain.samples import Samples, all_needs, drop_refused, read_samples
+from ztrain.store import Entry, Store, workspace
+from ztrain.vision_language import SplicedModel
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_triplets(tmp_path_factory.mktemp("data") / "triplets")
+
+
+def config_of(family: Path, data: Path, cache: Path, *words: str) -> Config:
+    """Reads reference, fused, siglip; without validation, so that the counts below are those of six triplets."""
+    base = tiny_config(family, data, cache, *words)
+    adapters = [{"kind": "projector", "states": "fused", "hidden_dim": 64}, {"kind": "siglip"}]
+    dumped = base.model_dump(mode="json") | {"adapters": adapters}
+    dumped["validation"] |= {"validation_steps": 0, "preview_steps": 0}
+    return Config.model_validate_json(json.dumps(dumped))
+
+
+def filled(config: Config) -> Filled:
+    cache = Cache(config)
+    return fill(cache, all_needs(config, read_samples(config, cache)), "cpu", progress=False)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """Counts what the encoders really do, by the kind of state that it is for."""
+    counts: Counter = Counter()
+
+    def counted(owner: type, name: str, kind: Callable[..., str]) -> None:
+        original = getattr(owner, name)
+
+        def wrapper(self: object, *arguments: object, **named: object) -> object:
+            counts[kind(*arguments)] += 1
+            return original(self, *arguments, **named)
+
+        monkeypatch.setattr(owner, name, wrapper)
+
+    counted(TextEncoder, "encode", lambda prompt: "text")
+    counted(TextEncoder, "encode_segment", lambda text: "segment")
+    counted(LatentCodec, "encode", lambda image: "latents")
+    counted(SiglipEncoder, "encode", lambda image: "siglip")
+    counted(SplicedModel, "encode", lambda images, prompt, settings: "fused" if prompt else "reference")
+    return counts
+
+
+@dataclass
+class Place:
+    """A copy of family and data that a row of the table may spoil."""
+
+    family: Path
+    data: Path
+    cache: Path
+    words: tuple[str, ...] = ()
+
+
+def set_to(key: str, value: str) -> Callable[[Place], None]:
+    def change(place: Place) -> None:
+        place.words = (f"--{key}", value)
+
+    return change
+
+
+def other_weight(file: str, key: str) -> Callable[[Place], None]:
+    """Changes one element of one tensor."""
+
+    def change(place: Place) -> None:
+        tensors = load_file(place.family / file)
+        tensors[key].view(-1)[7] += 0.25
+        save_file(tensors, place.family / file, metadata={"format": "pt"})
+
+    return change
+
+
+def other_text(file: str, before: str, after: str) -> Callable[[Place], None]:
+    def change(place: Place) -> None:
+        text = (place.family / file).read_text()
+        assert before in text
+        (place.family / file).write_text(text.replace(before, after))
+
+    return change
+
+
+def other_pixel(name: str) -> Callable[[Place], None]:
+    def change(place: Place) -> None:
+        image = open_image(place.data / "train" / name)
+        image.putpixel((3, 3), (1, 2, 3))
+        image.save(place.data / "train" / name)
+
+    return change
+
+
+def other_prompt(place: Place) -> None:
+    manifest = place.data / "train" / "metadata.jsonl"
+    manifest.write_text(manifest.read_text().replace("a boat and 2 pears", "a boat and two pears"))
+
+
+def moved(place: Place) -> None:
+    for name in ("family", "data"):
+        target = place.cache.parent / f"moved-{name}"
+        shutil.move(getattr(place, name), target)
+        setattr(place, name, target)
+
+
+ALL = {"latents": 6, "text": 7, "reference": 6, "fused": 6, "siglip": 7}  # 7 prompts with the empty one, 7 pictures
+SPLICED = {"reference": 6, "fused": 6}
+VL = "Qwen3-VL-4B-Instruct"
+SIGLIP = "siglip2-so400m-patch16-naflex"
+TURBO = "Z-Image-Turbo"
+VAE = f"{TURBO}/vae/diffusion_pytorch_model.safetensors"
+TEXT = f"{TURBO}/text_encoder/model.safetensors"
+TABLE: list[tuple[str, Callable[[Place], None], dict[str, int]]] = [
+    ("nothing", lambda place: None, {}),
+    ("moved", moved, {}),
+    ("learning rate", set_to("train.learning_rate", "0.5"), {}),
+    ("shift", set_to("flow.shift", "2.0"), {}),
+    ("hidden_index", set_to("encoders.hidden_index", "4"), SPLICED),
+    ("rope_theta", set_to("encoders.rope_theta", "vl"), SPLICED),
+    ("positions", set_to("encoders.positions", "1d"), SPLICED),
+    ("marker_rows", set_to("encoders.marker_rows", "vl"), SPLICED),
+    ("min_reference_pixels", set_to("encoders.min_reference_pixels", "5000"), SPLICED),
+    ("max_reference_pixels", set_to("encoders.max_reference_pixels", "9000"), SPLICED),
+    ("fused_order", set_to("encoders.fused_order", "prompt_first"), {"fused": 6}),
+    ("max_sequence_length", set_to("encoders.max_sequence_length", "100"), {"text": 7}),
+    ("resolution", set_to("data.resolution", "96"), {"latents": 6}),
+    ("precision", set_to("train.mixed_precision", "bf16"), ALL),
+    ("one pixel of a reference", other_pixel("ref-1-0.png"), {"reference": 1, "fused": 1, "siglip": 1}),
+    ("one pixel of a target", other_pixel("target-1.png"), {"latents": 1}),
+    ("one prompt", other_prompt, {"text": 1, "fused": 1}),
+    ("VAE weight", other_weight(VAE, "encoder.conv_in.weight"), {"latents": 6}),
+    ("VAE scale", other_text(f"{TURBO}/vae/config.json", "0.3611", "0.3612"), {"latents": 6}),
+    ("text weight", other_weight(TEXT, "model.norm.weight"), SPLICED | {"text": 7}),
+    ("template", other_text(f"{TURBO}/tokenizer/chat_template.jinja", "assistant", "helper"), SPLICED | {"text": 7}),
+    ("visual weight", other_weight(f"{VL}/model.safetensors", "model.visual.pos_embed.weight"), SPLICED),
+    ("VL processor", other_text(f"{VL}/preprocessor_config.json", "0.5", "0.4"), SPLICED),
+    ("SigLIP processor", other_text(f"{SIGLIP}/preprocessor_config.json", "0.5", "0.4"), {"siglip": 7}),
+    ("DiT weight", other_weight(f"{TURBO}/transformer/diffusion_pytorch_model.safetensors", "x_pad_token"), {}),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def warm(family: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("warm") / "cache"
+    assert filled(config_of(family, data, cache)).computed == ALL
+    return cache
+
+
+@pytest.mark.parametrize(("change", "expected"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
+def test_a_change_recomputes_what_depends_on_it(
+    family: Path, data: Path, warm: Path, tmp_path: Path, calls: Counter, change: Callable, expected: dict[str, int]
+) -> None:
+    place = Place(tmp_path / "family", tmp_path / "data", tmp_path / "cache")
+    shutil.copytree(family, place.family)
+    shutil.copytree(data, place.data)
+    shutil.copytree(warm, place.cache)
+    change(place)
+    result = filled(config_of(place.family, place.data, place.cache, *place.words))
+    assert result.computed == expected and dict(calls) == expected
+    calls.clear()
+    assert filled(config_of(place.family, place.data, place.cache, *place.words)).computed == {} == dict(calls)
+    # What was there before is still valid: going back costs nothing.
+    assert filled(config_of(family, data, place.cache)).computed == {} == dict(calls)
+
+
+def test_every_encoder_setting_has_its_place_in_a_fingerprint() -> None:
+    placed = {name for names in cache_room._SETTINGS.values() for name in names}
+    assert placed == set(EncodersConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "base", "words"),
+    [
+        ([{"kind": "projector", "states": "fused", "hidden_dim": 64}, {"kind": "siglip"}], "Z-Image-Turbo", ()),
+        ([{"kind": "siglip", "layout": "stock", "init": "checkpoint"}], "Z-Image-Omni-Base", ()),
+        ([{"kind": "siglip"}], "Z-Image-Turbo", ("--train.mixed_precision", "bf16")),
+    ],
+    ids=["fused and siglip", "stock omni", "bf16"],
+)
+def test_cached_states_are_the_encoders_own(
+    family: Path, data: Path, tmp_path: Path, adapters: list, base: str, words: tuple[str, ...]
+) -> None:
+    """Bit for bit, types included, for one and for two references, and through a new process's eyes (a new Cache)."""
+    config = tiny_config(family, data, tmp_path, *words)
+    dumped = config.model_dump(mode="json") | {"adapters": adapters}
+    dumped["models"]["base"]["pretrained_model_name_or_path"] = str(family / base)
+    config = Config.model_validate_json(json.dumps(dumped))
+    cache = Cache(config)
+    samples = read_samples(config, cache)
+    fill(cache, all_needs(config, samples), "cpu", progress=False)
+    cache, chosen = Cache(config), [samples.train.samples[0], samples.train.samples[-1]]
+    dtype = torch.bfloat16 if words else torch.float32
+    encoders = Encoders.load(config, config.reads, dtype, "cpu")
+    prompts = [sample.prompt for sample in chosen]
+    images = [[open_image(known.picture) for known in sample.references] for sample in chosen]
+    live = encoders.encode(prompts, images, config.reads, config.encoders)
+    read = assemble(cache.states(), prompts, [sample.references for sample in chosen], config.reads)
+    ours, theirs = flat(read), flat(live)
+    assert len(ours) == len(theirs) > 4
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    target = fit_target(open_image(chosen[0].target.picture), chosen[0].bucket)
+    latents = cache.states().latents(chosen[0].target, chosen[0].bucket)
+    assert torch.equal(latents, encoders.codec.encode(target))
+
+
+def flat(value: object) -> list[torch.Tensor]:
+    """Every tensor of a batch, in one order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, list):
+        return [tensor for entry in value for tensor in flat(entry)]
+    if value is None:
+        return []
+    return [tensor for name in value.__dataclass_fields__ for tensor in flat(getattr(value, name))]
+
+
+def test_training_on_a_warm_cache_constructs_no_encoder(family: Path, data: Path, tmp_path: Path) -> None:
+    """In a process of its own where every way to build one, and every encoding, ends the program."""
+    config = tiny_config(family, data, tmp_path / "cache")
+    cache_states(config, check=False)
+    program = f"""
+import sys
+def refuse(*arguments, **named): raise SystemExit("an encoder was built: " + repr(arguments)[:300])
+import transformers, diffusers
+transformers.PreTrainedModel.__init__ = refuse
+diffusers.AutoencoderKL.encode = refuse
+from ztrain import encoders, vision_language
+for owner, name in ((encoders.TextEncoder, "__init__"), (encoders.SiglipEncoder, "__init__"),
+                    (vision_language.SplicedModel, "__init__"), (encoders.LatentCodec, "encode")):
+    setattr(owner, name, refuse)
+from ztrain.train import main
+sys.exit(main({json.dumps(["--config", "configs/siglip_lora.yaml", "configs/tiny.yaml"])} + sys.argv[1:]))
+"""
+    words = [
+        *("--data.train_data_dir", str(data), "--output_dir", str(tmp_path / "run"), "--train.max_train_steps", "2"),
+        *("--validation.num_samples", "2", "--validation.num_previews", "2"),
+    ]
+
+    def attempt(cache: Path) -> subprocess.CompletedProcess[str]:
+        arguments = [*model_words(family), *words, "--cache.dir", str(cache)]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+        return subprocess.run(
+            [sys.executable, "-c", program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+
+    cold = attempt(tmp_path / "other")
+    assert cold.returncode == 1 and "an encoder was built" in cold.stderr  # the trap works
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    done = attempt(tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "samples" / "step-00000002.png").is_file()
+
+
+# ---- damage
+
+
+@pytest.fixture(scope="module")
+def latents(warm: Path) -> tuple[Path, bytes]:
+    [shard] = next(warm.glob("latents-*")).glob("*.safetensors")
+    return shard, shard.read_bytes()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_found_and_named(
+    latents: tuple[Path, bytes], tmp_path_factory: pytest.TempPathFactory, place: float, bit: int
+) -> None:
+    shard, whole = latents
+    folder = tmp_path_factory.mktemp("flipped")
+    shutil.copytree(shard.parent / "index", folder / "index")
+    spoiled = bytearray(whole)
+    spoiled[int(place * len(whole))] ^= 1 << bit
+    (folder / shard.name).write_bytes(spoiled)
+    store, original = Store(folder), Store(shard.parent)
+    found = []
+    for key in original._places:
+        try:
+            parts = store.read(key)
+        except InputError as error:
+            found.append(str(error))
+        else:  # a flip in the header's padding, or in another entry, changes nothing that is read
+            assert torch.equal(parts["states"], original.read(key)["states"])
+    data_starts = 8 + int.from_bytes(whole[:8], "little")
+    assert found or int(place * len(whole)) < data_starts
+    assert all(shard.name in message and "run `ztrain cache`" in message for message in found)
+
+
+def test_damaged_shards_stop_training_and_are_named_by_verify(family: Path, data: Path, tmp_path: Path) -> None:
+    config = config_of(family, data, tmp_path)
+    filled(config)
+    assert "states are whole" in cache_states(config, check=True)
+    [shard] = next(tmp_path.glob("siglip-*")).glob("*.safetensors")
+    spoiled = bytearray(shard.read_bytes())
+    spoiled[-3] ^= 4
+    shard.write_bytes(spoiled)
+    with pytest.raises(InputError, match=f"{shard.name}: damaged cache shard"):
+        cache_states(config, check=True)
+    shard.write_bytes(spoiled[:-100])
+    with pytest.raises(InputError, match=f"{shard.name}.* bytes instead of"):
+        cache_states(config, check=True)
+    shard.unlink()  # as the message says
+    assert filled(config).computed == {"siglip": 7}
+    assert "states are whole" in cache_states(config, check=True)
+    index = next(next(tmp_path.glob("text-*")).glob("index/*.parquet"))
+    index.write_bytes(index.read_bytes()[:-20])
+    with pytest.raises(InputError, match="damaged cache index"):
+        cache_states(config, check=True)
+
+
+def test_verify_finds_an_encoder_that_gives_something_else(
+    family: Path, data: Path, warm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(family, data, warm, "--cache.verify_share", "1")
+    cache = Cache(config)
+    needs = all_needs(config, read_samples(config, cache))
+    assert "32 states are whole; 32 computed again, largest relative difference 0.0e+00" == verify(cache, needs, "cpu")
+    original = SiglipEncoder.encode
+    monkeypatch.setattr(SiglipEncoder, "encode", lambda self, image: original(self, image.rotate(90)))
+    with pytest.raises(InputError, match=r"siglip of ref-\d-\d.png comes out .* away"):
+        verify(cache, needs, "cpu")
+
+
+def test_what_cannot_be_encoded_is_counted_and_left_out(family: Path, data: Path, tmp_path: Path) -> None:
+    spoiled = shutil.copytree(data, tmp_path / "data")
+    manifest = spoiled / "train" / "metadata.jsonl"
+    manifest.write_text(manifest.read_text().replace("a boat and 2 pears", "word " * 600))
+    whole = (spoiled / "train" / "target-4.png").read_bytes()
+    (spoiled / "train" / "target-4.png").write_bytes(whole[: len(whole) * 2 // 3])  # its header is good
+
+    def attempt(*words: str) -> tuple[Samples, Cache]:
+        config = config_of(family, spoiled, tmp_path / "cache", *words)
+        cache = Cache(config)
+        samples = read_samples(config, cache)
+        fill(cache, all_needs(config, samples), "cpu", progress=False)
+        drop_refused(config, samples, cache)
+        return samples, cache
+
+    with pytest.raises(InputError) as error:
+        attempt("--data.max_bad_share", "0.2")
+    assert "2 of 6 triplets cannot be used" in str(error.value)
+    assert "metadata.jsonl:3: " in str(error.value) and "max_sequence_length 512" in str(error.value)
+    assert "metadata.jsonl:5: " in str(error.value) and "target-4.png: not a readable picture" in str(error.value)
+    samples, cache = attempt("--data.max_bad_share", "0.4")
+    assert [sample.prompt[-7:] for sample in samples.train.samples] == ["0 pears", "1 pears", "3 pears", "5 pears"]
+    assert len(samples.train.rejected) == 2
+    # Refusals are remembered, so that a warm start loads no encoder to be refused again; and hold no path.
+    assert not cache.missing(all_needs(config_of(family, spoiled, tmp_path / "cache"), samples))
+    assert all(str(tmp_path).encode() not in path.read_bytes() for path in (tmp_path / "cache").rglob("*.parquet"))
+
+
+# ---- several writers
+
+
+def _fill_in_child(config: Config, results: "multiprocessing.Queue[dict]") -> None:
+    torch.set_num_threads(1)
+    results.put(filled(config).computed)
+
+
+def contents(cache: Path) -> dict[str, bytes]:
+    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in cache.glob("[a-z]*/*.safetensors")}
+
+
+def test_several_writers_share_the_work_and_give_what_one_gives(family: Path, data: Path, tmp_path: Path) -> None:
+    many = write_triplets(tmp_path / "many", count=24)
+    words = ("--cache.entries_per_shard", "4", "--data.dataloader_num_workers", "1")
+    alone = filled(config_of(family, many, tmp_path / "one", *words))
+    context = multiprocessing.get_context("spawn")
+    results: multiprocessing.Queue = context.Queue()
+    config = config_of(family, many, tmp_path / "three", *words)
+    children = [context.Process(target=_fill_in_child, args=(config, results)) for _ in range(3)]
+    for child in children:
+        child.start()
+    together = sum((Counter(results.get(timeout=120)) for _ in children), Counter())
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    assert dict(together) == alone.computed  # nothing twice
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+    assert not list((tmp_path / "three").glob(".writing-*"))
+
+
+def test_a_killed_writer_loses_no_published_shard(family: Path, tmp_path: Path) -> None:
+    many = write_triplets(tmp_path / "many", count=40, validation=1)
+    words = ("--cache.entries_per_shard", "2", "--data.dataloader_num_workers", "0")
+    config = config_of(family, many, tmp_path / "cache", *words)
+    whole = filled(config_of(family, many, tmp_path / "whole", *words)).computed
+    context = multiprocessing.get_context("spawn")
+    results: multiprocessing.Queue = context.Queue()
+    for attempt in range(3):
+        child = context.Process(target=_fill_in_child, args=(config, results))
+        child.start()
+        before = len(list((tmp_path / "cache").glob("[a-z]*/*.safetensors")))
+        deadline = time.monotonic() + 60
+        published = before
+        while child.is_alive() and published < before + 5 + 3 * attempt:
+            published = len(list((tmp_path / "cache").glob("[a-z]*/*.safetensors")))
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        child.kill()
+        child.join()
+    kept = sum(
+        len(Store(folder)) for folder in (tmp_path / "cache").iterdir() if folder.is_dir() and folder.name[0] != "."
+    )
+    assert 0 < kept < sum(whole.values())
+    rest = filled(config).computed
+    assert sum(rest.values()) == sum(whole.values()) - kept
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+    assert not list((tmp_path / "cache").glob(".writing-*"))
+
+
+def test_a_full_disk_keeps_what_was_published(family: Path, data: Path, tmp_path: Path) -> None:
+    """A limit on the size of a file stands for the disk: the small shards fit, the first large one does not."""
+    program = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
+        "from ztrain.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = [*model_words(family), "--data.train_data_dir", str(data), "--cache.dir", str(tmp_path / "cache")]
+    failed = subprocess.run(
+        [sys.executable, "-c", program, "cache", "--config", "configs/siglip.yaml", "configs/tiny.yaml", *words],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    errors = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert failed.returncode == 2 and len(errors) == 1 and "Traceback" not in failed.stderr, failed.stderr
+    assert "cannot write it" in errors[0] and "what was finished before is kept" in errors[0]
+    kept = contents(tmp_path / "cache")
+    assert kept and not list((tmp_path / "cache").glob(".writing-*"))
+    config = tiny_config(family, data, tmp_path / "cache", name="siglip")
+    cache_states(config, check=False)
+    assert kept.items() <= contents(tmp_path / "cache").items()
+    assert "states are whole" in cache_states(config, check=True)
+
+
+def test_many_index_files_become_one(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def entry(i: int) -> Entry:
+        return Entry(key=f"k{i}", label=f"entry {i}", parts={"states": torch.full((2,), float(i))})
+
+    with workspace(tmp_path) as scratch:
+        for i in range(70):
+            store.write(f"shard{i}", [entry(i)], scratch)
+        reader = Store(tmp_path)
+        store.compact(scratch)
+    assert len(list((tmp_path / "index").iterdir())) == 1
+    for seen in (store, reader, Store(tmp_path)):
+        seen.reload()
+        assert len(seen) == 70 and all(seen.read(f"k{i}")["states"][0] == i for i in range(70))

@@ -1,0 +1,276 @@
+"""The publish/verify protocol: whatever happens while a checkpoint is written, the newest whole one is found."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.triplets import ROOT
+from ztrain import checkpoint
+from ztrain.checkpoint import MANIFEST, check, find, frozen_differences, prune, publish, run_lock, sweep
+from ztrain.config import Config, load_config
+from ztrain.errors import InputError
+
+
+def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        "trainable.safetensors": {"a": torch.full((40, 3), value), "b": torch.full((2,), value, dtype=torch.bfloat16)},
+        "optimizer.safetensors": {"exp_avg.a": torch.full((40, 3), -value)},
+    }
+
+
+def test_what_was_published_is_read_back_exactly(tmp_path: Path) -> None:
+    for step in (5, 10):
+        path = publish(tmp_path, step, tensors(step / 3), {"note": "x", "schedule": {"last_epoch": step}})
+        assert path == tmp_path / f"step-{step:08d}"
+    found, passed = find("latest", tmp_path)
+    assert found is not None and not passed
+    assert (found.step, found.state["note"], found.state["schedule"]) == (10, "x", {"last_epoch": 10})
+    for name, content in tensors(10 / 3).items():
+        assert content.keys() == found.tensors[name].keys()
+        assert all(torch.equal(content[k], found.tensors[name][k]) for k in content)
+    older, _ = find(str(tmp_path / "step-00000005"), tmp_path)
+    assert older is not None and older.step == 5
+    assert find("none", tmp_path) == (None, []) and find("latest", tmp_path / "empty") == (None, [])
+
+
+KILLER = """
+import os, shutil, signal, sys
+from pathlib import Path
+import torch
+from ztrain import checkpoint
+
+def make(value):
+    a = torch.full((4,), float(value))
+    return {"trainable.safetensors": {"a": a}, "optimizer.safetensors": {"m.a": -a}}
+
+def save(folder, after):
+    '''Saves step 3 over 1 and 2, and dies at point `after`: there is one before and one after each file operation.'''
+    count, armed = 0, False
+    def point():
+        nonlocal count
+        if armed and count == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        count += armed
+    def fatal(owner, name):
+        original = getattr(owner, name)
+        def wrapper(*arguments, **named):
+            point()
+            result = original(*arguments, **named)
+            point()
+            return result
+        setattr(owner, name, wrapper)
+    for owner, name in ((checkpoint, "save_file"), (checkpoint, "_write"), (checkpoint, "_sync"), (os, "rename"),
+                        (shutil, "rmtree"), (os, "unlink"), (os, "rmdir")):
+        fatal(owner, name)
+    for step in (1, 2):
+        checkpoint.publish(folder, step, make(step), {"value": step})
+    armed = True
+    checkpoint.publish(folder, 3, make(3), {"value": 3})
+    checkpoint.prune(folder, 2)
+
+after, status = 0, None
+while status != 0:  # a child for each point, until one gets through
+    child = os.fork()
+    if not child:
+        save(Path(sys.argv[1]) / str(after), after)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    print(after, status)
+    after += 1
+"""
+
+
+def test_killed_at_every_point_of_a_save_a_whole_checkpoint_is_left(tmp_path: Path) -> None:
+    """SIGKILL before and after every file operation of a save and of the removal that follows it."""
+    done = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *killed, last = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    assert set(killed) == {9} and last == 0 and len(killed) > 30
+    steps = []
+    for after in range(len(killed) + 1):
+        folder = tmp_path / str(after)
+        sweep(folder)
+        assert all(path.name.startswith("step-") for path in folder.iterdir())  # no debris
+        for path in checkpoint.checkpoints(folder):
+            check(path)  # nothing half done carries a final name
+        found, passed = find("latest", folder)
+        assert found is not None and not passed and len(checkpoint.checkpoints(folder)) >= 2
+        assert found.state["value"] == found.step == found.tensors["trainable.safetensors"]["a"][0]
+        steps.append(found.step)
+    assert steps == sorted(steps) and set(steps) == {2, 3}
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damage_anywhere_is_found_and_the_older_one_is_taken(tmp_path: Path, data: st.DataObject) -> None:
+    folder = tmp_path / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    for step in (1, 2):
+        publish(folder, step, tensors(step), {})
+    newest = folder / "step-00000002"
+    victim = data.draw(st.sampled_from(sorted(newest.iterdir())))
+    content = bytearray(victim.read_bytes())
+    if data.draw(st.booleans()):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    victim.write_bytes(content)
+    try:
+        check(newest)
+    except InputError as error:
+        assert str(newest) in str(error)
+        found, passed = find("latest", folder)
+        assert found is not None and found.step == 1 and passed == [str(error)]
+        with pytest.raises(InputError):
+            find(str(newest), folder)
+    else:  # only white space of the manifest can change without being noticed
+        assert victim.name == MANIFEST
+        assert json.loads(content) == json.loads((folder / "step-00000002" / MANIFEST).read_text())
+    for path in folder.iterdir():
+        (path / "state.json").write_text("{}")
+    with pytest.raises(InputError, match="no checkpoint is whole: .*step-00000002.*step-00000001"):
+        find("latest", folder)
+
+
+def test_retention_keeps_the_newest_and_never_looks_at_clocks(tmp_path: Path) -> None:
+    for step in (3, 20, 100):
+        os.utime(publish(tmp_path, step, tensors(step), {}), (1e9 - step, 1e9 - step))  # dates in reverse
+    prune(tmp_path, 2)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000020", "step-00000100"]
+    publish(tmp_path, 100, tensors(7), {"again": True})  # a step that a resumed run reaches again
+    found, _ = find("latest", tmp_path)
+    assert found is not None and found.state["again"]
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_and_says_what_it_needs(tmp_path: Path) -> None:
+    program = (
+        "import resource, signal, sys, torch; from pathlib import Path; from ztrain import checkpoint;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "big = {'trainable.safetensors': {'a': torch.zeros(50_000)}};"
+        "checkpoint.publish(Path(sys.argv[1]), 1, big, {});"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "checkpoint.publish(Path(sys.argv[1]), 2, big, {})"
+    )
+    failed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 1
+    last = failed.stderr.splitlines()[-1]
+    assert "InputError" in last and "step-00000002: cannot write the checkpoint" in last and "265,536 bytes" in last
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    check(tmp_path / "step-00000001")
+
+
+def test_no_room_is_noticed_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(tmp_path, 1, tensors(1), {})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(InputError, match=r"a checkpoint needs 66,500 bytes and 1,000 are free; .* are untouched"):
+        publish(tmp_path, 2, tensors(2.0), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_second_trainer_is_refused_by_name(tmp_path: Path) -> None:
+    with run_lock(tmp_path):
+        program = (
+            "import sys; from pathlib import Path; from ztrain.checkpoint import run_lock\n"
+            "with run_lock(Path(sys.argv[1])): pass"
+        )
+        failed = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+        )
+        assert failed.returncode == 1
+        assert f"process {os.getpid()} on {os.uname().nodename} is training into this folder" in failed.stderr
+    with run_lock(tmp_path):
+        pass
+
+
+# ---- what may change on resume
+
+
+def leaves() -> list[str]:
+    return sorted(checkpoint._leaves(CONFIG.model_dump(mode="json")))
+
+
+CONFIG = load_config([ROOT / "configs" / "siglip_lora.yaml", ROOT / "configs" / "tiny.yaml"])
+
+
+def set_leaf(document: Any, key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for name in path:
+        document = document[int(name)] if isinstance(document, list) else document[name]
+    document[int(last) if isinstance(document, list) else last] = value
+
+
+@pytest.mark.parametrize("key", leaves())
+def test_every_setting_is_either_free_or_refused_with_a_diff(key: str) -> None:
+    before = CONFIG.model_dump(mode="json")
+    set_leaf(before, key, "another value")
+    differences = frozen_differences(before, CONFIG)
+    if any(key == name or key.startswith(f"{name}.") for name in checkpoint.FREE_ON_RESUME):
+        assert differences == []
+    else:
+        now = json.dumps(checkpoint._leaves(CONFIG.model_dump(mode="json"))[key])
+        assert differences == [f'{key}: "another value" -> {now}']
+
+
+def test_free_settings_exist_and_the_end_is_frozen_where_the_schedule_needs_it() -> None:
+    assert all(any(key == name or key.startswith(f"{name}.") for key in leaves()) for name in checkpoint.FREE_ON_RESUME)
+    cosine = {"lr_scheduler": "cosine"}
+    longer = Config.model_validate(
+        CONFIG.model_dump() | {"train": CONFIG.train.model_dump() | cosine | {"max_train_steps": 9}}
+    )
+    before = Config.model_validate(CONFIG.model_dump() | {"train": CONFIG.train.model_dump() | cosine})
+    assert frozen_differences(before.model_dump(mode="json"), longer) == ["train.max_train_steps: 50 -> 9"]
+
+
+# ---- the optimizer
+
+
+def steps(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], count: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_an_optimizer_goes_on_exactly_where_it_was(tmp_path: Path, name: str) -> None:
+    if name == "adamw_8bit":
+        kind = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").optim.AdamW8bit
+    else:
+        kind = torch.optim.AdamW
+    start = [torch.randn(80, 80), torch.randn(7)]  # 8-bit states begin at 4096 elements
+
+    def fresh() -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+        parameters = [nn.Parameter(tensor.clone()) for tensor in start]
+        return parameters, kind(parameters, lr=1e-2, betas=(0.8, 0.95))
+
+    whole, optimizer = fresh()
+    steps(optimizer, whole, 3, seed=1)
+    kept, rest = checkpoint.optimizer_tensors(optimizer, ["x.weight", "y"])
+    publish(tmp_path, 3, {"optimizer.safetensors": kept}, {"optimizer": rest})
+    resumed, other = fresh()
+    with torch.no_grad():
+        for mine, theirs in zip(resumed, whole, strict=True):
+            mine.copy_(theirs)
+    found, _ = find("latest", tmp_path)
+    assert found is not None
+    checkpoint.load_optimizer(
+        other, ["x.weight", "y"], found.tensors["optimizer.safetensors"], found.state["optimizer"]
+    )
+    steps(optimizer, whole, 3, seed=2)
+    steps(other, resumed, 3, seed=2)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(resumed, whole, strict=True))
+    with pytest.raises(InputError, match="knows a weight"):
+        checkpoint.load_optimizer(
+            other, ["x.weight", "z"], found.tensors["optimizer.safetensors"], found.state["optimizer"]
+        )

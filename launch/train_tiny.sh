@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# From drawings to a picture on a laptop CPU with the tiny random family: every trainable list, then one comparison.
+# From drawings to pictures on a laptop CPU with the tiny random family: the cache, every trainable list, one comparison.
 #   launch/train_tiny.sh [STEPS]       needs ../shared/data/emoji_styles and an active .venv; from the project's root
 set -euo pipefail
-steps=${1:-50}
+steps=${1:-200}
 
 python -m ztrain.mini.family --out out/family
 python -m data_tools.build --config configs/data/emoji_styles.yaml --out out/emoji --max-triplets-per-split 256
 
+lists=(projector splice_lora siglip siglip_lora lora)
+
 rm -rf runs/tiny  # training refuses a folder that already holds a run
-for list in projector splice_lora siglip siglip_lora lora; do
+for list in "${lists[@]}"; do
+  ztrain cache --config "configs/$list.yaml" configs/tiny.yaml --data.train_data_dir out/emoji
   accelerate launch --config_file configs/accelerate/cpu.yaml -m ztrain.train \
     --config "configs/$list.yaml" configs/tiny.yaml \
     --data.train_data_dir out/emoji --output_dir "runs/tiny/$list" --train.max_train_steps "$steps"

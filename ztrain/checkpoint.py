@@ -94,9 +94,7 @@ def publish(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]]
             _sync(writing / name)
         _write(writing / MANIFEST, {"files": files})
         _sync(writing / MANIFEST)
-        _retire(final)  # of an earlier life of this run: the same step, or a damaged one
-        os.rename(writing, final)
-        _sync(folder)
+        replace_folder(writing, final)
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{final}: cannot write the checkpoint ({error}; it needs {needed:,} bytes); {_KEPT}"
@@ -105,6 +103,13 @@ def publish(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]]
         shutil.rmtree(writing, ignore_errors=True)  # after the rename there is nothing left to remove
     check(final)
     return final
+
+
+def replace_folder(writing: Path, final: Path) -> None:
+    """Gives a finished folder its name, in the place of one of an earlier life of the run if there is any."""
+    _retire(final)
+    os.rename(writing, final)
+    _sync(final.parent)
 
 
 _KEPT = "free some space or mend the folder, then resume: earlier checkpoints are untouched"

@@ -71,6 +71,7 @@ def save_adapter(folder: Path, model: AdaptedDiT, config: Config, known: Identit
             folder / name,
             metadata={"ztrain.version": VERSION, "ztrain.step": str(step)} | metadata[name],
         )
+        _sort_header(folder / name)
     models = config.models
     document = {
         "format_version": FORMAT_VERSION,
@@ -86,6 +87,18 @@ def save_adapter(folder: Path, model: AdaptedDiT, config: Config, known: Identit
     # Last: a folder without it is no adapter, so an interrupted export is never half-loaded.
     (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
+
+
+def _sort_header(path: Path) -> None:
+    """Orders the keys of a safetensors header in place: safetensors writes its metadata in random order, so that the
+    same weights would give other bytes every time. Layout: 8 bytes of length, JSON padded with spaces, tensors."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        ordered = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(ordered) <= length, "the header was not written as compact JSON"
+        file.seek(8)
+        file.write(ordered.ljust(length))
 
 
 def _public(model: ModelConfig) -> dict[str, str | None]:

@@ -50,10 +50,13 @@ class Source:
         """The local path of one file of the repository, downloaded if need be."""
         if self.folder is not None:
             return self.folder / name
+        with self.explained():
+            return self._download(name)
+
+    def _download(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download
 
-        with self.explained():
-            return Path(hf_hub_download(self.location, name, revision=self.revision))
+        return Path(hf_hub_download(self.location, name, revision=self.revision))
 
     def files(self, *patterns: str) -> list[Path]:
         """Local paths of all files that match glob patterns below the repository's root, downloaded if need be."""
@@ -66,12 +69,16 @@ class Source:
         return sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()})
 
     def has(self, name: str) -> bool:
+        """Whether the repository holds the file; offline, whether it was downloaded."""
         if self.folder is not None:
             return (self.folder / name).is_file()
-        from huggingface_hub import file_exists
+        from huggingface_hub.errors import EntryNotFoundError
 
         with self.explained():
-            return bool(file_exists(self.location, name, revision=self.revision))
+            try:
+                return self._download(name).is_file()
+            except EntryNotFoundError:
+                return False
 
     @contextmanager
     def explained(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ alone does (files, locks) fails on all processes together.
 
 import functools
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -289,8 +290,10 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
 
 def export(run: Run) -> Path:
     """The adapter for others, with averaged weights where there is an average."""
-    exported = run.folder / "export"
+    exported, writing = run.folder / "export", run.folder / ".writing-export"
     with _collective(run.accelerator), _averaged(run):
         if run.accelerator.is_main_process:
-            save_adapter(exported, run.model, run.config, run.identities, step=run.step)
+            shutil.rmtree(writing, ignore_errors=True)  # of an earlier life of the run
+            save_adapter(writing, run.model, run.config, run.identities, step=run.step)
+            checkpoint.replace_folder(writing, exported)
     return exported

@@ -1,0 +1,328 @@
+"""Runs that are killed, told to stop, continued and spread over processes: real processes, losses compared as hex."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.triplets import ROOT, model_words, tiny_config, write_triplets
+from ztrain import checkpoint
+from ztrain.cache import Cache
+from ztrain.prepare import cache_states
+from ztrain.samples import all_needs, read_samples
+from ztrain.store import Entry, workspace
+
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+ALONE = (sys.executable, "-m", "ztrain.train")
+LAUNCHED = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
+            "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "ztrain.train")  # fmt: skip
+# accelerate starts several processes without a GPU only under this word; its processes find no GPU and use gloo.
+PAIR = (*LAUNCHED[:3], "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", *LAUNCHED[5:])
+
+LATEST = ("--resume_from_checkpoint", "latest")
+QUIET = ("--validation.validation_steps", "0", "--validation.preview_steps", "0")
+
+
+class Place:
+    """Data, a warm cache and the family; `words` is the command line of a run into `out`."""
+
+    def __init__(self, family: Path, folder: Path) -> None:
+        self.family, self.data, self.cache = family, write_triplets(folder / "data", count=11), folder / "cache"
+        for name in ("siglip_lora", "projector"):
+            cache_states(tiny_config(family, self.data, self.cache, name=name), check=False)
+
+    def words(self, out: Path, *more: str, name: str = "siglip_lora") -> list[str]:
+        return [
+            "--config", f"configs/{name}.yaml", "configs/tiny.yaml", *model_words(self.family),
+            "--data.train_data_dir", str(self.data), "--cache.dir", str(self.cache), "--output_dir", str(out), *more,
+        ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(family, tmp_path_factory.mktemp("runs"))
+
+
+def finish(command: tuple[str, ...], words: list[str], status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*command, *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def start(command: tuple[str, ...], words: list[str], log: Path) -> subprocess.Popen:
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [*command, *words], cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file, start_new_session=True
+        )
+
+
+def rows(out: Path) -> list[dict]:
+    path = out / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
+
+
+def losses(out: Path) -> list[str]:
+    """As hex, one for each step from 1 on; a step that stands twice or is missing fails here."""
+    trained = [row for row in rows(out) if row["step"] > 0]
+    assert [row["step"] for row in trained] == list(range(1, len(trained) + 1))
+    return [float(row["train/loss"]).hex() for row in trained]
+
+
+def exported(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (out / "export").iterdir()}
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+
+
+def session_of(leader: int) -> list[int]:
+    """Living processes of a session, by their process numbers."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[3]) == leader and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def test_killed_three_times_the_run_is_the_undisturbed_one(place: Place, tmp_path: Path) -> None:
+    """SIGKILL at random steps and once inside a save, with another number of workers after each."""
+    steps = ("--train.max_train_steps", "40", "--train.checkpointing_steps", "4", "--train.ema_decay", "0.9",
+             "--validation.validation_steps", "10", "--validation.preview_steps", "0")  # fmt: skip
+    finish(ALONE, place.words(tmp_path / "whole", *steps, "--data.dataloader_num_workers", "0"))
+    chance = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID", "7"))
+    out, log = tmp_path / "killed", tmp_path / "log"
+
+    def saving() -> bool:
+        folder = out / "checkpoints"
+        return folder.is_dir() and any(path.name.startswith(".writing-") for path in folder.iterdir())
+
+    last = 0
+    for attempt, inside_save in enumerate((False, True, False)):
+        words = place.words(
+            out, *steps, "--data.dataloader_num_workers", str(attempt + 1), "--resume_from_checkpoint", "latest"
+        )
+        process = start(ALONE, words, log)
+        target = last + chance.randint(5, 9)
+        wait_for(lambda: len(rows(out)) > target, process, log)  # noqa: B023
+        if inside_save:
+            wait_for(saving, process, log)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        last = max((checkpoint_step(path) for path in checkpoint.checkpoints(out / "checkpoints")), default=0)
+        assert 0 < last < 40
+    done = finish(
+        ALONE, place.words(out, *steps, "--data.dataloader_num_workers", "0", "--resume_from_checkpoint", "latest")
+    )
+    assert f"resuming from {out / 'checkpoints' / checkpoint.folder_name(last)} at step {last}" in done.stdout
+    assert losses(out) == losses(tmp_path / "whole") and len(losses(out)) == 40
+    keep = (
+        "step",
+        "val/loss",
+        "val/loss_shuffled",
+        "val/loss_no_reference",
+        "train/lr",
+        "train/grad_norm",
+        "ema/decay",
+    )
+    curves = [[{key: row.get(key) for key in keep} for row in rows(run)] for run in (out, tmp_path / "whole")]
+    assert curves[0] == curves[1]
+    assert exported(out) == exported(tmp_path / "whole")
+    names = {path.name for path in (out / "checkpoints").iterdir()}
+    assert len(names) == 3 and all(name.startswith("step-") for name in names)
+
+
+def checkpoint_step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def test_two_processes_are_one_and_a_resume_may_change_their_number(place: Place, tmp_path: Path) -> None:
+    """Equal global batch: 1 x 4, 2 x 2 with dropout of everything, and 2 -> 1 -> 2 with accumulation in between."""
+    common = (*QUIET, "--train.dropout_text", "0.2", "--train.dropout_reference", "0.3", "--train.prior_weight", "0.5")
+    to = "--train.max_train_steps"
+    finish(ALONE, place.words(tmp_path / "one", *common, to, "20"))
+    half = ("--train.train_batch_size", "2")
+    finish(PAIR, place.words(tmp_path / "two", *common, *half, to, "20"))
+    one, two = ([float.fromhex(loss) for loss in losses(tmp_path / name)] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5) and len(set(one)) == 20
+    changing = tmp_path / "changing"
+    finish(PAIR, place.words(changing, *common, *half, to, "6"))
+    finish(ALONE, place.words(changing, *common, *half, *LATEST, to, "13", "--train.gradient_accumulation_steps", "2"))
+    finish(PAIR, place.words(changing, *common, *half, *LATEST, to, "20"))
+    assert [float.fromhex(loss) for loss in losses(changing)] == pytest.approx(one, rel=1e-5)
+    refused = finish(ALONE, place.words(changing, *common, *half, *LATEST, to, "30"), status=2)
+    assert "the global batch size: 4 -> 2" in refused.stderr
+
+
+@pytest.mark.parametrize("command", [LAUNCHED, PAIR], ids=["one process", "two processes"])
+def test_a_terminated_launcher_leaves_a_checkpoint_and_no_process(
+    place: Place, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    words = place.words(out, *QUIET, "--train.max_train_steps", "100000", "--train.checkpointing_steps", "100000")
+    process = start(command, words, log)
+    wait_for(lambda: len(rows(out)) > 3, process, log)
+    process.terminate()
+    status = process.wait(timeout=40)
+    deadline = time.monotonic() + 10
+    while session_of(process.pid):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    # docs/training.md: the launcher's own status; with one process it does not wait for the trainer.
+    assert status == (-signal.SIGTERM if command is LAUNCHED else 1), log.read_text()
+    found, passed = checkpoint.find("latest", out / "checkpoints")
+    assert found is not None and not passed and found.step == len(rows(out)), log.read_text()
+    assert "SIGTERM: finishing this step" in log.read_text() and "stopped, saved" in log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_the_trainer_ends_it_with_its_documented_status(
+    place: Place, tmp_path: Path, number: signal.Signals
+) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    words = place.words(out, *QUIET, "--train.max_train_steps", "100000", name="projector")
+    process = start(ALONE, words, log)
+    wait_for(lambda: len(rows(out)) > 2, process, log)
+    os.killpg(process.pid, number)  # as a terminal does with Ctrl-C
+    assert process.wait(timeout=30) == 128 + number, log.read_text()
+    found, _ = checkpoint.find("latest", out / "checkpoints")
+    assert found is not None and found.step == len(rows(out))
+    assert not (out / "export").exists() and "Traceback" not in log.read_text()
+    if number == signal.SIGUSR1:  # and goes on from there
+        last = str(found.step + 2)
+        done = finish(
+            ALONE,
+            place.words(
+                out, *QUIET, "--resume_from_checkpoint", "latest", "--train.max_train_steps", last, name="projector"
+            ),
+        )
+        assert f"at step {found.step}" in done.stdout and len(losses(out)) == found.step + 2
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_step(place: Place, tmp_path: Path) -> None:
+    """One target's latents are not a number; only one of two processes sees them."""
+    config = tiny_config(place.family, place.data, tmp_path / "cache", *QUIET)
+    cache_states(config, check=False)
+    cache = Cache(config)
+    sample = read_samples(config, cache).train.samples[0]
+    needs = all_needs(config, read_samples(config, cache))
+    request = next(r for r in needs.requests.values() if r.state == "latents" and r.pictures[0] == sample.target)
+    store = cache.store("latents")
+    poisoned = {key: store.read(key) for key in store._places}
+    poisoned[request.key]["states"].fill_(float("nan"))
+    with workspace(cache.folder) as scratch:
+        for path in store.folder.glob("*.safetensors"):
+            path.unlink()
+        entries = [Entry(key=key, label=key, parts=parts) for key, parts in poisoned.items()]
+        store.write("poisoned", entries, scratch)
+    out = tmp_path / "run"
+    words = place.words(out, *QUIET, "--cache.dir", str(tmp_path / "cache"), "--train.train_batch_size", "1",
+                        "--train.max_train_steps", "11", "--train.checkpointing_steps", "1")  # fmt: skip
+    failed = finish(PAIR, words, status=1)
+    step = len(losses(out)) + 1
+    assert 1 <= step <= 6  # two of eleven samples a step: each comes in the first six
+    assert failed.stderr.count(f"RuntimeError: step {step}: the loss of samples [0]") >= 2  # on both ranks
+    found, _ = checkpoint.find("latest", out / "checkpoints")
+    assert (found.step if found else 0) == step - 1
+    assert found is None or all(t.isfinite().all() for t in found.tensors["trainable.safetensors"].values())
+
+
+def test_validation_and_previews_change_nothing_and_show_what_is_trained(place: Place, tmp_path: Path) -> None:
+    steps = ("--train.max_train_steps", "4")
+    dropout = ("--adapters.1.dropout", "0.3")  # torch's own generator takes part
+    finish(ALONE, place.words(tmp_path / "quiet", *QUIET, *steps, *dropout))
+    shown = ("--validation.validation_steps", "2", "--validation.preview_steps", "2", "--validation.num_previews", "3")
+    done = finish(ALONE, place.words(tmp_path / "shown", *shown, *steps, *dropout))
+    assert losses(tmp_path / "quiet") == losses(tmp_path / "shown")
+    assert done.stdout.count("validation loss") == 3
+    validated = [row for row in rows(tmp_path / "shown") if "val/loss" in row]
+    assert [row["step"] for row in validated] == [0, 2, 4]
+    for row in validated:
+        assert row["val/image_use"] == row["val/loss_shuffled"] - row["val/loss"] != 0
+        sigmas = [row[f"val/loss_sigma_{s:g}"] for s in (0.1, 0.3, 0.5, 0.7, 0.9)]
+        assert sum(sigmas) / 5 == pytest.approx(row["val/loss"], rel=1e-6)
+        assert len({row["val/loss"], row["val/loss_shuffled"], row["val/loss_no_reference"]}) == 3
+    samples = tmp_path / "shown" / "samples"
+    assert sorted(path.name for path in samples.glob("*.png")) == [f"step-{s:08d}.png" for s in (0, 2, 4)]
+    own = [[(samples / f"step-{s:08d}" / f"{i}.png").read_bytes() for i in range(3)] for s in (0, 2, 4)]
+    assert own[0] != own[2] and len({len(row) for row in own}) == 1
+    # The columns of the frozen base are what `ztrain compare` would show: rendered before anything was attached.
+    base = {path.name: path.read_bytes() for path in (samples / "base").iterdir()}
+    assert len(base) == 12 and base["no_image-0.png"] != base["splice-0.png"]
+
+
+def test_refusals_of_a_resume_and_a_used_folder(place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    steps = ("--train.max_train_steps", "2", "--train.checkpointing_steps", "1")
+    fresh = finish(ALONE, place.words(out, *QUIET, *steps, *LATEST))
+    assert "no checkpoint in" in fresh.stdout and "starting at step 0" in fresh.stdout
+    used = finish(ALONE, place.words(out, *QUIET, *steps), status=2)
+    assert "already holds a run; continue it with --resume_from_checkpoint latest" in used.stderr
+    changed = finish(
+        ALONE, place.words(out, *QUIET, *steps, *LATEST, "--train.learning_rate", "1e-5", "--seed", "3"), status=2
+    )
+    assert "seed: 0 -> 3; train.learning_rate: 0.003 -> 1e-05" in changed.stderr
+    newest = out / "checkpoints" / "step-00000002"
+    weights = load_file(newest / "trainable.safetensors")
+    save_file(weights, newest / "trainable.safetensors", metadata={"other": "bytes"})
+    fallen = finish(ALONE, place.words(out, *QUIET, "--train.max_train_steps", "3", *LATEST))
+    assert f"passed over: {newest / 'trainable.safetensors'} is missing or damaged" in fallen.stdout
+    assert f"resuming from {out / 'checkpoints' / 'step-00000001'} at step 1" in fallen.stdout
+    assert len(losses(out)) == 3
+    for path in checkpoint.checkpoints(out / "checkpoints"):
+        (path / "MANIFEST.json").unlink()
+    lost = finish(ALONE, place.words(out, *QUIET, *steps, *LATEST), status=2)
+    assert "no checkpoint is whole" in lost.stderr
+    manifest = place.data / "train" / "metadata.jsonl"
+    text = manifest.read_text()
+    finish(ALONE, place.words(tmp_path / "other", *QUIET, *steps, name="projector"))
+    try:
+        manifest.write_text("".join(reversed(text.splitlines(keepends=True))))
+        moved = finish(
+            ALONE, place.words(other, *QUIET, *LATEST, "--train.max_train_steps", "4", name="projector"), status=2
+        )
+        assert "the triplets: " in moved.stderr
+    finally:
+        manifest.write_text(text)
+
+
+def test_averaged_weights_are_what_is_exported(place: Place, tmp_path: Path) -> None:
+    words = place.words(tmp_path / "run", *QUIET, "--train.max_train_steps", "3", "--train.ema_decay", "0.5",
+                        "--train.checkpointing_steps", "1", name="projector")  # fmt: skip
+    finish(ALONE, words)
+    files = [
+        load_file(path / "trainable.safetensors") for path in checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
+    ]
+    # diffusers' EMAModel: decay min(0.5, (1 + n) / (10 + n)), n = updates so far, and 0 at the first update.
+    average = {name: tensor.clone() for name, tensor in files[0].items()}
+    for n, file in enumerate(files[1:], start=1):
+        decay = min(0.5, (1 + n) / (10 + n))
+        average = {name: decay * average[name] + (1 - decay) * file[name] for name in average}
+    exported_weights = load_file(tmp_path / "run" / "export" / "adapter.safetensors")
+    assert len(exported_weights) == len(average) > 0
+    for name, tensor in average.items():
+        assert torch.allclose(exported_weights[name.replace("adapters.0.", "projector.")], tensor, atol=1e-6)
+        assert not torch.equal(files[-1][name], tensor)

@@ -1,4 +1,4 @@
-"""Style folders -> triplets as people build them: real processes on painted and real pictures; their YAML."""
+"""Style folders and tables of pairs -> triplets as people build them, on painted and real pictures; their YAML."""
 
 import hashlib
 import json
@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import datasets
 import numpy as np
 import pydantic
 import pytest
@@ -18,8 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_tools.build import main
-from ztrain.data import Triplet, open_image, read_manifest
+from ztrain.data import Triplet, read_triplets
 from ztrain.errors import InputError
+from ztrain.images import Picture, open_image
 from ztrain.mini.painter import STYLES, choose_contents, paint_style_folders
 from ztrain.yamls import describe_errors, dump_yaml, load_yaml
 
@@ -68,15 +71,21 @@ def build(source: Path, out: Path, *options: object) -> dict[str, list[Triplet]]
     """Build, expect success, and read all splits back."""
     done = run("--config", source / "build.yaml", "--out", out, *options)
     assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, [summary(out)]), done.stderr
-    return {split: read_manifest(out, split) for split in splits(out)}
+    return {split: read_triplets(str(out), split).triplets for split in splits(out)}
 
 
 def splits(out: Path) -> list[str]:
     return [name for name in ("train", "validation", "all") if (out / name).is_dir()]
 
 
+def path_of(picture: Picture) -> Path:
+    return Path(picture.name)
+
+
 def summary(out: Path) -> str:
-    counts = (f"{split} {len(read_manifest(out, split))}" for split in splits(out)) if out.is_dir() else ()
+    counts = (
+        (f"{split} {len(read_triplets(str(out), split).triplets)}" for split in splits(out)) if out.is_dir() else ()
+    )
     return f"{out}: " + ", ".join(counts)
 
 
@@ -113,10 +122,10 @@ def test_triplets_keep_the_rules(source: Path, tmp_path: Path) -> None:
             style, content, other = (row.columns[key] for key in ("style", "content", "reference_content"))
             assert contents[str(content)] == (row.prompt, "val" if split == "validation" else "train")
             assert content != other and contents[str(other)][1] == contents[str(content)][1]
-            assert row.target.name == f"{content}.png" and row.references[0].name == f"{other}.png"
-            assert row.target.parent.name == row.references[0].parent.name == style
-            original = source / "images" / str(style) / row.target.name
-            assert row.target.read_bytes() == original.read_bytes()
+            target, reference = path_of(row.target), path_of(row.references[0])
+            assert target.name == f"{content}.png" and reference.name == f"{other}.png"
+            assert target.parent.name == reference.parent.name == style
+            assert row.target.read() == (source / "images" / str(style) / target.name).read_bytes()
         styles = [row.columns["style"] for row in rows]
         assert styles != styles[: len(STYLES)] * (len(rows) // len(STYLES))  # not dealt out in turn: shuffled
     assert (tmp_path / "deep/er/out/LICENSES.md").read_text() == "by nobody"
@@ -129,8 +138,8 @@ def test_references_are_balanced_and_never_repeat(
     options = ("--references-per-triplet", references, "--triplets-per-target", per_target)
     built = build(source, tmp_path / "out", *options)
     assert len(built["train"]) == (NUM_CONTENTS - NUM_VAL) * len(STYLES) * per_target
-    uses: dict[object, Counter[Path]] = defaultdict(Counter)
-    met: dict[Path, list[Path]] = defaultdict(list)
+    uses: dict[object, Counter[Picture]] = defaultdict(Counter)
+    met: dict[Picture, list[Picture]] = defaultdict(list)
     for row in built["train"]:
         assert len(row.references) == references
         uses[row.columns["style"]].update(row.references)
@@ -175,7 +184,7 @@ def test_cut_keeps_styles_even(source: Path, tmp_path: Path) -> None:
     assert sum(counts.values()) == cut
     assert counts.pop("neon") <= 3
     assert max(counts.values()) - min(counts.values()) <= 1
-    named = {path for rows in built.values() for row in rows for path in (row.target, *row.references)}
+    named = {path_of(each) for rows in built.values() for row in rows for each in (row.target, *row.references)}
     assert named == set((tmp_path / "out").rglob("images/*/*"))  # no picture that no row names
 
 
@@ -227,7 +236,7 @@ def test_rerun_is_up_to_date_and_anything_else_is_refused(source: Path, tmp_path
 def test_foreign_and_damaged_folders_are_refused(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     build(source, out)
-    victim = read_manifest(out, "train")[0].target
+    victim = path_of(read_triplets(str(out), "train").triplets[0].target)
     victim.unlink()
     assert victim.name in refuse(source, out)
     shutil.rmtree(out)
@@ -247,11 +256,11 @@ def test_unreadable_pictures_are_rejected_up_to_the_share(source: Path, tmp_path
     bad[0].write_bytes(b"")
     bad[1].write_bytes(bad[1].read_bytes()[:150])
     message = refuse(source, tmp_path / "out")
-    assert "2 of 144 pictures (1.39%) are unreadable, more than max_reject_share 0 " in message
+    assert "2 of 144 pictures (1.39%) cannot be used, more than max_reject_share 0 " in message
     assert all(str(path.name) in message for path in bad)
     refuse(source, tmp_path / "out", "--max-reject-share", 0.013)
     built = build(source, tmp_path / "out", "--max-reject-share", 0.014)
-    named = {path.name for row in built["train"] for path in row.references if row.columns["style"] == "ink"}
+    named = {path_of(each).name for row in built["train"] for each in row.references if row.columns["style"] == "ink"}
     assert named and not named & {path.name for path in bad}
     report = json.loads((tmp_path / "out/build_report.json").read_text())
     assert set(report["rejected"]) == {f"ink/{path.name}" for path in bad}
@@ -357,25 +366,33 @@ def test_unwritable_place(source: Path, tmp_path: Path) -> None:
 # ---- other people's loaders, real pictures
 
 
-def test_datasets_loads_both_splits(source: Path, tmp_path: Path) -> None:
-    built = build(source, tmp_path / "out", "--max-triplets-per-split", 12)
-    program = f"""
-import datasets, json
-data = datasets.load_dataset("imagefolder", data_dir={str(tmp_path / "out")!r})
-def seen(row): return (*row["reference"].size, *row["target"].size, row["prompt"])
-rows = {{split: [seen(row) for row in data[split]] for split in data}}
-print(json.dumps(rows))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])
-    assert rows == {split: [[32, 32, 32, 32, row.prompt] for row in of_split] for split, of_split in built.items()}
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], dict[str, list[dict[str, Any]]]]:
+    """What `datasets` makes of a folder, by split."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+
+    def load_folder(folder: Path) -> dict[str, list[dict[str, Any]]]:
+        loaded = datasets.load_dataset("imagefolder", data_dir=str(folder))
+        return {split: list(loaded[split]) for split in loaded}
+
+    return load_folder
+
+
+Load = Callable[[Path], dict[str, list[dict[str, Any]]]]
+
+
+@pytest.mark.parametrize("references", [1, 2])
+def test_datasets_loads_both_splits(source: Path, tmp_path: Path, load: Load, references: int) -> None:
+    options = ("--max-triplets-per-split", 12, "--references-per-triplet", references)
+    built = build(source, tmp_path / "out", *options)
+    loaded = load(tmp_path / "out")
+    assert {split: len(rows) for split, rows in loaded.items()} == {split: len(rows) for split, rows in built.items()}
+    for split, rows in loaded.items():
+        for row, triplet in zip(rows, built[split], strict=True):
+            seen = row["reference"] if references > 1 else [row["reference"]]
+            assert [row["prompt"], row["style"]] == [triplet.prompt, triplet.columns["style"]]
+            for image, picture in zip([row["target"], *seen], [triplet.target, *triplet.references], strict=True):
+                assert image.convert("RGB").tobytes() == open_image(picture).tobytes()
 
 
 def test_shipped_config_on_real_pictures(tmp_path: Path) -> None:
@@ -386,10 +403,160 @@ def test_shipped_config_on_real_pictures(tmp_path: Path) -> None:
     done = run("--config", config, "--out", tmp_path / "out", *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'out'}: train 30, validation 17\n"
-    train, val = (read_manifest(tmp_path / "out", split) for split in ("train", "validation"))
+    train, val = (read_triplets(str(tmp_path / "out"), split).triplets for split in ("train", "validation"))
     assert not {row.columns["content"] for row in train} & {row.columns["content"] for row in val}
     assert Counter(row.columns["style"] for row in train) == {"breeze": 10, "breeze_mono": 10, "oxygen": 10}
-    assert {open_image(path).size for row in train for path in (row.target, *row.references)} == {(128, 128)}
+    assert {open_image(each).size for row in train for each in (row.target, *row.references)} == {(128, 128)}
+    assert (tmp_path / "out/LICENSES.md").read_bytes() == (EMOJI / "LICENSES.md").read_bytes()
+
+
+# ---- tables of pairs
+
+
+@pytest.fixture
+def pairs(source: Path) -> Path:
+    """A folder with painted pictures, two of them of equal name, and a config for pairs.csv."""
+    (source / "build.yaml").write_text(dump_yaml({"images": "images", "pairs": "pairs.csv"}))
+    return source
+
+
+def drawing(number: int, style: str = "ink") -> str:
+    return f"{style}/{sorted(content.name for content, _ in choose_contents(NUM_CONTENTS, 0))[number]}.png"
+
+
+def write_pairs(folder: Path, *rows: str, header: str = "reference,target,prompt,split,theme") -> Path:
+    path = folder / "pairs.csv"
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    return path
+
+
+def test_pairs_become_triplets(pairs: Path, tmp_path: Path, load: Load) -> None:
+    a, b, c, other = drawing(0), drawing(1), drawing(2), drawing(0, "neon")
+    same_place = f"ink//./{Path(a).name}"
+    write_pairs(
+        pairs,
+        f"{a},{b}, two things ,train,x",
+        f'{a}|{other},{c},"a, quoted",,y',
+        f"{same_place},{other},日本 \u2028,validation,z",
+    )
+    (pairs / "LICENSES.md").write_text("by nobody")
+    built = build(pairs, tmp_path / "out")
+    rows = {
+        split: [
+            (row.prompt, [path_of(each).relative_to(tmp_path / "out" / split) for each in row.references], row.columns)
+            for row in rows
+        ]
+        for split, rows in built.items()
+    }
+    assert rows == {  # two of one name lie apart, one of two names lies there once
+        "train": [
+            ("two things", [Path("images", a)], {"theme": "x"}),
+            ("a, quoted", [Path("images", a), Path("images", other)], {"theme": "y"}),
+        ],
+        "validation": [("日本", [Path("images", a)], {"theme": "z"})],
+    }
+    for of_split in built.values():
+        for row in of_split:
+            for picture in (row.target, *row.references):
+                relative = path_of(picture).relative_to(tmp_path / "out").parts[2:]
+                assert picture.read() == (pairs / "images" / Path(*relative)).read_bytes()
+    pictures = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert sorted(path.suffix for path in pictures) == [".json", ".jsonl", ".jsonl", ".md"] + [".png"] * 6
+    loaded = load(tmp_path / "out")  # rows of one and of several references in one manifest
+    assert [len(row["reference"]) for row in loaded["train"]] == [1, 2]
+    assert loaded["validation"][0]["target"].size == (32, 32)
+    again = run("--config", pairs / "build.yaml", "--out", tmp_path / "out")
+    assert (again.returncode, again.stdout.splitlines()[0]) == (0, f"{tmp_path / 'out'} is up to date")
+    append(pairs / "pairs.csv", f"{b},{a},p,train,x\n")
+    assert "already holds something else" in refuse(pairs, tmp_path / "out")
+
+
+def test_pairs_as_json_lines(pairs: Path, tmp_path: Path) -> None:
+    a, b, c = drawing(0), drawing(1), drawing(2)
+    lines = [{"reference": a, "target": b, "prompt": "p", "n": 1}, {"reference": [a, c], "target": b, "prompt": "q"}]
+    (pairs / "pairs.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines))
+    built = build(pairs, tmp_path / "out", "--pairs", "pairs.jsonl")
+    assert [(row.prompt, len(row.references), row.columns) for row in built["train"]] == [
+        ("p", 1, {"n": 1}),
+        ("q", 2, {}),
+    ]
+
+
+def test_unusable_pairs_are_rejected_up_to_the_share(pairs: Path, tmp_path: Path) -> None:
+    a, b, c = drawing(0), drawing(1), drawing(2)
+    (pairs / "images/ink/broken.png").write_bytes((pairs / "images" / a).read_bytes()[:150])
+    shutil.copyfile(pairs / "images" / a, pairs / "images/ink/copy.png")
+    bad = {
+        f"ink/copy.png,{a},p,train,x": "same bytes as the target",
+        f"{a},{a},p,train,x": "same bytes as the target",
+        f"{b}|{c}|ink/copy.png,{a},p,train,x": "same bytes as the target",
+        f"ink/none.png,{a},p,train,x": "the picture 'ink/none.png' is not in",
+        f"{b},../images/{a},p,train,x": "leaves the folder",
+        f"{b},/etc/hostname,p,train,x": "leaves the folder",
+        f"{b},{a}, ,train,x": "prompt is empty",
+        f",{a},p,train,x": "reference is empty",
+        f"{b}|,{a},p,train,x": "reference is empty",
+        f"{b},,p,train,x": "target is empty",
+        f"{b},{a},p,../x,y": "split '../x' must be the plain name of a folder",
+        f"{b},{a},p": "as many fields as the header",
+        f"{b},{a},p,train,x,y": "as many fields as the header",
+        f"{b},ink/broken.png,p,train,x": "not a readable picture",
+    }
+    write_pairs(pairs, f"{b},{a},good,train,x", *bad, f"{a},{b},good,train,x")
+    message = refuse(pairs, tmp_path / "out")
+    assert "14 of 16 rows (87.50%) cannot be used, more than max_reject_share 0 allows" in message
+    refuse(pairs, tmp_path / "out", "--max-reject-share", 0.87)
+    built = build(pairs, tmp_path / "out", "--max-reject-share", 0.875)
+    assert [row.prompt for row in built["train"]] == ["good", "good"]
+    report = json.loads((tmp_path / "out/build_report.json").read_text())
+    for number, expected in enumerate(bad.values(), start=3):
+        place = f"{pairs}/pairs.csv:{number}"
+        assert report["rejected"][place].startswith(place) and expected in report["rejected"][place]
+    assert report["counts"] == {"rows_rejected": 14} and report["triplets"] == {"train": 2}
+
+
+PAIR_MISTAKES = {
+    "no table": (lambda folder: None, "pairs.csv: cannot read the table of pairs"),
+    "no column": (lambda folder: write_pairs(folder, header="reference,target,text"), "no column 'prompt'"),
+    "no rows": (lambda folder: write_pairs(folder), "no row is left"),
+    "odd quotes": (lambda folder: write_pairs(folder, '"a"b,c,d,e,f'), "cannot read the table of pairs"),
+    "no text": (
+        lambda folder: (folder / "pairs.csv").write_bytes(b"reference,target,prompt\n\xe9,b,c"),
+        "must be UTF-8",
+    ),
+    "odd table": (lambda folder: write_config_of_pairs(folder, pairs="pairs.xlsx"), "must be a .csv or a .jsonl table"),
+    "key of the other kind": (lambda folder: write_config_of_pairs(folder, seed=1), "build.yaml: seed: unknown key"),
+    "both": (lambda folder: write_config_of_pairs(folder, contents="contents.csv"), "contents: unknown key"),
+    "picture column": (
+        lambda folder: write_pairs(
+            folder, f"{drawing(0)},{drawing(1)},p,x", header="reference,target,prompt,mask_file_name"
+        ),
+        "would take column 'mask_file_name' for pictures",
+    ),
+}
+
+
+def write_config_of_pairs(folder: Path, **options: object) -> None:
+    (folder / "build.yaml").write_text(dump_yaml({"images": "images", "pairs": "pairs.csv", **options}))
+
+
+@pytest.mark.parametrize("mistake", PAIR_MISTAKES)
+def test_mistakes_in_pairs_are_named(
+    pairs: Path, tmp_path: Path, mistake: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, message = PAIR_MISTAKES[mistake]
+    make(pairs)
+    assert main(["--config", f"{pairs}/build.yaml", "--out", f"{tmp_path}/out"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("error: ") and message in printed.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_shipped_pairs_on_real_pictures(tmp_path: Path) -> None:
+    if not EMOJI.is_dir():
+        pytest.skip(f"{EMOJI} is absent")
+    done = run("--config", ROOT / "configs/data/pairs.yaml", "--out", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}: train 5, validation 1\n"), done.stderr
     assert (tmp_path / "out/LICENSES.md").read_bytes() == (EMOJI / "LICENSES.md").read_bytes()
 
 

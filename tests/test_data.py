@@ -1,311 +1,49 @@
-"""Manifests, pictures and sample order, on real files; awkward pictures row by row from their own table."""
+"""Triplets in every layout: folders row by row, tars as others write them, odd tables, a Hub on localhost."""
 
-import csv
+import hashlib
 import io
 import json
-import struct
-import zlib
-from collections import Counter
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
-import numpy as np
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, features
+from PIL import Image
 
-from ztrain import data
-from ztrain.data import SampleKey, batch_keys, check_reference, fit_target, open_image, read_manifest
+from ztrain.data import Listing, TarPicture, read_manifest, read_triplets
 from ztrain.errors import InputError
+from ztrain.images import PictureFile, open_image
 
-PHOTOS = Path(__file__).parents[2] / "shared/data/photos"
-EMOJI = Path(__file__).parents[2] / "shared/data/emoji_styles"
-AWKWARD_TABLE = PHOTOS / "awkward/manifest.csv"
-AWKWARD = (
-    list(csv.DictReader(AWKWARD_TABLE.read_text(encoding="utf-8").splitlines())) if AWKWARD_TABLE.is_file() else []
-)
-needs_photos = pytest.mark.skipif(not AWKWARD, reason=f"{PHOTOS} is absent")
+ROOT = Path(__file__).parents[1]
+EMOJI = ROOT.parent / "shared/data/emoji_styles"
 
 
-def pixels(image: Image.Image) -> np.ndarray:
-    """(height, width, 3) floats of 0..255."""
-    assert image.mode == "RGB"
-    return np.asarray(image).astype(float)
+@pytest.fixture(autouse=True)
+def cache_of_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
 
 
-def distance(left: Image.Image, right: Image.Image) -> float:
-    """Mean absolute difference of two pictures, 0..255, at the size of the first."""
-    return float(np.abs(pixels(left) - pixels(right.resize(left.size))).mean())
+def bytes_of(listing: Listing) -> list[tuple[str, list[bytes], bytes]]:
+    """Prompt, references and target of each triplet."""
+    return [
+        (triplet.prompt, [picture.read() for picture in triplet.references], triplet.target.read())
+        for triplet in listing.triplets
+    ]
 
 
-# ---- awkward pictures
-
-
-@needs_photos
-@pytest.mark.parametrize("row", AWKWARD, ids=lambda row: row["file"])
-def test_awkward_table(row: dict[str, str]) -> None:
-    path = PHOTOS / "awkward" / row["file"]
-    if row["decodes"] == "yes" or path.suffix == ".jpg" and row["decodes"] == "ignore":
-        image = open_image(path)
-        assert image.mode == "RGB"
-        assert image.info == {}
-        if row["size_after_orientation"]:
-            assert "{}x{}".format(*image.size) == row["size_after_orientation"]
-    else:
-        with pytest.raises(InputError) as caught:
-            open_image(path)
-        assert str(path) in str(caught.value)
-        assert ("too many pixels" in str(caught.value)) == (row["decodes"] == "refuse")
-
-
-@needs_photos
-@pytest.mark.parametrize(
-    ("file", "original", "limit"),
-    [
-        ("cmyk.jpg", "flower.jpg", 15),
-        ("icc_srgb.jpg", "flower.jpg", 4),
-        ("icc_swapped_primaries.jpg", "flower.jpg", 6),
-        ("exif_rotated_6.jpg", "rocket.jpg", 6),
-        ("exif_mirrored_2.jpg", "text.jpg", 6),
-        ("gray_16bit.png", "gravel.jpg", 8),
-        ("gray_8bit.jpg", "camera.jpg", 6),
-        ("photo.webp", "astronaut.jpg", 8),
-        ("progressive.JPEG", "hubble_deep_field.jpg", 8),
-    ],
-)
-def test_awkward_pictures_look_like_their_originals(file: str, original: str, limit: float) -> None:
-    assert distance(open_image(PHOTOS / "awkward" / file), open_image(PHOTOS / original)) < limit
-
-
-@needs_photos
-def test_hidden_colour_does_not_show_through() -> None:
-    image = pixels(open_image(PHOTOS / "awkward/rgba_hidden_magenta.png"))
-    raw = np.asarray(Image.open(PHOTOS / "awkward/rgba_hidden_magenta.png"))
-    assert (raw[raw[..., 3] == 0][:, :3] == (255, 0, 255)).all()  # the file is as awkward as it says
-    assert (image[raw[..., 3] == 0] == data.ALPHA_BACKGROUND).all()
-
-
-@needs_photos
-def test_float_picture_is_scaled() -> None:
-    image = open_image(PHOTOS / "awkward/float32.tif")
-    values = np.asarray(Image.open(PHOTOS / "awkward/float32.tif"))
-    assert np.abs(pixels(image)[..., 0] - values * 255).max() <= 0.5 + 1e-4
-
-
-@needs_photos
-def test_first_frame_of_several() -> None:
-    path = PHOTOS / "awkward/animated.gif"
-    with Image.open(path) as animation:
-        first = animation.convert("RGB")
-        animation.seek(3)
-        later = animation.convert("RGB")
-    assert distance(open_image(path), first) == 0
-    assert distance(open_image(path), later) > 0
-
-
-# ---- pictures made here
-
-
-def saved(folder: Path, image: Image.Image, name: str, **options: Any) -> Path:
-    image.save(folder / name, **options)
-    return folder / name
-
-
-def test_half_transparent_is_mixed_with_white(tmp_path: Path) -> None:
-    path = saved(tmp_path, Image.new("RGBA", (3, 2), (200, 100, 0, 128)), "a.png")
-    expected = np.array([200, 100, 0]) * 128 / 255 + 255 * 127 / 255
-    assert np.abs(pixels(open_image(path)) - expected).max() <= 1
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "I;16", "RGB", "P"])
-def test_one_transparent_value_is_white(tmp_path: Path, mode: str) -> None:
-    gray = Image.new("L", (2, 1))
-    gray.putpixel((1, 0), 255)
-    if mode == "I;16":
-        image = Image.fromarray(np.array([[5000, 25700]], np.uint16))
-        path = saved(tmp_path, image, "a.png", transparency=5000)
-        assert np.asarray(open_image(path)).tolist() == [[[255] * 3, [100] * 3]]
-    else:
-        path = saved(tmp_path, gray.convert(mode), "a.png", transparency=(0, 0, 0) if mode == "RGB" else 0)
-        assert np.asarray(open_image(path)).tolist() == [[[255] * 3, [255] * 3]]
-        opaque = saved(tmp_path, gray.convert(mode), "b.png")
-        assert np.asarray(open_image(opaque)).tolist() == [[[0] * 3, [255] * 3]]
-
-
-@pytest.mark.parametrize(("dtype", "suffix"), [(np.uint16, "png"), (np.uint16, "tif"), (np.int32, "tif")])
-def test_deep_gray_is_divided_by_257(tmp_path: Path, dtype: type, suffix: str) -> None:
-    path = tmp_path / f"a.{suffix}"
-    Image.fromarray(np.array([[0, 128, 129, 25700, 65535]], dtype)).save(path)
-    assert np.asarray(open_image(path))[0, :, 0].tolist() == [0, 0, 1, 100, 255]
-
-
-@pytest.mark.parametrize("values", [[-0.1, 1], [0, 1.01], [0, float("nan")], [0, 255]])
-def test_float_outside_its_range_is_refused(tmp_path: Path, values: list[float]) -> None:
-    path = saved(tmp_path, Image.fromarray(np.array([values], np.float32)), "a.tif")
-    with pytest.raises(InputError, match=r"a\.tif.*not inside 0\.\.1"):
-        open_image(path)
-
-
-def test_deep_gray_outside_its_range_is_refused(tmp_path: Path) -> None:
-    path = saved(tmp_path, Image.fromarray(np.array([[0, 65536]], np.int32)), "a.tif")
-    with pytest.raises(InputError, match="not inside 0..65535"):
-        open_image(path)
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "avif"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_is_applied_once(tmp_path: Path, suffix: str, orientation: int) -> None:
-    if suffix == "avif" and not features.check("avif"):
-        pytest.skip("this Pillow has no AVIF")
-    quarters = Image.new("RGB", (2, 2))  # all eight orientations differ: four colours
-    quarters.putdata([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)])
-    upright = quarters.resize((64, 32), Image.Resampling.NEAREST)
-    undo = {
-        1: [],
-        2: [Image.Transpose.FLIP_LEFT_RIGHT],
-        3: [Image.Transpose.ROTATE_180],
-        4: [Image.Transpose.FLIP_TOP_BOTTOM],
-        5: [Image.Transpose.TRANSPOSE],
-        6: [Image.Transpose.ROTATE_90],
-        7: [Image.Transpose.TRANSVERSE],
-        8: [Image.Transpose.ROTATE_270],
-    }[orientation]
-    stored = upright
-    for transpose in undo:
-        stored = stored.transpose(transpose)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = saved(tmp_path, stored, f"a.{suffix}", exif=exif)
-    assert open_image(path).size == upright.size
-    assert distance(open_image(path), upright) < 12
-
-
-def test_profile_survives_transparency(tmp_path: Path) -> None:
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    image = Image.new("RGBA", (4, 4), (10, 200, 30, 255))
-    image.putpixel((0, 0), (10, 200, 30, 0))
-    opened = pixels(open_image(saved(tmp_path, image, "a.png", icc_profile=profile)))
-    assert opened[0, 0].tolist() == [255, 255, 255]
-    assert np.abs(opened[1:] - (10, 200, 30)).max() <= 1
-
-
-@pytest.mark.parametrize(("mode", "profile"), [("RGB", b"junk"), ("CMYK", None)])
-def test_profile_that_does_not_belong_is_refused(tmp_path: Path, mode: str, profile: bytes | None) -> None:
-    profile = profile or ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    path = saved(tmp_path, Image.new(mode, (4, 4)), "a.jpg", icc_profile=profile)
-    with pytest.raises(InputError, match=r"a\.jpg.*profile"):
-        open_image(path)
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds one row's worth of nothing."""
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), (b"IDAT", zlib.compress(b""))]
-    body = b"".join(
-        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-        for name, content in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + body
-
-
-@pytest.mark.parametrize("size", [(9_500, 10_000), (10_001, 10_000), (13_000, 10_000), (60_000, 60_000)])
-def test_too_many_pixels_are_refused_from_the_header(tmp_path: Path, size: tuple[int, int]) -> None:
-    (tmp_path / "a.png").write_bytes(png_header(*size))
-    before = Image.MAX_IMAGE_PIXELS
-    with pytest.raises(InputError, match=r"a\.png: too many pixels"):
-        open_image(tmp_path / "a.png")
-    assert Image.MAX_IMAGE_PIXELS == before
-
-
-def test_own_limit_holds_where_pillow_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    (tmp_path / "a.png").write_bytes(png_header(10_001, 10_000))
-    with pytest.raises(InputError, match="10001 x 10000; at most 100,000,000"):
-        open_image(tmp_path / "a.png")
-
-
-def test_other_formats_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
-    path = saved(tmp_path, Image.new("RGB", (4, 4)), "a.png", format="PPM")
-    for wrong in (path, tmp_path / "none.png", tmp_path):
-        with pytest.raises(InputError, match=f"{wrong}: "):
-            open_image(wrong)
-
-
-def samples() -> list[bytes]:
-    """One small file of each format, as bytes."""
-    rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 255, (24, 24, 4), np.uint8), "RGBA")
-    files = []
-    for name in data.FORMATS:
-        buffer = io.BytesIO()
-        image.convert("RGB" if name in ("JPEG", "BMP") else "RGBA").save(buffer, name)
-        files.append(buffer.getvalue())
-    return files
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-@given(
-    file=st.sampled_from(samples()),
-    changes=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=8),
-    kept=st.floats(0, 1),
-)
-@settings(max_examples=200, deadline=None)
-def test_damage_is_an_input_error_or_a_picture(
-    file: bytes, changes: list[tuple[int, int]], kept: float, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    damaged = bytearray(file)
-    for position, value in changes:
-        damaged[position % len(damaged)] = value
-    path = tmp_path_factory.getbasetemp() / "damaged"
-    path.write_bytes(damaged[: len(damaged) if kept > 0.5 else round(2 * kept * len(damaged))])
-    try:
-        image = open_image(path)
-    except InputError as error:
-        assert str(path) in str(error)
-    else:
-        assert image.mode == "RGB"
-
-
-# ---- what references and targets must be
-
-
-def test_reference_limits() -> None:
-    path = Path("a.png")
-    check_reference(Image.new("RGB", (64, 128)), path, min_side=64, max_aspect=2)
-    with pytest.raises(InputError, match=r"a\.png: 63 x 128 is too small"):
-        check_reference(Image.new("RGB", (63, 128)), path, min_side=64, max_aspect=9)
-    with pytest.raises(InputError, match=r"a\.png: 129 x 64 .* at most 2"):
-        check_reference(Image.new("RGB", (129, 64)), path, min_side=64, max_aspect=2)
-
-
-@given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([16, 48, 64]))
-@settings(max_examples=60, deadline=None)
-def test_target_is_square_or_refused(width: int, height: int, resolution: int) -> None:
-    image = Image.new("RGB", (width, height), (9, 8, 7))
-    cut = 1 - min(width, height) / max(width, height)
-    if cut <= 0.5:
-        fitted = fit_target(image, Path("a.png"), resolution=resolution, max_crop=0.5)
-        assert fitted.size == (resolution, resolution)
-        assert (pixels(fitted) == (9, 8, 7)).all()
-    else:
-        with pytest.raises(InputError, match=r"a\.png.*max_crop"):
-            fit_target(image, Path("a.png"), resolution=resolution, max_crop=0.5)
-
-
-def test_target_keeps_the_middle() -> None:
-    image = Image.new("RGB", (96, 32), (255, 0, 0))
-    image.paste((0, 255, 0), (32, 0, 64, 32))
-    fitted = fit_target(image, Path("a.png"), resolution=32, max_crop=1)
-    assert (pixels(fitted) == (0, 255, 0)).all()
-
-
-@pytest.mark.parametrize("resolution", [0, -16, 8, 100])
-def test_resolution_must_fit_the_model(resolution: int) -> None:
-    with pytest.raises(InputError, match=f"resolution {resolution} .* 16"):
-        fit_target(Image.new("RGB", (64, 64)), Path("a.png"), resolution=resolution, max_crop=1)
-
-
-# ---- manifests
+# ---- folders
 
 
 def manifest(folder: Path, *lines: str | dict[str, object]) -> Path:
@@ -319,72 +57,91 @@ def manifest(folder: Path, *lines: str | dict[str, object]) -> Path:
 
 
 ROW: dict[str, object] = {"reference_file_name": "a.png", "target_file_name": "b.png", "prompt": "a cat"}
+PLAIN: dict[str, object] = {"target_file_name": "b.png", "prompt": "a"}
 
 
 def test_manifest_rows(tmp_path: Path) -> None:
-    several = {"reference_file_names": ["a.png", "images/c \u2028日本.png"], "target_file_name": "b.png"}
-    folder = manifest(tmp_path, {**ROW, "style": "ink", "n": [1]}, "", {**several, "prompt": " a\u2028b "}, "")
-    first, second = read_manifest(folder, "train")
-    assert (first.index, second.index) == (0, 1)
+    several = {**PLAIN, "reference_file_names": ["a.png", "images/c \u2028日本.png"], "prompt": " a\u2028b "}
+    listed = {**PLAIN, "reference_file_name": ["b.png", "a.png"], "reference_file_names": None}
+    folder = manifest(tmp_path, {**ROW, "style": "ink", "n": [1]}, "", several, "", listed)
+    first, second, third = read_triplets(str(folder), "train").triplets
+    assert [triplet.index for triplet in (first, second, third)] == [0, 1, 2]
+    assert [triplet.where for triplet in (first, third)] == [f"{folder}/train/metadata.jsonl:{n}" for n in (1, 5)]
     assert (first.prompt, second.prompt) == ("a cat", "a\u2028b")
-    assert first.columns == {"style": "ink", "n": [1]} and second.columns == {}
-    assert first.references == (folder / "train/a.png",) and first.target == folder / "train/b.png"
-    assert [open_image(path).size for path in second.references] == [(8, 8)] * 2
+    assert first.columns == {"style": "ink", "n": [1]} and second.columns == third.columns == {}
+    assert first.references == (PictureFile(folder / "train/a.png"),)
+    assert first.target == PictureFile(folder / "train/b.png")
+    assert [open_image(picture).size for picture in second.references] == [(8, 8)] * 2
+    assert [Path(picture.name).name for picture in third.references] == ["b.png", "a.png"]
+    assert read_manifest(folder, "train") == [first, second, third]
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ("{", "not a row of JSON"),
-        ("[1]", "must be a JSON object, not list"),
-        ('{"prompt": "a", "prompt": "b"}', "'prompt' stands twice"),
-        ('{"columns": {"x": 1, "x": 2}}', "'x' stands twice"),
-        ('{"x": NaN}', "NaN is not JSON"),
-        ("[" * 100_000, "not a row of JSON"),
-        ({"target_file_name": "b.png", "prompt": "a"}, "'reference_file_name' is missing"),
-        ({"reference_file_name": "a.png", "prompt": "a"}, "'target_file_name' is missing"),
-        ({"reference_file_name": "a.png", "target_file_name": "b.png"}, "'prompt' is missing"),
-        ({**ROW, "prompt": " \t"}, "prompt is empty"),
-        ({**ROW, "prompt": 3}, "prompt must be text, not 3"),
-        ({**ROW, "prompt": None}, "prompt must be text, not None"),
-        ('{"reference_file_name": "a.png", "target_file_name": "b.png", "prompt": "\\ud83d"}', "surrogate"),
-        ({**ROW, "target_file_name": "c.png"}, "'c.png' is not in"),
-        ({**ROW, "target_file_name": "images"}, "'images' is not in"),
-        ({**ROW, "target_file_name": "x" * 5000}, "is not in"),
-        ({**ROW, "target_file_name": "../train/b.png"}, "leaves the split folder"),
-        ({**ROW, "target_file_name": "/etc/hostname"}, "leaves the split folder"),
-        ({**ROW, "reference_file_name": ["a.png"]}, "must be text"),
-        ({**ROW, "reference_file_names": ["a.png"]}, "has both"),
-        ({"reference_file_names": [], "target_file_name": "b.png", "prompt": "a"}, "at least one name"),
-        (
-            {"reference_file_names": "a.png", "target_file_name": "b.png", "prompt": "a"},
-            "list of at least one",
-        ),
-    ],
-)
-def test_bad_row_is_named_by_file_and_line(tmp_path: Path, bad: Any, message: str) -> None:
-    folder = manifest(tmp_path, ROW, "", bad)
+BAD_ROWS: list[tuple[Any, str]] = [
+    ("{", "not a row of JSON"),
+    ("[1]", "must be a JSON object, not list"),
+    ('{"prompt": "a", "prompt": "b"}', "'prompt' stands twice"),
+    ('{"columns": {"x": 1, "x": 2}}', "'x' stands twice"),
+    ('{"x": NaN}', "NaN is not JSON"),
+    ("[" * 100_000, "not a row of JSON"),
+    (PLAIN, "'reference_file_name' is missing"),
+    ({**PLAIN, "reference_file_name": None}, "'reference_file_name' is missing"),
+    ({"reference_file_name": "a.png", "prompt": "a"}, "'target_file_name' is missing"),
+    ({"reference_file_name": "a.png", "target_file_name": "b.png"}, "'prompt' is missing"),
+    ({**ROW, "prompt": " \t"}, "prompt is empty"),
+    ({**ROW, "prompt": 3}, "prompt must be text, not 3"),
+    ({**ROW, "prompt": None}, "prompt must be text, not None"),
+    ('{"reference_file_name": "a.png", "target_file_name": "b.png", "prompt": "\\ud83d"}', "surrogate"),
+    ('{"reference_file_name": "a.png", "target_file_name": "b.png", "prompt": "a", "x": ["\\uDE00"]}', "surrogate"),
+    ({**ROW, "target_file_name": "c.png"}, "'c.png' is not in"),
+    ({**ROW, "target_file_name": "images"}, "'images' is not in"),
+    ({**ROW, "target_file_name": "x" * 5000}, "is not in"),
+    ({**ROW, "target_file_name": "../train/b.png"}, "leaves the folder"),
+    ({**ROW, "target_file_name": "/etc/hostname"}, "leaves the folder"),
+    ({**ROW, "target_file_name": ["b.png"]}, "must be text"),
+    ({**ROW, "reference_file_name": ["a.png", 3]}, "must be text, not 3"),
+    ({**ROW, "reference_file_names": ["a.png"]}, "has both"),
+    ({**PLAIN, "reference_file_names": []}, "at least one name"),
+]
+
+
+def test_bad_rows_are_all_named_by_file_and_line(tmp_path: Path) -> None:
+    folder = manifest(tmp_path, ROW, "", *(bad for bad, _ in BAD_ROWS), {**ROW, "prompt": "😀"})
+    listing = read_triplets(str(folder), "train", max_bad_share=0.95)
+    assert [(triplet.index, triplet.prompt) for triplet in listing.triplets] == [(0, "a cat"), (1, "😀")]
+    for number, (sentence, (_, message)) in enumerate(zip(listing.rejected, BAD_ROWS, strict=True), start=3):
+        assert sentence.startswith(f"{folder}/train/metadata.jsonl:{number}: ") and message in sentence
+        assert "\n" not in sentence
+
+
+def test_share_of_bad_rows(tmp_path: Path) -> None:
+    folder = manifest(tmp_path, *[ROW] * 6, *[{**ROW, "prompt": ""}] * 4)
+    assert len(read_triplets(str(folder), "train", max_bad_share=0.4).rejected) == 4  # the share itself is allowed
     with pytest.raises(InputError) as caught:
-        read_manifest(folder, "train")
-    assert f"{folder}/train/metadata.jsonl:3: " in str(caught.value)
-    assert message in str(caught.value)
+        read_triplets(str(folder), "train", max_bad_share=0.39)
+    first = f"{folder}/train/metadata.jsonl"
+    message = f"{first}: 4 of 10 triplets cannot be used (at most max_bad_share 0.39 is allowed): {first}:7: "
+    assert str(caught.value).startswith(message) and str(caught.value).count("; write it") == 3
+    with pytest.raises(InputError, match=r"1 of 1 triplets cannot be used"):
+        read_triplets(str(manifest(tmp_path, "{")), "train", max_bad_share=1.0)
+    with pytest.raises(InputError, match=r"train/metadata\.jsonl: there are no rows"):
+        read_triplets(str(manifest(tmp_path, "", "  ")), "train")
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     folder = manifest(tmp_path, ROW)
     (folder / "train/metadata.jsonl").write_bytes(b'{"prompt": "caf\xe9"}')
     with pytest.raises(InputError, match=r"metadata\.jsonl:1: .*utf-8"):
-        read_manifest(folder, "train")
+        read_triplets(str(folder), "train")
 
 
-def test_missing_and_empty_manifest(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"test/metadata\.jsonl: cannot read the manifest of split 'test'"):
-        read_manifest(manifest(tmp_path, ROW), "test")
-    with pytest.raises(InputError, match=r"train/metadata\.jsonl: the manifest has no rows"):
-        read_manifest(manifest(tmp_path, "", "  "), "train")
+def test_text_only_ignores_references(tmp_path: Path) -> None:
+    gone = {**PLAIN, "reference_file_names": ["gone.png"], "n": 1}
+    listing = read_triplets(str(manifest(tmp_path, PLAIN, ROW, gone)), "train", text_only=True)
+    assert [triplet.references for triplet in listing.triplets] == [()] * 3
+    assert [triplet.columns for triplet in listing.triplets] == [{}, {}, {"n": 1}]
 
 
-def test_row_round_trip_over_real_pictures(tmp_path: Path) -> None:
+def test_real_pictures_through_links(tmp_path: Path) -> None:
     style = EMOJI / "images/serenity"
     if not style.is_dir():
         pytest.skip(f"{EMOJI} is absent")
@@ -394,67 +151,481 @@ def test_row_round_trip_over_real_pictures(tmp_path: Path) -> None:
         (tmp_path / "val" / name).symlink_to((style / name).resolve())
     rows = [{**ROW, "reference_file_name": a, "target_file_name": b} for a, b in zip(names, names[1:], strict=False)]
     (tmp_path / "val/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    triplets = read_manifest(tmp_path, "val")
-    assert [triplet.target.name for triplet in triplets] == names[1:]
+    triplets = read_triplets(str(tmp_path), "val").triplets
+    assert [Path(triplet.target.name).name for triplet in triplets] == names[1:]
     assert {open_image(triplet.target).size for triplet in triplets} == {(128, 128)}
 
 
-# ---- sample order
-
-sizes = st.integers(1, 40)
+# ---- which layout
 
 
-@given(batch=sizes, num_samples=sizes, seed=st.integers(0, 2**40), epochs=st.integers(1, 3))
-@settings(max_examples=100, deadline=None)
-def test_every_epoch_is_a_permutation(batch: int, num_samples: int, seed: int, epochs: int) -> None:
-    steps = -(-epochs * num_samples // batch)
-    keys = [
-        key
-        for step in range(steps)
-        for key in batch_keys(step, global_batch_size=batch, num_samples=num_samples, seed=seed)
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("{}/none", "none: no such folder, and not the id of a Hub data set"),
+        ("pipe:touch {}/canary", "pipe:touch .*: no such folder, and not the id"),
+        ("https://example.com/train.tar", "https.*: no such folder, and not the id"),
+        ("{}/file", "file: no split 'train' there; expected one of train/metadata.jsonl, train-.*found 'a file'"),
+        ("{}/empty", "no split 'train' there.*found nothing"),
+        ("{}/others", "no split 'train' there.*found 'train-extra-000000.tar', 'validation'"),
+        ("{}/both", r"holds split 'train' several times, as train/metadata.jsonl and train-\[0-9\]\*.tar; keep one"),
+    ],
+)
+def test_places_without_the_split(tmp_path: Path, location: str, message: str) -> None:
+    for name in ("empty", "others/validation"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "file").touch()
+    (tmp_path / "others/train-extra-000000.tar").touch()
+    (manifest(tmp_path / "both", ROW) / "train-000000.tar").touch()
+    with pytest.raises(InputError, match=message):
+        read_triplets(location.format(tmp_path), "train")
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("split", ["", ".", "..", "../train", "/train", "a/b"])
+def test_split_is_a_plain_name(tmp_path: Path, split: str) -> None:
+    with pytest.raises(InputError, match="must be a plain name"):
+        read_triplets(str(manifest(tmp_path, ROW)), split)
+
+
+def test_revision_is_for_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no revision 'v1'"):
+        read_triplets(str(manifest(tmp_path, ROW)), "train", "v1")
+
+
+# ---- tars as others write them
+
+Member = tuple[str, bytes | tarfile.TarInfo]
+
+
+def sample(key: str, *, references: int = 1, prompt: str = "") -> list[Member]:
+    """Members whose bytes name themselves."""
+    pictures = [f"{key}.reference.{number}.png" for number in range(references)]
+    members: list[Member] = [(name, name.encode()) for name in (*pictures, f"{key}.target.jpg")]
+    return [*members, (f"{key}.json", json.dumps({"prompt": prompt or key, "key": key}).encode())]
+
+
+def tar(path: Path, *members: Member, mode: Any = "w", format: int = tarfile.PAX_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode, format=format) as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name) if isinstance(content, bytes) else content
+            info.name = name
+            info.size = len(content) if isinstance(content, bytes) else 0
+            archive.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
+    return path
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tar_samples(tmp_path: Path, format: int) -> None:
+    folder = tarfile.TarInfo()
+    folder.type = tarfile.DIRTYPE
+    long = f"./{'long' * 20}/deep.er/1"
+    ignored: list[Member] = [(".hidden", b"x"), ("README", b"x"), ("__meta__/a.json", b"x"), ("._1.json", b"x")]
+    tar(tmp_path / "train-000000.tar", ("folder", folder), *ignored, *sample("0"), format=format)
+    one = [(f"{long}.REFERENCE.Png", b"r"), (f"{long}.Target.PNG", b"t"), (f"{long}.json", b'{"prompt": "p"}')]
+    tar(tmp_path / "train-000001.tar", *one, ("9.cls", b"3"), *sample("a", references=12), format=format)
+    listing = read_triplets(str(tmp_path), "train", max_bad_share=0.5)
+    assert bytes_of(listing) == [
+        ("0", [b"0.reference.0.png"], b"0.target.jpg"),
+        ("p", [b"r"], b"t"),
+        ("a", [f"a.reference.{number}.png".encode() for number in range(12)], b"a.target.jpg"),
     ]
-    assert len(keys) == steps * batch
-    for epoch in range(epochs):
-        visited = keys[epoch * num_samples : (epoch + 1) * num_samples]
-        assert {key.epoch for key in visited} == {epoch} and {key.seed for key in visited} == {seed}
-        assert Counter(key.index for key in visited) == Counter(range(num_samples))
+    assert [triplet.columns for triplet in listing.triplets] == [{"key": "0"}, {}, {"key": "a"}]
+    assert listing.triplets[1].where == f"{tmp_path}/train-000001.tar: {long}"
+    assert listing.triplets[0].target.name == f"{tmp_path}/train-000000.tar: 0.target.jpg"
+    [rejected] = listing.rejected  # a sample that is none of ours is said, not skipped
+    assert rejected.startswith(f"{tmp_path}/train-000001.tar: 9: needs one member 'json'")
+
+
+def test_keys_that_look_like_something_else(tmp_path: Path) -> None:
+    tar(tmp_path / "train-0.tar", *sample("BZh9"), *sample("__0"), *sample("__a__"))
+    assert [triplet.prompt for triplet in read_triplets(str(tmp_path), "train").triplets] == ["BZh9", "__0", "__a__"]
+
+
+def link(kind: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo()
+    info.type, info.linkname = kind, "/etc/hostname"
+    return info
+
+
+BAD_SAMPLES: list[tuple[list[Member], str]] = [
+    (sample("1")[:-1], "needs one member 'json'"),
+    (sample("1")[1:], "needs one member 'reference.<ext>'"),
+    ([*sample("1")[:1], *sample("1")[2:]], "one 'target.<ext>'; it has 'reference.0.png', 'json'"),
+    ([*sample("1"), ("1.target.png", b"")], "one 'target.<ext>'"),
+    ([*sample("1"), ("1.reference.2.png", b"")], "'reference.1.<ext>' and so on"),
+    ([*sample("1"), ("1.reference.png", b"")], "'reference.1.<ext>' and so on"),
+    ([*sample("1"), ("1.JSON", b"{}")], "the member 'json' stands twice"),
+    ([*sample("1")[:-1], ("1.json", b"{")], "not a row of JSON"),
+    ([*sample("1")[:-1], ("1.json.gz", b"")], "needs one member 'json'"),
+    ([*sample("1")[:-1], ("1.json", b'{"prompt": " "}')], "prompt is empty"),
+    ([("1.target.jpg", link(tarfile.SYMTYPE)), sample("1")[0], sample("1")[2]], "is a link or sparse"),
+    ([("1.target.jpg", link(tarfile.LNKTYPE)), sample("1")[0], sample("1")[2]], "is a link or sparse"),
+    ([("1.target.jpg", link(tarfile.FIFOTYPE)), sample("1")[0], sample("1")[2]], "is a link or sparse"),
+    ([("1.target.jpg", link(tarfile.GNUTYPE_SPARSE)), sample("1")[0], sample("1")[2]], "is a link or sparse"),
+]
+
+
+@pytest.mark.parametrize(("members", "message"), BAD_SAMPLES)
+def test_bad_samples_are_rejected_alone(tmp_path: Path, members: list[Member], message: str) -> None:
+    tar(tmp_path / "train-000000.tar", *sample("0"), *members, *sample("2"))
+    listing = read_triplets(str(tmp_path), "train", max_bad_share=0.4)
+    assert [triplet.prompt for triplet in listing.triplets] == ["0", "2"]
+    [rejected] = listing.rejected
+    assert rejected.startswith(f"{tmp_path}/train-000000.tar: 1: ") and message in rejected
+
+
+def test_keys_that_stand_twice(tmp_path: Path) -> None:
+    """Either could be meant, so both go; the same key in another archive is another sample."""
+    tar(tmp_path / "train/a.tar", *sample("0"), *sample("1"), *sample("0"))
+    tar(tmp_path / "train/b.tar", *sample("0"))
+    listing = read_triplets(str(tmp_path), "train", max_bad_share=0.5)
+    places = [triplet.where.removeprefix(f"{tmp_path}/train/") for triplet in listing.triplets]
+    assert places == ["a.tar: 1", "b.tar: 0"]
+    assert len(listing.rejected) == 2 and all("a.tar: 0: the key stands 2 times" in each for each in listing.rejected)
+
+
+def test_text_only_tar(tmp_path: Path) -> None:
+    tar(tmp_path / "train-0.tar", *sample("0", references=0), *sample("1", references=2))
+    triplets = read_triplets(str(tmp_path), "train", text_only=True).triplets
+    assert [(triplet.prompt, triplet.references) for triplet in triplets] == [("0", ()), ("1", ())]
+
+
+@pytest.mark.parametrize("compression", ["gz", "bz2", "xz"])
+def test_compressed_tar_is_refused(tmp_path: Path, compression: str) -> None:
+    tar(tmp_path / "train-0.tar", *sample("0"), mode=f"w:{compression}")
+    with pytest.raises(InputError, match=r"train-0\.tar: is compressed; .* unpack it"):
+        read_triplets(str(tmp_path), "train", max_bad_share=0.9)
+
+
+def test_joined_and_unfinished_tars_are_not_whole(tmp_path: Path) -> None:
+    whole = tar(tmp_path / "train-0.tar", *sample("0"), *sample("1")).read_bytes()
+    for damaged, message in ((whole * 2, "neither a member nor the end"), (whole.rstrip(b"\0"), "damaged at byte")):
+        (tmp_path / "train-0.tar").write_bytes(damaged)
+        listing = read_triplets(str(tmp_path), "train", max_bad_share=0.5)
+        assert [triplet.prompt for triplet in listing.triplets] == ["0"]  # the last one could lack a member
+        [rejected] = listing.rejected
+        assert message in rejected and "how many samples it has lost is unknown" in rejected
+
+
+@pytest.mark.parametrize(("size", "kind"), [(-1, b"0"), (-1024, b"0"), (-1024, b"S")])
+def test_negative_sizes_neither_loop_nor_read_on(tmp_path: Path, size: int, kind: bytes) -> None:
+    path = tar(tmp_path / "train-0.tar", *sample("0"), *sample("1"), *sample("2"))
+    data = bytearray(path.read_bytes())
+    header = data.index(b"1.target.jpg")
+    data[header + 124 : header + 136] = size.to_bytes(12, signed=True)
+    data[header + 156 : header + 157] = kind
+    data[header + 483 : header + 495] = b"00000000012\0"  # a sparse file has its real size here
+    fields = data[header : header + 148] + data[header + 156 : header + 512]
+    data[header + 148 : header + 156] = b"%06o\0 " % (256 + sum(fields))
+    path.write_bytes(data)
+    listing = read_triplets(str(tmp_path), "train", max_bad_share=0.9)
+    assert "the next member reaches backwards" in listing.rejected[-1]
+    assert [triplet.prompt for triplet in listing.triplets] == ["0"]
+
+
+def odd(kind: bytes, body: bytes, size: bytes = b"") -> bytes:
+    """A member with a right checksum, whatever else it says."""
+    header = bytearray(tarfile.TarInfo("odd").tobuf(tarfile.USTAR_FORMAT))
+    header[124:136], header[156:157] = size or b"%011o\0" % len(body), kind
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + body + bytes(-len(body) % 512)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        odd(b"x", b"12 comment=a") * 2000,  # tarfile calls itself for each
+        odd(b"x", b"20 GNU.sparse.size=\n") + odd(b"0", b""),
+        odd(b"x", b"17 hdrcharset=\xff\xff\n") + odd(b"0", b""),
+        odd(b"0", b"", size=b"\x80" + b"\xff" * 11),
+        odd(b"x", b"", size=b"\x80" + b"\xff" * 11),
+        odd(b"L", b"", size=b"\x80" + b"\xff" * 11),
+        odd(b"0", b"", size=b"junk\0\0\0\0\0\0\0\0"),
+    ],
+)
+def test_odd_headers_end_the_archive(tmp_path: Path, members: bytes) -> None:
+    path = tar(tmp_path / "train-0.tar", *sample("0"), *sample("1"))
+    path.write_bytes(path.read_bytes().rstrip(b"\0").ljust(512 * 12, b"\0") + members + bytes(1024))
+    listing = read_triplets(str(tmp_path), "train", max_bad_share=0.9)
+    assert [triplet.prompt for triplet in listing.triplets] == ["0"]
+    assert "the archive is damaged at byte 6,144 (" in listing.rejected[0]
+
+
+WHOLE = [sample(str(number), references=1 + number % 2) for number in range(4)]
+
+
+@pytest.fixture(scope="module", params=[tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def whole_tar(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    members = [member for members in WHOLE for member in members]
+    return tar(tmp_path_factory.mktemp("whole") / "train-0.tar", *members, format=request.param)
 
 
 @given(
-    step=st.integers(0, 10**6),
-    num_samples=sizes,
-    seed=st.integers(0, 9),
-    ranks=st.sampled_from([1, 2, 3, 4, 6]),
+    changes=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 511), st.integers(0, 255)), min_size=1, max_size=6),
+    mend=st.booleans(),
 )
-@settings(max_examples=100, deadline=None)
-def test_order_depends_on_neither_history_nor_batching(step: int, num_samples: int, seed: int, ranks: int) -> None:
-    batch = 12
-    whole = batch_keys(step, global_batch_size=batch, num_samples=num_samples, seed=seed)
-    data._permutation.cache_clear()  # as in a process that resumes here
-    assert batch_keys(step, global_batch_size=batch, num_samples=num_samples, seed=seed) == whole
-    share = batch // ranks  # the same stream cut into smaller steps, as another number of ranks would
-    parts = [
-        batch_keys(step * ranks + rank, global_batch_size=share, num_samples=num_samples, seed=seed)
-        for rank in range(ranks)
+@settings(max_examples=120, deadline=None)
+def test_damaged_headers_never_give_a_wrong_picture(
+    whole_tar: Path, changes: list[tuple[int, int, int]], mend: bool
+) -> None:
+    """Bytes of headers changed, with `mend` under a right checksum: an error or fewer samples, at most."""
+    damaged = bytearray(whole_tar.read_bytes())
+    for block, place, value in changes:
+        start = block * 512 % len(damaged)
+        damaged[start + place] = value
+        if mend:
+            header = damaged[start : start + 512]
+            damaged[start + 148 : start + 156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:]))
+    (whole_tar.parent / "damaged").mkdir(exist_ok=True)
+    path = whole_tar.parent / "damaged/train-0.tar"
+    path.write_bytes(damaged)
+    try:
+        listing = read_triplets(str(path.parent), "train", max_bad_share=0.99)
+    except InputError as error:
+        assert str(path) in str(error)
+        return
+    known = places(read_triplets(str(whole_tar.parent), "train"))
+    found = places(listing)
+    assert all(offset + size <= len(damaged) for _, offset, size in found)
+    assert mend or found <= known  # without the right checksum no header is believed
+
+
+def places(listing: Listing) -> set[tuple[str, int, int]]:
+    """Member, offset and size of each picture."""
+    pictures = [picture for triplet in listing.triplets for picture in (triplet.target, *triplet.references)]
+    assert all(isinstance(picture, TarPicture) for picture in pictures)
+    return {(picture.member, picture.offset, picture.size) for picture in pictures if isinstance(picture, TarPicture)}
+
+
+# ---- tables with odd cells
+
+IMAGE = datasets.Image()
+
+
+def table(path: Path, features: dict[str, Any], *rows: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=datasets.Features(features).arrow_schema), path)
+    return path
+
+
+def cell(content: str | None = None, path: str | None = None) -> dict[str, object]:
+    return {"bytes": None if content is None else content.encode(), "path": path}
+
+
+TEXT = datasets.Value("string")
+SINGLE = {"target": IMAGE, "reference": IMAGE, "prompt": TEXT, "note": TEXT, "thumbnail": IMAGE}
+
+
+def test_table_of_several_files_and_odd_cells(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(b"file")
+    good = {"target": cell("t0"), "reference": cell("r0"), "prompt": " p0 ", "note": "n", "thumbnail": cell("x")}
+    inside = {**good, "target": cell(path="in/a.png"), "reference": cell(path=f"{tmp_path}/in/a.png"), "prompt": "p1"}
+    bad = [
+        ({**good, "target": None}, "row 2 of .*, target: the picture is missing"),
+        ({**good, "reference": cell()}, "reference: the picture is missing"),
+        ({**good, "target": cell(path="/etc/hostname")}, "leaves the folder"),
+        ({**good, "target": cell(path="../a.png")}, "leaves the folder"),
+        ({**good, "target": cell(path="https://example.com/a.png")}, "is not in"),
+        ({**good, "prompt": None}, "row 7 of .*: prompt must be text, not None"),
     ]
-    assert [key for part in parts for key in part] == whole
+    folder = tmp_path / "odd[1] name*"
+    table(folder / "data/train-00000-of-00002.parquet", SINGLE, good, {**inside, "target": cell("t1")})
+    table(folder / "data/train-00001-of-00002.parquet", SINGLE, *(row for row, _ in bad))
+    table(folder / "data/validation-00000-of-00001.parquet", SINGLE, good)
+    listing = read_triplets(str(folder), "train", max_bad_share=0.9)
+    assert bytes_of(listing) == [("p0", [b"r0"], b"t0")]
+    assert listing.triplets[0].columns == {"note": "n"}  # not the thumbnail
+    for sentence, message in zip(listing.rejected[1:], (message for _, message in bad), strict=True):
+        assert re.search(message, sentence), sentence
+    table(tmp_path / "train-0.parquet", SINGLE, good, inside)
+    assert bytes_of(read_triplets(str(tmp_path), "train"))[1] == ("p1", [b"file"], b"file")
 
 
-def test_order_is_the_documented_one() -> None:
-    keys = batch_keys(3, global_batch_size=4, num_samples=5, seed=7)  # positions 12..15: epochs 2, 2, 2, 3
-    third, fourth = (np.random.default_rng([7, epoch]).permutation(5) for epoch in (2, 3))
-    assert keys == [SampleKey(7, 2, int(third[place])) for place in (2, 3, 4)] + [SampleKey(7, 3, int(fourth[0]))]
-    assert all(type(key.index) is int for key in keys)  # so that keys can go into JSON
-    orders = {
-        tuple(key.index for key in batch_keys(epoch, global_batch_size=50, num_samples=50, seed=seed))
-        for seed in (0, 1)
-        for epoch in (0, 1)
-    }
-    assert len(orders) == 4
+def test_table_with_lists(tmp_path: Path) -> None:
+    features = {"target": IMAGE, "references": datasets.List(IMAGE), "prompt": TEXT}
+    rows = [
+        {"target": cell(f"t{n}"), "references": [cell(f"r{n}{i}") for i in range(n)] or None, "prompt": f"p{n}"}
+        for n in (2, 0, 1)
+    ]
+    table(tmp_path / "train-0.parquet", features, *rows)
+    listing = read_triplets(str(tmp_path), "train", max_bad_share=0.4)
+    assert bytes_of(listing) == [("p2", [b"r20", b"r21"], b"t2"), ("p1", [b"r10"], b"t1")]
+    assert ["row 1 of" in each and "has no reference" in each for each in listing.rejected] == [True]
+    assert [t.prompt for t in read_triplets(str(tmp_path), "train", text_only=True).triplets] == ["p2", "p0", "p1"]
 
 
-@pytest.mark.parametrize("wrong", [{"step": -1}, {"seed": -1}, {"global_batch_size": 0}, {"num_samples": 0}])
-def test_numbers_out_of_range(wrong: dict[str, int]) -> None:
-    numbers = {"step": 0, "global_batch_size": 1, "num_samples": 1, "seed": 0, **wrong}
-    with pytest.raises(InputError, match=next(iter(wrong))):
-        batch_keys(numbers.pop("step"), **numbers)
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ({"target": IMAGE, "prompt": TEXT}, "one of 'reference', 'references'; it has 'target', 'prompt'"),
+        ({"target": IMAGE, "prompt": TEXT, "reference": IMAGE, "references": datasets.List(IMAGE)}, "one of"),
+        ({"target": IMAGE, "reference": IMAGE}, "needs the columns 'prompt'"),
+        ({"target": TEXT, "reference": IMAGE, "prompt": TEXT}, "'target' must hold pictures"),
+        ({"target": IMAGE, "reference": datasets.List(TEXT), "prompt": TEXT}, "'reference' must hold pictures"),
+        ({"target": datasets.List(IMAGE), "reference": IMAGE, "prompt": TEXT}, "'target' must hold one picture"),
+    ],
+)
+def test_tables_that_hold_no_triplets(tmp_path: Path, features: dict[str, Any], message: str) -> None:
+    table(tmp_path / "train-0.parquet", features, {})
+    with pytest.raises(InputError, match=message):
+        read_triplets(str(tmp_path), "train")
+
+
+def test_tables_without_rows(tmp_path: Path) -> None:
+    features = {"target": IMAGE, "reference": IMAGE, "prompt": TEXT}
+    table(tmp_path / "train-0.parquet", features)
+    with pytest.raises(InputError, match="there are no rows"):
+        read_triplets(str(tmp_path), "train")
+    table(tmp_path / "train-1.parquet", features, {"target": cell("t"), "reference": cell("r"), "prompt": "p"})
+    assert bytes_of(read_triplets(str(tmp_path), "train")) == [("p", [b"r"], b"t")]
+
+
+def test_damaged_tables(tmp_path: Path) -> None:
+    features = {"target": IMAGE, "reference": IMAGE, "prompt": TEXT}
+    row = {"target": cell("t" * 5000), "reference": cell("r" * 5000), "prompt": "p"}
+    path = table(tmp_path / "train-0.parquet", features, row)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    with pytest.raises(InputError, match=r"train-0\.parquet: not a readable Parquet file"):
+        read_triplets(str(tmp_path), "train")
+    path.write_bytes(b"PAR1" + b"\xff" * 400 + whole[404:])
+    with pytest.raises(InputError, match=r"split train: cannot load the tables \("):
+        read_triplets(str(tmp_path), "train")
+
+
+def test_table_that_changed_under_the_same_name_size_and_time(tmp_path: Path) -> None:
+    features = {"target": IMAGE, "reference": IMAGE, "prompt": TEXT}
+    first = {"target": cell("t0"), "reference": cell("r0"), "prompt": "p0"}
+    path = table(tmp_path / "train-0.parquet", features, first)
+    before, times = read_triplets(str(tmp_path), "train"), path.stat()
+    table(path, features, {"target": cell("t1"), "reference": cell("r1"), "prompt": "p1"})
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after = read_triplets(str(tmp_path), "train")
+    assert path.stat().st_size == times.st_size and path.stat().st_mtime_ns == times.st_mtime_ns
+    assert bytes_of(after) == [("p1", [b"r1"], b"t1")] and bytes_of(before) == [("p0", [b"r0"], b"t0")]
+    assert after.triplets[0].target.stamp != before.triplets[0].target.stamp
+
+
+# ---- a Hub of a few files
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub's interface as `datasets` asks for, over `repositories` of folders."""
+
+    repositories: dict[str, Path] = {}
+
+    def do_GET(self) -> None:
+        path, _, query = unquote(self.path).partition("?")
+        kind, owner, name, *rest = (path.removeprefix("/api").strip("/") + "//").split("/")
+        rest = [part for part in rest if part]
+        root = self.repositories.get(f"{owner}/{name}")
+        if kind != "datasets" or root is None:
+            code = "GatedRepo" if owner == "gated" else "RepoNotFound"
+            return self.answer(403 if owner == "gated" else 404, {"X-Error-Code": code})
+        inside = root / "/".join(rest[2:])
+        if rest[:1] == ["resolve"]:
+            if not inside.is_file():
+                return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            etag = hashlib.sha1(inside.read_bytes()).hexdigest()
+            return self.answer(200, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, inside.read_bytes())
+        if rest[:1] == ["tree"]:
+            if not inside.exists():
+                return self.answer(404, {"X-Error-Code": "EntryNotFound"})
+            entries = [
+                {
+                    "type": "directory" if path.is_dir() else "file",
+                    "path": path.relative_to(root).as_posix(),
+                    "size": path.stat().st_size,
+                    "oid": hashlib.sha1(str(path).encode()).hexdigest(),
+                }
+                for path in sorted(inside.rglob("*") if "recursive=true" in query else inside.iterdir())
+            ]
+            return self.answer(200, {}, json.dumps(entries).encode())
+        about = {"id": f"{owner}/{name}", "sha": COMMIT, "private": False, "gated": False, "tags": [], "siblings": []}
+        return self.answer(200, {}, json.dumps(about).encode())
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+COMMIT = "c0ffee" + "0" * 34
+CLIENT = """
+import json, sys
+from ztrain.data import read_triplets
+from ztrain.errors import InputError
+assert not {"datasets", "pyarrow", "torch"} & set(sys.modules)  # they load where they are used
+for location, split, revision in json.loads(sys.argv[1]):
+    try:
+        listing = read_triplets(location, split, revision, max_bad_share=0.5)
+        rows = [[t.prompt, [p.read().decode() for p in (t.target, *t.references)]] for t in listing.triplets]
+        stamps = [t.target.stamp for t in listing.triplets]
+        print(json.dumps([rows, listing.rejected, stamps]))
+    except InputError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def ask_hub(home: Path, *requests: tuple[str, str, str | None], **environment: str) -> list[Any]:
+    """What read_triplets gives or says in a process of its own, where Hugging Face's settings can be changed."""
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT, json.dumps(requests)],
+        cwd=ROOT,
+        env={**os.environ, "HF_HOME": str(home), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Generating" not in done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_data_sets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"target": cell("t"), "reference": cell("r"), "prompt": "p", "note": "", "thumbnail": None}
+    evil = {**row, "target": cell(path="/etc/hostname")}
+    table(tmp_path / "tables/data/train-00000-of-00001.parquet", SINGLE, row, evil)
+    table(tmp_path / "tables/data/validation-00000-of-00001.parquet", SINGLE, row, {**row, "prompt": "q"})
+    split = manifest(tmp_path / "folder", ROW) / "train"
+    (split / "a.png").write_bytes(b"a")
+    (split / "b.png").write_bytes(b"b")
+    monkeypatch.setattr(Hub, "repositories", {"me/tables": tmp_path / "tables", "me/folder": tmp_path / "folder"})
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        tables, first, last, folder, gated, absent, split_absent = ask_hub(
+            tmp_path / "home",
+            ("me/tables", "train", "main"),
+            ("me/tables", "validation[:1]", None),
+            ("me/tables", "validation[1:]", None),
+            ("me/folder", "train", None),
+            ("gated/tables", "train", None),
+            ("me/none", "train", None),
+            ("me/folder", "test", None),
+            HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+            HF_HUB_OFFLINE="0",
+        )
+        server.shutdown()
+    assert tables[0] == [["p", ["t", "r"]]]
+    assert len(tables[1]) == 1 and "row 1 of me/tables, split train, target: " in tables[1][0]
+    assert [first[0][0][0], last[0][0][0]] == ["p", "q"] and first[2] != last[2]  # both are row 0 of one Arrow file
+    assert folder[:2] == [[["a cat", ["b", "a"]]], []]
+    refusal = "{}: there is no such folder, and split {!r} does not come from the Hub ({}"
+    assert gated.startswith(refusal.format("gated/tables", "train", "Dataset 'gated/tables' is a gated dataset"))
+    assert absent.startswith(refusal.format("me/none", "train", "Dataset 'me/none' doesn't exist"))
+    assert split_absent.startswith(refusal.format("me/folder", "test", 'Unknown split "test"'))
+    [offline] = ask_hub(tmp_path / "other", ("me/tables", "train", None), HF_HUB_OFFLINE="1")
+    assert offline.startswith(refusal.format("me/tables", "train", "Couldn't reach 'me/tables' on the Hub (Offline"))
+    assert offline.endswith("; correct the path, or check id, revision, split, network and login (hf auth login)")

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import TiffImageFile
 
 from ztrain.errors import InputError
 
@@ -79,12 +80,16 @@ class PictureFile:
 
     @property
     def stamp(self) -> str:
-        # ctime too: copying tools restore mtime, nothing restores ctime.
-        found = os.stat(self.path)
-        return f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
+        return stamp_of(os.stat(self.path))
 
     def read(self) -> bytes:
         return self.path.read_bytes()
+
+
+def stamp_of(found: os.stat_result) -> str:
+    """A text that differs whenever the bytes of the file may have changed."""
+    # ctime too: copying tools restore mtime, nothing restores ctime.
+    return f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
 
 
 def open_image(picture: Picture | Path) -> Image.Image:
@@ -108,10 +113,16 @@ def open_image(picture: Picture | Path) -> Image.Image:
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
-    """(width, height) as the upright picture has them, from the header of its bytes; raises as `open_image`."""
+    """(width, height) as `open_image` gives them, from the header of the picture's bytes; raises as `open_image`.
+
+    Of PNG all is decoded: their orientation may stand behind the pixels.
+    """
     with _opened(data, name) as image:
         width, height = image.size
-        return (height, width) if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5 else (width, height)
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        if isinstance(image, TiffImageFile) and ExifTags.Base.Orientation in image.tag_v2:
+            turned = False  # Pillow has swapped the two already
+        return (height, width) if turned else (width, height)
 
 
 @contextmanager
@@ -211,20 +222,21 @@ def _to_srgb(image: Image.Image, profile: bytes, name: str) -> Image.Image:
     return converted
 
 
-def check_reference(image: Image.Image, name: str, *, min_side: int, max_aspect: float) -> None:
-    """Refuse references that carry no look: `min_side` in pixels, `max_aspect` is long side / short side.
+def check_reference(size: tuple[int, int], name: str, *, min_side: int, max_aspect: float) -> None:
+    """Refuse references that carry no look.
 
-    Raises InputError starting with `name`.
+    `size`: (width, height) in pixels, `min_side` in pixels, `max_aspect` is long side / short side. Raises InputError
+    starting with `name`.
     """
-    short, long = sorted(image.size)
+    short, long = sorted(size)
     if short < min_side:
         raise InputError(
-            f"{name}: {image.width} x {image.height} is too small for a reference; "
+            f"{name}: {size[0]} x {size[1]} is too small for a reference; "
             f"its short side must have at least {min_side} pixels"
         )
     if long > max_aspect * short:
         raise InputError(
-            f"{name}: {image.width} x {image.height} is {long / short:.3g} times as long as wide; "
+            f"{name}: {size[0]} x {size[1]} is {long / short:.3g} times as long as wide; "
             f"a reference may be at most {max_aspect:g}: crop it"
         )
 

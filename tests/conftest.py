@@ -1,10 +1,13 @@
 """What all tests share: no network, one thread, deterministic kernels and one miniature family on disk."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.forge import Forge
 
 # Read once when transformers is imported, which no line above does.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +15,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(scope="session")
+def forge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forge]:
+    """Starts our own commands in processes of their own, without waiting for their imports."""
+    server = Forge(tmp_path_factory.mktemp("forge"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
         "config", "models", "conditioning", "adapters", "model", "encoders", "vision_language", "sample", "flow",
         "version", "images",
     },
-    "tracking": {"config"},
+    "tracking": {"config", "models"},
     "store": set(),
     "digests": {"images", "store"},
     "cache": {
@@ -62,8 +62,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     },
     "grid": set(),
     "compare": {
-        "adapters", "config", "data", "dit", "encoders", "export", "flow", "grid", "images", "model", "models",
-        "sample", "sampler", "stats", "yamls",
+        "adapters", "conditioning", "config", "data", "dit", "encoders", "export", "flow", "grid", "images", "model",
+        "models", "sample", "sampler", "stats", "yamls",
     },
     "render": {
         "config", "models", "images", "flow", "adapters", "dit", "encoders", "model", "sample", "export", "stats",

@@ -146,7 +146,7 @@ class Cache:
         return self._stores[kind]
 
     def fingerprint(self, kind: StateName) -> dict[str, Any]:
-        """All that decides what the kind's encoder gives for a prompt or picture; README, "The cache"."""
+        """All that decides what the kind's encoder gives for a prompt or picture; docs/training.md, "The cache"."""
         settings = self.config.encoders.model_dump(mode="json")
         libraries = sorted({name for role in ROLES[kind] for name in _LIBRARIES[role]})
         return {

@@ -17,17 +17,18 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ztrain.adapters import build_adapters, describe_list
+from ztrain.conditioning import Encoded
 from ztrain.config import Config, EncodersConfig, list_reads, parse
 from ztrain.data import Triplet, read_manifest
 from ztrain.dit import load_transformer
-from ztrain.encoders import Encoders
+from ztrain.encoders import Encoders, LatentCodec
 from ztrain.errors import InputError
-from ztrain.export import ExportedAdapter, adapt, check_identity, identities, read_adapter
+from ztrain.export import ExportedAdapter, Identities, adapt, check_identity, encoder_identities, read_adapter
 from ztrain.flow import sampler_noise
 from ztrain.grid import draw_grid
 from ztrain.images import check_reference, open_image
 from ztrain.model import AdaptedDiT
-from ztrain.models import Source, base_defaults, base_dtype
+from ztrain.models import Source, base_defaults, base_dtype, identity
 from ztrain.sample import SampleSettings, released_or, sample
 from ztrain.sampler import spread
 from ztrain.stats import check_statistics
@@ -76,46 +77,59 @@ def compare(config: Config) -> Path:
     columns = columns_of(config)
     for column in columns:
         check_statistics(column.adapters, column.encoders)
-    encoders = Encoders.load(config, frozenset(), dtype, device)
-    rendered: list[list[Image.Image]] = []
-    for column in columns:
         if column.exported is None and any(adapter.needs_training for adapter in column.adapters):
             raise InputError(f"compare: {column.label} {describe_list(column.adapters)} is untrained; export it first")
+    encoded, known, codec, siglip_dim = _encode(config, columns, triplets, references, dtype, device)
+    rendered: list[list[Image.Image]] = []
     dit = model = None
-    for column in tqdm(columns, desc="columns", unit="list"):
+    for column, states in zip(tqdm(columns, desc="columns", unit="list"), encoded, strict=True):
         # Weights change the transformer, so each trained list gets a fresh one, after the last one is gone.
         if column.exported:
             dit = model = None
         dit = load_transformer(base, dtype, device) if dit is None else dit
-        encoders.add(config, list_reads(column.adapters), dtype, device)
         if column.exported is None:
-            model = AdaptedDiT(dit, build_adapters(column.adapters, encoders.siglip_dim)).eval()
+            model = AdaptedDiT(dit, build_adapters(column.adapters, siglip_dim)).eval()
         else:
-            check_identity(column.exported, identities(dit, encoders))
+            check_identity(column.exported, known | {"transformer": identity(dit, "transformer")})
             model = adapt(dit, column.exported)
-        rendered.append(_render(config, column, model, encoders, settings, triplets, references))
+        rendered.append(_render(config, model, codec, settings, states))
         if column.exported:
             dit = model = None
     return _write(config, columns, rendered, triplets, references, settings, time.perf_counter() - started)
 
 
-def _render(
+def _encode(
     config: Config,
-    column: Column,
-    model: AdaptedDiT,
-    encoders: Encoders,
-    settings: SampleSettings,
+    columns: Sequence[Column],
     triplets: Sequence[Triplet],
     references: Sequence[Sequence[Image.Image]],
+    dtype: torch.dtype,
+    device: str,
+) -> tuple[list[list[Encoded]], Identities, LatentCodec, int | None]:
+    """Every column's states of every triplet, on the CPU: the encoders leave before the transformer comes."""
+    encoders = Encoders.load(config, frozenset().union(*(list_reads(c.adapters) for c in columns)), dtype, device)
+    encoded = []
+    for column in columns:
+        reads = list_reads(column.adapters)
+        encoded.append(
+            [
+                encoders.encode([triplet.prompt], [pictures], reads, column.encoders).to(torch.device("cpu"))
+                for triplet, pictures in zip(triplets, references, strict=True)
+            ]
+        )
+    return encoded, encoder_identities(encoders), encoders.codec, encoders.siglip_dim
+
+
+def _render(
+    config: Config, model: AdaptedDiT, codec: LatentCodec, settings: SampleSettings, encoded: Sequence[Encoded]
 ) -> list[Image.Image]:
     height = config.sample.height or config.data.resolution
     width = config.sample.width or config.data.resolution
-    shape, device = encoders.codec.latent_shape(height, width), encoders.codec.vae.device
+    shape, device = codec.latent_shape(height, width), codec.vae.device
     images = []
-    for row, (triplet, pictures) in enumerate(zip(triplets, references, strict=True)):
-        encoded = encoders.encode([triplet.prompt], [pictures], list_reads(column.adapters), column.encoders)
+    for row, states in enumerate(encoded):
         noise = sampler_noise(config.seed + row, shape).to(device)
-        images.append(encoders.codec.decode(sample(model, encoded, [noise], settings)[0]))
+        images.append(codec.decode(sample(model, states.to(device), [noise], settings)[0]))
     return images
 
 

@@ -77,7 +77,7 @@ class DataConfig(_Section):
     train_data_dir: str = "data"
     """A folder of data_tools.build or data_tools.pack, or a Hub data set with the same columns."""
     revision: str | None = None
-    """Branch, tag or commit of a Hub data set."""
+    """Branch, tag or commit of train_data_dir where it is a Hub data set."""
     train_split: str = "train"
     validation_split: str = "validation"
     """Held-out triplets for validation and previews; read only if one of them is on."""

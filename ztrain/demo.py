@@ -68,6 +68,7 @@ def demo(out: Path, adapters: str, steps: int) -> None:
     experiment = [str(CONFIGS / f"{adapters}.yaml"), str(CONFIGS / "tiny.yaml")]
     overrides = [
         *("--data.train_data_dir", str(out / "triplets")),
+        *("--cache.dir", str(out / "cache")),
         *("--output_dir", str(out / "run")),
         *("--train.max_train_steps", str(steps)),
         *("--models.base.pretrained_model_name_or_path", str(family / "Z-Image-Turbo")),

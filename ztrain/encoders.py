@@ -44,7 +44,8 @@ class TextEncoder:
 
         model = load_part(Qwen3Model, source, "text_encoder", device, dtype=dtype)
         with source.explained():
-            tokenizer = AutoTokenizer.from_pretrained(source.location, subfolder="tokenizer", revision=source.revision)
+            # From its own folder: under a Hub id AutoTokenizer asks the server for files that a tokenizer/ never has.
+            tokenizer = AutoTokenizer.from_pretrained(source.local("tokenizer/*") / "tokenizer")
         return cls(model, tokenizer, max_sequence_length)
 
     def encode(self, prompt: str) -> Tensor:

@@ -39,7 +39,12 @@ Identities = dict[str, dict[str, str]]
 
 def identities(dit: Any, encoders: Encoders) -> Identities:
     """Who base and encoders are, by role. Take it before adapters are attached."""
-    parts = {"transformer": dit, "vae": encoders.codec.vae, "text_encoder": encoders.text.model}
+    return {"transformer": identity(dit, "transformer")} | encoder_identities(encoders)
+
+
+def encoder_identities(encoders: Encoders) -> Identities:
+    """The same of the loaded encoders alone."""
+    parts = {"vae": encoders.codec.vae, "text_encoder": encoders.text.model}
     if encoders.spliced is not None:
         parts["vision_language"] = encoders.spliced.model.visual
     if encoders.siglip is not None:

@@ -60,13 +60,17 @@ class Source:
 
     def files(self, *patterns: str) -> list[Path]:
         """Local paths of all files that match glob patterns below the repository's root, downloaded if need be."""
-        root = self.folder
-        if root is None:
-            from huggingface_hub import snapshot_download
-
-            with self.explained():
-                root = Path(snapshot_download(self.location, revision=self.revision, allow_patterns=list(patterns)))
+        root = self.local(*patterns)
         return sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()})
+
+    def local(self, *patterns: str) -> Path:
+        """The repository's folder on this machine, with the files that match glob patterns downloaded if need be."""
+        if self.folder is not None:
+            return self.folder
+        from huggingface_hub import snapshot_download
+
+        with self.explained():
+            return Path(snapshot_download(self.location, revision=self.revision, allow_patterns=list(patterns)))
 
     def has(self, name: str) -> bool:
         """Whether the repository holds the file; offline, whether it was downloaded."""

@@ -15,11 +15,11 @@ from ztrain.config import Config, list_reads
 from ztrain.dit import load_transformer
 from ztrain.encoders import Encoders
 from ztrain.errors import InputError
-from ztrain.export import adapt, check_identity, identities, read_adapter
+from ztrain.export import adapt, check_identity, encoder_identities, read_adapter
 from ztrain.flow import sampler_noise
 from ztrain.images import check_reference, open_image
 from ztrain.model import AdaptedDiT
-from ztrain.models import Source, base_defaults, base_dtype
+from ztrain.models import Source, base_defaults, base_dtype, identity
 from ztrain.sample import released_or, sample
 from ztrain.stats import check_statistics
 
@@ -59,12 +59,15 @@ def render(
     check_statistics(adapters, encoder_settings)
     reads = list_reads(adapters)
     encoders = Encoders.load(config, reads, dtype, device)
+    encoded = encoders.encode([prompt], [images], reads, encoder_settings)
+    known, codec, siglip_dim = encoder_identities(encoders), encoders.codec, encoders.siglip_dim
+    del encoders  # before the transformer comes: the two do not fit beside each other on a 24 GB card
     dit = load_transformer(base, dtype, device)
     if exported:
-        check_identity(exported, identities(dit, encoders))
+        check_identity(exported, known | {"transformer": identity(dit, "transformer")})
         model = adapt(dit, exported)
     else:
-        model = AdaptedDiT(dit, build_adapters(adapters, encoders.siglip_dim)).eval()
+        model = AdaptedDiT(dit, build_adapters(adapters, siglip_dim)).eval()
     if scales is not None:
         if len(scales) != len(adapters):
             raise InputError(
@@ -74,13 +77,12 @@ def render(
 
     height = config.sample.height or config.data.resolution
     width = config.sample.width or config.data.resolution
-    noise = sampler_noise(config.seed, encoders.codec.latent_shape(height, width)).to(device)
+    noise = sampler_noise(config.seed, codec.latent_shape(height, width)).to(device)
     start = None
     if start_image is not None and strength is not None:
         settings = replace(settings, strength=strength)
-        start = [encoders.codec.encode(open_image(start_image).resize((width, height)))]
-    encoded = encoders.encode([prompt], [images], reads, encoder_settings)
+        start = [codec.encode(open_image(start_image).resize((width, height)))]
     latents = sample(model, encoded, [noise], settings, start=start, progress=tqdm)[0]
     out.parent.mkdir(parents=True, exist_ok=True)
-    encoders.codec.decode(latents).save(out)
+    codec.decode(latents).save(out)
     return out

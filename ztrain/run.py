@@ -6,6 +6,7 @@ alone does (files, locks) fails on all processes together.
 
 import functools
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -202,6 +203,8 @@ def after_step(run: Run, values: dict[str, float]) -> None:
         with _averaged(run):
             if validating:
                 losses = validation_losses(run.model, run.accelerator, run.config, run.cache, run.samples)
+                if not all(map(math.isfinite, losses.values())):
+                    raise RuntimeError(f"step {run.step}: the validation loss is not finite")
                 if run.accelerator.is_main_process:
                     tqdm.write(f"step {run.step}: {describe_losses(losses)}")
                 values = values | losses

@@ -109,7 +109,8 @@ def read_samples(config: Config, cache: Cache) -> Samples:
 
 def _read_split(config: Config, cache: Cache, location: str, name: str, *, text_only: bool = False) -> Split:
     data = config.data
-    listing = read_triplets(location, name, data.revision, text_only=text_only, max_bad_share=data.max_bad_share)
+    revision = None if text_only else data.revision
+    listing = read_triplets(location, name, revision, text_only=text_only, max_bad_share=data.max_bad_share)
     pictures = [picture for triplet in listing.triplets for picture in (triplet.target, *triplet.references)]
     known = iter(cache.digests.of_pictures(pictures, data.dataloader_num_workers))
     buckets = target_buckets(data.resolution, data.max_target_aspect, padded)

@@ -1,0 +1,157 @@
+"""Starts `python -m ...` in real processes without their import time: a server imports once and forks for each.
+
+The children have their own process number, session, folder, environment and output files, and die like any other. What
+must go through a launcher, or reads its environment at import, is started the ordinary way instead.
+
+    python -m tests.forge SOCKET        the server; `Forge` is the client
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+class Forged:
+    """A running child, with the part of subprocess.Popen that tests use."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._lines = connection.makefile("r")
+        self._connection = connection
+        self.pid = int(self._lines.readline())
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self._connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("forged process", timeout or 0)
+            self.returncode = int(self._lines.readline())
+            self._connection.close()
+        return self.returncode
+
+
+class Forge:
+    """The server of one test session."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.place = folder, folder / "forge"
+        self.server = subprocess.Popen([sys.executable, "-m", "tests.forge", str(self.place)], cwd=ROOT)
+
+    def start(self, arguments: Sequence[str], environment: dict[str, str], out: Path, err: Path) -> Forged:
+        """`python -m <arguments>` from the project's root."""
+        while not self.place.exists():
+            assert self.server.poll() is None, "the forge did not start"
+            time.sleep(0.05)
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(str(self.place))
+        request = {"arguments": list(arguments), "environment": environment, "out": str(out), "err": str(err)}
+        connection.sendall(json.dumps(request).encode() + b"\n")
+        return Forged(connection)
+
+    def run(self, arguments: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        with tempfile.TemporaryDirectory(dir=self.folder) as place:
+            out, err = Path(place) / "out", Path(place) / "err"
+            status = self.start(arguments, environment, out, err).wait()
+            return subprocess.CompletedProcess(list(arguments), status, out.read_text(), err.read_text())
+
+    def close(self) -> None:
+        self.server.kill()
+        self.server.wait()
+
+
+def preload() -> None:
+    """What nearly every command imports. Nothing is run: threads of a pool would not survive the fork."""
+    import datasets  # noqa: F401
+    from diffusers import AutoencoderKL, ZImageTransformer2DModel  # noqa: F401
+    from transformers import (  # noqa: F401
+        AutoModel,
+        AutoTokenizer,
+        Qwen2VLImageProcessorPil,
+        Qwen3Model,
+        Qwen3VLModel,
+        Siglip2ImageProcessorPil,
+        Siglip2VisionModel,
+    )
+
+    import ztrain.compare
+    import ztrain.prepare
+    import ztrain.render
+    import ztrain.stats
+    import ztrain.train  # noqa: F401
+
+
+def child(request: dict) -> None:
+    """Becomes the process that was asked for; never returns."""
+    status = 1
+    try:
+        os.setsid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no child outlives the tests
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600), number)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        signal.set_wakeup_fd(-1)
+        module, *words = request["arguments"]
+        sys.argv = [module, *words]
+        for name in (module, "ztrain.train", "ztrain.cli"):  # runpy warns of a module that is already there
+            sys.modules.pop(name, None)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def serve(place: str) -> None:
+    preload()
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(place + ".new")
+    listening.listen()
+    os.rename(place + ".new", place)
+    waiting: dict[int, socket.socket] = {}
+    parent = os.getppid()
+    while os.getppid() == parent:
+        if select.select([listening], [], [], 0.02)[0]:
+            connection, _ = listening.accept()
+            request = json.loads(connection.makefile("r").readline())
+            pid = os.fork()
+            if not pid:
+                listening.close()
+                child(request)
+            connection.sendall(f"{pid}\n".encode())
+            waiting[pid] = connection
+        for pid in list(waiting):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                with contextlib.suppress(OSError):
+                    waiting.pop(pid).sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])

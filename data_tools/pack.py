@@ -22,9 +22,11 @@ import tyro
 from tqdm import tqdm
 
 from data_tools.output import EXTENSIONS, digest_of, find_licences, fingerprint, read_report, whole_folder, write_report
-from ztrain.data import MANIFEST_NAME, PACK_REPORT_NAME, Triplet, read_triplets
+from ztrain.data import MANIFEST_NAME, read_triplets
 from ztrain.errors import InputError
 from ztrain.images import Picture
+from ztrain.rows import Triplet
+from ztrain.tars import PACK_REPORT_NAME
 
 if TYPE_CHECKING:
     import datasets

@@ -15,9 +15,9 @@ import pydantic
 from tqdm import tqdm
 
 from data_tools.output import Row, Source, check_share, digest_of, find_licences
-from ztrain.data import check_text, find_picture, parse_object, take_text
 from ztrain.errors import InputError
 from ztrain.images import open_image
+from ztrain.rows import check_text, find_picture, parse_object, take_text
 
 
 class PairsConfig(pydantic.BaseModel):

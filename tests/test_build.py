@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_tools.build import main
-from ztrain.data import Triplet, read_triplets
+from ztrain.data import read_triplets
 from ztrain.errors import InputError
 from ztrain.images import Picture, open_image
 from ztrain.mini.painter import STYLES, choose_contents, paint_style_folders
+from ztrain.rows import Triplet
 from ztrain.yamls import describe_errors, dump_yaml, load_yaml
 
 ROOT = Path(__file__).parents[1]

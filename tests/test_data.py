@@ -22,9 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ztrain.data import Listing, TarPicture, read_manifest, read_triplets
+from ztrain.data import Listing, read_triplets
 from ztrain.errors import InputError
 from ztrain.images import PictureFile, open_image
+from ztrain.tars import TarPicture
 
 ROOT = Path(__file__).parents[1]
 EMOJI = ROOT.parent / "shared/data/emoji_styles"
@@ -73,7 +74,7 @@ def test_manifest_rows(tmp_path: Path) -> None:
     assert first.target == PictureFile(folder / "train/b.png")
     assert [open_image(picture).size for picture in second.references] == [(8, 8)] * 2
     assert [Path(picture.name).name for picture in third.references] == ["b.png", "a.png"]
-    assert read_manifest(folder, "train") == [first, second, third]
+    assert read_triplets(str(folder), "train").triplets == [first, second, third]
 
 
 BAD_ROWS: list[tuple[Any, str]] = [

@@ -20,7 +20,10 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "errors": set(),
     "yamls": set(),
     "images": set(),
-    "data": {"images"},
+    "rows": {"images"},
+    "tars": {"images", "rows"},
+    "tables": {"images", "rows"},
+    "data": {"rows", "tables", "tars"},
     "sampler": set(),
     "flow": set(),
     "conditioning": set(),
@@ -43,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
         "conditioning", "config", "digests", "images", "models", "store", "vision_language",
     },
     "fill": {"cache", "config", "encoders", "images", "models", "store", "vision_language"},
-    "samples": {"cache", "config", "data", "digests", "dit", "encoders", "images", "sampler"},
+    "samples": {"cache", "config", "data", "digests", "dit", "encoders", "images", "rows", "sampler"},
     "prepare": {"cache", "config", "fill", "samples"},
     "interrupt": set(),
     "batches": {"cache", "conditioning", "config", "encoders", "flow", "sampler", "samples"},
@@ -51,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "meter": {"sampler", "version"},
     "validate": {
         "adapters", "batches", "cache", "conditioning", "config", "encoders", "flow", "grid", "images", "model",
-        "models", "sample", "sampler", "samples",
+        "models", "rows", "sample", "sampler", "samples",
     },
     "run": {
         "adapters", "cache", "checkpoint", "config", "dit", "encoders", "export", "meter", "model", "models",
@@ -63,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "grid": set(),
     "compare": {
         "adapters", "conditioning", "config", "data", "dit", "encoders", "export", "flow", "grid", "images", "model",
-        "models", "sample", "sampler", "stats", "yamls",
+        "models", "rows", "sample", "sampler", "stats", "yamls",
     },
     "render": {
         "config", "models", "images", "flow", "adapters", "dit", "encoders", "model", "sample", "export", "stats",
@@ -72,7 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "cli": {"config", "yamls", "prepare", "train", "compare", "stats", "render"},
     "demo": {"config", "train", "compare", "mini", "data_tools"},
     "mini": set(),
-    "data_tools": {"data", "images", "yamls"},
+    "data_tools": {"data", "images", "rows", "tars", "yamls"},
     "ztrain/__init__": {"export", "version"},
     "version": set(),
 }

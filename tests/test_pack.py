@@ -18,9 +18,11 @@ from PIL import Image
 
 from data_tools import pack as packing
 from data_tools.pack import main
-from ztrain.data import PACK_REPORT_NAME, Listing, Triplet, read_triplets
+from ztrain.data import Listing, read_triplets
 from ztrain.errors import InputError
 from ztrain.images import Picture, PictureFile
+from ztrain.rows import Triplet
+from ztrain.tars import PACK_REPORT_NAME
 
 SPLITS = {"train": 12, "validation": 3}
 FORMATS = ["webdataset", "parquet"]

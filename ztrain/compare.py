@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ztrain.adapters import build_adapters, describe_list
 from ztrain.conditioning import Encoded
 from ztrain.config import Config, EncodersConfig, list_reads, parse
-from ztrain.data import Triplet, read_manifest
+from ztrain.data import read_triplets
 from ztrain.dit import load_transformer
 from ztrain.encoders import Encoders, LatentCodec
 from ztrain.errors import InputError
@@ -29,6 +29,7 @@ from ztrain.grid import draw_grid
 from ztrain.images import check_reference, open_image
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype, identity
+from ztrain.rows import Triplet
 from ztrain.sample import SampleSettings, released_or, sample
 from ztrain.sampler import spread
 from ztrain.stats import check_statistics
@@ -64,7 +65,10 @@ def compare(config: Config) -> Path:
     started, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
     dtype, base = base_dtype(config.train.mixed_precision), Source.of(config.models.base)
     settings = released_or(config.sample, base_defaults(config.models))
-    triplets = spread(read_manifest(Path(config.data.train_data_dir), config.compare.split), config.compare.num_samples)
+    triplets = spread(
+        read_triplets(config.data.train_data_dir, config.compare.split, config.data.revision).triplets,
+        config.compare.num_samples,
+    )
     references = [[open_image(picture) for picture in triplet.references] for triplet in triplets]
     for triplet, images in zip(triplets, references, strict=True):
         for picture, image in zip(triplet.references, images, strict=True):

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ztrain.adapters.splice import STATISTICS_KINDS, read_statistics
 from ztrain.config import Config, EncodersConfig
-from ztrain.data import read_manifest
+from ztrain.data import read_triplets
 from ztrain.encoders import Encoders
 from ztrain.errors import InputError
 from ztrain.images import open_image
@@ -51,7 +51,7 @@ def measure(config: Config, out: Path) -> Path:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoders = Encoders.load(config, reads, base_dtype(config.train.mixed_precision), device)
     moments = {kind: Moments() for kind in ("prompt", *STATISTICS_KINDS)}
-    triplets = read_manifest(Path(config.data.train_data_dir), config.data.train_split)
+    triplets = read_triplets(config.data.train_data_dir, config.data.train_split, config.data.revision).triplets
     for triplet in tqdm(triplets, unit="triplet"):
         images = [open_image(path) for path in triplet.references]
         encoded = encoders.encode([triplet.prompt], [images], reads, config.encoders)

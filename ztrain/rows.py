@@ -1,0 +1,101 @@
+"""One row of a data set as a `Triplet`, whatever layout it comes from, and strict readers of its parts.
+
+Whatever is wrong with a row is an `InputError` that starts with its place; no name in a row becomes a path outside its
+folder.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from ztrain.errors import InputError
+from ztrain.images import Picture, PictureFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Triplet:
+    """One row: make `target` from `prompt` in the look of `references`."""
+
+    index: int
+    """Position among the usable rows of the split, from 0."""
+    where: str
+    """What messages call the row: file and line, archive and key, or number and table."""
+    prompt: str
+    """Not empty, without white space around it."""
+    references: tuple[Picture, ...]
+    """At least one; none where rows were read as text only."""
+    target: Picture
+    columns: dict[str, object]
+    """The row's further keys as the file gave them, for example style and content."""
+
+
+RowReader = Callable[[int], Triplet]
+"""Makes the triplet with this index, or raises InputError: reading a bad row must not end the reading of others."""
+
+
+def parse_object(raw: bytes, *, where: str) -> dict[str, Any]:
+    """One JSON object, strictly: UTF-8, no key twice, no NaN. Raises InputError starting with `where`."""
+    try:
+        row = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
+        if b"\\ud" in raw.lower():  # an escape may be half of a surrogate pair, which no file could hold
+            json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, a duplicate key, NaN, absurd nesting
+        raise InputError(f"{where}: not a row of JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
+    return row
+
+
+def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object as a dict; ValueError where a key stands twice, as json would silently keep the last."""
+    result: dict[str, object] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {key!r} stands twice in one object; keep one")
+        result[key] = value
+    return result
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is not JSON; write a number or null")
+
+
+def take_text(row: dict[str, Any], key: str, *, where: str) -> str:
+    """Take a string that says something out of the row, without white space around it. Raises InputError."""
+    if key not in row:
+        raise InputError(f"{where}: the key {key!r} is missing; the row has {listed(row)}")
+    return check_text(row.pop(key), key, where=where)
+
+
+def check_text(value: object, key: str, *, where: str) -> str:
+    """The string without white space around it. Raises InputError for other types and empty strings."""
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {key} must be text, not {value!r}")
+    text = value.strip()
+    if not text:
+        raise InputError(f"{where}: {key} is empty; write it or drop the row")
+    return text
+
+
+def find_picture(folder: Path, name: str, *, where: str) -> PictureFile:
+    """The existing file that a row names, inside `folder`. Raises InputError."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or PureWindowsPath(name).drive or ".." in pure.parts:
+        raise InputError(f"{where}: {name!r} leaves the folder; give a path below {folder}")
+    path = folder / pure
+    if not os.path.isfile(path):  # unlike Path.is_file, also False for names too long for the file system
+        raise InputError(f"{where}: the picture {name!r} is not in {folder}; restore it or drop the row")
+    return PictureFile(path)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message."""
+    return ", ".join(map(repr, names)) or "nothing"
+
+
+def refuse(sentence: str, index: int) -> Triplet:
+    """A row that is known to be lost."""
+    raise InputError(sentence)

@@ -1,0 +1,186 @@
+"""Parquet files and data sets of the Hub as rows, through `datasets`: imported only here, and only when used."""
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ztrain.errors import InputError
+from ztrain.images import Picture, stamp_of
+from ztrain.rows import RowReader, Triplet, find_picture, listed, take_text
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True, slots=True)
+class CellPicture:
+    """A picture inside a table of `datasets`, read from its Arrow file by row."""
+
+    table: "datasets.Dataset" = field(repr=False, compare=False)
+    row: int
+    column: str
+    position: int | None
+    """Place in the cell's list of pictures; None where the cell is one picture."""
+    name: str
+    state: str
+    """Changes with the Arrow files and the choice of rows."""
+
+    @property
+    def stamp(self) -> str:
+        return f"{self.state}-{self.row}-{self.column}-{self.position}"
+
+    def read(self) -> bytes:
+        cell = self.table.data.column(self.column)[self.row]
+        data: bytes = (cell if self.position is None else cell[self.position])["bytes"].as_py()
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A loaded table, what messages call it, and the folder that cells with only a path must point into."""
+
+    data: "datasets.Dataset"
+    place: str
+    root: Path
+
+    @property
+    def state(self) -> str:
+        """Changes with the Arrow files and the choice of rows."""
+        stamps = [stamp_of(os.stat(file["filename"])) for file in self.data.cache_files]
+        return hashlib.blake2b(" ".join([self.place, *stamps]).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """A picture in a row of a table."""
+
+    column: str
+    position: int | None
+    has_bytes: bool
+    path: str | None
+
+
+def parquet_rows(files: list[Path], root: Path, split: str, text_only: bool) -> Iterator[RowReader]:
+    import pyarrow.parquet
+
+    filled = []  # `datasets` cannot load a file of no rows
+    for path in files:
+        try:
+            filled += [path] * (pyarrow.parquet.read_metadata(path).num_rows > 0)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: not a readable Parquet file ({error}); restore it") from error
+    if not filled:
+        return
+    # Without a name for their state `datasets` would find its cached copy by path and mtime only.
+    states = " ".join(stamp_of(path.stat()) for path in filled)
+    choice = {
+        "path": "parquet",
+        "name": hashlib.blake2b(states.encode(), digest_size=8).hexdigest(),
+        "data_files": {"train": [glob.escape(str(path)) for path in filled]},
+        "split": "train",
+    }
+    place = f"{root}, split {split}"
+    data = _load_table(choice, f"{place}: cannot load the tables", "restore the files")
+    yield from _table_rows(_Table(data, place, root), text_only)
+
+
+def hub_rows(location: str, split: str, revision: str | None, text_only: bool) -> Iterator[RowReader]:
+    from huggingface_hub import constants
+
+    data = _load_table(
+        {"path": location, "split": split, "revision": revision},
+        f"{location}: there is no such folder, and split {split!r} does not come from the Hub",
+        "correct the path, or check id, revision, split, network and login (hf auth login)",
+    )
+    # Where pictures that lie as files in the data set are downloaded to.
+    root = Path(constants.HF_HUB_CACHE) / f"datasets--{location.replace('/', '--')}"
+    yield from _table_rows(_Table(data, f"{location}, split {split}", root), text_only)
+
+
+def _load_table(choice: dict[str, Any], fault: str, advice: str) -> "datasets.Dataset":
+    """`datasets.load_dataset`, quietly. Raises InputError with the fault, the reason's first line and the advice."""
+    import datasets
+
+    quiet = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(**choice, keep_in_memory=False)  # in memory it would travel to every worker
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        reason = str(cause or error).partition("\n")[0]
+        raise InputError(f"{fault} ({reason}); {advice}") from error
+    finally:
+        if not quiet:
+            datasets.enable_progress_bars()
+
+
+def _table_rows(table: _Table, text_only: bool) -> Iterator[RowReader]:
+    from datasets.features.features import require_decoding
+
+    features = table.data.features
+    names = [name for name in ("reference", "references") if name in features]
+    if not {"prompt", "target"} <= set(features) or len(names) != 1 and not text_only:
+        raise InputError(
+            f"{table.place}: needs the columns 'prompt', 'target' and one of 'reference', 'references'; "
+            f"it has {listed(features)}"
+        )
+    pictures = [_cells(table, name) for name in ("target", *([] if text_only else names))]
+    kept = [
+        name
+        for name, feature in features.items()
+        if name not in ("target", *names) and not require_decoding(feature)  # further pictures would fill the memory
+    ]
+    state = table.state
+    for row, columns in enumerate(table.data.select_columns(kept).data.to_pylist()):
+        cells = [cell for of_column in pictures for cell in of_column[row]]
+        yield partial(_read_cells, table, state, row, cells, columns, text_only)
+
+
+def _cells(table: _Table, column: str) -> list[list[_Cell]]:
+    """The pictures of each row in one column, without reading their bytes. Raises InputError."""
+    import pyarrow as pa
+    import pyarrow.compute as compute
+
+    values = table.data.data.column(column)
+    listed = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
+    kind = values.type.value_type if listed else values.type
+    if not pa.types.is_struct(kind) or {field.name for field in kind} != {"bytes", "path"}:
+        found = table.data.features[column]
+        raise InputError(f"{table.place}: the column {column!r} must hold pictures (datasets.Image), not {found}")
+    if listed and column == "target":
+        raise InputError(f"{table.place}: the column 'target' must hold one picture, not a list of them")
+    counts = compute.list_value_length(values).to_pylist() if listed else []
+    values = compute.list_flatten(values) if listed else values
+    has_bytes = compute.is_valid(compute.struct_field(values, "bytes")).to_pylist()
+    held = zip(has_bytes, compute.struct_field(values, "path").to_pylist(), strict=True)
+    if not listed:
+        return [[_Cell(column, None, *each)] for each in held]
+    return [[_Cell(column, position, *next(held)) for position in range(count or 0)] for count in counts]
+
+
+def _read_cells(
+    table: _Table, state: str, row: int, cells: list[_Cell], columns: dict[str, Any], text_only: bool, index: int
+) -> Triplet:
+    where = f"row {row} of {table.place}"
+    pictures: list[Picture] = []
+    for cell in cells:
+        name = f"{where}, {cell.column}" + ("" if cell.position is None else f" {cell.position}")
+        if cell.has_bytes:
+            pictures.append(CellPicture(table.data, row, cell.column, cell.position, name, state))
+        elif cell.path:
+            path = os.path.relpath(cell.path, table.root) if os.path.isabs(cell.path) else cell.path
+            pictures.append(find_picture(table.root, path, where=name))
+        else:
+            raise InputError(f"{name}: the picture is missing; fill it in or drop the row")
+    target, *references = pictures
+    if not references and not text_only:
+        raise InputError(f"{where}: has no reference; fill it in or drop the row")
+    prompt = take_text(columns, "prompt", where=where)
+    return Triplet(
+        index=index, where=where, prompt=prompt, references=tuple(references), target=target, columns=columns
+    )

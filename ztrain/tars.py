@@ -1,0 +1,194 @@
+"""WebDataset tars as rows, with random access to their pictures.
+
+A plain tar is indexed once from its headers; a picture is then a range of bytes. Nothing is extracted, unpickled or
+run, which the library of that name would do unless told otherwise. What a damaged archive has lost is counted.
+"""
+
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from ztrain.errors import InputError
+from ztrain.images import Picture, stamp_of
+from ztrain.rows import RowReader, Triplet, listed, parse_object, refuse, take_text
+
+PACK_REPORT_NAME = "pack_report.json"
+"""Lies beside shards of data_tools.pack and says how many samples each of them had: what a damaged one has lost."""
+
+_MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # key and field of a member, as WebDataset splits its name
+_META = re.compile(r"__[^/]*__(/|$)")
+_TARGET = re.compile(r"target\.[^.]+")
+_REFERENCE = re.compile(r"reference(?:\.(\d+))?\.[^.]+")
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+_BLOCK = 512  # bytes, of a tar
+# What tarfile raises on odd headers, found by flipping bytes.
+_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError)
+
+
+@dataclass(frozen=True, slots=True)
+class TarPicture:
+    """A picture inside a plain tar."""
+
+    path: Path
+    offset: int
+    """Of its first byte in the archive."""
+    size: int
+    """In bytes."""
+    member: str
+    state: str
+    """Stamp of the archive when it was listed; another archive under this name is not read."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}: {self.member}"
+
+    @property
+    def stamp(self) -> str:
+        return f"{self.state}-{self.offset}-{self.size}"
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            if stamp_of(os.fstat(file.fileno())) != self.state:
+                raise OSError("the archive has changed since it was listed; start again")
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(slots=True)
+class _Archive:
+    """What the headers of a tar say."""
+
+    path: Path
+    state: str
+    samples: list[tuple[str, list[tarfile.TarInfo]]]
+    """Key and members of each run of members with one key, which is a sample to WebDataset."""
+    damage: str = ""
+    """Why samples may be missing at the end; empty for a whole archive."""
+
+
+def tar_rows(files: list[Path], root: Path, split: str, text_only: bool) -> Iterator[RowReader]:
+    packed = _packed_samples(root, split)
+    for path in files:
+        archive = _index_tar(path)
+        times = Counter(key for key, _ in archive.samples)
+        for key, members in archive.samples:
+            if times[key] == 1:
+                yield partial(_read_sample, archive, key, members, text_only)
+            else:
+                fault = f"the key stands {times[key]} times; the members of a sample must lie side by side, and once"
+                yield partial(refuse, f"{path}: {_printable(key)}: {fault}")
+        expected = packed.pop(path, None)
+        if expected is None and archive.damage:
+            yield partial(refuse, f"{path}: {archive.damage}; how many samples it has lost is unknown; restore it")
+        for number in range(len(archive.samples), expected or 0):
+            reason = archive.damage or "the archive ends before it"
+            yield partial(refuse, f"{path}: sample {number + 1} of {expected} is lost: {reason}; restore the archive")
+    for path, expected in packed.items():
+        for number in range(expected):
+            yield partial(refuse, f"{path}: sample {number + 1} of {expected} is lost: the archive is missing")
+
+
+def _packed_samples(root: Path, split: str) -> dict[Path, int]:
+    """Archive -> number of samples that data_tools.pack put there; nothing for tars of others. Raises InputError."""
+    path = root / PACK_REPORT_NAME
+    if not path.exists():
+        return {}
+    try:
+        shards = json.loads(path.read_bytes())["shards"].get(split, {})
+        return {root / name: int(shard["samples"]) for name, shard in shards.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a report of data_tools.pack ({error}); restore it or remove it") from error
+
+
+def _index_tar(path: Path) -> _Archive:
+    """Reads the headers of a tar, to its end or as far as they can be trusted. Raises InputError."""
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            archive = _Archive(path, stamp_of(found), [])
+            head, end = file.read(6), 0
+            file.seek(0)
+            try:
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    while (member := tar.next()) is not None:
+                        if member.size < 0 or not end < tar.offset <= found.st_size:
+                            raise tarfile.ReadError("the next member reaches backwards or beyond the end of the file")
+                        end = tar.offset
+                        _add_member(archive.samples, member)
+                _check_end(file, end)
+            except _TAR_ERRORS as error:
+                if head.startswith(_COMPRESSED):
+                    raise InputError(f"{path}: is compressed; random access needs a plain tar: unpack it") from error
+                archive.damage = f"the archive is damaged at byte {end:,} ({error})"
+                archive.samples = archive.samples[:-1]  # its last members may have stood behind the damage
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the archive ({error.strerror or error})") from error
+    return archive
+
+
+def _add_member(samples: list[tuple[str, list[tarfile.TarInfo]]], member: tarfile.TarInfo) -> None:
+    name = _MEMBER.fullmatch(member.name)
+    if member.isdir() or not name or _META.match(member.name):  # WebDataset skips these too
+        return
+    if not samples or samples[-1][0] != name[1]:
+        samples.append((name[1], []))
+    samples[-1][1].append(member)
+
+
+def _check_end(file: BinaryIO, offset: int) -> None:
+    """Raises ReadError unless zeros, at least one block of them, fill the archive from `offset` on."""
+    file.seek(offset)
+    block = file.read(_BLOCK)
+    if len(block) < _BLOCK:
+        raise tarfile.ReadError("its end mark is missing, so it was cut short or never closed")
+    while block:
+        if block.count(0) < len(block):
+            raise tarfile.ReadError("neither a member nor the end of the archive")
+        block = file.read(1 << 20)
+
+
+def _read_sample(archive: _Archive, key: str, members: list[tarfile.TarInfo], text_only: bool, index: int) -> Triplet:
+    where = f"{archive.path}: {_printable(key)}"
+    fields: dict[str, TarPicture] = {}
+    for member in members:
+        name = member.name[len(key) + 1 :].lower()
+        if name in fields:
+            raise InputError(f"{where}: the member {name!r} stands twice; keep one")
+        if not member.isreg() or member.issparse():
+            raise InputError(f"{where}: the member {name!r} is a link or sparse; store it as a plain file")
+        printable = _printable(member.name)
+        fields[name] = TarPicture(archive.path, member.offset_data, member.size, printable, archive.state)
+    targets = [picture for name, picture in fields.items() if _TARGET.fullmatch(name)]
+    if "json" not in fields or len(targets) != 1:
+        raise InputError(f"{where}: needs one member 'json' and one 'target.<ext>'; it has {listed(fields)}")
+    try:
+        row = parse_object(fields["json"].read(), where=where)
+    except OSError as error:
+        raise InputError(f"{where}: cannot read its JSON ({error.strerror or error})") from error
+    prompt = take_text(row, "prompt", where=where)
+    references = () if text_only else _tar_references(fields, where=where)
+    return Triplet(index=index, where=where, prompt=prompt, references=references, target=targets[0], columns=row)
+
+
+def _tar_references(fields: dict[str, TarPicture], *, where: str) -> tuple[Picture, ...]:
+    """`reference.<ext>`, or `reference.0.<ext>`, `reference.1.<ext>`, ... without a gap. Raises InputError."""
+    matches = [(match, picture) for name, picture in fields.items() if (match := _REFERENCE.fullmatch(name))]
+    numbered = sorted((int(match[1] or 0), picture.offset, picture) for match, picture in matches)
+    if not numbered or [number for number, _, _ in numbered] != list(range(len(numbered))):
+        raise InputError(
+            f"{where}: needs one member 'reference.<ext>', or 'reference.0.<ext>', 'reference.1.<ext>' and so on; "
+            f"it has {listed(fields)}"
+        )
+    return tuple(picture for _, _, picture in numbered)
+
+
+def _printable(name: str) -> str:
+    """A member's name with bytes that are no UTF-8 written as escapes."""
+    return name.encode(errors="backslashreplace").decode()

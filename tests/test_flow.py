@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from ztrain.flow import (
     SigmaDensity,
+    draw_dropout,
     draw_noise,
     draw_sigma,
     euler_step,
     interpolate,
+    keep_prior,
     loss_weight,
     resolution_shift,
     sampler_noise,
@@ -117,3 +119,27 @@ def test_strength_keeps_the_end_of_the_schedule(steps: int, strength: float, shi
         with pytest.raises(ValueError, match="above 0 and at most 1"):
             sigma_schedule(steps, shift, outside)
     assert part[-1] == 0 and (part[1:] < part[:-1]).all() and part[0] <= 1 + 1e-6
+
+
+def test_the_prior_is_the_distance_to_the_base_in_its_share() -> None:
+    generator = torch.Generator().manual_seed(3)
+    velocity, base, latents, noise = (
+        [torch.randn((16, 2 + 2 * i, 4), generator=generator) for i in range(3)] for _ in range(4)
+    )
+    sigma = torch.tensor([0.2, 0.5, 0.8])
+    losses = velocity_losses(velocity, latents, noise, sigma, "bump")
+    mixed = keep_prior(losses, velocity, base, sigma, torch.tensor([0.0, 0.25, 1.0]), "bump")
+    distance = torch.stack([(v - b).square().mean() for v, b in zip(velocity, base, strict=True)])
+    prior = distance * loss_weight(sigma, "bump")
+    expected = torch.stack([losses[0], 0.75 * losses[1] + 0.25 * prior[1], prior[2]])
+    assert torch.allclose(mixed, expected, rtol=1e-6)
+
+
+def test_dropout_draws_are_uniform_and_independent_of_sigma() -> None:
+    keys = [SampleKey(1, 2, i) for i in range(4000)]
+    drawn = torch.tensor([draw_dropout(key) for key in keys])
+    quantiles = torch.tensor([0.05, 0.1, 0.15, 0.5, 0.9])
+    assert torch.allclose(drawn.quantile(quantiles), quantiles, atol=0.02) and drawn.max() < 1
+    sigma = draw_sigma(keys, SigmaDensity("uniform"))
+    assert abs(np.corrcoef(drawn.numpy(), sigma.numpy())[0, 1]) < 0.05
+    assert [draw_dropout(key) for key in keys[:5]] == drawn[:5].tolist()

@@ -17,7 +17,8 @@ from ztrain.adapters.projector import ProjectorConfig
 from ztrain.adapters.siglip import SiglipConfig
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.conditioning import IMAGE, Encoded, TokenStates
-from ztrain.dit import REAL_CONFIG
+from ztrain.config import load_config
+from ztrain.dit import REAL_CONFIG, padded
 from ztrain.model import AdaptedDiT
 
 EVERYWHERE = (
@@ -27,6 +28,8 @@ ATTENTION = EVERYWHERE.replace(r"|feed_forward\.w[123]", "")
 WITH_MODULATION = EVERYWHERE.replace(r"|feed_forward", r"|adaLN_modulation\.0|feed_forward")
 
 SIGLIP = SiglipConfig(feature_dim=1152)
+ROOT = Path(__file__).parents[1]
+MEASURED = json.loads((ROOT / "benchmarks/results/first_step_nvidia_h200.json").read_text())
 
 
 def lora(rank: int, **settings: str) -> LoraAdapterConfig:
@@ -65,6 +68,35 @@ def test_parameter_counts(adapters: list, millions: float) -> None:
     assert count / 1e6 == pytest.approx(millions, abs=0.06)
     if adapters == [SIGLIP]:
         assert count == 358_358_144 and len(model.trainable_state()) == 30
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*_24gb.yaml")), ids=lambda path: path.stem)
+def test_24gb_configs_fit_by_computation(path: Path) -> None:
+    """An upper bound for one card: weights, gradients and moments to the byte, activations by the largest of each kind.
+
+    Checked against the measured peaks of the DiT's step (benchmarks/results): none may lie above its bound.
+    """
+    config = load_config([path])
+    with torch.device("meta"):
+        dit = ZImageTransformer2DModel(**REAL_CONFIG)
+        base = sum(p.numel() for p in dit.parameters())
+        model = AdaptedDiT(dit, build_adapters(config.adapters, 1152))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    moments = 2 if config.train.optimizer == "adamw_8bit" else 8
+    average = 4 if config.train.ema_decay else 0
+    static = 2 * base + trained * (4 + 4 + moments + average)
+    # The longest sequence: a full prompt, the largest reference in the caption, SigLIP2's 256 patches, 1024 x 1024.
+    caption = padded(config.encoders.max_sequence_length + config.encoders.max_reference_pixels // 1024 + 2)
+    tokens = caption + (config.data.resolution // 16) ** 2 + 256
+    dim, hidden, blocks = dit.dim, int(dit.dim / 3 * 8), 30 + 2 + 2 + 2
+    inputs = blocks * tokens * dim * 2  # kept by checkpointing, bf16
+    # Of the block that is recomputed: about 24 tensors of the model's width and 5 of the feed-forward's, half of them
+    # with a gradient at the same time.
+    recomputed = tokens * (24 * dim + 5 * hidden) * 2 * 1.5
+    bound = (static + config.train.train_batch_size * (inputs + recomputed)) / 2**30
+    assert bound < 22.5, bound  # leaves 1.5 GiB to CUDA itself and to fragmentation
+    [row] = [row for row in MEASURED["rows"] if f"{row['list']}_24gb" == path.stem]
+    assert row["trained"] == trained and row["peak_gib"] < bound
 
 
 @pytest.mark.gpu

@@ -308,6 +308,28 @@ def test_validation_and_previews_change_nothing_and_show_what_is_trained(place: 
     assert len(base) == 12 and base["no_image-0.png"] != base["splice-0.png"]
 
 
+def test_pictures_without_references_join_in_their_share(place: Place, tmp_path: Path) -> None:
+    """The same pictures as text-only samples; half of the order is theirs, and they are validated like any other."""
+    others = ("--data.text_only_data_dir", str(place.data), "--data.text_only_share", "0.5")
+    words = (
+        *QUIET,
+        *others,
+        "--train.max_train_steps",
+        "4",
+        "--train.prior_weight",
+        "1",
+        "--tracking.log_data_manifest",
+    )
+    finish(ALONE, place.words(tmp_path / "run", *words))
+    listed = [json.loads(line) for line in (tmp_path / "run" / "triplets.jsonl").read_text().splitlines()]
+    assert len(listed) == 22 and [bool(row["references"]) for row in listed] == [True] * 11 + [False] * 11
+    assert str(place.data) not in (tmp_path / "run" / "triplets.jsonl").read_text()
+    # Prior only, no reference: what is trained is to be the base, as its LoRA is at step 0; the siglip tokens are not.
+    assert float.fromhex(losses(tmp_path / "run")[0]) > 0
+    refused = finish(ALONE, place.words(tmp_path / "other", "--data.text_only_share", "0.5"), status=2)
+    assert "text_only_share 0.5 needs text_only_data_dir" in refused.stderr
+
+
 def test_refusals_of_a_resume_and_a_used_folder(place: Place, tmp_path: Path) -> None:
     out = tmp_path / "run"
     steps = ("--train.max_train_steps", "2", "--train.checkpointing_steps", "1")

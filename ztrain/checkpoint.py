@@ -252,14 +252,32 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[dict[str, Tensor], dict]:
-    """An optimizer's state as `<what>.<parameter>` tensors, and the JSON of the rest; `names`: in its own order."""
+    """An optimizer's state as `<what>.<parameter>` tensors, and the JSON of the rest; `names`: in its own order.
+
+    8-bit optimizers nest their state: `<what>` is then a path with slashes. Tensors that several weights share, as
+    their quantisation tables, are copied, because a safetensors file cannot say so.
+    """
     tensors: dict[str, Any] = {}
     numbers: dict[str, Any] = {}
+    seen: set[int] = set()
     stored = optimizer.state_dict()
     for index, state in stored["state"].items():
-        for what, value in state.items():
-            (tensors if isinstance(value, Tensor) else numbers)[f"{what}.{names[index]}"] = value
+        for what, value in _flattened(state):
+            key = f"{what}.{names[index]}"
+            if isinstance(value, Tensor):
+                tensors[key] = value.clone() if value.data_ptr() in seen else value
+                seen.add(value.data_ptr())
+            else:
+                numbers[key] = value
     return tensors, {"numbers": numbers, "groups": stored["param_groups"]}
+
+
+def _flattened(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in state.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
 
 
 def load_optimizer(
@@ -272,6 +290,10 @@ def load_optimizer(
         what, name = key.split(".", 1)
         if name not in places:
             raise InputError(f"the checkpoint's optimizer knows a weight {name} that this run does not train")
-        state.setdefault(places[name], {})[what] = value
+        *path, last = what.split("/")
+        inside = state.setdefault(places[name], {})
+        for part in path:
+            inside = inside.setdefault(part, {})
+        inside[last] = value
     groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in rest["groups"]]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

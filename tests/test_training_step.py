@@ -1,0 +1,104 @@
+"""What whole-run tests cannot tell apart in a training step: dropout, the prior, idle weights, schedules."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.test_parity import LORA, PROJECTOR, SIGLIP, SIGMA, encoded, encoders, make_model, noise_like
+from tests.triplets import ROOT
+from ztrain.adapters.splice import SpliceConfig
+from ztrain.conditioning import Dropout, Encoded
+from ztrain.config import TrainConfig, load_config
+from ztrain.flow import draw_dropout
+from ztrain.run import make_optimizer
+from ztrain.sampler import SampleKey
+
+__all__ = ["encoded", "encoders"]  # fixtures
+LISTS = [[PROJECTOR], [SpliceConfig(), LORA], [SIGLIP], [SIGLIP, LORA], [LORA]]
+NAMES = ["projector", "splice_lora", "siglip", "siglip_lora", "lora"]
+
+
+def test_dropout_takes_one_thing_at_a_time(encoded: Encoded) -> None:
+    sample = encoded.select([0])
+    dropout = Dropout(text=0.1, reference=0.2, both=0.3)
+    counts: Counter = Counter()
+    for i in range(3000):
+        kept = dropout.apply(sample, draw_dropout(SampleKey(0, 0, i)))
+        counts[torch.equal(kept.text[0], sample.null_text), kept.with_reference[0]] += 1
+    expected = {(True, True): 0.1, (False, False): 0.2, (True, False): 0.3, (False, True): 0.4}
+    assert set(counts) == set(expected)
+    assert all(counts[what] / 3000 == pytest.approx(share, abs=0.03) for what, share in expected.items())
+    assert Dropout().apply(sample, 0.0) is sample and encoded.with_reference == [True, True, False]
+
+
+@pytest.mark.parametrize("adapters", LISTS, ids=NAMES)
+def test_base_velocity_is_the_base_and_leaves_no_trace(family: Path, encoded: Encoded, adapters: list) -> None:
+    """Also with weights that have moved, and between forward passes that train."""
+    noisy = noise_like((8, 8), (12, 6), (4, 10))
+    with torch.no_grad():
+        plain = make_model(family, [])(noisy, SIGMA, encoded)
+    model = make_model(family, adapters).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    reference = [v.detach() for v in model(noisy, SIGMA, encoded)]
+    base = model.base_velocity(noisy, SIGMA, encoded)
+    assert all(torch.equal(mine, theirs) and not mine.requires_grad for mine, theirs in zip(base, plain, strict=True))
+    again = model(noisy, SIGMA, encoded)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(again, reference, strict=True))
+    assert [p for p in model.parameters() if p.requires_grad] == trained
+    sum(v.square().mean() for v in again).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+
+
+@pytest.mark.parametrize("adapters", LISTS, ids=NAMES)
+def test_weights_that_a_batch_does_not_use_get_zero_gradients(family: Path, encoded: Encoded, adapters: list) -> None:
+    model = make_model(family, adapters).train()
+    noisy = noise_like((8, 8), (8, 8))
+    bare = encoded.select([0, 1]).without_reference()
+    output = model(noisy, SIGMA[:2], bare)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(output, model(noisy, SIGMA[:2], bare), strict=True))
+    sum(v.square().mean() for v in output).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            if "siglip" in name or name.startswith("adapters."):  # what reads a reference is idle
+                assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1.0, 1.0, 1.0, 1.0]),
+        ("constant_with_warmup", [0.0, 0.5, 1.0, 1.0]),
+        ("linear", [0.0, 0.5, 1.0, 0.5]),
+        ("cosine", [0.0, 0.5, 1.0, 0.5]),
+        ("cosine_with_restarts", [0.0, 0.5, 1.0, 1.0]),
+        ("polynomial", [0.0, 0.5, 1.0, 0.25]),
+    ],
+)
+def test_schedules_warm_up_and_end_where_they_should(schedule: str, expected: list[float]) -> None:
+    """At steps 0, 5, 10 (end of the warm-up) and 15 (half of what is left): closed forms of diffusers' schedules."""
+    config = TrainConfig(
+        lr_scheduler=schedule, lr_warmup_steps=10, max_train_steps=20, learning_rate=2.0, lr_num_cycles=2, lr_power=2.0
+    )
+    optimizer, scheduler = make_optimizer(config, [nn.Parameter(torch.ones(2))])
+    rates = []
+    for _ in range(16):
+        rates.append(scheduler.get_last_lr()[0] / 2.0)
+        optimizer.step()
+        scheduler.step()
+    assert [rates[i] for i in (0, 5, 10, 15)] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configs_for_a_24gb_card_train_the_same_lists(name: str) -> None:
+    plain, real = (load_config([ROOT / "configs" / f"{file}.yaml"]) for file in (name, f"{name}_24gb"))
+    assert real.adapters == plain.adapters and real.output_dir == plain.output_dir
+    assert real.data.resolution == 1024 and real.train.train_batch_size == 1 and real.train.gradient_checkpointing
+    assert real.train.mixed_precision == "bf16"

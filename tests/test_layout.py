@@ -39,7 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
         "config", "models", "conditioning", "adapters", "model", "encoders", "vision_language", "sample", "flow",
         "version", "images",
     },
-    "tracking": {"config", "models"},
+    "privacy": {"models"},
+    "tracking": {"config", "privacy"},
     "store": set(),
     "digests": {"images", "store"},
     "cache": {

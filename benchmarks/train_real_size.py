@@ -1,0 +1,175 @@
+"""The whole training path at the real size on one GPU, with random weights: cache, steps, validation, previews, resume.
+
+    python -m benchmarks.train_real_size --work /tmp/real --out benchmarks/results [--smoke]
+
+Builds Z-Image, Qwen3-VL's front-end and SigLIP2 at their released sizes (22 GB of random bf16), paints triplets, and
+runs the project's own commands on configs/*_24gb.yaml. Writes train_real_size_<gpu>.json: peak memory of whole runs, share
+of step time spent waiting for data, how busy the encoders were. --smoke: the tiny family on a CPU, to rehearse the script.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+LISTS = ("siglip_lora", "siglip", "projector", "splice_lora", "lora")
+STEPS = 12
+
+
+def build_real_family(tiny: Path, folder: Path) -> None:
+    """The tiny family's folders with models of the released sizes in them; configs as in zimage_facts.md section 1."""
+    from diffusers import AutoencoderKL, ZImageTransformer2DModel
+    from safetensors.torch import save_file
+    from transformers import Qwen3Config, Qwen3Model, Siglip2VisionConfig, Siglip2VisionModel
+    from transformers.models.qwen3_vl import Qwen3VLConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+    from ztrain.dit import REAL_CONFIG
+
+    def save(model: torch.nn.Module, place: Path) -> None:
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                torch.nn.init.normal_(parameter, std=0.02)
+        shutil.rmtree(place, ignore_errors=True)
+        model.save_pretrained(place)
+        print(
+            "built", place.relative_to(folder), f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} B", flush=True
+        )
+
+    shutil.copytree(tiny, folder)
+    base, vl, siglip = (folder / name for name in ("Z-Image", "Qwen3-VL-4B-Instruct", "siglip2-so400m-patch16-naflex"))
+    text = json.loads((base / "text_encoder" / "config.json").read_text())
+    sizes = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+             "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}  # fmt: skip
+    wide = {k: v for k, v in (text | sizes).items() if k not in ("layer_types", "architectures", "dtype")}
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        save(ZImageTransformer2DModel(**REAL_CONFIG), base / "transformer")
+        vae = json.loads((base / "vae" / "config.json").read_text())
+        vae |= {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32}
+        save(AutoencoderKL.from_config(vae), base / "vae")
+        save(Qwen3Model(Qwen3Config(**wide)), base / "text_encoder")
+        whole = json.loads((vl / "config.json").read_text())
+        whole["text_config"] |= sizes | {"rope_parameters": {"rope_theta": 5e6, "rope_type": "default",
+                                         "mrope_section": [24, 20, 20], "mrope_interleaved": True}}  # fmt: skip
+        whole["text_config"].pop("layer_types", None)
+        whole["vision_config"] |= {"hidden_size": 1024, "intermediate_size": 4096, "depth": 24, "num_heads": 16,
+                                   "out_hidden_size": 2560, "deepstack_visual_indexes": [5, 11, 17],
+                                   "num_position_embeddings": 2304}  # fmt: skip
+        config = Qwen3VLConfig(**whole)
+        visual = Qwen3VLVisionModel(config.vision_config)
+        for parameter in visual.parameters():
+            if parameter.ndim >= 2:
+                torch.nn.init.normal_(parameter, std=0.02)
+        tensors = {f"model.visual.{k}": v.cpu().contiguous() for k, v in visual.state_dict().items()}
+        tensors["model.language_model.embed_tokens.weight"] = torch.zeros((151936, 2560), device="cpu")
+        save_file(tensors, vl / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(vl)
+        wide_siglip = Siglip2VisionConfig(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
+                                          num_attention_heads=16, num_patches=256, patch_size=16)  # fmt: skip
+        kept = {name: (siglip / name).read_bytes() for name in ("preprocessor_config.json",)}
+        save(Siglip2VisionModel(wide_siglip), siglip)
+        for name, content in kept.items():
+            (siglip / name).write_bytes(content)
+    torch.set_default_dtype(torch.float32)
+
+
+def run(*words: str) -> tuple[str, float]:
+    """One command; its output and seconds."""
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise SystemExit(f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done.stdout, seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--smoke", action="store_true")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    work, gpu = options.work, "cpu" if options.smoke else torch.cuda.get_device_name()
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    run("ztrain.mini.family", "--out", str(work / "tiny"))
+    family = work / "tiny"
+    if not options.smoke:
+        family = work / "family"
+        build_real_family(work / "tiny", family)
+        torch.cuda.empty_cache()
+    run("ztrain.mini.painter", "--out", str(work / "drawings"))
+    (work / "build.yaml").write_text(
+        "images: drawings/images\ncontents: drawings/contents.csv\nmax_triplets_per_split: 48\n"
+    )
+    run("data_tools.build", "--config", str(work / "build.yaml"), "--out", str(work / "triplets"))
+    print(f"prepared after {time.perf_counter() - started:.0f} s", flush=True)
+
+    def words(name: str) -> list[str]:
+        tiny = ["configs/tiny.yaml"] if options.smoke else []
+        folders = ("Z-Image", "Qwen3-VL-4B-Instruct", "siglip2-so400m-patch16-naflex")
+        places = {role: str(family / f) for role, f in zip(("base", "vision_language", "siglip"), folders, strict=True)}
+        return [
+            "--config", f"configs/{name}_24gb.yaml", *tiny,
+            *(w for role, place in places.items() for w in (f"--models.{role}.pretrained_model_name_or_path", place)),
+            "--data.train_data_dir", str(work / "triplets"), "--cache.dir", str(work / "cache"),
+            "--train.gradient_accumulation_steps", "1", "--train.lr_warmup_steps", "0", "--train.logging_steps", "1",
+            "--validation.num_samples", "4", "--validation.num_previews", "2", "--sample.num_inference_steps", "2",
+        ]  # fmt: skip
+
+    rows, caching = [], []
+    for name in LISTS:
+        said, seconds = run("ztrain.cli", "cache", *words(name))
+        print(name, said.strip().splitlines()[-1], f"{seconds:.0f} s", flush=True)
+        caching.append({"list": name, "said": said.strip().splitlines()[-1], "seconds": round(seconds, 1)})
+        out = work / "runs" / name
+        train = ["ztrain.train", *words(name), "--output_dir", str(out), "--train.max_train_steps", str(STEPS)]
+        _, seconds = run(*train, "--train.checkpointing_steps", str(STEPS // 2))
+        metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        steps = [row for row in metrics if 3 <= row["step"] < STEPS and "val/loss" not in row]
+        total = sum(row["perf/step_seconds"] for row in steps)
+        row = {
+            "list": name,
+            "peak_gib": round(max(row.get("mem/max_allocated_gib", 0.0) for row in metrics), 2),
+            "ms": round(1e3 * total / len(steps), 1),
+            "data_wait_share": sum(r["perf/step_seconds"] * r["perf/data_wait_share"] for r in steps) / total,
+            "loss": [metrics[1]["train/loss"], metrics[-1]["train/loss"]],
+            "run_seconds": round(seconds, 1),
+        }
+        if name in ("siglip_lora", "projector"):  # the second half again, from the checkpoint in the middle
+            again = work / "runs" / f"{name}_again"
+            middle = out / "checkpoints" / f"step-{STEPS // 2:08d}"
+            run(*train[:-3], str(again), "--train.max_train_steps", str(STEPS), "--resume_from_checkpoint", str(middle))
+            resumed = [json.loads(line)["train/loss"] for line in (again / "metrics.jsonl").read_text().splitlines()]
+            whole = [row["train/loss"] for row in metrics if row["step"] > STEPS // 2]
+            row["resume_largest_relative_difference"] = max(abs(a - b) / b for a, b in zip(resumed, whole, strict=True))
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+        write(options.out, gpu, rows, caching)
+    print(f"done after {time.perf_counter() - started:.0f} s")
+
+
+def write(out: Path, gpu: str, rows: list, caching: list) -> None:
+    document = {
+        "command": "python -m benchmarks.train_real_size --work /tmp/real --out benchmarks/results",
+        "what": "configs/*_24gb.yaml at 1024 px, random weights; peak_gib: of whole runs, validation and previews in",
+        "machine": {"gpu": gpu, "torch": torch.__version__, "cpus": os.cpu_count()},
+        "rows": rows,
+        "caching": caching,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"\W+", "_", gpu.lower())
+    (out / f"train_real_size_{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,8 @@
     python -m benchmarks.train_real_size --work /tmp/real --out benchmarks/results [--smoke]
 
 Builds Z-Image, Qwen3-VL's front-end and SigLIP2 at their released sizes (22 GB of random bf16), paints triplets, and
-runs the project's own commands on configs/*_24gb.yaml. Writes train_real_size_<gpu>.json: peak memory of whole runs, share
-of step time spent waiting for data, how busy the encoders were. --smoke: the tiny family on a CPU, to rehearse the script.
+runs the project's own commands on configs/*_24gb.yaml. Writes train_real_size_<gpu>.json: peak memory of whole runs,
+share of step time spent waiting for data, how busy the encoders were. --smoke: the tiny family on a CPU, a rehearsal.
 """
 
 import argparse

@@ -218,8 +218,8 @@ class TrackingConfig(_Section):
     report_to: Literal["none", "wandb"] = "none"
     """The key comes from `wandb login` or WANDB_API_KEY, never from here."""
     mode: Literal["online", "offline"] = "online"
-    """Both write a folder of the run; online, a second process uploads it while it grows, and goes on when a server that
-    was lost comes back. What is not uploaded at the end waits for `wandb sync`."""
+    """Both write a folder of the run. online: a second process uploads it while it grows, and goes on when a server
+    that was lost comes back; what is not uploaded at the end waits for `wandb sync`."""
     project: str = "ztrain"
     entity: str | None = None
     name: str | None = None

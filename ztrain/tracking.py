@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from ztrain.config import TrackingConfig
 from ztrain.errors import InputError
-from ztrain.privacy import public_config, public_text
+from ztrain.privacy import public_config
 
 # A server that was silent for so long is told about, and close() waits so long for the last rows to arrive.
 _SILENT_SECONDS = 20.0

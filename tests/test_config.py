@@ -14,7 +14,7 @@ from ztrain.dit import load_transformer
 from ztrain.encoders import Encoders
 from ztrain.errors import InputError
 from ztrain.models import Source, base_defaults, identity, public_name
-from ztrain.train import sigma_density
+from ztrain.run import sigma_density
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml")) + sorted((ROOT / "configs" / "presets").glob("*.yaml"))

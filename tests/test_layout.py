@@ -46,23 +46,25 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "cache": {
         "conditioning", "config", "digests", "images", "models", "store", "vision_language",
     },
-    "fill": {"cache", "config", "encoders", "images", "models", "store", "vision_language"},
+    "fill": {"cache", "config", "digests", "encoders", "images", "models", "store", "vision_language"},
     "samples": {"cache", "config", "data", "digests", "dit", "encoders", "images", "rows", "sampler"},
-    "prepare": {"cache", "config", "fill", "samples"},
+    "together": set(),
+    "prepare": {"cache", "config", "fill", "samples", "together"},
     "interrupt": set(),
     "batches": {"cache", "conditioning", "config", "encoders", "flow", "sampler", "samples"},
     "checkpoint": {"config"},
     "meter": {"sampler", "version"},
     "validate": {
         "adapters", "batches", "cache", "conditioning", "config", "encoders", "flow", "grid", "images", "model",
-        "models", "rows", "sample", "sampler", "samples",
+        "models", "sample", "sampler", "samples", "together",
     },
     "run": {
         "adapters", "cache", "checkpoint", "config", "dit", "encoders", "export", "meter", "model", "models",
-        "prepare", "samples", "tracking", "validate", "yamls",
+        "flow", "prepare", "samples", "together", "tracking", "validate", "yamls",
     },
     "train": {
-        "batches", "checkpoint", "config", "flow", "interrupt", "meter", "models", "run", "sampler", "samples", "stats",
+        "batches", "checkpoint", "config", "flow", "interrupt", "meter", "run", "sampler", "samples", "stats",
+        "together",
     },
     "grid": set(),
     "compare": {

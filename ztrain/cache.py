@@ -193,8 +193,13 @@ class Cache:
         found: dict[str, dict[str, str]] = {}
         for kind in kinds:
             path = self.store(kind).folder / "kind.json"
-            if path.is_file():
+            try:
                 found |= json.loads(path.read_text(encoding="utf-8"))["identities"]
+            except (OSError, ValueError, KeyError) as error:
+                raise InputError(
+                    f"{path}: cannot read which encoders made this part of the cache ({error}); delete "
+                    f"{path.parent.name} and run `ztrain cache` again"
+                ) from error
         return found
 
 

@@ -106,10 +106,11 @@ def publish(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]]
 
 
 def replace_folder(writing: Path, final: Path) -> None:
-    """Gives a finished folder its name, in the place of one of an earlier life of the run if there is any."""
-    _retire(final)
+    """Gives a finished folder its name; one of an earlier life of the run is removed after that."""
+    condemned = _condemn(final)
     os.rename(writing, final)
     _sync(final.parent)
+    shutil.rmtree(condemned, ignore_errors=True)
 
 
 _KEPT = "free some space or mend the folder, then resume: earlier checkpoints are untouched"
@@ -186,15 +187,36 @@ def find(wanted: str, folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def prune(folder: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints. Call it after the newest has been verified."""
     for path in checkpoints(folder)[:-keep]:
-        _retire(path)
+        shutil.rmtree(_condemn(path))
 
 
-def _retire(path: Path) -> None:
-    """Removes a checkpoint if it is there. Renamed first: what is half removed must not have a checkpoint's name."""
+def set_aside(folder: Path, above: int) -> list[Path]:
+    """Moves checkpoints beyond a step, which a run that resumes there leaves behind, to `<folder>/abandoned/`.
+
+    Otherwise they would count as the newest: kept in the place of what the run saves, and resumed from next time.
+    """
+    moved = []
+    for path in checkpoints(folder):
+        if _step_of(path) > above:
+            place = folder / "abandoned" / path.name
+            place.parent.mkdir(exist_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
+            os.rename(path, place)
+            moved.append(place)
+    return moved
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _condemn(path: Path) -> Path:
+    """Renames a folder, if it is there, to one that counts for nothing: what is half removed must not have its name."""
+    condemned = path.with_name(f".removing-{path.name}")
+    shutil.rmtree(condemned, ignore_errors=True)  # of a process that was killed here
     if path.exists():
-        condemned = path.with_name(f".removing-{path.name}")
         os.rename(path, condemned)
-        shutil.rmtree(condemned)
+    return condemned
 
 
 def sweep(folder: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ztrain.config import Config, load_config
-from ztrain.errors import InputError
+from ztrain.errors import InputError, sentence
 from ztrain.yamls import dump_yaml
 
 
@@ -97,8 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = _parser(verb).parse_known_args(words[len(verb.split()) :])
     try:
         print(_VERBS[verb](load_config(options.config, overrides, f"ztrain {verb}"), options))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     return 0
 

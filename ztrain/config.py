@@ -296,6 +296,11 @@ class Config(_Section):
     @model_validator(mode="after")
     def _possible_list(self) -> "Config":
         check_list(self.adapters)
+        if self.train.prior_weight and self.adapters and not self.reads:
+            raise ValueError(
+                f"train.prior_weight {self.train.prior_weight:g} holds samples without a reference at the base, and "
+                f"{describe_list(list(self.adapters))} reads no reference: it would hold all of them; set it to 0"
+            )
         return self
 
     @property

@@ -16,7 +16,7 @@ import xxhash
 from tqdm.auto import tqdm
 
 from ztrain.errors import InputError
-from ztrain.images import Picture, PictureFile, image_size
+from ztrain.images import Picture, PictureFile, image_size, read_picture
 from ztrain.store import workspace
 
 
@@ -28,6 +28,11 @@ class Known:
     digest: str
     width: int
     height: int
+
+
+def digest_bytes(data: bytes) -> str:
+    """128-bit digest, as 32 hex digits."""
+    return xxhash.xxh3_128_hexdigest(data)
 
 
 class Digests:
@@ -78,9 +83,9 @@ class Digests:
         try:
             stamp = picture.stamp
             if stamp not in self._known or not self._known[stamp][1]:
-                data = picture.read()
+                data = read_picture(picture)
                 width, height = image_size(data, picture.name)
-                self._known[stamp] = (xxhash.xxh3_128_hexdigest(data), width, height)
+                self._known[stamp] = (digest_bytes(data), width, height)
             return Known(picture, *self._known[stamp])
         except InputError as error:
             return error

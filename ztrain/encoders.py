@@ -141,7 +141,7 @@ class SiglipEncoder:
         with source.explained(), quiet_loading():
             self.processor = Siglip2ImageProcessorPil.from_pretrained(source.location, revision=source.revision)
             model, info = Siglip2VisionModel.from_pretrained(
-                source.location, revision=source.revision, dtype=dtype, output_loading_info=True
+                source.location, revision=source.revision, dtype=dtype, output_loading_info=True, use_safetensors=True
             )
         if info["missing_keys"]:
             require_loaded({"missing_keys": info["missing_keys"]}, source.location)

@@ -4,6 +4,7 @@ In: a `Cache` and what is needed of it. Out: published shards. Any number of pro
 written by one. Interrupted, it goes on where it was. Pictures are decoded and shards written by threads meanwhile.
 """
 
+import gc
 import json
 import math
 import os
@@ -23,9 +24,10 @@ from tqdm.auto import tqdm
 
 from ztrain.cache import ROLES, Cache, Needs, Request, StateName, digest_json
 from ztrain.config import Config
+from ztrain.digests import digest_bytes
 from ztrain.encoders import LatentCodec, SiglipEncoder, TextEncoder, omni_crop
 from ztrain.errors import InputError
-from ztrain.images import fit_target, open_image
+from ztrain.images import decode_image, fit_target, read_picture
 from ztrain.models import Source, base_dtype, identity
 from ztrain.store import Entry, workspace
 from ztrain.vision_language import SplicedModel
@@ -54,7 +56,8 @@ class Filled:
 
     @property
     def busy_share(self) -> float:
-        """Share of the encoding time in which an encoder was at work, 0..1."""
+        """Share of the encoding time in which an encoder, its own preprocessing included, was at work, 0..1: the rest
+        is waiting for pictures and for shards to be written."""
         return self.busy_seconds / self.encoding_seconds if self.encoding_seconds else 1.0
 
 
@@ -116,6 +119,7 @@ def fill(cache: Cache, needs: Needs, device: torch.device | str, *, progress: bo
             for kinds in _GROUPS:
                 if todo := [request for request in missing if request.state in kinds]:
                     _Filling(cache, needs, scratch, filled).run(todo, device, progress)
+        gc.collect()  # the encoders' modules refer to each other: without this they stay until Python feels like it
     filled.seconds = time.perf_counter() - started
     return filled
 
@@ -164,7 +168,7 @@ def _share(config: Config, requests: Sequence[Request], kind: StateName) -> list
 
 def _difference(tensor: Tensor, kept: Tensor) -> float:
     """Norm of the difference over the norm of what was kept; infinite for another shape or precision."""
-    if tensor.shape != kept.shape or tensor.dtype != kept.dtype:
+    if tensor.shape != kept.shape or tensor.dtype != kept.dtype or not (tensor.isfinite() & kept.isfinite()).all():
         return math.inf
     difference = (tensor.double() - kept.double()).norm()
     return float(difference / kept.double().norm().clamp_min(1e-30)) if difference > 0 else 0.0
@@ -174,9 +178,17 @@ Decoded = list[Image.Image] | InputError
 
 
 def _decode(request: Request) -> Decoded:
-    """The request's pictures as its encoder takes them, or what is wrong with one."""
+    """The request's pictures as its encoder takes them, or what is wrong with what is in one.
+
+    Raises InputError, which ends the filling, for a picture that cannot be read or is not the one that was listed: that
+    is no property of the entry, which is named by the listed picture's bytes.
+    """
+    contents = [read_picture(known.picture) for known in request.pictures]
+    for data, known in zip(contents, request.pictures, strict=True):
+        if digest_bytes(data) != known.digest:
+            raise InputError(f"{known.picture.name}: the picture has changed since it was listed; run again")
     try:
-        images = [open_image(known.picture) for known in request.pictures]
+        images = [decode_image(data, k.picture.name) for data, k in zip(contents, request.pictures, strict=True)]
         if request.state == "clean_latents":
             return [omni_crop(image) for image in images]
         return [fit_target(image, request.bucket) for image in images] if request.bucket else images
@@ -290,6 +302,8 @@ class _Filling:
             if isinstance(images, InputError):
                 raise images
             parts, refused = encoding.compute(request, images), ""
+            if not all(tensor.isfinite().all() for tensor in parts.values()):
+                raise InputError(f"{request.label}: the encoder gives values that are not finite")
         except InputError as error:
             parts, refused = {}, str(error)
             for known in request.pictures:  # the index holds no path of this machine

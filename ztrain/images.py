@@ -100,13 +100,21 @@ def open_image(picture: Picture | Path) -> Image.Image:
     known format, is damaged or cut short, or has more than `MAX_PIXELS` pixels (refused from the header).
     """
     source = PictureFile(picture) if isinstance(picture, Path) else picture
-    name = source.name
+    return decode_image(read_picture(source), source.name)
+
+
+def read_picture(picture: Picture) -> bytes:
+    """The picture's bytes. Raises InputError where they are not to be had, which says nothing about what is in them."""
     try:
-        data = source.read()
+        return picture.read()
     except FileNotFoundError as error:
-        raise InputError(f"{name}: the picture does not exist; correct the path or restore it") from error
+        raise InputError(f"{picture.name}: the picture does not exist; correct the path or restore it") from error
     except OSError as error:
-        raise InputError(f"{name}: cannot read the picture ({error.strerror or error})") from error
+        raise InputError(f"{picture.name}: cannot read the picture ({error.strerror or error})") from error
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The picture in these bytes, as `open_image` gives it. Raises InputError starting with `name`."""
     with _opened(data, name) as image:
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image), name)

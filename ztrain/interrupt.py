@@ -8,20 +8,27 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """SIGUSR1 is what SLURM sends before its time limit when asked to (sbatch --signal)."""
 
+_ECHO_SECONDS = 3.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Interruption:
-    """Notes the first of `SIGNALS`; the second one ends the process at once."""
+    """Notes the first of `SIGNALS`. A later Ctrl-C ends the process at once; whatever else comes again does nothing.
+
+    One wish to stop arrives several times: a terminal signals launcher and trainer, the launcher passes its own on, and
+    its death is a SIGTERM (end_with_launcher). So what follows within `_ECHO_SECONDS` is the same wish.
+    """
 
     def __init__(self) -> None:
         self.received = 0
         """Number of the signal, 0 for none."""
+        self._when = 0.0
 
     def install(self) -> None:
         for number in SIGNALS:
@@ -29,11 +36,13 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.received = number
+            if number == signal.SIGINT and time.monotonic() - self._when > _ECHO_SECONDS:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        self.received, self._when = number, time.monotonic()
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: finishing this step, then saving; a second signal stops at once\n".encode())
+        os.write(2, f"\n{name}: finishing this step, then saving; Ctrl-C after some seconds stops at once\n".encode())
 
 
 def end_with_launcher() -> None:

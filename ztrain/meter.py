@@ -31,7 +31,8 @@ class Meter:
 
     def __init__(self, step: int, last: int, logging_steps: int, accelerator: Accelerator) -> None:
         self.accelerator, self.step, self.logging_steps = accelerator, step, logging_steps
-        self.rows: list[Tensor] = []  # (3, B) float64: sample index, sigma, loss
+        self.seen: list[tuple[int, float]] = []  # (sample index, sigma) of this process's samples of the step
+        self.of_samples: list[Tensor] = []  # their losses, (B,), on the device
         self.losses: list[tuple[float, float]] = []  # (sigma, loss) of every sample of the step, on every process
         self.grad_norm = 0.0
         self.waited = 0.0
@@ -50,6 +51,8 @@ class Meter:
         items = iter(loader)
         while True:
             started = time.perf_counter()
+            if not self.seen:  # a step begins here: validation and saving, which came before, are no part of it
+                self.started, self.waited = started, 0.0
             try:
                 item = next(items)
             except StopIteration:
@@ -59,17 +62,20 @@ class Meter:
 
     def add(self, keys: Sequence[SampleKey], sigma: Tensor, losses: Tensor) -> None:
         """One micro-step of this process: (B,) each. Does not wait for the device."""
-        index = torch.tensor([key.index for key in keys], dtype=torch.float64, device=losses.device)
-        self.rows.append(torch.stack([index, sigma.to(losses.device).double(), losses.detach().double()]))
+        self.seen += [(key.index, float(s)) for key, s in zip(keys, sigma, strict=True)]  # sigma is on the CPU
+        self.of_samples.append(losses.detach())
 
     def agree(self, grad_norm: Tensor | float, received: int) -> int:
         """The signal that any process has received, 0 for none. Raises RuntimeError on every process where a loss or
         the gradient norm of any is not finite: before the optimizer's step, so the weights are still good."""
-        rows = torch.cat(self.rows, dim=1)  # (3, n)
-        head = torch.tensor([float(received), float(grad_norm)], dtype=torch.float64, device=rows.device)
-        together = self.accelerator.gather(torch.cat([head, rows.flatten()]).unsqueeze(0)).cpu()  # (P, 2 + 3 n)
+        losses = torch.cat(self.of_samples).double()  # (n,)
+        known = torch.tensor(list(zip(*self.seen, strict=True)), dtype=torch.float64).to(losses.device)  # (2, n)
+        norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=losses.device)
+        head = torch.stack([torch.full_like(norm, float(received)), norm])
+        mine = torch.cat([head, known.flatten(), losses])
+        together = self.accelerator.gather(mine.unsqueeze(0)).cpu()  # (P, 2 + 3 n): the step's one wait for the device
         samples = together[:, 2:].view(len(together), 3, -1)
-        self.rows, self.grad_norm = [], float(together[0, 1])
+        self.seen, self.of_samples, self.grad_norm = [], [], float(together[0, 1])
         bad = [int(index) for index in samples[:, 0][~samples[:, 2].isfinite()]]
         if bad or not together[:, 1].isfinite().all():
             named = f"the loss of samples {bad[:8]} (from 0, in the order of the data)" if bad else "the gradient norm"
@@ -79,9 +85,8 @@ class Meter:
 
     def finish_step(self, learning_rate: float) -> dict[str, float]:
         """The step's metrics by the names that W&B shows; the same on every process but for the seconds."""
-        now, self.step = time.perf_counter(), self.step + 1
-        seconds, waited = now - self.started, self.waited
-        self.started, self.waited = now, 0.0
+        self.step += 1
+        seconds, waited = time.perf_counter() - self.started, self.waited
         # fsum rounds once, whatever the order: the number of processes does not show.
         loss = math.fsum(loss for _, loss in self.losses) / len(self.losses)
         values = {"train/loss": loss, "train/grad_norm": self.grad_norm, "train/lr": learning_rate}

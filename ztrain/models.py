@@ -109,7 +109,12 @@ def load_part(kind: Any, source: Source, subfolder: str, device: torch.device | 
     source.require(f"{subfolder}/config.json", what="a Z-Image model")
     with source.explained():
         part, info = kind.from_pretrained(
-            source.location, subfolder=subfolder, revision=source.revision, output_loading_info=True, **precision
+            source.location,
+            subfolder=subfolder,
+            revision=source.revision,
+            output_loading_info=True,
+            use_safetensors=True,
+            **precision,
         )
     require_loaded(info, f"{source.location}/{subfolder}")
     return part.to(device).eval().requires_grad_(False)

@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,19 @@ from ztrain.dit import load_transformer
 from ztrain.encoders import siglip_width
 from ztrain.errors import InputError
 from ztrain.export import save_adapter
+from ztrain.flow import SigmaDensity, resolution_shift
 from ztrain.meter import environment
 from ztrain.model import AdaptedDiT
-from ztrain.models import Source, base_dtype, identity
+from ztrain.models import Source, base_defaults, base_dtype, identity
 from ztrain.prepare import prepare
 from ztrain.samples import Samples, write_manifest
+from ztrain.together import together
 from ztrain.tracking import Record
 from ztrain.validate import Previews, describe_losses, validation_losses
 from ztrain.yamls import dump_yaml
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """What one process of a run consists of. `wrapped` is `model` as DDP wants it called."""
 
@@ -55,6 +57,7 @@ class Run:
     schedule: Any
     ema: EMAModel | None
     identities: dict[str, dict[str, str]]
+    density: SigmaDensity
     previews: Previews | None
     record: Record | None = None
     step: int = 0
@@ -67,6 +70,19 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+
+def sigma_density(config: Config, scheduler_shift: float) -> SigmaDensity:
+    """The configured density with its shift resolved to a number."""
+    flow = config.flow
+    match flow.shift:
+        case "scheduler":
+            shift = scheduler_shift
+        case "resolution":
+            shift = resolution_shift((config.data.resolution // 16) ** 2)
+        case number:
+            shift = float(number)
+    return SigmaDensity(flow.sigma_sampling, shift, flow.logit_mean, flow.logit_std)
 
 
 def make_model(config: Config, dit: Any) -> AdaptedDiT:
@@ -112,11 +128,13 @@ def make_optimizer(config: TrainConfig, trained: list[nn.Parameter]) -> tuple[to
 
 
 def enter_folder(config: Config, accelerator: Accelerator, held: ExitStack) -> checkpoint.Checkpoint | None:
-    """Takes the run's folder for this run, and finds where to go on; the main process for all."""
-    folder = Path(config.output_dir)
-    with _collective(accelerator):
+    """Takes the run's folder for this run, and finds where to go on: the main process decides, for all."""
+    folder, found = Path(config.output_dir), None
+    passed: list[str] = []
+    with together(accelerator):
         if accelerator.is_main_process:
             held.enter_context(checkpoint.run_lock(folder))
+            checkpoint.sweep(folder)
             checkpoint.sweep(folder / "checkpoints")
             used = (folder / "metrics.jsonl").exists() or (folder / "export").exists()
             if used and config.resume_from_checkpoint == "none":
@@ -124,7 +142,16 @@ def enter_folder(config: Config, accelerator: Accelerator, held: ExitStack) -> c
                     f"output_dir {folder} already holds a run; continue it with --resume_from_checkpoint latest, name "
                     "another folder, or remove it"
                 )
-    found, passed = checkpoint.find(config.resume_from_checkpoint, folder / "checkpoints")
+            found, passed = checkpoint.find(config.resume_from_checkpoint, folder / "checkpoints")
+            for path in checkpoint.set_aside(folder / "checkpoints", above=found.step if found else -1):
+                passed.append(f"{path.name} is beyond the step that the run goes on from: moved to {path.parent}")
+    [chosen] = broadcast_object_list([found and found.path])
+    with together(accelerator):
+        if chosen is not None and found is None:
+            try:
+                found = checkpoint.read(chosen)
+            except InputError as error:
+                raise InputError(f"{error} (output_dir must be on a file system that all processes share)") from error
     for reason in passed:
         accelerator.print(f"passed over: {reason}")
     if found is not None:
@@ -134,24 +161,10 @@ def enter_folder(config: Config, accelerator: Accelerator, held: ExitStack) -> c
     return found
 
 
-@contextmanager
-def _collective(accelerator: Accelerator) -> Iterator[None]:
-    """Runs a block on every process; an InputError of the main one is raised on all, so that none waits forever."""
-    message: list[str] = [""]
-    try:
-        yield
-    except InputError as error:
-        if not accelerator.is_main_process:
-            raise
-        message = [str(error)]
-    [reason] = broadcast_object_list(message)
-    if reason:
-        raise InputError(reason)
-
-
 def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoint | None) -> Run:
     """Everything loaded and, where there is a checkpoint, restored from it."""
     t, device, dtype = config.train, accelerator.device, base_dtype(config.train.mixed_precision)
+    density = sigma_density(config, base_defaults(config.models).shift)
     cache, samples, kinds = prepare(config, device, accelerator)
     dit = load_transformer(Source.of(config.models.base), dtype, device)
     known = {"transformer": identity(dit, "transformer"), **cache.identities(kinds)}
@@ -164,33 +177,51 @@ def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoi
     optimizer, schedule = make_optimizer(t, trained)
     ema = EMAModel(trained, decay=t.ema_decay, foreach=True) if t.ema_decay else None
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    folder = Path(config.output_dir)
-    run = Run(config, folder, accelerator, cache, samples, model, wrapped, optimizer, schedule, ema, known, previews)
+    run = Run(
+        config=config,
+        folder=Path(config.output_dir),
+        accelerator=accelerator,
+        cache=cache,
+        samples=samples,
+        model=model,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        schedule=schedule,
+        ema=ema,
+        identities=known,
+        density=density,
+        previews=previews,
+    )
     accelerator.print(f"training {sum(p.numel() for p in trained):,} weights of {describe_list(config.adapters)}")
-    if resumed is not None:
-        _restore(run, resumed)
+    with together(accelerator):
+        if resumed is not None:
+            _restore(run, resumed)
     return run
 
 
 @contextmanager
-def recorded(run: Run, resumed: checkpoint.Checkpoint | None) -> Iterator[Record]:
-    """The run's files that are written once, and its record."""
-    config, folder = run.config, run.folder
-    (folder / "config.yaml").write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")
-    (folder / "env.json").write_text(json.dumps(environment(run.accelerator), indent=2) + "\n", encoding="utf-8")
-    started = (folder / "metrics.jsonl").exists()  # a run that ended before its first checkpoint starts its record anew
-    step = run.step if resumed is not None else -1 if started else None
-    record = Record(folder, config.tracking, config.model_dump(mode="json"), resumed_step=step)
-    failed = True
+def recorded(run: Run, resumed: checkpoint.Checkpoint | None) -> Iterator[None]:
+    """The run with its record, on the main process, and the files that a run writes once."""
+    config, folder, failed = run.config, run.folder, True
+    with together(run.accelerator):
+        if run.accelerator.is_main_process:
+            (folder / "config.yaml").write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")
+            (folder / "env.json").write_text(
+                json.dumps(environment(run.accelerator), indent=2) + "\n", encoding="utf-8"
+            )
+            started = (folder / "metrics.jsonl").exists()  # one that ended before its first checkpoint starts anew
+            step = run.step if resumed is not None else -1 if started else None
+            run.record = Record(folder, config.tracking, config.model_dump(mode="json"), resumed_step=step)
+            if config.tracking.log_data_manifest:
+                run.record.log_folder("triplets", "dataset", [write_manifest(run.samples, folder / "triplets.jsonl")])
     try:
-        if config.tracking.log_data_manifest:
-            record.log_folder("triplets", "dataset", [write_manifest(run.samples, folder / "triplets.jsonl")])
-        yield record
-        if config.tracking.log_adapter and (folder / "export").is_dir():
-            record.log_folder("adapter", "model", sorted((folder / "export").iterdir()))
+        yield
+        if run.record is not None and config.tracking.log_adapter and (folder / "export").is_dir():
+            run.record.log_folder("adapter", "model", sorted((folder / "export").iterdir()))
         failed = False
     finally:
-        record.close(failed=failed)
+        if run.record is not None:
+            run.record.close(failed=failed)
 
 
 def after_step(run: Run, values: dict[str, float]) -> None:
@@ -232,7 +263,7 @@ def _averaged(run: Run) -> Iterator[None]:
 def save(run: Run) -> Path:
     """Publishes a checkpoint of this step and removes old ones; a failure is raised on every process."""
     path = run.checkpoints / checkpoint.folder_name(run.step)
-    with _collective(run.accelerator):
+    with together(run.accelerator):
         if run.accelerator.is_main_process:
             names = list(run.trained)
             optimizer, rest = checkpoint.optimizer_tensors(run.optimizer.optimizer, names)
@@ -251,6 +282,7 @@ def _state(run: Run) -> dict[str, Any]:
         "identities": run.identities,
         "samples": run.samples.digest,
         "global_batch_size": _global_batch_size(run),
+        "sigma_density": asdict(run.density),
         "schedule": run.schedule.state_dict(),
         "ema_steps": run.ema.optimization_step if run.ema is not None else 0,
     }
@@ -265,7 +297,8 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
     """Puts a checkpoint into a freshly built run, after comparing what must not have changed."""
     changed = checkpoint.frozen_differences(found.state["config"], run.config)
     now = _state(run)
-    same = {"identities": "the models", "samples": "the triplets", "global_batch_size": "the global batch size"}
+    same = {"identities": "the models", "samples": "the triplets", "global_batch_size": "the global batch size",
+            "sigma_density": "the density of sigma"}  # fmt: skip
     for key, words in same.items():
         if found.state[key] != now[key]:
             was, is_now = (json.dumps(value[key], sort_keys=True) for value in (found.state, now))
@@ -294,7 +327,7 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
 def export(run: Run) -> Path:
     """The adapter for others, with averaged weights where there is an average."""
     exported, writing = run.folder / "export", run.folder / ".writing-export"
-    with _collective(run.accelerator), _averaged(run):
+    with together(run.accelerator), _averaged(run):
         if run.accelerator.is_main_process:
             shutil.rmtree(writing, ignore_errors=True)  # of an earlier life of the run
             save_adapter(writing, run.model, run.config, run.identities, step=run.step)

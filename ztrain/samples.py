@@ -74,6 +74,11 @@ class Samples:
     def held_out(self, count: int) -> list[Sample]:
         return spread(self.validation.samples, count) if self.validation else []
 
+    def held_out_pairs(self, config: Config) -> tuple[list[Sample], list[Sample]]:
+        """The samples that are validated, and the same with another one's references where the list reads any."""
+        held_out = self.held_out(config.validation.num_samples)
+        return held_out, shuffled(held_out, config.seed) if config.reads else held_out
+
     @property
     def digest(self) -> str:
         """Differs whenever training would see other samples or the same ones in another place."""
@@ -89,7 +94,7 @@ def _contents(sample: Sample) -> list[object]:
 
 
 def read_samples(config: Config, cache: Cache) -> Samples:
-    """The samples of a config; remembers in the cache's memo what it read of every picture."""
+    """The samples of a config, within data.max_bad_share. Raises InputError."""
     data, validation = config.data, config.validation
     samples = Samples(_read_split(config, cache, data.train_data_dir, data.train_split))
     if data.text_only_data_dir is not None and data.text_only_share:
@@ -102,7 +107,6 @@ def read_samples(config: Config, cache: Cache) -> Samples:
                 f"{error} (for training without held-out triplets set validation.validation_steps and "
                 "validation.preview_steps to 0)"
             ) from error
-    cache.digests.save()
     for split in samples.splits:
         split.check(data.max_bad_share)
     return samples
@@ -152,10 +156,23 @@ def _sample(
 
 
 def shuffled(samples: Sequence[Sample], seed: int) -> list[Sample]:
-    """The same samples, each with the references of another one: a cycle through all of them in random order."""
+    """The same samples, each with the references of another one that has other pictures, in an order of the seed.
+
+    Raises InputError where all have the same references: then nothing could show whether the image is used.
+    """
     order = random.Random(f"shuffled references {seed}").sample(range(len(samples)), len(samples))
-    other = dict(zip(order, order[1:] + order[:1], strict=True))
-    return [replace(sample, references=samples[other[i]].references) for i, sample in enumerate(samples)]
+    looks = [tuple(known.digest for known in sample.references) for sample in samples]
+    if len(set(looks)) < 2:
+        raise InputError(
+            f"all {len(samples)} validation triplets have the same references, so the loss with another's cannot be "
+            "measured; add others to the validation split, or set validation.validation_steps to 0"
+        )
+    exchanged = list(samples)
+    for place, i in enumerate(order):
+        following = (order[(place + step) % len(order)] for step in range(1, len(order)))
+        other = next(j for j in following if looks[j] != looks[i])
+        exchanged[i] = replace(samples[i], references=samples[other].references)
+    return exchanged
 
 
 def write_manifest(samples: Samples, path: Path) -> Path:
@@ -184,9 +201,8 @@ def all_needs(config: Config, samples: Samples) -> Needs:
     needs = Needs()
     needs_of(samples.trained, config.reads, needs)
     if config.validation.validation_steps:
-        held_out = samples.held_out(config.validation.num_samples)
-        needs_of(held_out, config.reads, needs)
-        needs_of(shuffled(held_out, config.seed), config.reads, needs)
+        for exchanged in samples.held_out_pairs(config):
+            needs_of(exchanged, config.reads, needs)
     if config.validation.preview_steps:
         reads = config.reads | config.compare.splice.reads
         needs_of(samples.held_out(config.validation.num_previews), reads, needs)
@@ -196,11 +212,13 @@ def all_needs(config: Config, samples: Samples) -> Needs:
 def drop_refused(config: Config, samples: Samples, cache: Cache) -> bool:
     """Takes out the samples that the encoders refused, counted against data.max_bad_share like any other.
 
-    True where it took some: then other held-out samples may move up, whose states are needed as well.
+    True where it took some: then other held-out samples may move up, whose states are needed as well. Raises InputError
+    beyond the share, and where something was refused that belongs to no single sample.
     """
     refused = cache.refusals(all_needs(config, samples))
     if not refused:
         return False
+    dropped = 0
     for split in samples.splits:
         kept = []
         for sample in split.samples:
@@ -211,6 +229,9 @@ def drop_refused(config: Config, samples: Samples, cache: Cache) -> bool:
                 kept.append(sample)
             else:
                 split.rejected.append(f"{sample.where}: {reason}")
+        dropped += len(split.samples) - len(kept)
         split.samples = kept
         split.check(config.data.max_bad_share)
+    if not dropped:
+        raise InputError(f"states that validation needs cannot be made: {'; '.join(list(refused.values())[:3])}")
     return True

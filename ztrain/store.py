@@ -5,9 +5,11 @@ are, with an xxh3 of each tensor's bytes. A shard counts once its index is there
 leaves behind is not seen. Every read is checked against the index. Knows nothing of pictures or models.
 """
 
+import contextlib
 import errno
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +40,7 @@ _INDEX = pa.schema(
     ]
 )
 _COMPACT_FROM = 64  # index files; fewer are read in milliseconds
+_MERGED = "0-merged-"  # sorts before every other name: a shard that was computed again since then wins
 _OPEN_SHARDS = 64  # memory-mapped files that one process keeps open
 
 
@@ -60,6 +63,7 @@ class Store:
         self._places: dict[str, tuple[str, int]] = {}  # key -> index file and row
         self._read_files: dict[str, int] = {}
         self._open: dict[str, Any] = {}
+        self._lock = threading.Lock()  # loader workers are threads
         self.reload()
 
     def reload(self) -> None:
@@ -85,11 +89,15 @@ class Store:
                 f"{path}: damaged cache index ({str(error).splitlines()[0]}); delete it and run `ztrain cache` again"
             ) from error
         self._tables[name] = table
+        with self._lock:
+            self._open.clear()  # a shard that was written again must not be read through its old file
         shards = {shard for shard in table["shard"].unique().to_pylist() if shard}
         gone = {shard for shard in shards if not (self.folder / shard).is_file()}
+        merged = name.startswith(_MERGED)
         for row, (key, shard) in enumerate(zip(table["key"].to_pylist(), table["shard"].to_pylist(), strict=True)):
-            if shard not in gone:  # entries of a shard that was deleted are computed again
-                self._places[key] = (name, row)
+            if shard in gone or (merged and key in self._places):  # entries of a deleted shard are computed again
+                continue
+            self._places[key] = (name, row)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -103,12 +111,9 @@ class Store:
 
     def refusals(self, keys: Sequence[str]) -> dict[str, str]:
         """Key -> reason of the entries that could not be made."""
-        bad = {}
-        for table in self._tables.values():
-            for key, reason in zip(table["key"].to_pylist(), table["refused"].to_pylist(), strict=True):
-                if reason:
-                    bad[key] = reason
-        return {key: bad[key] for key in keys if key in bad}
+        reasons = {name: table["refused"].to_pylist() for name, table in self._tables.items()}
+        found = {key: reasons[self._places[key][0]][self._places[key][1]] for key in keys if key in self._places}
+        return {key: reason for key, reason in found.items() if reason}
 
     def read(self, key: str) -> dict[str, Tensor]:
         """The entry's tensors, on the CPU. Raises InputError naming shard and entry where the bytes are not as
@@ -128,13 +133,14 @@ class Store:
         return parts
 
     def _shard(self, path: Path, expected_bytes: int) -> Any:
-        if path.name not in self._open:
-            if (found := path.stat().st_size) != expected_bytes:
-                raise InputError(_damaged(path, f"it has {found} bytes instead of {expected_bytes}"))
-            while len(self._open) >= _OPEN_SHARDS:
-                self._open.pop(next(iter(self._open)))
-            self._open[path.name] = safe_open(path, framework="pt")
-        return self._open[path.name]
+        with self._lock:
+            if path.name not in self._open:
+                if (found := path.stat().st_size) != expected_bytes:
+                    raise InputError(_damaged(path, f"it has {found} bytes instead of {expected_bytes}"))
+                while len(self._open) >= _OPEN_SHARDS:
+                    self._open.pop(next(iter(self._open)))
+                self._open[path.name] = safe_open(path, framework="pt")
+            return self._open[path.name]
 
     def write(self, name: str, entries: Sequence[Entry], workspace: Path) -> None:
         """Publishes one shard, whole or not at all. `workspace`: a folder of this process on the same file system."""
@@ -197,15 +203,18 @@ class Store:
         """Merges many small index files into one, so that opening a large store stays fast."""
         with self.claim("compact") as alone:
             self.reload()
-            names = [path.name for path in (self.folder / "index").glob("*.parquet")]
-            if not alone or len(names) < _COMPACT_FROM:
+            merged = dict(self._read_files)  # these files, as they are now; what comes later stays as it is
+            if not alone or len(merged) < _COMPACT_FROM:
                 return
-            merged = pa.concat_tables([self._tables[name] for name in sorted(names)])
-            place = f"merged-{uuid.uuid4().hex[:16]}.parquet"
-            pq.write_table(merged, workspace / place)
+            rows = [self._tables[name].slice(row, 1) for name, row in self._places.values()]
+            place = f"{_MERGED}{uuid.uuid4().hex[:16]}.parquet"
+            pq.write_table(pa.concat_tables(rows).combine_chunks(), workspace / place)
             os.replace(workspace / place, self.folder / "index" / place)
-            for name in names:
-                (self.folder / "index" / name).unlink()
+            for name, number in merged.items():
+                path = self.folder / "index" / name
+                with contextlib.suppress(FileNotFoundError):
+                    if path.stat().st_ino == number:
+                        path.unlink()
 
 
 def _tensor_name(key: str, part: str) -> str:

@@ -19,24 +19,22 @@ from torch import Tensor
 
 from ztrain.batches import Loader
 from ztrain.config import Config, load_config
-from ztrain.errors import InputError
+from ztrain.errors import sentence
 from ztrain.flow import (
-    SigmaDensity,
     draw_noise,
     draw_sigma,
     interpolate,
     keep_prior,
-    resolution_shift,
     seed_micro_step,
     velocity_losses,
 )
 from ztrain.interrupt import Interruption, end_with_launcher
 from ztrain.meter import Meter
-from ztrain.models import base_defaults
 from ztrain.run import Run, after_step, build, enter_folder, export, recorded, save
 from ztrain.sampler import MicroBatches, Mixture
 from ztrain.samples import Samples
 from ztrain.stats import check_statistics
+from ztrain.together import MENDABLE
 
 _COLLECTIVE_TIMEOUT = timedelta(hours=1)  # a process may fill its part of the cache while the others wait
 
@@ -48,19 +46,6 @@ class Outcome:
     exported: Path | None = None
     signal: int = 0
     checkpoint: Path | None = None
-
-
-def sigma_density(config: Config, scheduler_shift: float) -> SigmaDensity:
-    """The configured density with its shift resolved to a number."""
-    flow = config.flow
-    match flow.shift:
-        case "scheduler":
-            shift = scheduler_shift
-        case "resolution":
-            shift = resolution_shift((config.data.resolution // 16) ** 2)
-        case number:
-            shift = float(number)
-    return SigmaDensity(flow.sigma_sampling, shift, flow.logit_mean, flow.logit_std)
 
 
 def train(config: Config) -> Outcome:
@@ -85,8 +70,7 @@ def train(config: Config) -> Outcome:
             first=run.step * t.gradient_accumulation_steps,
             last=t.max_train_steps * t.gradient_accumulation_steps,
         )
-        if accelerator.is_main_process:
-            run.record = held.enter_context(recorded(run, resumed))
+        held.enter_context(recorded(run, resumed))
         interruption = Interruption()
         interruption.install()
         return _loop(run, order, interruption)
@@ -94,7 +78,7 @@ def train(config: Config) -> Outcome:
 
 def _loop(run: Run, order: MicroBatches, interruption: Interruption) -> Outcome:
     config, accelerator, model, t = run.config, run.accelerator, run.model, run.config.train
-    density = sigma_density(config, base_defaults(config.models).shift)
+    density = run.density
     trained, weight = list(run.trained.values()), config.flow.loss_weight
     loader = Loader(config, run.cache, run.samples.trained, order)
     saved: Path | None = None
@@ -166,8 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_with_launcher()
     try:
         return report(train(load_config(known.config, overrides, "ztrain.train")))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except MENDABLE as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
 
 

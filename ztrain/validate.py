@@ -5,14 +5,15 @@ none. Right lower than another's means that the image is used. Nothing here draw
 """
 
 import io
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 
 from ztrain.adapters import build_adapters, describe_list
@@ -25,10 +26,11 @@ from ztrain.flow import draw_noise, interpolate, sampler_noise, velocity_losses
 from ztrain.grid import draw_grid
 from ztrain.images import open_image
 from ztrain.model import AdaptedDiT
-from ztrain.models import Source, base_defaults, base_dtype
+from ztrain.models import Source, base_defaults, base_dtype, identity
 from ztrain.sample import released_or, sample
 from ztrain.sampler import SampleKey
-from ztrain.samples import Sample, Samples, shuffled
+from ztrain.samples import Sample, Samples
+from ztrain.together import together
 
 _EPOCH = 2**32 - 1  # of validation's noise: an epoch that no training reaches
 
@@ -44,21 +46,20 @@ def validation_losses(
 ) -> dict[str, float]:
     """`val/loss`, `val/loss_shuffled`, `val/loss_no_reference`, each also `_sigma_<s>`, and `val/image_use`:
     shuffled minus right. Means over the held-out samples, the same for any number of processes."""
-    held_out = samples.held_out(config.validation.num_samples)
-    others, sigmas = shuffled(held_out, config.seed), config.validation.sigmas
+    held_out, others = samples.held_out_pairs(config)
+    sigmas = config.validation.sigmas
     table = torch.zeros((len(VARIANTS), len(held_out), len(sigmas)), dtype=torch.float64, device=accelerator.device)
     model.eval()
-    for i in range(accelerator.process_index, len(held_out), accelerator.num_processes):
-        key = SampleKey(config.seed, _EPOCH, i)
-        right, other = (
-            read_batch(cache, [s], [key], config.reads).to(accelerator.device) for s in (held_out[i], others[i])
-        )
-        encoded = concatenate([right.encoded, other.encoded, right.encoded.without_reference()])
-        latents, noise = right.latents * 3, draw_noise([key], right.latents) * 3
-        for place, sigma in enumerate(sigmas):
-            at = torch.full((3,), sigma)
-            noisy = [interpolate(x, n, sigma) for x, n in zip(latents, noise, strict=True)]
-            table[:, i, place] = velocity_losses(model(noisy, at, encoded), latents, noise, at).double()
+    with together(accelerator):
+        for i in range(accelerator.process_index, len(held_out), accelerator.num_processes):
+            key, pair = SampleKey(config.seed, _EPOCH, i), (held_out[i], others[i])
+            right, other = (read_batch(cache, [s], [key], config.reads).to(accelerator.device) for s in pair)
+            encoded = concatenate([right.encoded, other.encoded, right.encoded.without_reference()])
+            latents, noise = right.latents * 3, draw_noise([key], right.latents) * 3
+            for place, sigma in enumerate(sigmas):
+                at = torch.full((3,), sigma)
+                noisy = [interpolate(x, n, sigma) for x, n in zip(latents, noise, strict=True)]
+                table[:, i, place] = velocity_losses(model(noisy, at, encoded), latents, noise, at).double()
     model.train()
     table = accelerator.reduce(table, reduction="sum").cpu()  # every place was filled by one process
     values = {f"val/{name}": float(table[v].mean()) for v, name in enumerate(VARIANTS)}
@@ -89,23 +90,44 @@ class Previews:
         return cls(config, cache, rows, accelerator, Path(config.output_dir) / "samples", codec)
 
     def render_base(self, dit: Any) -> None:
-        """The columns that training does not change; those of an earlier life of the run are kept."""
-        lists = {"no_image": [], "splice": [self.config.compare.splice]}
-        for name, adapters in lists.items():
-            wanted = [self.folder / "base" / f"{name}-{i}.png" for i in range(len(self.rows))]
-            # Asked of the main process: others may have no such folder, and all must render together.
-            [complete] = self.accelerator.gather(
-                torch.tensor([float(all(path.is_file() for path in wanted))], device=self.accelerator.device)
-            )[:1].tolist()
-            if not complete:
-                model = AdaptedDiT(dit, build_adapters(adapters)).eval()
-                reads = frozenset().union(*(adapter.reads for adapter in adapters))
-                self._save({f"base/{name}-{i}.png": image for i, image in self._render(model, reads).items()})
-        for i, row in enumerate(self.rows):
-            for name, known in (("reference", row.references[0]), ("target", row.target)):
-                image = open_image(known.picture)
-                image.thumbnail((_LARGEST, _LARGEST))
-                self._save({f"base/{name}-{i}.png": image})
+        """The columns that training does not change; kept from an earlier life of the run that had the same ones."""
+        place, key = self.folder / "base" / "key.json", self._key(dit)
+        known = [False]
+        with together(self.accelerator):
+            known = [place.is_file() and place.read_text(encoding="utf-8") == key]
+        # As the main process sees it: others may have no such folder, and all must render together.
+        if broadcast_object_list(known)[0]:
+            return
+        for name, adapters in {"no_image": [], "splice": [self.config.compare.splice]}.items():
+            model = AdaptedDiT(dit, build_adapters(adapters)).eval()
+            reads = frozenset().union(*(adapter.reads for adapter in adapters))
+            self._save({f"base/{name}-{i}.png": image for i, image in self._render(model, reads).items()})
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                for i, row in enumerate(self.rows):
+                    for name, known_picture in (("reference", row.references[0]), ("target", row.target)):
+                        image = open_image(known_picture.picture)
+                        image.thumbnail((_LARGEST, _LARGEST))
+                        image.save(self.folder / "base" / f"{name}-{i}.png")
+                place.write_text(key, encoding="utf-8")
+
+    def _key(self, dit: Any) -> str:
+        """All that decides the columns of the base."""
+        settings = released_or(self.config.sample, base_defaults(self.config.models))
+        rows = [
+            [row.prompt, *(k.digest for k in row.references), row.target.digest, asdict(row.bucket)]
+            for row in self.rows
+        ]
+        document = {
+            "rows": rows,
+            "seed": self.config.seed,
+            "sampling": asdict(settings),
+            "splice": self.config.compare.splice.model_dump(mode="json"),
+            "encoders": self.config.encoders.model_dump(mode="json"),
+            "precision": self.config.train.mixed_precision,
+            "transformer": identity(dit, "transformer"),
+        }
+        return json.dumps(document, indent=1, sort_keys=True)
 
     def grid(self, model: AdaptedDiT, step: int) -> tuple[Path, list[dict[str, str | Path]]]:
         """The sheet of a step, and its cells as rows of a table. Every process calls it; the main one writes."""
@@ -125,9 +147,10 @@ class Previews:
             {label: self.folder / place.format(i) for label, place in columns.items()} for i in range(len(self.rows))
         ]
         sheet = self.folder / f"{name}.png"
-        if self.accelerator.is_main_process:
-            cells = [[Image.open(path) for path in row.values()] for row in places]
-            draw_grid(list(columns), [row.prompt for row in self.rows], cells).save(sheet)
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                cells = [[Image.open(path) for path in row.values()] for row in places]
+                draw_grid(list(columns), [row.prompt for row in self.rows], cells).save(sheet)
         table: list[dict[str, str | Path]] = [
             {"prompt": row.prompt, **cells} for row, cells in zip(self.rows, places, strict=True)
         ]
@@ -137,20 +160,24 @@ class Previews:
         """Each row's image, on the main process; rows are divided among all."""
         settings = released_or(self.config.sample, base_defaults(self.config.models))
         device, mine = self.accelerator.device, []
-        for i in range(self.accelerator.process_index, len(self.rows), self.accelerator.num_processes):
-            row = self.rows[i]
-            encoded = read_batch(self.cache, [row], [SampleKey(self.config.seed, 0, i)], reads).to(device).encoded
-            noise = sampler_noise(self.config.seed + i, self.codec.latent_shape(row.bucket.height, row.bucket.width))
-            file = io.BytesIO()
-            self.codec.decode(sample(model, encoded, [noise.to(device)], settings)[0]).save(file, format="png")
-            mine.append((i, file.getvalue()))
+        with together(self.accelerator):
+            for i in range(self.accelerator.process_index, len(self.rows), self.accelerator.num_processes):
+                row = self.rows[i]
+                encoded = read_batch(self.cache, [row], [SampleKey(self.config.seed, 0, i)], reads).to(device).encoded
+                noise = sampler_noise(
+                    self.config.seed + i, self.codec.latent_shape(row.bucket.height, row.bucket.width)
+                )
+                file = io.BytesIO()
+                self.codec.decode(sample(model, encoded, [noise.to(device)], settings)[0]).save(file, format="png")
+                mine.append((i, file.getvalue()))
         return {i: Image.open(io.BytesIO(data)) for i, data in gather_object(mine)}
 
     def _save(self, images: Mapping[str, Image.Image]) -> None:
-        if self.accelerator.is_main_process:
-            for name, image in images.items():
-                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                image.save(self.folder / name)
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                for name, image in images.items():
+                    (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    image.save(self.folder / name)
 
 
 def describe_losses(values: Mapping[str, float]) -> str:

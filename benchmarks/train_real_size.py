@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -140,7 +141,7 @@ def main() -> None:
         row = {
             "list": name,
             "peak_gib": round(max(row.get("mem/max_allocated_gib", 0.0) for row in metrics), 2),
-            "ms": round(1e3 * total / len(steps), 1),
+            "ms": round(1e3 * statistics.median(row["perf/step_seconds"] for row in steps), 1),
             "data_wait_share": sum(r["perf/step_seconds"] * r["perf/data_wait_share"] for r in steps) / total,
             "loss": [metrics[1]["train/loss"], metrics[-1]["train/loss"]],
             "run_seconds": round(seconds, 1),

@@ -3,12 +3,14 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +22,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.triplets import ROOT, model_words, tiny_config, write_triplets
 from ztrain import cache as cache_room
-from ztrain.cache import Cache
+from ztrain import digests
+from ztrain.cache import Cache, Request
 from ztrain.config import Config, EncodersConfig
 from ztrain.encoders import Encoders, LatentCodec, SiglipEncoder, TextEncoder, assemble
 from ztrain.errors import InputError
-from ztrain.fill import Filled, fill, verify
+from ztrain.fill import Filled, _difference, fill, verify
 from ztrain.images import fit_target, open_image
 from ztrain.prepare import cache_states
 from ztrain.samples import Samples, all_needs, drop_refused, read_samples
@@ -459,15 +462,132 @@ def test_a_full_disk_keeps_what_was_published(family: Path, data: Path, tmp_path
     assert "states are whole" in cache_states(config, check=True)
 
 
+def test_a_picture_that_is_not_the_listed_one_makes_no_entry(family: Path, data: Path, tmp_path: Path) -> None:
+    """Exchanged or gone between listing and encoding: no property of the entry, so it must not stay in the cache."""
+    own = shutil.copytree(data, tmp_path / "data")
+    config, path = config_of(family, own, tmp_path / "cache"), own / "train" / "ref-1-0.png"
+    cache, whole = Cache(config), path.read_bytes()
+    needs = all_needs(config, read_samples(config, cache))
+    path.write_bytes((own / "train" / "ref-2-0.png").read_bytes())
+    with pytest.raises(InputError, match="ref-1-0.png: the picture has changed since it was listed"):
+        fill(cache, needs, "cpu", progress=False)
+    path.unlink()
+    with pytest.raises(InputError, match="ref-1-0.png: the picture does not exist"):
+        fill(cache, needs, "cpu", progress=False)
+    path.write_bytes(whole)
+    filled(config)
+    cache = Cache(config)
+    assert not cache.missing(needs) and not cache.refusals(needs) and "states are whole" in verify(cache, needs, "cpu")
+
+
+def test_a_second_start_reads_no_picture_and_no_weights(
+    family: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(family, data, tmp_path)
+    cache_states(config, check=False)
+    read: list[int] = []
+    monkeypatch.setattr(digests.xxhash, "xxh3_128", lambda: read.append(1))
+    monkeypatch.setattr(digests, "digest_bytes", lambda data: read.append(1))
+    assert cache_states(config, check=False) == "cache: nothing to compute, everything is there" and not read
+
+
+@pytest.mark.parametrize("what", ["cache", "kind.json"])
+def test_what_is_in_the_way_is_one_sentence(family: Path, data: Path, tmp_path: Path, what: str) -> None:
+    config = config_of(family, data, tmp_path / "cache")
+    if what == "cache":
+        (tmp_path / "cache").write_text("a file")
+        words = [*model_words(family), "--data.train_data_dir", str(data), "--cache.dir", str(tmp_path / "cache")]
+        command = [sys.executable, "-m", "ztrain.cli", "cache", "--config", "configs/siglip.yaml", "configs/tiny.yaml"]
+        failed = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True)
+        assert failed.returncode == 2 and "Traceback" not in failed.stderr
+        assert failed.stderr.splitlines()[-1].startswith("error: cannot read or write a file")
+    else:
+        filled(config)
+        for path in (tmp_path / "cache").glob("text-*/kind.json"):
+            path.unlink()
+        with pytest.raises(InputError, match=r"kind.json: cannot read which encoders made"):
+            Cache(config).identities(["latents", "text"])
+
+
+def test_a_refused_state_of_no_single_sample_is_an_error(family: Path, data: Path, tmp_path: Path) -> None:
+    """An exchanged reference with a prompt can be refused though both are fine on their own: nothing can be dropped."""
+    config = config_of(family, data, tmp_path)
+    dumped = config.model_dump(mode="json")
+    dumped["validation"] |= {"validation_steps": 1, "num_samples": 2}
+    config = Config.model_validate_json(json.dumps(dumped))
+    cache = Cache(config)
+    samples = read_samples(config, cache)
+    _, others = samples.held_out_pairs(config)
+    request = Request(state="fused", pictures=others[0].references, text=others[0].prompt)
+    with workspace(cache.folder) as scratch:
+        cache.store("fused").write("x", [Entry(key=request.key, label="it", parts={}, refused="too odd")], scratch)
+    with pytest.raises(InputError, match="states that validation needs cannot be made: too odd"):
+        drop_refused(config, samples, cache)
+
+
+def test_validation_needs_two_different_references(family: Path, data: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(data, tmp_path / "data")
+    manifest = own / "validation" / "metadata.jsonl"
+    manifest.write_text(re.sub(r"ref-\d-0", "ref-0-0", manifest.read_text()))
+    config = tiny_config(family, own, tmp_path / "cache")
+    cache = Cache(config)
+    samples = read_samples(config, cache)
+    with pytest.raises(InputError, match="all 4 validation triplets have the same references"):
+        all_needs(config, samples)
+    manifest.write_text(manifest.read_text().replace("ref-0-0", "ref-1-0", 1))
+    samples = read_samples(config, cache)
+    for mine, theirs in zip(*samples.held_out_pairs(config), strict=True):
+        assert mine.prompt == theirs.prompt and mine.references[0].digest != theirs.references[0].digest
+
+
+def test_a_difference_that_is_not_finite_is_one() -> None:
+    ones, spoiled = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    assert _difference(ones, ones) == 0 and _difference(ones, spoiled) == _difference(spoiled, ones) == float("inf")
+
+
+def entry(i: int, value: float) -> Entry:
+    return Entry(key=f"k{i}", label=f"entry {i}", parts={"states": torch.full((2,), value)})
+
+
+def test_a_shard_computed_again_after_a_merge_is_the_one_that_is_read(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with workspace(tmp_path) as scratch:
+        for i in range(70):
+            store.write(f"shard{i}", [entry(i, float(i))], scratch)
+        store.compact(scratch)
+        (tmp_path / "shard3.safetensors").unlink()
+        assert "k3" not in Store(tmp_path)
+        store.write("shard3", [entry(3, 3.25)], scratch)  # another GPU rounds otherwise
+        for seen in (store, Store(tmp_path)):
+            assert seen.read("k3")["states"][0] == 3.25 and len(seen) == 70
+        for i in range(70, 140):
+            store.write(f"shard{i}", [entry(i, float(i))], scratch)
+        Store(tmp_path).compact(scratch)
+    merged = Store(tmp_path)
+    assert merged.read("k3")["states"][0] == 3.25 and len(merged) == 140
+
+
+def test_threads_read_more_shards_than_stay_open(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with workspace(tmp_path) as scratch:
+        for i in range(100):
+            store.write(f"shard{i}", [entry(i, float(i))], scratch)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            order = [i * 37 % 100 for i in range(4000)]
+            assert list(pool.map(lambda i: float(store.read(f"k{i}")["states"][0]), order)) == order
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_many_index_files_become_one(tmp_path: Path) -> None:
     store = Store(tmp_path)
 
-    def entry(i: int) -> Entry:
-        return Entry(key=f"k{i}", label=f"entry {i}", parts={"states": torch.full((2,), float(i))})
-
     with workspace(tmp_path) as scratch:
         for i in range(70):
-            store.write(f"shard{i}", [entry(i)], scratch)
+            store.write(f"shard{i}", [entry(i, float(i))], scratch)
         reader = Store(tmp_path)
         store.compact(scratch)
     assert len(list((tmp_path / "index").iterdir())) == 1

@@ -152,6 +152,34 @@ def test_retention_keeps_the_newest_and_never_looks_at_clocks(tmp_path: Path) ->
     assert found is not None and found.state["again"]
 
 
+def test_a_run_that_goes_back_keeps_what_it_went_back_to(tmp_path: Path) -> None:
+    """The abandoned branch must not outlive, in the place of, what is saved after the step that was gone back to."""
+    for step in (100, 200, 300):
+        publish(tmp_path, step, tensors(float(step)), {})
+    moved = checkpoint.set_aside(tmp_path, above=100)
+    assert [path.relative_to(tmp_path).as_posix() for path in moved] == [
+        "abandoned/step-00000200",
+        "abandoned/step-00000300",
+    ]
+    for step in (120, 150):
+        publish(tmp_path, step, tensors(float(step)), {})
+        prune(tmp_path, 2)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000120", "step-00000150"]
+    publish(tmp_path, 200, tensors(1.0), {})
+    checkpoint.set_aside(tmp_path, above=150)  # the same step abandoned twice
+    found, _ = find("latest", tmp_path)
+    assert found is not None and found.step == 150
+
+
+def test_replacing_a_folder_survives_leftovers(tmp_path: Path) -> None:
+    for name in ("export", ".removing-export", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    checkpoint.replace_folder(tmp_path / "new", tmp_path / "export")
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert (tmp_path / "export" / "file").read_text() == "new"
+
+
 def test_a_full_disk_leaves_earlier_checkpoints_and_says_what_it_needs(tmp_path: Path) -> None:
     program = (
         "import resource, signal, sys, torch; from pathlib import Path; from ztrain import checkpoint;"

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from tests.triplets import model_words
 from ztrain.cli import _VERBS, _parser
 from ztrain.config import load_config
 from ztrain.export import read_adapter
+from ztrain.validate import VARIANTS
 
 ROOT = Path(__file__).parents[1]
 EMOJI = ROOT.parent / "shared" / "data" / "emoji_styles"
@@ -108,7 +110,10 @@ def shell(folder: Path, script: str, **variables: str) -> subprocess.CompletedPr
 @pytest.mark.timeout(900)
 def test_emoji_drawings_train_every_list_and_meet_in_one_picture(tmp_path: Path) -> None:
     """launch/train_tiny.sh: emoji_styles' folders and splits, every trainable list through accelerate launch."""
-    finished = shell(tmp_path, "launch/train_tiny.sh 50")
+    finished = shell(tmp_path, "launch/train_tiny.sh")
+    first = next(line for line in finished.stdout.splitlines() if line.startswith("cache: computed"))
+    busy = re.search(r"encoders busy (\d+)%", first)
+    assert busy and int(busy[1]) >= 90, first
     project = tmp_path / "project"
     splits = json.loads((EMOJI / "splits.json").read_text())
     for split, contents in (("train", splits["train_contents"]), ("validation", splits["val_contents"])):
@@ -118,8 +123,15 @@ def test_emoji_drawings_train_every_list_and_meet_in_one_picture(tmp_path: Path)
         assert len(rows) == 256 and {row["content"] for row in rows} <= set(contents)
         assert all(f"/{row['content']}." not in row["reference_file_name"] for row in rows)
     for name in LISTS:
-        curve = losses(project / "runs/tiny" / name)
-        assert len(curve) == 50 and sum(curve[-10:]) < sum(curve[:10]), (name, curve)
+        run_folder = project / "runs/tiny" / name
+        curve = losses(run_folder)
+        assert len(curve) == 200 and sum(curve[-10:]) < sum(curve[:10]), (name, curve)
+        metrics = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+        validated = {row["step"]: [row[f"val/{loss}"] for loss in VARIANTS] for row in metrics if "val/loss" in row}
+        assert list(validated) == [0, 100, 200] and validated[200][0] < validated[0][0], (name, validated)
+        assert all((run_folder / "samples" / f"step-{step:08d}.png").is_file() for step in validated)
+        # A warm cache: the share of a step that waits for data, with 2 workers.
+        assert statistics.median(row["perf/data_wait_share"] for row in metrics if row["step"] > 10) < 0.02, name
     assert finished.stdout.splitlines()[-1] == "out/compare/compare.png"
     result = json.loads((project / "out/compare/compare.json").read_text())
     labels = [column["label"] for column in result["columns"]]

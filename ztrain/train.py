@@ -2,14 +2,15 @@
 
 In: triplets and the released models, through the cache, which is filled first where something is missing. Out, in
 `<output_dir>`: `config.yaml`, `env.json`, `metrics.jsonl`, `checkpoints/`, `samples/`, `export/`. Order, noise and
-dropout are pure functions of (seed, step): the same for any number of processes or workers, and after any resume.
+dropout are pure functions of (seed, step): the same for any number of processes or workers, and after any resume
+(dropout inside LoRA layers depends on the number of processes).
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class Outcome:
     exported: Path | None = None
     signal: int = 0
     checkpoint: Path | None = None
+    is_main_process: bool = True
 
 
 def train(config: Config) -> Outcome:
@@ -73,7 +75,13 @@ def train(config: Config) -> Outcome:
         held.enter_context(recorded(run, resumed))
         interruption = Interruption()
         interruption.install()
-        return _loop(run, order, interruption)
+        outcome = _loop(run, order, interruption)
+    # DDP first, its process group after: in another order, or left to Python's end, gloo now and then hangs or aborts.
+    del run
+    accelerator.free_memory()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return replace(outcome, is_main_process=accelerator.is_main_process)
 
 
 def _loop(run: Run, order: MicroBatches, interruption: Interruption) -> Outcome:
@@ -156,12 +164,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(outcome: Outcome) -> int:
-    """Says how a run ended, and gives the exit status."""
+    """Says how a run ended, once for all processes, and gives the exit status."""
     if outcome.signal:
-        print(f"stopped, saved {outcome.checkpoint}; continue with --resume_from_checkpoint latest", file=sys.stderr)
-        return 128 + outcome.signal
-    print(f"exported: {outcome.exported}")
-    return 0
+        ended = f"stopped, saved {outcome.checkpoint}; continue with --resume_from_checkpoint latest"
+        status = 128 + outcome.signal
+    else:
+        ended, status = f"exported: {outcome.exported}", 0
+    if outcome.is_main_process:
+        print(ended, file=sys.stderr if status else sys.stdout)
+    return status
 
 
 if __name__ == "__main__":

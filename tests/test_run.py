@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.forge import Forge, Forged
+from tests.test_tracking import mirrored, transaction_log
 from tests.triplets import ROOT, model_words, tiny_config, write_triplets
 from ztrain import checkpoint
 from ztrain.cache import Cache
@@ -365,6 +366,32 @@ def test_pictures_without_references_join_in_their_share(place: Place, tmp_path:
     assert float.fromhex(losses(tmp_path / "run")[0]) > 0
     refused = finish(ALONE, place.words(tmp_path / "other", "--data.text_only_share", "0.5"), status=2)
     assert "text_only_share 0.5 needs text_only_data_dir" in refused.stderr
+
+
+def test_a_run_is_mirrored_whole_and_continues_its_id(place: Place, tmp_path: Path) -> None:
+    """W&B offline through the trainer: all of metrics.jsonl once a step, grids, tables; a resume adds to it."""
+    out = tmp_path / "run"
+    shown = ("--validation.preview_steps", "2", "--validation.num_previews", "2", "--validation.validation_steps", "2")
+    tracked = ("--tracking.report_to", "wandb", "--tracking.mode", "offline", "--tracking.log_adapter")
+    words = (*shown, *tracked, "--train.max_train_steps")
+    finish(ALONE, place.words(out, *words, "3"))
+    finish(ALONE, place.words(out, *words, "5", *LATEST))
+    files = sorted(out.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2 and len({file.name for file in files}) == 1  # named by the run's id
+    history = []
+    for file in files:
+        records = [r for r in transaction_log(file) if r.WhichOneof("record_type") == "history"]
+        of_start = [
+            {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in r.history.item} for r in records
+        ]
+        assert all(str(tmp_path) not in json.dumps(row) for row in of_start)
+        history.append(mirrored(of_start))
+        grids = [row["trainer/global_step"] for row in of_start if any(key.startswith("val/grid") for key in row)]
+        assert grids == [row["trainer/global_step"] for row in of_start if any(k.startswith("val/table") for k in row)]
+        assert grids == ([0, 2, 3] if file == files[0] else [4, 5])
+    told = {step: values for (attempt, step), values in (history[0] | history[1]).items()}
+    assert [attempt for attempt, _ in (*history[0], *history[1])] == [1] * 4 + [2] * 2
+    assert told == {row.pop("step"): row for row in rows(out)} and sorted(told) == [0, 1, 2, 3, 4, 5]
 
 
 def test_refusals_of_a_resume_and_a_used_folder(place: Place, tmp_path: Path) -> None:

@@ -34,6 +34,11 @@ class Interruption:
         for number in SIGNALS:
             signal.signal(number, self._note)
 
+    def restore(self) -> None:
+        """Gives the signals their own effect back: nothing is left to save, and whoever hangs must be stoppable."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received:
             if number == signal.SIGINT and time.monotonic() - self._when > _ECHO_SECONDS:

@@ -76,6 +76,7 @@ def train(config: Config) -> Outcome:
         interruption = Interruption()
         interruption.install()
         outcome = _loop(run, order, interruption)
+    interruption.restore()
     # DDP first, its process group after: in another order, or left to Python's end, gloo now and then hangs or aborts.
     del run
     accelerator.free_memory()

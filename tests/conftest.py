@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.forge import Forge
+from tests.forge import RUNNING, Forge
 
 # Read once when transformers is imported, which no line above does.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,7 +21,9 @@ torch.use_deterministic_algorithms(True)
 def forge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forge]:
     """Starts our own commands in processes of their own, without waiting for their imports."""
     server = Forge(tmp_path_factory.mktemp("forge"))
+    RUNNING.append(server)
     yield server
+    RUNNING.clear()
     server.close()
 
 

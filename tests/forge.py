@@ -77,6 +77,14 @@ class Forge:
         self.server.wait()
 
 
+RUNNING: list[Forge] = []
+"""The session's server; conftest.py starts it for the test files that use `the_forge`."""
+
+
+def the_forge() -> Forge:
+    return RUNNING[0]
+
+
 def preload() -> None:
     """What nearly every command imports. Nothing is run: threads of a pool would not survive the fork."""
     import datasets  # noqa: F401

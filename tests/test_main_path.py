@@ -8,7 +8,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.forge import Forge
+from tests.forge import the_forge
 from tests.test_parity import picture
 from tests.triplets import model_words
 from ztrain.cli import _VERBS, _parser
@@ -34,14 +33,7 @@ LAUNCH = ("accelerate.commands.launch", "--config_file", "configs/accelerate/cpu
 needs_emoji = pytest.mark.skipif(not EMOJI.is_dir(), reason="../shared/data/emoji_styles is absent")
 
 
-FORGE: list[Forge] = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _forge(forge: Forge) -> Iterator[None]:
-    FORGE.append(forge)
-    yield
-    FORGE.clear()
+pytestmark = pytest.mark.usefixtures("forge")
 
 
 def run(*command: str, status: int = 0) -> subprocess.CompletedProcess[str]:
@@ -51,7 +43,7 @@ def run(*command: str, status: int = 0) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, "-m", *command]
         finished = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
     else:
-        finished = FORGE[0].run(command, environment)
+        finished = the_forge().run(command, environment)
     assert finished.returncode == status, finished.stdout + finished.stderr
     return finished
 

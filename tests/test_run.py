@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.forge import Forge, Forged
+from tests.forge import Forged, the_forge
 from tests.test_tracking import mirrored, transaction_log
 from tests.triplets import ROOT, model_words, tiny_config, write_triplets
 from ztrain import checkpoint
@@ -61,14 +61,7 @@ def place(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(family, tmp_path_factory.mktemp("runs"))
 
 
-FORGE: list[Forge] = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _forge(forge: Forge) -> Iterator[None]:
-    FORGE.append(forge)
-    yield
-    FORGE.clear()
+pytestmark = pytest.mark.usefixtures("forge")
 
 
 STARTED: list[int] = []
@@ -85,7 +78,7 @@ def _no_process_is_left() -> Iterator[None]:
 
 def finish(command: tuple[str, ...], words: list[str], status: int = 0) -> subprocess.CompletedProcess[str]:
     if command is ALONE:
-        done = FORGE[0].run([*ALONE, *words], ENVIRONMENT)
+        done = the_forge().run([*ALONE, *words], ENVIRONMENT)
     else:
         done = subprocess.run([*command, *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
@@ -95,7 +88,7 @@ def finish(command: tuple[str, ...], words: list[str], status: int = 0) -> subpr
 def start(command: tuple[str, ...], words: list[str], log: Path) -> subprocess.Popen | Forged:
     """In a session of its own."""
     if command is ALONE:
-        process: subprocess.Popen | Forged = FORGE[0].start([*ALONE, *words], ENVIRONMENT, log, log)
+        process: subprocess.Popen | Forged = the_forge().start([*ALONE, *words], ENVIRONMENT, log, log)
     else:
         with log.open("w") as file:
             process = subprocess.Popen(
@@ -362,8 +355,13 @@ def test_pictures_without_references_join_in_their_share(place: Place, tmp_path:
     listed = [json.loads(line) for line in (tmp_path / "run" / "triplets.jsonl").read_text().splitlines()]
     assert len(listed) == 22 and [bool(row["references"]) for row in listed] == [True] * 11 + [False] * 11
     assert str(place.data) not in (tmp_path / "run" / "triplets.jsonl").read_text()
-    # Prior only, no reference: what is trained is to be the base, as its LoRA is at step 0; the siglip tokens are not.
-    assert float.fromhex(losses(tmp_path / "run")[0]) > 0
+    finish(
+        ALONE, place.words(tmp_path / "without", *QUIET, "--train.max_train_steps", "4", "--train.prior_weight", "1")
+    )
+    # A text-only sample is held at the base, where everything still is at step 0 but the tokens of the references: its
+    # loss is exactly 0 there, and the mean of the first step falls with each of them.
+    with_them, without = (float.fromhex(losses(tmp_path / name)[0]) for name in ("run", "without"))
+    assert 0 < with_them < 0.75 * without
     refused = finish(ALONE, place.words(tmp_path / "other", "--data.text_only_share", "0.5"), status=2)
     assert "text_only_share 0.5 needs text_only_data_dir" in refused.stderr
 

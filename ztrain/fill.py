@@ -216,7 +216,7 @@ class _Shard:
     state: StateName
     name: str
     claim: ExitStack
-    left: int
+    size: int
     entries: list[Entry] = field(default_factory=list)
 
 
@@ -247,7 +247,7 @@ class _Filling:
                     shard = self.open[request.state, request.key]
                     shard.entries.append(self._entry(encoding, request, images))
                     bar.update()
-                    if len(shard.entries) == shard.left:
+                    if len(shard.entries) == shard.size:
                         written.append(writer.submit(self._publish, shard))
                     while written and written[0].done():
                         written.pop(0).result()  # a full disk ends the work here, not after hours

@@ -404,6 +404,9 @@ def test_refusals_of_a_resume_and_a_used_folder(place: Place, tmp_path: Path) ->
     )
     assert "seed: 0 -> 3; train.learning_rate: 0.003 -> 1e-05" in changed.stderr
     newest = out / "checkpoints" / "step-00000002"
+    back = ("--resume_from_checkpoint", str(newest.with_name("step-00000001")), "--seed", "3")
+    finish(ALONE, place.words(out, *QUIET, *steps, *back), status=2)
+    assert newest.is_dir()  # a refused resume moves nothing
     weights = load_file(newest / "trainable.safetensors")
     save_file(weights, newest / "trainable.safetensors", metadata={"other": "bytes"})
     fallen = finish(ALONE, place.words(out, *QUIET, "--train.max_train_steps", "3", *LATEST))

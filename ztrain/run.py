@@ -143,8 +143,6 @@ def enter_folder(config: Config, accelerator: Accelerator, held: ExitStack) -> c
                     "another folder, or remove it"
                 )
             found, passed = checkpoint.find(config.resume_from_checkpoint, folder / "checkpoints")
-            for path in checkpoint.set_aside(folder / "checkpoints", above=found.step if found else -1):
-                passed.append(f"{path.name} is beyond the step that the run goes on from: moved to {path.parent}")
     [chosen] = broadcast_object_list([found and found.path])
     with together(accelerator):
         if chosen is not None and found is None:
@@ -205,6 +203,9 @@ def recorded(run: Run, resumed: checkpoint.Checkpoint | None) -> Iterator[None]:
     config, folder, failed = run.config, run.folder, True
     with together(run.accelerator):
         if run.accelerator.is_main_process:
+            # Not before: a resume that is refused must leave everything as it was.
+            for path in checkpoint.set_aside(run.checkpoints, above=-1 if resumed is None else run.step):
+                print(f"{path.name} is beyond the step that the run goes on from: moved to {path.parent}")
             (folder / "config.yaml").write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")
             (folder / "env.json").write_text(
                 json.dumps(environment(run.accelerator), indent=2) + "\n", encoding="utf-8"

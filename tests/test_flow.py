@@ -41,7 +41,7 @@ def test_exact_velocity_has_zero_loss_and_euler_recovers_the_latents() -> None:
     assert torch.equal(noisy, noise)
     for sigma, next_sigma in zip(schedule[:-1], schedule[1:], strict=True):
         assert torch.allclose(noisy, interpolate(latents, noise, float(sigma)), atol=1e-5)
-        noisy = euler_step(noisy, velocity, sigma, next_sigma)
+        [noisy] = euler_step([noisy], [velocity], sigma, next_sigma)
     assert torch.allclose(noisy, latents, atol=1e-5)
 
 

@@ -3,18 +3,19 @@
 The forward calls the same modules with the same weights as diffusers' ZImageTransformer2DModel.forward, so LoRA names,
 state dict and export stay diffusers'. On captions alone it computes diffusers' basic mode. With SigLIP grids it appends
 their tokens in row order, at the target's grid, after one caption segment: the layout that diffusers' omni mode misses
-(zimage_facts.md 3.4, 3.5). Samples may differ in size, caption length and number of references.
+(zimage_facts.md 3.4, 3.5). Samples may differ in size, caption length and number of references; they are laid into rows
+of one length first, so a big batch of equal samples launches no more kernels than one sample.
 
 Legend: B batch, C latent channels, H and W latent sides, L caption tokens, S SigLIP width, d model width, N tokens.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ztrain.errors import InputError
 from ztrain.models import Source, load_part
@@ -76,6 +77,11 @@ def check_omni_room(dit: Any, segment_lengths: Sequence[int], num_references: in
         start += length + 2
 
 
+def stacks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each run of neighbours of one shape as a batch: a single one where all are alike."""
+    return [torch.stack(list(run)) for _, run in groupby(tensors, key=lambda tensor: tensor.shape)]
+
+
 def forward(
     dit: Any,
     noisy: Sequence[Tensor],
@@ -87,177 +93,187 @@ def forward(
 ) -> list[Tensor]:
     """The transformer's raw output for each sample, B x (C, H, W).
 
-    noisy: B x (C, H, W) in the weights' dtype; t: (B,) float32 in [0, 1], the transformer's own time; captions:
-    B x (L, cap_feat_dim); siglip: B x R x (h, w, S); caption_scale: B x (L,) or None, siglip_scale: factors on the
+    noisy: B x (C, H, W); captions: B x (L, cap_feat_dim); siglip: B x R x (h, w, S); all three in any dtype. t: (B,)
+    float32 in [0, 1], the transformer's own time; caption_scale: B x (L,) or None, siglip_scale: factors on the
     attention that these tokens get in the main layers.
     """
     check_room(dit, captions, siglip, noisy)
-    device = noisy[0].device
-    modulation = dit.t_embedder(t * dit.t_scale).type_as(noisy[0])  # (B, 256)
-    caption_lengths = [padded(len(caption)) for caption in captions]
+    dtype, device = dit.x_pad_token.dtype, noisy[0].device
+    modulation = dit.t_embedder(t * dit.t_scale).to(dtype)  # (B, 256)
+    sides = [(sample.shape[-2] // PATCH, sample.shape[-1] // PATCH) for sample in noisy]
+    places = [padded(len(caption)) + 1 for caption in captions]  # of each image on the first axis
 
-    patches = [_patchify(sample) for sample in noisy]
-    embedded = dit.all_x_embedder[f"{PATCH}-1"](torch.cat(patches)).split([len(p) for p in patches])
-    positions = [
-        _grid(length + 1, sample.shape[-2] // PATCH, sample.shape[-1] // PATCH, device)
-        for sample, length in zip(noisy, caption_lengths, strict=True)
-    ]
-    image = _refine(dit, dit.noise_refiner, _pad(embedded, positions, dit.x_pad_token), modulation)
+    stacked = stacks(noisy)
+    patches = dit.all_x_embedder[f"{PATCH}-1"](torch.cat([_patchify(samples) for samples in stacked]).to(dtype))
+    grids = [[(place, *side, *side)] for place, side in zip(places, sides, strict=True)]
+    rows = _Rows([[height * width] for height, width in sides], device)
+    image = rows.block(patches, dit.x_pad_token, _grid_freqs(dit, grids, rows.length, device))
+    blocks = [_run(dit, dit.noise_refiner, image, modulation)]
 
-    embedded = dit.cap_embedder(torch.cat(list(captions))).split([len(caption) for caption in captions])
-    # Pads of a caption count on in position; those of image and SigLIP tokens sit at the origin.
-    positions = [_line(length, device) for length in caption_lengths]
-    caption = _refine(dit, dit.context_refiner, _pad(embedded, positions, dit.cap_pad_token), None)
+    tokens = dit.cap_embedder(torch.cat(list(captions)).to(dtype))
+    rows = _Rows([[len(caption)] for caption in captions], device)
+    caption = rows.block(tokens, dit.cap_pad_token, _line_freqs(dit, rows.length, device))
+    blocks.append(_run(dit, dit.context_refiner, caption, None))
 
-    parts = [[x, c] for x, c in zip(image, caption, strict=True)]
-    scales = [
-        None if s is None else [torch.ones(len(x[0]), device=device), _fill(s, len(c[0]))]
-        for s, x, c in zip(caption_scale, image, caption, strict=True)
-    ]
-    for index, tokens in _siglip_tokens(dit, siglip, noisy, caption_lengths).items():
-        # Float32 weights in a bf16 base make float32 tokens, which would promote the whole sequence.
-        tokens = (tokens[0].to(image[index][0].dtype), tokens[1])
-        parts[index].append(tokens)
-        if siglip_scale != 1.0 and scales[index] is None:
-            scales[index] = [torch.ones(len(part[0]), device=device) for part in parts[index][:2]]
-        if (known := scales[index]) is not None:
-            known.append(torch.full((len(tokens[0]),), siglip_scale, device=device))
+    if any(siglip):
+        # Each reference is spread over the target's grid and has its own place on the first axis.
+        grids = [
+            [(place + 1 + r, *grid.shape[:2], *side) for r, grid in enumerate(references)]
+            for place, references, side in zip(places, siglip, sides, strict=True)
+        ]
+        blocks.append(_siglip_block(dit, siglip, grids, dtype))
 
-    sequences = [(torch.cat([p[0] for p in part]), torch.cat([p[1] for p in part])) for part in parts]
-    states, freqs, mask = _batch(sequences)
-    mask = _with_scales(mask, scales, states)
-    for layer in dit.layers:
-        states = _run(dit, layer, states, mask, freqs, modulation)
-
-    longest = max(len(p) for p in patches)
+    sequence = _with_scales(_join(blocks), blocks, caption_scale, siglip_scale)
+    states = _run(dit, dit.layers, sequence, modulation).states
+    longest = max(height * width for height, width in sides)
     output = dit.all_final_layer[f"{PATCH}-1"](states[:, :longest], c=modulation)  # (B, N, 4 C)
-    return [_unpatchify(tokens[: len(p)], x) for tokens, p, x in zip(output, patches, noisy, strict=True)]
+    parts = zip(output.split([len(samples) for samples in stacked]), stacked, strict=True)
+    return [sample for tokens, samples in parts for sample in _unpatchify(tokens, samples)]
 
 
-Tokens = tuple[Tensor, Tensor]  # states (N, d) and rotary factors (N, d_head / 2), complex
+class _Block(NamedTuple):
+    """Tokens of one kind: states (B, N, d); rotary factors (B, N, d_head / 2), one row if all samples share it; mask
+    (B, N) of what is attended to, or a bias; None where that is everything, because masks turn fast kernels off."""
+
+    states: Tensor
+    freqs: Tensor
+    mask: Tensor | None
 
 
-def _siglip_tokens(
-    dit: Any, siglip: Sequence[Sequence[Tensor]], noisy: Sequence[Tensor], caption_lengths: Sequence[int]
-) -> dict[int, Tokens]:
-    """Refined SigLIP tokens of every sample that has references, by its place in the batch."""
-    present = [i for i, grids in enumerate(siglip) if grids]
-    if not present:
-        return {}
-    grids = [grid for i in present for grid in siglip[i]]
-    embedded = dit.siglip_embedder(torch.cat([grid.flatten(0, 1) for grid in grids]))
-    tokens = iter(embedded.split([grid.shape[0] * grid.shape[1] for grid in grids]))
-    sequences = []
-    for i in present:
-        height, width = noisy[i].shape[-2] // PATCH, noisy[i].shape[-1] // PATCH
-        parts = []
-        for r, grid in enumerate(siglip[i]):
-            positions = _grid(caption_lengths[i] + 2 + r, grid.shape[0], grid.shape[1], noisy[i].device, height, width)
-            parts.append(_pad_one(next(tokens), positions, dit.siglip_pad_token))
-        sequences.append((torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])))
-    return dict(zip(present, _refine(dit, dit.siglip_refiner, sequences, None), strict=True))
+class _Rows:
+    """Rows of one length for samples of one or more pieces, each padded to a multiple of 32.
+
+    This padding is attended to, as in the released model; what comes after a sample's last piece is not (`mask`).
+    """
+
+    def __init__(self, lengths: Sequence[Sequence[int]], device: torch.device) -> None:
+        ends = [sum(padded(length) for length in pieces) for pieces in lengths]
+        self.batch, self.length = len(lengths), max(ends)
+        counts, shifts, total = [], [], 0
+        for i, pieces in enumerate(lengths):
+            start = i * self.length
+            for count in pieces:
+                counts.append(count)
+                shifts.append(start - total)
+                start, total = start + padded(count), total + count
+        shift, count = _to([shifts, counts], device)
+        self.places = torch.arange(total, device=device) + shift.repeat_interleave(count, output_size=total)
+        self.mask: Tensor | None = None
+        if len(set(ends)) > 1:
+            self.mask = torch.arange(self.length, device=device) < _to(ends, device).unsqueeze(1)
+
+    def block(self, tokens: Tensor, pad_token: Tensor, freqs: Tensor) -> _Block:
+        """Of all pieces one after the other, (total, d). The pad token always gets a gradient, be it zero."""
+        pads = pad_token.to(tokens.dtype).expand(self.batch * self.length, -1)
+        states = pads.index_copy(0, self.places, tokens).unflatten(0, (self.batch, self.length))
+        return _Block(states, freqs, self.mask)
 
 
-def _patchify(sample: Tensor) -> Tensor:
-    """(C, H, W) -> (H/2 W/2, 4 C): row order, each patch as (row, column, channel)."""
-    channels, height, width = sample.shape
-    blocks = sample.view(channels, height // PATCH, PATCH, width // PATCH, PATCH)
-    return blocks.permute(1, 3, 2, 4, 0).reshape(-1, PATCH * PATCH * channels)
+def _to(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Integers on the device, without waiting for it."""
+    return torch.tensor(values).to(device, non_blocking=True)
 
 
-def _unpatchify(tokens: Tensor, like: Tensor) -> Tensor:
-    channels, height, width = like.shape
-    blocks = tokens.view(height // PATCH, width // PATCH, PATCH, PATCH, channels)
-    return blocks.permute(4, 0, 2, 1, 3).reshape(channels, height, width)
+Grid = tuple[int, int, int, int, int]  # place on the first axis, height, width, and the sides that it is spread over
 
 
-def _line(length: int, device: torch.device) -> Tensor:
-    """Caption positions 1 .. length on the first axis, (length, 3)."""
+def _siglip_block(
+    dit: Any, siglip: Sequence[Sequence[Tensor]], grids: Sequence[Sequence[Grid]], dtype: torch.dtype
+) -> _Block:
+    """Refined SigLIP tokens of a batch in which any sample has a reference."""
+    references = stacks([reference for sample in siglip for reference in sample])
+    device = references[0].device
+    rows = _Rows([[height * width for _, height, width, *_ in sample] for sample in grids], device)
+    tokens = dit.siglip_embedder(torch.cat([batch.flatten(0, 2) for batch in references]).to(dtype))
+    block = rows.block(tokens, dit.siglip_pad_token, _grid_freqs(dit, grids, rows.length, device))
+    # In the refiner a sample without references sees its own padding: seeing nothing would be NaN. Later nobody does.
+    seen = None if rows.mask is None else rows.mask | ~rows.mask[:, :1]
+    states = _run(dit, dit.siglip_refiner, block._replace(mask=seen), None).states
+    # Float32 weights in a bf16 base make float32 tokens, which would promote the whole sequence.
+    return block._replace(states=states.to(dtype))
+
+
+def _patchify(samples: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B H/2 W/2, 4 C): row order, each patch as (row, column, channel)."""
+    batch, channels, height, width = samples.shape
+    blocks = samples.view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return blocks.permute(0, 2, 4, 3, 5, 1).reshape(-1, PATCH * PATCH * channels)
+
+
+def _unpatchify(tokens: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """The inverse for tokens (B, N, 4 C) whose rows may go on after the last patch, B x (C, H, W)."""
+    batch, channels, height, width = like.shape
+    rows, columns = height // PATCH, width // PATCH
+    blocks = tokens[:, : rows * columns].view(batch, rows, columns, PATCH, PATCH, channels)
+    return blocks.permute(0, 5, 1, 3, 2, 4).reshape(like.shape).unbind()
+
+
+def _line_freqs(dit: Any, length: int, device: torch.device) -> Tensor:
+    """Rotary factors of captions, (1, length, d_head / 2): positions 1, 2, ... on the first axis, pads count on."""
     positions = torch.zeros((length, 3), dtype=torch.int64, device=device)
     positions[:, 0] = torch.arange(1, length + 1, device=device)
+    return dit.rope_embedder(positions).unsqueeze(0)
+
+
+def _grid_freqs(dit: Any, grids: Sequence[Sequence[Grid]], length: int, device: torch.device) -> Tensor:
+    """Rotary factors of each sample's grids, (B, length, d_head / 2), or one row if all have the same."""
+    layouts = [tuple(sample) for sample in grids]
+    distinct = {layout: i for i, layout in enumerate(dict.fromkeys(layouts))}
+    positions = torch.stack([_positions(layout, length) for layout in distinct]).to(device, non_blocking=True)
+    freqs = dit.rope_embedder(positions.flatten(0, 1)).unflatten(0, (len(distinct), length))
+    return freqs if len(distinct) == 1 else freqs[_to([distinct[layout] for layout in layouts], device)]
+
+
+def _positions(grids: Sequence[Grid], length: int) -> Tensor:
+    """Positions of grids in row order, (length, 3), on the host; padding sits at the origin."""
+
+    def axis(steps: int, target: int) -> Tensor:
+        return (torch.arange(steps) * (target - 1) / max(steps - 1, 1)).round().long()
+
+    positions, start = torch.zeros((length, 3), dtype=torch.int64), 0
+    for place, height, width, to_height, to_width in grids:
+        rows, columns = torch.meshgrid(axis(height, to_height), axis(width, to_width), indexing="ij")
+        grid = torch.stack([torch.full_like(rows, place), rows, columns], dim=-1).flatten(0, 1)
+        positions[start : start + len(grid)] = grid
+        start += padded(len(grid))
     return positions
 
 
-def _grid(
-    first: int,
-    height: int,
-    width: int,
-    device: torch.device,
-    to_height: int | None = None,
-    to_width: int | None = None,
-) -> Tensor:
-    """Positions of a grid in row order, (height width, 3), optionally spread over a grid of another size."""
-
-    def axis(length: int, target: int | None) -> Tensor:
-        steps = torch.arange(length, device=device)
-        if target is None or length == 1:
-            return steps
-        return (steps * (target - 1) / (length - 1)).round().long()
-
-    rows, columns = torch.meshgrid(axis(height, to_height), axis(width, to_width), indexing="ij")
-    return torch.stack([torch.full_like(rows, first), rows, columns], dim=-1).flatten(0, 1)
+def _join(blocks: Sequence[_Block]) -> _Block:
+    """The blocks in one sequence; attention does not care about its order, nor about gaps that are masked."""
+    rows = max(len(block.freqs) for block in blocks)
+    freqs = torch.cat([block.freqs.expand(rows, -1, -1) for block in blocks], dim=1)
+    mask = None
+    if any(block.mask is not None for block in blocks):
+        seen = [torch.ones_like(b.states[..., 0], dtype=torch.bool) if b.mask is None else b.mask for b in blocks]
+        mask = torch.cat(seen, dim=1)
+    return _Block(torch.cat([block.states for block in blocks], dim=1), freqs, mask)
 
 
-def _pad_one(tokens: Tensor, positions: Tensor, pad_token: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (N, d) and positions padded to a multiple of 32; padding is attended to, as in the released model."""
-    missing = padded(len(tokens)) - len(tokens)
-    # An empty expansion still puts the pad token into the graph, so that its gradient exists.
-    states = torch.cat([tokens, pad_token.to(tokens.dtype).expand(missing, -1)])
-    origin = positions.new_zeros((len(states) - len(positions), 3))
-    return states, torch.cat([positions, origin])
-
-
-def _pad(tokens: Sequence[Tensor], positions: Sequence[Tensor], pad_token: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return [_pad_one(t, p, pad_token) for t, p in zip(tokens, positions, strict=True)]
-
-
-def _refine(
-    dit: Any, layers: nn.ModuleList, sequences: Sequence[tuple[Tensor, Tensor]], modulation: Tensor | None
-) -> list[Tokens]:
-    """Runs refiner blocks over sequences of states and positions; gives states and rotary factors."""
-    lengths = [len(states) for states, _ in sequences]
-    freqs = dit.rope_embedder(torch.cat([positions for _, positions in sequences])).split(lengths)
-    states, batch_freqs, mask = _batch(list(zip([s for s, _ in sequences], freqs, strict=True)))
-    for layer in layers:
-        states = _run(dit, layer, states, mask, batch_freqs, modulation)
-    return [(states[i, :length], freqs[i]) for i, length in enumerate(lengths)]
-
-
-def _batch(sequences: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(B, N, d), (B, N, d_head / 2), and a mask (B, N) only where lengths differ: masks turn fast kernels off."""
-    states = pad_sequence([s for s, _ in sequences], batch_first=True)
-    freqs = pad_sequence([f for _, f in sequences], batch_first=True)
-    lengths = [len(s) for s, _ in sequences]
-    if len(set(lengths)) == 1:
-        return states, freqs, None
-    places = torch.arange(states.shape[1], device=states.device)
-    return states, freqs, places < torch.tensor(lengths, device=states.device).unsqueeze(1)
-
-
-def _fill(scale: Tensor, length: int) -> Tensor:
-    """Attention scales of a caption's tokens; its padding keeps 1."""
-    return torch.cat([scale, scale.new_ones(length - len(scale))])
-
-
-def _with_scales(mask: Tensor | None, scales: Sequence[list[Tensor] | None], states: Tensor) -> Tensor | None:
-    """The mask as an additive bias (B, 1, 1, N) of log scales, where any sample has scales."""
-    if all(scale is None for scale in scales):
-        return mask
-    batch, length = states.shape[:2]
-    factors = torch.ones((batch, length), device=states.device)
-    for i, scale in enumerate(scales):
+def _with_scales(
+    sequence: _Block, blocks: Sequence[_Block], caption_scale: Sequence[Tensor | None], siglip_scale: float
+) -> _Block:
+    """The mask as an additive bias (B, 1, 1, N) of log factors, where any token has one."""
+    if all(scale is None for scale in caption_scale) and (siglip_scale == 1.0 or len(blocks) == 2):
+        return sequence
+    factors = torch.ones(sequence.states.shape[:2], device=sequence.states.device)
+    start, length = blocks[0].states.shape[1], blocks[1].states.shape[1]
+    for i, scale in enumerate(caption_scale):
         if scale is not None:
-            joined = torch.cat(scale)
-            factors[i, : len(joined)] = joined
+            factors[i, start : start + len(scale)] = scale
+    factors[:, start + length :] = siglip_scale
     bias = factors.log()
-    if mask is not None:
-        bias = bias.masked_fill(~mask, -math.inf)
-    return bias.to(states.dtype)[:, None, None, :]
+    if sequence.mask is not None:
+        bias = bias.masked_fill(~sequence.mask, -math.inf)
+    return sequence._replace(mask=bias.to(sequence.states.dtype)[:, None, None, :])
 
 
-def _run(
-    dit: Any, layer: nn.Module, states: Tensor, mask: Tensor | None, freqs: Tensor, modulation: Tensor | None
-) -> Tensor:
-    if torch.is_grad_enabled() and dit.gradient_checkpointing:
-        return dit._gradient_checkpointing_func(layer, states, mask, freqs, modulation)
-    return layer(states, mask, freqs, modulation)
+def _run(dit: Any, layers: nn.ModuleList, block: _Block, modulation: Tensor | None) -> _Block:
+    """The block after these layers."""
+    states, freqs, mask = block
+    for layer in layers:
+        if torch.is_grad_enabled() and dit.gradient_checkpointing:
+            states = dit._gradient_checkpointing_func(layer, states, mask, freqs, modulation)
+        else:
+            states = layer(states, mask, freqs, modulation)
+    return _Block(states, freqs, mask)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ztrain.conditioning import Encoded, StockOmni, TokenStates
 from ztrain.config import Config, EncodersConfig
@@ -50,29 +51,40 @@ class TextEncoder:
 
     def encode(self, prompt: str) -> Tensor:
         """(L, D) of one prompt, at most max_sequence_length tokens."""
+        return self.encode_all([prompt])[0]
+
+    def encode_all(self, prompts: Sequence[str]) -> list[Tensor]:
+        """B x (L, D) of many prompts in one forward: views of one padded batch."""
         # enable_thinking=True leaves the think block out (zimage_facts.md section 4).
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=True,
-        )
-        return self._states(text, prompt)
+        texts = [
+            self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=True,
+            )
+            for prompt in prompts
+        ]
+        return self._states(texts, prompts)
 
     def encode_segment(self, text: str) -> Tensor:
         """(L, D) of a text as it stands, without the chat turn."""
-        return self._states(text, text)
+        return self._states([text], [text])[0]
 
     @torch.no_grad()
-    def _states(self, text: str, prompt: str) -> Tensor:
-        ids = self.tokenizer(text, return_tensors="pt").input_ids  # (1, L)
-        if ids.shape[1] > self.max_sequence_length:
-            raise InputError(
-                f"the prompt {prompt[:60]!r} has {ids.shape[1]} tokens, more than encoders.max_sequence_length"
-                f" {self.max_sequence_length}; shorten it"
-            )
+    def _states(self, texts: Sequence[str], prompts: Sequence[str]) -> list[Tensor]:
+        rows = [torch.tensor(self.tokenizer(text).input_ids) for text in texts]  # B x (L,)
+        for ids, prompt in zip(rows, prompts, strict=True):
+            if len(ids) > self.max_sequence_length:
+                raise InputError(
+                    f"the prompt {prompt[:60]!r} has {len(ids)} tokens, more than encoders.max_sequence_length"
+                    f" {self.max_sequence_length}; shorten it"
+                )
+        # The model is causal: no token sees the padding on its right, whatever that is, so there is no mask.
+        ids = pad_sequence(rows, batch_first=True).to(self.model.device)
         with first_layers(self.model, len(self.model.layers) - 1):
-            return self.model(input_ids=ids.to(self.model.device), use_cache=False).last_hidden_state[0]
+            states = self.model(input_ids=ids, use_cache=False).last_hidden_state
+        return [state[: len(row)] for state, row in zip(states, rows, strict=True)]
 
 
 @contextmanager
@@ -113,22 +125,30 @@ class LatentCodec:
             raise InputError(f"an image of {width} x {height} pixels: both sides must be multiples of {step}")
         return self.vae.config.latent_channels, height // self.factor, width // self.factor
 
-    @torch.no_grad()
     def encode(self, image: Image.Image) -> Tensor:
-        """(C, H, W) float32 latents: the posterior's mode, shifted and scaled."""
+        """(C, H, W) float32 latents of an RGB image."""
         pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1  # (3, 8 H, 8 W)
-        posterior = self.vae.encode(pixels.unsqueeze(0).to(self.vae.device, self.vae.dtype)).latent_dist
-        config = self.vae.config
-        return ((posterior.mode()[0] - config.shift_factor) * config.scaling_factor).float()
+        return self.encode_pixels(pixels.unsqueeze(0))[0]
 
     @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) float32 latents of (B, 3, 8 H, 8 W) in [-1, 1]: the posterior's mode, shifted and scaled."""
+        posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        config = self.vae.config
+        return ((posterior.mode() - config.shift_factor) * config.scaling_factor).float()
+
     def decode(self, latents: Tensor) -> Image.Image:
         """The 8-bit RGB image of (C, H, W) latents."""
+        pixels = self.decode_pixels(latents.unsqueeze(0))[0]
+        return Image.fromarray(((pixels / 2 + 0.5) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+    @torch.no_grad()
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        """(B, 3, 8 H, 8 W) float32 pixels in [-1, 1] of latents (B, C, H, W)."""
         config = self.vae.config
-        scaled = (latents / config.scaling_factor + config.shift_factor).unsqueeze(0)
-        pixels = self.vae.decode(scaled.to(self.vae.device, self.vae.dtype), return_dict=False)[0][0]
-        array = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        return Image.fromarray(array)
+        scaled = latents / config.scaling_factor + config.shift_factor
+        pixels = self.vae.decode(scaled.to(self.vae.device, self.vae.dtype), return_dict=False)[0]
+        return pixels.float().clamp(-1, 1)
 
 
 class SiglipEncoder:

@@ -3,15 +3,17 @@
     sigma in [0, 1], 1 = pure noise          noisy    = (1 - sigma) latents + sigma noise
     velocity = noise - latents               d noisy / d sigma = velocity
 
-Nothing here knows about Z-Image: the transformer's reversed time and sign live in model.py. Every random draw is
-counter-based, a pure function of (seed, epoch, sample index), so it does not depend on ranks, workers or resumes.
+Nothing here knows about Z-Image: the transformer's reversed time and sign live in model.py. Every random draw but
+`draw_sigmas` is counter-based, a pure function of (seed, epoch, sample index), so it does not depend on ranks, workers
+or resumes.
 
 Legend: B batch, C latent channels, H and W latent height and width, N sampler steps.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal, Protocol
 
 import numpy as np
@@ -101,19 +103,25 @@ def draw_noise(counters: Sequence[Counter], latents: Sequence[Tensor]) -> list[T
 
 def draw_sigma(counters: Sequence[Counter], density: SigmaDensity) -> Tensor:
     """One sigma for each sample, (B,), float32 on the CPU."""
-    drawn = []
-    for counter in counters:
-        generator = counter_generator(counter, _SIGMA_STREAM)
-        match density.sampling:
-            case "uniform":
-                sigma = torch.rand((), generator=generator)
-            case "logit_normal":
-                normal = torch.randn((), generator=generator)
-                sigma = torch.sigmoid(density.logit_mean + density.logit_std * normal)
-            case "scheduler_table":
-                sigma = torch.randint(1, TABLE_SIZE + 1, (), generator=generator) / TABLE_SIZE
-        drawn.append(shift_sigma(sigma, density.shift))
-    return torch.stack(drawn)
+    return torch.stack([_sigma((), density, counter_generator(counter, _SIGMA_STREAM)) for counter in counters])
+
+
+def draw_sigmas(num: int, density: SigmaDensity, generator: torch.Generator) -> Tensor:
+    """A whole batch of sigmas, (num,), float32, from one generator and on its device; not counter-based."""
+    return _sigma((num,), density, generator)
+
+
+def _sigma(shape: tuple[int, ...], density: SigmaDensity, generator: torch.Generator) -> Tensor:
+    device = generator.device
+    match density.sampling:
+        case "uniform":
+            sigma = torch.rand(shape, generator=generator, device=device)
+        case "logit_normal":
+            normal = torch.randn(shape, generator=generator, device=device)
+            sigma = torch.sigmoid(density.logit_mean + density.logit_std * normal)
+        case "scheduler_table":
+            sigma = torch.randint(1, TABLE_SIZE + 1, shape, generator=generator, device=device) / TABLE_SIZE
+    return shift_sigma(sigma, density.shift)
 
 
 def draw_dropout(counter: Counter) -> float:
@@ -161,8 +169,8 @@ def velocity_losses(
 
     `velocity`, `latents`, `noise`: B x (C, H, W), sizes may differ between samples; `sigma`: (B,).
     """
-    target = [n.float() - x.float() for x, n in zip(latents, noise, strict=True)]
-    return _squared_errors(velocity, target) * loss_weight(sigma, weight).to(velocity[0].device)
+    errors = _mean_squares(lambda v, x, n: v - (n - x), velocity, latents, noise)
+    return errors * loss_weight(sigma, weight).to(velocity[0].device)
 
 
 def keep_prior(
@@ -177,13 +185,17 @@ def keep_prior(
 
     `share`: (B,) in [0, 1], 0 where a sample is to learn from the data alone.
     """
-    prior = _squared_errors(velocity, base_velocity) * loss_weight(sigma, weight).to(losses.device)
-    return torch.lerp(losses, prior, share.to(losses))
+    prior = _mean_squares(lambda v, base: v - base, velocity, base_velocity)
+    return torch.lerp(losses, prior * loss_weight(sigma, weight).to(losses.device), share.to(losses))
 
 
-def _squared_errors(velocity: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
-    """Mean squared error of each sample, (B,), in float32."""
-    return torch.stack([(v.float() - t.float()).square().mean() for v, t in zip(velocity, target, strict=True)])
+def _mean_squares(residual: Callable[..., Tensor], *lists: Sequence[Tensor]) -> Tensor:
+    """The residual's mean square of each sample, (B,), in float32; neighbours of one shape are computed together."""
+    means = []
+    for _, run in groupby(zip(*lists, strict=True), key=lambda tensors: tensors[0].shape):
+        stacked = [torch.stack(tensors).float() for tensors in zip(*run, strict=True)]  # each (b, C, H, W)
+        means.append(residual(*stacked).square().flatten(1).mean(1))
+    return torch.cat(means)
 
 
 def sigma_schedule(num_inference_steps: int, shift: float, strength: float = 1.0) -> Tensor:
@@ -200,6 +212,6 @@ def sigma_schedule(num_inference_steps: int, shift: float, strength: float = 1.0
     return torch.cat([sigmas[skipped:], torch.zeros(1)])
 
 
-def euler_step(noisy: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
-    """One Euler step of d noisy / d sigma = velocity, in float32."""
-    return noisy + (next_sigma - sigma) * velocity
+def euler_step(noisy: Sequence[Tensor], velocity: Sequence[Tensor], sigma: Tensor, next_sigma: Tensor) -> list[Tensor]:
+    """One Euler step of d noisy / d sigma = velocity for each sample, in float32; one sigma on the CPU for all."""
+    return list(torch._foreach_add(noisy, torch._foreach_mul(velocity, float(next_sigma - sigma))))

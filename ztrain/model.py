@@ -48,23 +48,22 @@ class AdaptedDiT(nn.Module):
             for adapter in self.adapters:
                 if adapter.scale != 0:
                     conditioning = adapter(conditioning, encoded)
-            inputs = [sample.to(self.base_dtype) for sample in noisy]
             t = 1 - sigma.float().to(noisy[0].device)  # stays float32: bf16 would round 0.9013 to 0.904
             if conditioning.omni is None:
                 output = transformer.forward(
                     self.dit,
-                    inputs,
+                    noisy,
                     t,
-                    [caption.to(self.base_dtype) for caption in conditioning.caption],
-                    [[grid.to(self.base_dtype) for grid in grids] for grids in conditioning.siglip],
+                    conditioning.caption,
+                    conditioning.siglip,
                     conditioning.caption_scale,
                     conditioning.siglip_scale,
                 )
             else:
-                output = self._stock_omni(inputs, t, conditioning, conditioning.omni)
+                output = self._stock_omni(noisy, t, conditioning, conditioning.omni)
             if torch.is_grad_enabled() and not any(encoded.with_reference):
                 output = [self._tied(output[0]), *output[1:]]
-        return [-sample for sample in output]
+        return [velocity for samples in transformer.stacks(output) for velocity in (-samples).unbind()]
 
     def _tied(self, output: Tensor) -> Tensor:
         """`output` with zero gradients to weights that nothing used: without a reference, what reads one is idle.
@@ -92,7 +91,7 @@ class AdaptedDiT(nn.Module):
         return torch.autocast(device.type, dtype=self.base_dtype)
 
     def _stock_omni(
-        self, noisy: list[Tensor], t: Tensor, conditioning: Conditioning, omni: list[StockOmni]
+        self, noisy: Sequence[Tensor], t: Tensor, conditioning: Conditioning, omni: list[StockOmni]
     ) -> list[Tensor]:
         """diffusers' omni mode, called as ZImageOmniPipeline does.
 
@@ -107,10 +106,7 @@ class AdaptedDiT(nn.Module):
             groups.setdefault(len(sample.latents), []).append(i)
         for count, places in groups.items():
             results = self.dit(
-                [
-                    [*(x.unsqueeze(1).to(self.base_dtype) for x in omni[i].latents), noisy[i].unsqueeze(1)]
-                    for i in places
-                ],
+                [[x.unsqueeze(1).to(self.base_dtype) for x in (*omni[i].latents, noisy[i])] for i in places],
                 t[places],
                 [[segment.to(self.base_dtype) for segment in omni[i].segments] for i in places],
                 siglip_feats=[

@@ -74,7 +74,7 @@ def sample(
     for step in progress(range(len(schedule) - 1)):
         sigma, next_sigma = schedule[step], schedule[step + 1]
         velocities = _guided(model, noisy, sigma, encoded, settings)
-        noisy = [euler_step(x, v, sigma, next_sigma) for x, v in zip(noisy, velocities, strict=True)]
+        noisy = euler_step(noisy, velocities, sigma, next_sigma)
     return noisy
 
 
@@ -95,15 +95,13 @@ def _guided(
     joined = concatenate(variants) if len(variants) > 1 else encoded
     output = [v.float() for v in model(list(noisy) * len(variants), sigma.expand(count * len(variants)), joined)]
 
-    active = [scale for scale in scales if scale > 0]
-    guided = []
-    for i in range(count):
-        positive = output[i]
-        velocity = positive
-        for place, scale in enumerate(active, start=1):
-            velocity = velocity + scale * (positive - output[place * count + i])
-        guided.append(_limited(velocity, positive, settings.guidance_normalization) if active else velocity)
-    return guided
+    guided = positive = output[:count]
+    for place, scale in enumerate((scale for scale in scales if scale > 0), start=1):
+        difference = torch._foreach_sub(positive, output[place * count : (place + 1) * count])
+        guided = list(torch._foreach_add(guided, torch._foreach_mul(difference, scale)))
+    if guided is positive:
+        return positive
+    return [_limited(v, p, settings.guidance_normalization) for v, p in zip(guided, positive, strict=True)]
 
 
 def _limited(velocity: Tensor, positive: Tensor, factor: float) -> Tensor:

@@ -34,6 +34,7 @@ from transformers import (
 
 from ztrain.errors import InputError
 from ztrain.mini import family as mini
+from ztrain.mini import parts
 
 PIPELINES = (mini.BASE, mini.TURBO, mini.OMNI)
 TEXT = "Ein röter circle, 東京 <|vision_start|><|image_pad|><|vision_end|><think>\n\n</think>  it's 42!\n"
@@ -98,7 +99,7 @@ def test_command_line_builds_once(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(sizes: mini.FamilySizes) -> None:
+    def interrupt(sizes: parts.FamilySizes) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(mini, "build_vae", interrupt)
@@ -116,14 +117,55 @@ def test_build_into_a_foreign_folder_is_refused(tmp_path: Path) -> None:
 
 def test_another_size_is_another_family(family: Path) -> None:
     wider = replace(mini.TINY, dit_layers=3, lm_layers=7, siglip_layers=3, vl_depth=5)
-    tokenizer = mini.build_tokenizer(wider)
-    assert len(mini.build_transformer(wider, siglip=False).layers) == 3
-    assert len(mini.build_text_encoder(wider, tokenizer).model.layers) == 7
-    vision_language = mini.build_vision_language(wider, tokenizer).model
+    tokenizer = parts.build_tokenizer(wider)
+    assert len(parts.build_transformer(wider, siglip=False).layers) == 3
+    assert len(parts.build_text_encoder(wider, tokenizer).model.layers) == 7
+    vision_language = parts.build_vision_language(wider, tokenizer).model
     assert (len(vision_language.language_model.layers), len(vision_language.visual.blocks)) == (7, 5)
-    assert len(mini.build_siglip(wider).vision_model.encoder.layers) == 3
+    assert len(parts.build_siglip(wider).vision_model.encoder.layers) == 3
     assert mini.is_complete(family)
     assert not mini.is_complete(family, sizes=wider)
+
+
+def test_any_repositories_are_written_in_the_dtype_that_the_models_have(tmp_path: Path) -> None:
+    """What a pretrained miniature asks for: some repositories, half precision, its own processors."""
+    sizes = replace(mini.TINY, siglip_patches=16)
+    tokenizer = parts.build_tokenizer(sizes, ["qqqqqqqq qqqqqqqq"])
+    assert tokenizer.tokenize("qqqqqqqq") == ["qqqqqqqq"]
+    family = parts.Parts(
+        tokenizer=tokenizer,
+        text_encoder=parts.build_text_encoder(sizes, tokenizer).bfloat16(),
+        vision_language=parts.build_vision_language(sizes, tokenizer).bfloat16(),
+        siglip=parts.build_siglip(sizes, text_vocab=99).bfloat16(),
+        vae=parts.build_vae(sizes),
+        transformers={mini.OMNI: parts.build_transformer(sizes, siglip=True).bfloat16()},
+        shifts={mini.OMNI: 2.0},
+        siglip_patches=16,
+        vision_language_pixels=(64, 4096),
+    )
+    mini.write_repositories(tmp_path, family)
+
+    assert {path.name for path in tmp_path.iterdir()} == {mini.OMNI, mini.VISION_LANGUAGE, mini.SIGLIP}
+    dtypes = {
+        path.relative_to(tmp_path).parts[-2]: {weight.dtype for weight in load_file(path).values()}
+        for path in tmp_path.rglob("*.safetensors")
+    }
+    assert dtypes.pop("vae") == {torch.float32}
+    assert all(dtype == {torch.bfloat16} for dtype in dtypes.values()) and len(dtypes) == 5
+    assert Qwen3Model.from_pretrained(tmp_path / mini.OMNI / "text_encoder").dtype == torch.bfloat16
+    assert Siglip2Model.from_pretrained(tmp_path / mini.SIGLIP).config.text_config.vocab_size == 99
+    assert Siglip2ImageProcessorPil.from_pretrained(tmp_path / mini.OMNI / "siglip_processor").max_num_patches == 16
+    size = Qwen2VLImageProcessorPil.from_pretrained(tmp_path / mini.VISION_LANGUAGE).size
+    assert (size["shortest_edge"], size["longest_edge"]) == (64, 4096)
+    shift = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / mini.OMNI / "scheduler").config.shift
+    assert shift == 2.0
+
+
+def test_builders_leave_the_models_as_their_libraries_start_them() -> None:
+    dit = parts.build_transformer(mini.TINY, siglip=True)
+    assert dit.training and not dit.siglip_pad_token.any()
+    for final_layer in dit.all_final_layer.values():
+        assert final_layer.linear.weight.abs().max() <= mini.TINY.dit_dim**-0.5, "torch's uniform start"
 
 
 @pytest.mark.parametrize(
@@ -211,7 +253,7 @@ def test_both_tokenizers_give_the_same_ids(family: Path) -> None:
         assert other.get_vocab() == first.get_vocab()
         assert other(TEXT).input_ids == ids
     assert (first.pad_token, first.eos_token) == ("<|endoftext|>", "<|im_end|>")
-    for token in mini.SPECIAL_TOKENS + mini.THINKING_TOKENS:
+    for token in parts.SPECIAL_TOKENS + parts.THINKING_TOKENS:
         assert first(token).input_ids == [first.get_vocab()[token]], token
     # Merges were learned: a known word is one token, an unknown one falls to pieces that spell it.
     assert first.tokenize(" and the") == ["Ġand", "Ġthe"]

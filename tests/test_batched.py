@@ -219,3 +219,26 @@ def test_sampling_together_equals_sampling_alone(family: Path, encoded: Encoded)
     for i in range(3):
         alone = sample(model, encoded.select([i]), [noise[i]], settings)[0]
         assert relative_error(together[i], alone) < 1e-4
+
+
+def test_one_tensor_is_a_list_of_equal_samples(family: Path) -> None:
+    """The same numbers and gradients, without taking the batch apart."""
+    model, states = make_model(family, []), uniform(4, 0)
+    noisy = torch.randn((4, 16, 8, 8), generator=torch.Generator().manual_seed(3))
+    target, sigma = torch.roll(noisy, 1, 0), SIGMA[:4]
+    model.dit.requires_grad_(True)
+    results = []
+    for samples, others in ((noisy, target), (list(noisy), list(target))):
+        model.zero_grad()
+        velocity = model(samples, sigma, states)
+        losses = velocity_losses(velocity, samples, others, sigma)
+        losses.sum().backward()
+        gradients_of = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results.append((torch.stack(list(velocity)), losses, gradients_of))
+    assert isinstance(model(noisy, sigma, states), Tensor) and isinstance(model(list(noisy), sigma, states), list)
+    (velocity, losses, grads), (of_list, list_losses, list_grads) = results
+    torch.testing.assert_close(velocity, of_list, rtol=0, atol=0)
+    torch.testing.assert_close(losses, list_losses, rtol=1e-6, atol=0)
+    assert grads.keys() == list_grads.keys()
+    for name, gradient in grads.items():
+        assert relative_error(gradient, list_grads[name]) < 1e-5, name

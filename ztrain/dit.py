@@ -12,7 +12,7 @@ Legend: B batch, C latent channels, H and W latent sides, L caption tokens, S Si
 import math
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,10 @@ REAL_CONFIG: dict[str, Any] = {"axes_lens": [1536, 512, 512]}
 """Constructor arguments of the released transformer that differ from diffusers' defaults (Z-Image/src/config)."""
 
 
+Samples: TypeAlias = Sequence[Tensor] | Tensor
+"""B x (C, H, W): a list, whose sizes may differ, or one tensor (B, C, H, W)."""
+
+
 def load_transformer(source: Source, dtype: torch.dtype, device: torch.device | str) -> Any:
     """The frozen transformer of a Z-Image repository, in eval mode."""
     from diffusers import ZImageTransformer2DModel
@@ -38,12 +42,10 @@ def padded(length: int) -> int:
     return length + (-length) % MULTIPLE
 
 
-def check_room(
-    dit: Any, captions: Sequence[Tensor], siglip: Sequence[Sequence[Tensor]], noisy: Sequence[Tensor]
-) -> None:
+def check_room(dit: Any, captions: Sequence[Tensor], siglip: Sequence[Sequence[Tensor]], noisy: Samples) -> None:
     """Refuses on the host what would be an index error, or a device-side assertion, inside the DiT."""
     rows, height, width = dit.config.axes_lens
-    for caption, grids, sample in zip(captions, siglip, noisy, strict=True):
+    for caption, grids, sides in zip(captions, siglip, _sides(noisy), strict=True):
         # Captions take positions 1 .. padded length on the first axis, the image the next one, then each reference.
         room = (rows - 2 - len(grids)) // MULTIPLE * MULTIPLE
         if len(caption) > room:
@@ -55,13 +57,19 @@ def check_room(
             raise InputError(
                 "a caption without tokens: the selected tokens of the reference are none; see adapters tokens"
             )
-        sides = sample.shape[-2:]
         if sides[0] % PATCH or sides[1] % PATCH:
             raise InputError(
                 f"latents of {sides[0]} x {sides[1]} are no whole number of patches; use sides divisible by 16"
             )
         if sides[0] // PATCH > height or sides[1] // PATCH > width:
             raise InputError(f"latents of {sides[0]} x {sides[1]} exceed the DiT's grid of {height} x {width} patches")
+
+
+def _sides(samples: Samples) -> list[tuple[int, int]]:
+    """Height and width of each sample's latents."""
+    if isinstance(samples, Tensor):
+        return [(samples.shape[-2], samples.shape[-1])] * len(samples)
+    return [(sample.shape[-2], sample.shape[-1]) for sample in samples]
 
 
 def check_omni_room(dit: Any, segment_lengths: Sequence[int], num_references: int) -> None:
@@ -77,30 +85,32 @@ def check_omni_room(dit: Any, segment_lengths: Sequence[int], num_references: in
         start += length + 2
 
 
-def stacks(tensors: Sequence[Tensor]) -> list[Tensor]:
+def stacks(tensors: Samples) -> list[Tensor]:
     """Each run of neighbours of one shape as a batch: a single one where all are alike."""
+    if isinstance(tensors, Tensor):
+        return [tensors]
     return [torch.stack(list(run)) for _, run in groupby(tensors, key=lambda tensor: tensor.shape)]
 
 
 def forward(
     dit: Any,
-    noisy: Sequence[Tensor],
+    noisy: Samples,
     t: Tensor,
     captions: Sequence[Tensor],
     siglip: Sequence[Sequence[Tensor]],
     caption_scale: Sequence[Tensor | None],
     siglip_scale: float = 1.0,
 ) -> list[Tensor]:
-    """The transformer's raw output for each sample, B x (C, H, W).
+    """The transformer's raw output, B x (C, H, W) as one tensor for each run of neighbours of one shape (see `stacks`).
 
-    noisy: B x (C, H, W); captions: B x (L, cap_feat_dim); siglip: B x R x (h, w, S); all three in any dtype. t: (B,)
+    noisy: B x (C, H, W), a list or one tensor; captions: B x (L, cap_feat_dim); siglip: B x R x (h, w, S); all three in any dtype. t: (B,)
     float32 in [0, 1], the transformer's own time; caption_scale: B x (L,) or None, siglip_scale: factors on the
     attention that these tokens get in the main layers.
     """
     check_room(dit, captions, siglip, noisy)
-    dtype, device = dit.x_pad_token.dtype, noisy[0].device
+    dtype, device = dit.x_pad_token.dtype, t.device
     modulation = dit.t_embedder(t * dit.t_scale).to(dtype)  # (B, 256)
-    sides = [(sample.shape[-2] // PATCH, sample.shape[-1] // PATCH) for sample in noisy]
+    sides = [(height // PATCH, width // PATCH) for height, width in _sides(noisy)]
     places = [padded(len(caption)) + 1 for caption in captions]  # of each image on the first axis
 
     stacked = stacks(noisy)
@@ -128,7 +138,7 @@ def forward(
     longest = max(height * width for height, width in sides)
     output = dit.all_final_layer[f"{PATCH}-1"](states[:, :longest], c=modulation)  # (B, N, 4 C)
     parts = zip(output.split([len(samples) for samples in stacked]), stacked, strict=True)
-    return [sample for tokens, samples in parts for sample in _unpatchify(tokens, samples)]
+    return [_unpatchify(tokens, samples) for tokens, samples in parts]
 
 
 class _Block(NamedTuple):
@@ -200,12 +210,12 @@ def _patchify(samples: Tensor) -> Tensor:
     return blocks.permute(0, 2, 4, 3, 5, 1).reshape(-1, PATCH * PATCH * channels)
 
 
-def _unpatchify(tokens: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    """The inverse for tokens (B, N, 4 C) whose rows may go on after the last patch, B x (C, H, W)."""
+def _unpatchify(tokens: Tensor, like: Tensor) -> Tensor:
+    """The inverse for tokens (B, N, 4 C) whose rows may go on after the last patch, (B, C, H, W)."""
     batch, channels, height, width = like.shape
     rows, columns = height // PATCH, width // PATCH
     blocks = tokens[:, : rows * columns].view(batch, rows, columns, PATCH, PATCH, channels)
-    return blocks.permute(0, 5, 1, 3, 2, 4).reshape(like.shape).unbind()
+    return blocks.permute(0, 5, 1, 3, 2, 4).reshape(like.shape)
 
 
 def _line_freqs(dit: Any, length: int, device: torch.device) -> Tensor:

@@ -159,15 +159,15 @@ def loss_weight(sigma: Tensor, kind: LossWeight) -> Tensor:
 
 
 def velocity_losses(
-    velocity: Sequence[Tensor],
-    latents: Sequence[Tensor],
-    noise: Sequence[Tensor],
+    velocity: Sequence[Tensor] | Tensor,
+    latents: Sequence[Tensor] | Tensor,
+    noise: Sequence[Tensor] | Tensor,
     sigma: Tensor,
     weight: LossWeight = "none",
 ) -> Tensor:
     """Weighted mean squared error to `noise - latents` for each sample, (B,), computed in float32.
 
-    `velocity`, `latents`, `noise`: B x (C, H, W), sizes may differ between samples; `sigma`: (B,).
+    `velocity`, `latents`, `noise`: B x (C, H, W), lists whose sizes may differ or three tensors; `sigma`: (B,).
     """
     errors = _mean_squares(lambda v, x, n: v - (n - x), velocity, latents, noise)
     return errors * loss_weight(sigma, weight).to(velocity[0].device)
@@ -189,8 +189,11 @@ def keep_prior(
     return torch.lerp(losses, prior * loss_weight(sigma, weight).to(losses.device), share.to(losses))
 
 
-def _mean_squares(residual: Callable[..., Tensor], *lists: Sequence[Tensor]) -> Tensor:
+def _mean_squares(residual: Callable[..., Tensor], *lists: Sequence[Tensor] | Tensor) -> Tensor:
     """The residual's mean square of each sample, (B,), in float32; neighbours of one shape are computed together."""
+    batches = [samples.float() for samples in lists if isinstance(samples, Tensor)]
+    if len(batches) == len(lists):
+        return residual(*batches).square().flatten(1).mean(1)
     means = []
     for _, run in groupby(zip(*lists, strict=True), key=lambda tensors: tensors[0].shape):
         stacked = [torch.stack(tensors).float() for tensors in zip(*run, strict=True)]  # each (b, C, H, W)

@@ -37,10 +37,10 @@ class AdaptedDiT(nn.Module):
             self.weights_of.append([f"dit.{name}" for name in woken] + own)
             adapter.to(dit.layers[0].attention_norm1.weight.device)
 
-    def forward(self, noisy: Sequence[Tensor], sigma: Tensor, encoded: Encoded) -> list[Tensor]:
-        """Velocities, B x (C, H, W) in the base's dtype.
+    def forward(self, noisy: transformer.Samples, sigma: Tensor, encoded: Encoded) -> Any:
+        """Velocities, B x (C, H, W) in the base's dtype: a list for a list, one tensor for one tensor.
 
-        noisy: B x (C, H, W), any dtype, sizes may differ, sides even; sigma: (B,) in [0, 1], 1 = noise.
+        noisy: B x (C, H, W), any dtype, sizes may differ in a list, sides even; sigma: (B,) in [0, 1], 1 = noise.
         Adapter weights are float32 on a bf16 base: their products run in the base's dtype by autocast.
         """
         with self._precision(noisy[0].device):
@@ -60,10 +60,12 @@ class AdaptedDiT(nn.Module):
                     conditioning.siglip_scale,
                 )
             else:
-                output = self._stock_omni(noisy, t, conditioning, conditioning.omni)
+                output = transformer.stacks(self._stock_omni(list(noisy), t, conditioning, conditioning.omni))
             if torch.is_grad_enabled() and not any(encoded.with_reference):
                 output = [self._tied(output[0]), *output[1:]]
-        return [velocity for samples in transformer.stacks(output) for velocity in (-samples).unbind()]
+        if isinstance(noisy, Tensor):
+            return -output[0]
+        return [velocity for samples in output for velocity in (-samples).unbind()]
 
     def _tied(self, output: Tensor) -> Tensor:
         """`output` with zero gradients to weights that nothing used: without a reference, what reads one is idle.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import datasets
-import numpy as np
 import pydantic
 import pytest
 from hypothesis import given, settings
@@ -111,7 +110,7 @@ def digests(folder: Path) -> dict[str, str]:
 def test_triplets_keep_the_rules(source: Path, tmp_path: Path) -> None:
     (source / "LICENSES.md").write_text("by nobody")
     built = build(source, tmp_path / "deep/er/out")
-    contents = {content.name: (content.prompt, split) for content, split in choose_contents(NUM_CONTENTS, 0)}
+    contents = {each.name: (each.prompt, each.split) for each in choose_contents(NUM_CONTENTS, 0)}
     assert {split: len(rows) for split, rows in built.items()} == {
         "train": (NUM_CONTENTS - NUM_VAL) * len(STYLES),
         "validation": NUM_VAL * len(STYLES),
@@ -153,37 +152,37 @@ def test_references_are_balanced_and_never_repeat(
 
 
 def test_equal_bytes_are_no_reference(source: Path, tmp_path: Path) -> None:
-    ink = source / "images/ink"
-    train = [content.name for content, split in choose_contents(NUM_CONTENTS, 0) if split == "train"]
+    ink = source / "images/style1"
+    train = [each.name for each in choose_contents(NUM_CONTENTS, 0) if each.split == "train"]
     for name in train[2:]:
         (ink / f"{name}.png").unlink()
     shutil.copyfile(ink / f"{train[0]}.png", ink / f"{train[1]}.png")  # the two that are left are one
     built = build(source, tmp_path / "out")
-    assert "ink" not in {row.columns["style"] for row in built["train"]}
+    assert "style1" not in {row.columns["style"] for row in built["train"]}
     report = json.loads((tmp_path / "out/build_report.json").read_text())
-    assert report["without_reference"] == {"train/ink": 2}
+    assert report["without_reference"] == {"train/style1": 2}
 
 
 def test_style_without_reference_is_counted_and_said(source: Path, tmp_path: Path) -> None:
-    val = [content.name for content, split in choose_contents(NUM_CONTENTS, 0) if split == "val"]
+    val = [each.name for each in choose_contents(NUM_CONTENTS, 0) if each.split == "val"]
     for name in val[1:]:
-        (source / f"images/neon/{name}.png").unlink()
+        (source / f"images/style2/{name}.png").unlink()
     done = run("--config", source / "build.yaml", "--out", tmp_path / "out")
     assert done.returncode == 0
     assert "note: triplets without reference: 1, see " in done.stderr
     report = json.loads((tmp_path / "out/build_report.json").read_text())
-    assert report["without_reference"] == {"validation/neon": 1}
+    assert report["without_reference"] == {"validation/style2": 1}
     assert report["triplets"]["validation"] == NUM_VAL * (len(STYLES) - 1)
 
 
 def test_cut_keeps_styles_even(source: Path, tmp_path: Path) -> None:
-    for path in sorted((source / "images/neon").iterdir())[3:]:
+    for path in sorted((source / "images/style2").iterdir())[3:]:
         path.unlink()  # a small style gives what it has, the others share the rest
     cut = 40
     built = build(source, tmp_path / "out", "--max-triplets-per-split", cut)
     counts = Counter(row.columns["style"] for row in built["train"])
     assert sum(counts.values()) == cut
-    assert counts.pop("neon") <= 3
+    assert counts.pop("style2") <= 3
     assert max(counts.values()) - min(counts.values()) <= 1
     named = {path_of(each) for rows in built.values() for row in rows for each in (row.target, *row.references)}
     assert named == set((tmp_path / "out").rglob("images/*/*"))  # no picture that no row names
@@ -200,9 +199,9 @@ def test_options_from_file_and_command_line(source: Path, tmp_path: Path) -> Non
     table = source / "contents.csv"
     table.write_text(table.read_text().replace("id,prompt,split", "key,text,part"))
     columns = {"id_column": "key", "prompt_column": "text", "split_column": "part"}
-    write_config(source, **columns, splits={"train": "x", "val": "all"}, styles=["ink", "neon"], seed=5)
-    built = build(source, tmp_path / "out", "--splits.train", "train", "--styles", "ink", "popart")
-    assert {row.columns["style"] for rows in built.values() for row in rows} == {"ink", "popart"}
+    write_config(source, **columns, splits={"train": "x", "val": "all"}, styles=["style1", "style2"], seed=5)
+    built = build(source, tmp_path / "out", "--splits.train", "train", "--styles", "style1", "style3")
+    assert {row.columns["style"] for rows in built.values() for row in rows} == {"style1", "style3"}
     assert set(built) == {"train", "all"}
     report = json.loads((tmp_path / "out/build_report.json").read_text())
     assert report["config"]["seed"] == 5
@@ -228,7 +227,7 @@ def test_rerun_is_up_to_date_and_anything_else_is_refused(source: Path, tmp_path
     assert (again.returncode, again.stdout) == (0, f"{out} is up to date\n{summary(out)}\n")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert "already holds something else" in refuse(source, out, "--seed", 1)
-    painting = source / "images/ink" / next((out / "train/images/ink").iterdir()).name
+    painting = source / "images/style1" / next((out / "train/images/style1").iterdir()).name
     painting.unlink()  # out holds a hard link to it
     Image.new("RGB", (32, 32)).save(painting)
     assert "already holds something else" in refuse(source, out)
@@ -253,7 +252,7 @@ def test_foreign_and_damaged_folders_are_refused(source: Path, tmp_path: Path) -
 
 
 def test_unreadable_pictures_are_rejected_up_to_the_share(source: Path, tmp_path: Path) -> None:
-    bad = sorted((source / "images/ink").iterdir())[:2]
+    bad = sorted((source / "images/style1").iterdir())[:2]
     bad[0].write_bytes(b"")
     bad[1].write_bytes(bad[1].read_bytes()[:150])
     message = refuse(source, tmp_path / "out")
@@ -261,11 +260,13 @@ def test_unreadable_pictures_are_rejected_up_to_the_share(source: Path, tmp_path
     assert all(str(path.name) in message for path in bad)
     refuse(source, tmp_path / "out", "--max-reject-share", 0.013)
     built = build(source, tmp_path / "out", "--max-reject-share", 0.014)
-    named = {path_of(each).name for row in built["train"] for each in row.references if row.columns["style"] == "ink"}
+    named = {
+        path_of(each).name for row in built["train"] for each in row.references if row.columns["style"] == "style1"
+    }
     assert named and not named & {path.name for path in bad}
     report = json.loads((tmp_path / "out/build_report.json").read_text())
-    assert set(report["rejected"]) == {f"ink/{path.name}" for path in bad}
-    assert "the file is empty" in report["rejected"][f"ink/{bad[0].name}"]
+    assert set(report["rejected"]) == {f"style1/{path.name}" for path in bad}
+    assert "the file is empty" in report["rejected"][f"style1/{bad[0].name}"]
     assert report["counts"]["pictures_rejected"] == 2
 
 
@@ -283,7 +284,7 @@ MISTAKES = {
     "empty style": (lambda folder: (folder / "images/oil").mkdir(), "images/oil: no picture of a content"),
     "no style": (
         lambda folder: write_config(folder, styles=["oil"]),
-        "no style folder oil; found: blueprint, ink",
+        "no style folder oil; found: style1, style2",
     ),
     "empty split": (lambda folder: write_config(folder, splits={"test": "x"}), "check ids and splits"),
     "one empty split": (
@@ -306,15 +307,15 @@ MISTAKES = {
     ),
     "two files": (
         lambda folder: (
-            Image.open(next((folder / "images/ink").iterdir()))
+            Image.open(next((folder / "images/style1").iterdir()))
             .convert("RGB")
-            .save(next((folder / "images/ink").iterdir()).with_suffix(".bmp"))
+            .save(next((folder / "images/style1").iterdir()).with_suffix(".bmp"))
         ),
         "the same content as",
     ),
     "unknown key": (
-        lambda folder: write_config(folder, style=["ink"]),
-        "build.yaml: style: unknown key (got ['ink'])",
+        lambda folder: write_config(folder, style=["style1"]),
+        "build.yaml: style: unknown key (got ['style1'])",
     ),
     "wrong type": (
         lambda folder: write_config(folder, seed="x"),
@@ -421,8 +422,8 @@ def pairs(source: Path) -> Path:
     return source
 
 
-def drawing(number: int, style: str = "ink") -> str:
-    return f"{style}/{sorted(content.name for content, _ in choose_contents(NUM_CONTENTS, 0))[number]}.png"
+def drawing(number: int, style: str = "style1") -> str:
+    return f"{style}/{sorted(each.name for each in choose_contents(NUM_CONTENTS, 0))[number]}.png"
 
 
 def write_pairs(folder: Path, *rows: str, header: str = "reference,target,prompt,split,theme") -> Path:
@@ -432,8 +433,8 @@ def write_pairs(folder: Path, *rows: str, header: str = "reference,target,prompt
 
 
 def test_pairs_become_triplets(pairs: Path, tmp_path: Path, load: Load) -> None:
-    a, b, c, other = drawing(0), drawing(1), drawing(2), drawing(0, "neon")
-    same_place = f"ink//./{Path(a).name}"
+    a, b, c, other = drawing(0), drawing(1), drawing(2), drawing(0, "style2")
+    same_place = f"style1//./{Path(a).name}"
     write_pairs(
         pairs,
         f"{a},{b}, two things ,train,x",
@@ -485,13 +486,13 @@ def test_pairs_as_json_lines(pairs: Path, tmp_path: Path) -> None:
 
 def test_unusable_pairs_are_rejected_up_to_the_share(pairs: Path, tmp_path: Path) -> None:
     a, b, c = drawing(0), drawing(1), drawing(2)
-    (pairs / "images/ink/broken.png").write_bytes((pairs / "images" / a).read_bytes()[:150])
-    shutil.copyfile(pairs / "images" / a, pairs / "images/ink/copy.png")
+    (pairs / "images/style1/broken.png").write_bytes((pairs / "images" / a).read_bytes()[:150])
+    shutil.copyfile(pairs / "images" / a, pairs / "images/style1/copy.png")
     bad = {
-        f"ink/copy.png,{a},p,train,x": "same bytes as the target",
+        f"style1/copy.png,{a},p,train,x": "same bytes as the target",
         f"{a},{a},p,train,x": "same bytes as the target",
-        f"{b}|{c}|ink/copy.png,{a},p,train,x": "same bytes as the target",
-        f"ink/none.png,{a},p,train,x": "the picture 'ink/none.png' is not in",
+        f"{b}|{c}|style1/copy.png,{a},p,train,x": "same bytes as the target",
+        f"style1/none.png,{a},p,train,x": "the picture 'style1/none.png' is not in",
         f"{b},../images/{a},p,train,x": "leaves the folder",
         f"{b},/etc/hostname,p,train,x": "leaves the folder",
         f"{b},{a}, ,train,x": "prompt is empty",
@@ -501,7 +502,7 @@ def test_unusable_pairs_are_rejected_up_to_the_share(pairs: Path, tmp_path: Path
         f"{b},{a},p,../x,y": "split '../x' must be the plain name of a folder",
         f"{b},{a},p": "as many fields as the header",
         f"{b},{a},p,train,x,y": "as many fields as the header",
-        f"{b},ink/broken.png,p,train,x": "not a readable picture",
+        f"{b},style1/broken.png,p,train,x": "not a readable picture",
     }
     write_pairs(pairs, f"{b},{a},good,train,x", *bad, f"{a},{b},good,train,x")
     message = refuse(pairs, tmp_path / "out")
@@ -559,47 +560,6 @@ def test_shipped_pairs_on_real_pictures(tmp_path: Path) -> None:
     done = run("--config", ROOT / "configs/data/pairs.yaml", "--out", tmp_path / "out")
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}: train 5, validation 1\n"), done.stderr
     assert (tmp_path / "out/LICENSES.md").read_bytes() == (EMOJI / "LICENSES.md").read_bytes()
-
-
-# ---- the painter
-
-
-def test_painting_is_deterministic_and_distinct(painted: Path, tmp_path: Path) -> None:
-    done = run(
-        *("--out", tmp_path / "again", "--size", 32, "--num-contents", NUM_CONTENTS),
-        module="ztrain.mini.painter",
-    )
-    assert done.returncode == 0, done.stderr
-    assert digests(tmp_path / "again") == digests(painted)
-    assert len(set(digests(painted).values())) == len(STYLES) * NUM_CONTENTS + 1
-    means = {}
-    for style in STYLES:  # a style is nearer to itself than to any other, by its average picture
-        stack = [np.asarray(open_image(path)).astype(float) for path in sorted((painted / "images" / style).iterdir())]
-        means[style] = (np.mean(stack[::2], axis=0), np.mean(stack[1::2], axis=0))
-    for style, (even, _) in means.items():
-        gaps = {other: float(np.abs(even - odd).mean()) for other, (_, odd) in means.items()}
-        assert min(gaps, key=gaps.__getitem__) == style
-        assert sorted(gaps.values())[1] > 3 * gaps[style]
-
-
-def test_prompts_name_the_content_only() -> None:
-    contents = choose_contents(180, 0)
-    prompts = [content.prompt for content, _ in contents]
-    assert len(set(prompts)) == 180
-    assert {"a star", "two fish at the top", "three boats on the left"} <= set(prompts)
-    assert not [prompt for prompt in prompts if any(style in prompt for style in STYLES)]
-    assert Counter(split for _, split in contents) == {"train": 150, "val": 30}
-
-
-def test_painter_refusals(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("")
-    with pytest.raises(InputError, match="holds something else"):
-        paint_style_folders(tmp_path, num_contents=6)
-    with pytest.raises(InputError, match="num_contents 181"):
-        paint_style_folders(tmp_path / "new", num_contents=181)
-    done = run("--out", tmp_path / "new", "--size", 8, module="ztrain.mini.painter")
-    assert (done.returncode, done.stderr) == (2, "error: size 8 must be at least 16 pixels\n")
-    assert not (tmp_path / "new").exists()
 
 
 # ---- YAML

@@ -23,6 +23,7 @@ from tests.triplets import model_words
 from ztrain.cli import _VERBS, _parser
 from ztrain.config import load_config
 from ztrain.export import read_adapter
+from ztrain.mini.command import mini_parser
 from ztrain.validate import VARIANTS
 
 ROOT = Path(__file__).parents[1]
@@ -321,7 +322,9 @@ def test_commands_on_a_page_name_what_exists(page: Path, tmp_path: Path) -> None
             assert re.search(rf"^(?:.* )?{words[1]}:", targets, re.M), words
         missing = [w for w in words if w.startswith(("configs/", "launch/")) and not (ROOT / w).is_file()]
         assert not missing, words
-        if words[0] == "ztrain" or "ztrain.train" in words:
+        if words[:2] == ["ztrain", "mini"]:
+            assert mini_parser().parse_args(words[2:])
+        elif words[0] == "ztrain" or "ztrain.train" in words:
             verb = next((v for v in _VERBS if words[1 : 1 + len(v.split())] == v.split()), "train")
             start = words.index("--config")
             options, overrides = _parser(verb).parse_known_args(words[start:])

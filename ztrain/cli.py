@@ -6,6 +6,8 @@ train         trains the adapter list in this process (accelerate launch -m ztra
 compare       renders no image, splice and exported adapters into one labelled picture
 sample        renders one prompt with references
 stats         measures state statistics for the splice's scaling
+
+`ztrain mini pretrain|measure`: makes a miniature family and judges it; see `ztrain mini --help`.
 """
 
 import argparse
@@ -57,6 +59,18 @@ def _sample(config: Config, options: argparse.Namespace) -> str:
     )
 
 
+def _mini(words: Sequence[str]) -> int:
+    from ztrain.mini.command import main as mini
+
+    try:
+        finished = mini(words)
+    except (InputError, OSError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        return 2
+    print(finished if finished is not None else "some stages are still to be run")
+    return 0
+
+
 _VERBS = {
     "config show": _config_show,
     "cache": _cache,
@@ -89,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from ztrain.train import main as train
 
         return train(words[1:])
+    if words[:1] == ["mini"]:
+        return _mini(words[1:])
     verb = next((name for name in _VERBS if words[: len(name.split())] == name.split()), None)
     if verb is None:
         helped = bool(words) and words[0] in ("-h", "--help")

@@ -103,9 +103,9 @@ def forward(
 ) -> list[Tensor]:
     """The transformer's raw output, B x (C, H, W) as one tensor for each run of neighbours of one shape (see `stacks`).
 
-    noisy: B x (C, H, W), a list or one tensor; captions: B x (L, cap_feat_dim); siglip: B x R x (h, w, S); all three in any dtype. t: (B,)
-    float32 in [0, 1], the transformer's own time; caption_scale: B x (L,) or None, siglip_scale: factors on the
-    attention that these tokens get in the main layers.
+    noisy: B x (C, H, W), a list or one tensor; captions: B x (L, cap_feat_dim); siglip: B x R x (h, w, S); all three
+    in any dtype. t: (B,) float32 in [0, 1], the transformer's own time; caption_scale: B x (L,) or None, siglip_scale:
+    factors on the attention that these tokens get in the main layers.
     """
     check_room(dit, captions, siglip, noisy)
     dtype, device = dit.x_pad_token.dtype, t.device

@@ -1,340 +1,355 @@
-"""Paints small style folders, so that the demo and the tests need no download.
+"""Paints the world of world.py, whole batches at once, and style folders for the demo and the tests.
 
     python -m ztrain.mini.painter --out DIR
 
-Out: `<folder>/images/<style>/<id>.png` and `<folder>/contents.csv`, the layout that data_tools.build reads. A
-content is an object, how many of it and where; a style is palette, background and the way of drawing.
-Both are independent, and prompts name the content only.
+Out: `<folder>/images/<style>/<id>.png` and `<folder>/contents.csv`, the layout that data_tools.build reads. Objects are
+signed distances sampled from an atlas (shapes.py), so that outlines, shading and soft edges are arithmetic on a whole
+batch; pictures come out the same on every device up to rounding.
+
+Legend: B pictures of a batch, S pixels of a side, O objects of a picture (3; missing ones lie far away).
 """
 
 import argparse
-import itertools
 import math
 import random
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
 
 from ztrain.errors import InputError
+from ztrain.mini.gallery import Gallery, Split
+from ztrain.mini.shapes import REACH, distance_atlas
+from ztrain.mini.world import (
+    CONTENT_CLASSES,
+    COUNT_NAMES,
+    FILL_NAMES,
+    KIND_NAMES,
+    NUM_CONTENTS,
+    PATTERN_NAMES,
+    PHRASINGS,
+    PLACE_NAMES,
+    PLACES,
+    STYLE_CLASSES,
+    WORLD_VERSION,
+    Contents,
+    Styles,
+    contents_of,
+    draw_contents,
+    draw_styles,
+    labels_of,
+    name_content,
+    name_styles,
+    pick,
+)
 
-SUPERSAMPLING = 4
-"""Pictures are drawn this many times larger and scaled down, as ImageDraw has no anti-aliasing."""
-
-Point = tuple[float, float]
-Color = tuple[int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A filled polygon of an object: `tone` 0 is the body, 1 the second colour, 2 a dark or light detail."""
-
-    tone: int
-    outline: tuple[Point, ...]
-    """Corners in the object's own frame: x to the right, y down, both -1..1."""
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    """What is drawn, in no style."""
-
-    kind: str
-    count: int
-    place: str
-
-    @property
-    def name(self) -> str:
-        """The id in the table, also the file name: star-2-left."""
-        return f"{self.kind}-{self.count}-{self.place}"
-
-    @property
-    def prompt(self) -> str:
-        """Two stars on the left."""
-        number = {1: "a", 2: "two", 3: "three"}[self.count]
-        noun = self.kind if self.count == 1 else PLURALS.get(self.kind, f"{self.kind}s")
-        return f"{number} {noun}{PLACES[self.place][0]}"
+_CHUNK = 512  # pictures painted at once: about 1 GB of intermediate values at 128 pixels
+_CONTENTS_OF_A_STYLE = 8
+_LARGEST = 0.62  # share of the side that one object may fill
 
 
-PLURALS = {"fish": "fish"}
-
-# The words for a place, then its centre, width and height as shares of the side.
-PLACES = {
-    "middle": ("", 0.5, 0.5, 0.86, 0.86),
-    "left": (" on the left", 0.27, 0.5, 0.42, 0.9),
-    "right": (" on the right", 0.73, 0.5, 0.42, 0.9),
-    "top": (" at the top", 0.5, 0.27, 0.9, 0.42),
-    "bottom": (" at the bottom", 0.5, 0.73, 0.9, 0.42),
-}
-
-
-def _ellipse(tone: int, x: float, y: float, rx: float, ry: float, start: float = 0, end: float = 360) -> Part:
-    """An ellipse, or the slice of it between two angles in degrees (clockwise from the right)."""
-    angles = [math.radians(start + (end - start) * step / 48) for step in range(49)]
-    return Part(tone, tuple((x + rx * math.cos(angle), y + ry * math.sin(angle)) for angle in angles))
-
-
-def _polygon(tone: int, *corners: Point) -> Part:
-    return Part(tone, corners)
+def _layout() -> Tensor:
+    """(counts, places, O, 3): centre and radius of every object as shares of the side; radius 0 = not there."""
+    table = torch.zeros(len(COUNT_NAMES), len(PLACE_NAMES), len(COUNT_NAMES), 3)
+    for place, (_words, center_x, center_y, width, height) in enumerate(PLACES.values()):
+        for number in range(1, len(COUNT_NAMES) + 1):
+            columns = number if width > height else 1 if height > width else min(number, 2)
+            rows = math.ceil(number / columns)
+            cell = min(width / columns, height / rows, _LARGEST)
+            for item in range(number):
+                row, column = divmod(item, columns)
+                in_row = min(columns, number - row * columns)  # a lone last object stands in the middle
+                x = center_x + (column - (in_row - 1) / 2) * min(width / columns, 1.15 * cell)
+                y = center_y + (row - (rows - 1) / 2) * min(height / rows, 1.15 * cell)
+                table[number - 1, place, item] = torch.tensor([x, y, cell / 2 * 0.96])
+    return table
 
 
-def _box(tone: int, left: float, top: float, right: float, bottom: float) -> Part:
-    return Part(tone, ((left, top), (right, top), (right, bottom), (left, bottom)))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Poses:
+    """Where the objects of N pictures lie: `center` (N, O, 2) and `radius` (N, O) as shares of the side, `turn` (N, O)
+    in radians. An object with radius 0 is not there."""
+
+    center: Tensor
+    radius: Tensor
+    turn: Tensor
 
 
-def _star(points: int, inner: float) -> Part:
-    """Corners in turn on the radii 1 and `inner`, the first one on top."""
-    turns = [(math.pi * step / points, inner if step % 2 else 1) for step in range(2 * points)]
-    return Part(0, tuple((radius * math.sin(angle), -radius * math.cos(angle)) for angle, radius in turns))
+def draw_poses(contents: Contents, generator: torch.Generator) -> Poses:
+    """Every object moved, scaled and turned a little, and the group with it.
 
-
-def _heart() -> Part:
-    angles = [math.tau * step / 64 for step in range(64)]
-    waves = ((1, 13), (2, -5), (3, -2), (4, -1))  # the usual heart curve, its height as sums of cosines
-    heights = [sum(weight * math.cos(times * angle) for times, weight in waves) / 16 for angle in angles]
-    return Part(0, tuple((math.sin(a) ** 3, -height) for a, height in zip(angles, heights, strict=True)))
-
-
-def _moon() -> Part:
-    """A crescent: the outer edge, then back along an inner one."""
-    outer = _ellipse(0, 0.15, 0, 0.95, 0.95, 55, 305).outline
-    return Part(0, outer + _ellipse(0, 0.5, 0, 0.72, 0.72, 290, 70).outline)
-
-
-_PETALS = [(0.56 * math.cos(math.tau * turn / 6), 0.56 * math.sin(math.tau * turn / 6)) for turn in range(6)]
-
-KINDS: dict[str, tuple[Part, ...]] = {
-    "star": (_star(5, 0.45),),
-    "circle": (_ellipse(0, 0, 0, 0.9, 0.9),),
-    "square": (_box(0, -0.8, -0.8, 0.8, 0.8),),
-    "triangle": (_polygon(0, (0, -0.9), (0.95, 0.75), (-0.95, 0.75)),),
-    "heart": (_heart(),),
-    "moon": (_moon(),),
-    "flower": (*(_ellipse(0, x, y, 0.36, 0.36) for x, y in _PETALS), _ellipse(1, 0, 0, 0.36, 0.36)),
-    "house": (
-        _box(0, -0.68, -0.15, 0.68, 0.9),
-        _polygon(1, (-0.95, -0.1), (0, -0.95), (0.95, -0.1)),
-        _box(2, -0.18, 0.35, 0.18, 0.9),
-    ),
-    "tree": (
-        _box(1, -0.16, 0.3, 0.16, 0.95),
-        _polygon(0, (0, -0.2), (0.78, 0.62), (-0.78, 0.62)),
-        _polygon(0, (0, -0.95), (0.6, 0.1), (-0.6, 0.1)),
-    ),
-    "fish": (
-        _polygon(1, (0.35, 0), (0.98, -0.55), (0.82, 0), (0.98, 0.55)),
-        _ellipse(0, -0.18, 0, 0.76, 0.5),
-        _ellipse(2, -0.55, -0.1, 0.1, 0.1),
-    ),
-    "mushroom": (
-        _polygon(1, (-0.26, 0), (0.26, 0), (0.36, 0.9), (-0.36, 0.9)),
-        _ellipse(0, 0, 0.12, 0.95, 0.98, 180, 360),
-        _ellipse(2, -0.42, -0.2, 0.17, 0.17),
-        _ellipse(2, 0.2, -0.5, 0.17, 0.17),
-        _ellipse(2, 0.55, -0.1, 0.13, 0.13),
-    ),
-    "boat": (
-        _polygon(2, (-0.04, -0.9), (0.06, -0.9), (0.06, 0.3), (-0.04, 0.3)),
-        _polygon(1, (0.12, -0.85), (0.78, 0.2), (0.12, 0.2)),
-        _polygon(1, (-0.1, -0.6), (-0.1, 0.2), (-0.6, 0.2)),
-        _polygon(0, (-0.95, 0.3), (0.95, 0.3), (0.6, 0.85), (-0.6, 0.85)),
-    ),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A part of an object where it lies in the picture."""
-
-    tone: int
-    hue: int
-    """Number of the object's kind: styles with several colours choose by it."""
-    corners: tuple[Point, ...]
-    """In pixels of the enlarged canvas."""
-
-
-def _place_shapes(content: Content, side: int, chance: random.Random) -> list[Shape]:
-    """The shapes of a content on a canvas of `side` pixels, back to front, each object slightly turned."""
-    _words, center_x, center_y, width, height = PLACES[content.place]
-    columns = content.count if width > height else 1 if height > width else min(content.count, 2)
-    rows = math.ceil(content.count / columns)
-    cell = min(width / columns, height / rows)
-    shapes = []
-    for number in range(content.count):
-        row, column = divmod(number, columns)
-        in_row = min(columns, content.count - row * columns)  # a lone last object stands in the middle
-        x = center_x + (column - (in_row - 1) / 2) * min(width / columns, 1.15 * cell)
-        y = center_y + (row - (rows - 1) / 2) * min(height / rows, 1.15 * cell)
-        turn = math.radians(chance.uniform(-7, 7))
-        radius = cell / 2 * 0.84
-        stretch = side * radius * complex(math.cos(turn), math.sin(turn))
-        for part in KINDS[content.kind]:
-            points = [side * complex(x, y) + stretch * complex(*corner) for corner in part.outline]
-            corners = tuple((point.real, point.imag) for point in points)
-            shapes.append(Shape(part.tone, list(KINDS).index(content.kind), corners))
-    return shapes
-
-
-def _palette(*kinds: str) -> list[list[Color]]:
-    """Hex colours as [kind][tone]; objects whose kinds are a multiple of the rows apart share a row."""
-    return [[ImageColor.getrgb(f"#{color}")[:3] for color in tones.split()] for tones in kinds]
-
-
-def _mask(side: int, shape: Shape) -> Image.Image:
-    """L image, 255 inside the shape."""
-    mask = Image.new("L", (side, side))
-    ImageDraw.Draw(mask).polygon(shape.corners, fill=255)
-    return mask
-
-
-def _stroke(image: Image.Image, shape: Shape, color: Color, width: float) -> None:
-    """Draw the closed outline with round corners; `width` in pixels."""
-    closed = [*shape.corners, *shape.corners[:2]]  # one edge more, for the joint where the outline closes
-    ImageDraw.Draw(image).line(closed, fill=color, width=round(width), joint="curve")
-
-
-def _gradient(side: int, top: Color, bottom: Color) -> Image.Image:
-    ramp = Image.linear_gradient("L").resize((side, side))
-    return Image.composite(Image.new("RGB", ramp.size, bottom), Image.new("RGB", ramp.size, top), ramp)
-
-
-def _stripes(side: int, gap: float, width: float, slant: int) -> Image.Image:
-    """L image of diagonal lines; `slant` is 1 or -1, `gap` and `width` in pixels."""
-    mask = Image.new("L", (side, side))
-    for step in range(-math.ceil(side / gap), 2 * math.ceil(side / gap)):
-        line = ((step * gap, 0), (step * gap + slant * side, side))
-        ImageDraw.Draw(mask).line(line, fill=255, width=round(width))
-    return mask
-
-
-def _dots(side: int, gap: float) -> Image.Image:
-    """L image of halftone dots that grow towards the lower right; `gap` in pixels."""
-    mask = Image.new("L", (side, side))
-    draw = ImageDraw.Draw(mask)
-    count = math.ceil(side / gap) + 1
-    for row, column in itertools.product(range(2 * count), range(count)):
-        x, y = (column + row % 2 / 2) * gap, row * gap / 2
-        radius = gap * (0.06 + 0.32 * (x + y) / (2 * side))
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
-    return mask
-
-
-def _ink(side: int, shapes: list[Shape]) -> Image.Image:
-    """Pen on cream paper: hatched bodies, no colour."""
-    pen, paper = (43, 38, 51), (250, 245, 232)
-    image = Image.new("RGB", (side, side), paper)
-    hatch = _stripes(side, side / 34, side / 150, -1)
-    cross = ImageChops.lighter(_stripes(side, side / 48, side / 170, -1), _stripes(side, side / 48, side / 170, 1))
-    for shape in shapes:
-        mask = _mask(side, shape)
-        image.paste(paper if shape.tone < 2 else pen, mask=mask)
-        image.paste(pen, mask=ImageChops.multiply(mask, (hatch, cross, mask)[shape.tone]))
-        _stroke(image, shape, pen, side / 75)
-    return image
-
-
-def _neon(side: int, shapes: list[Shape]) -> Image.Image:
-    """Glowing tubes in the night."""
-    colors = _palette("40ecff ff54be fff078", "ff5caa 78ffbe ffffff", "96ff6e ffaa3c 78dcff")
-    tubes = Image.new("RGB", (side, side))
-    for shape in shapes:
-        tubes.paste((0, 0, 0), mask=_mask(side, shape))
-        _stroke(tubes, shape, colors[shape.hue % 3][shape.tone], side / 50)
-    glow, halo = (tubes.filter(ImageFilter.GaussianBlur(side / share)) for share in (28, 90))
-    night = _gradient(side, (16, 10, 44), (52, 14, 74))
-    for light in (glow, glow, halo, tubes):
-        night = ImageChops.screen(night, light)
-    return night
-
-
-def _blueprint(side: int, shapes: list[Shape]) -> Image.Image:
-    """Thin white lines on a blue grid."""
-    image = Image.new("RGB", (side, side), (30, 82, 156))
-    draw = ImageDraw.Draw(image)
-    for step in range(17):
-        position = round(step * side / 16)
-        line, width = ((84, 132, 198), side / 128) if step % 4 == 0 else ((52, 104, 176), side / 190)
-        draw.line(((position, 0), (position, side)), fill=line, width=round(width))
-        draw.line(((0, position), (side, position)), fill=line, width=round(width))
-    for shape in shapes:
-        light = Image.new("RGB", (side, side), (196, 220, 250))
-        image = Image.composite(Image.blend(image, light, (0.12, 0.3, 0.75)[shape.tone]), image, _mask(side, shape))
-        _stroke(image, shape, (244, 249, 255), side / 100)
-    return image
-
-
-def _pixels(side: int, shapes: list[Shape]) -> Image.Image:
-    """Coarse squares in few colours, on a lawn."""
-    colors = _palette("ce3e46 ffcd56 fff4d6", "465cc4 ee8248 fff4d6", "f6a83c 964c96 402842")
-    cells = 32
-    image = Image.new("RGB", (side, side), (126, 190, 110))
-    draw = ImageDraw.Draw(image)
-    step = side / 8
-    for row, column in itertools.product(range(8), range(8)):
-        if (row + column) % 2:
-            draw.rectangle((column * step, row * step, column * step + step, row * step + step), (140, 203, 120))
-    for shape in shapes:
-        _stroke(image, shape, (44, 34, 62), side / 16)
-    for shape in shapes:
-        draw.polygon(shape.corners, fill=colors[shape.hue % 3][shape.tone])
-    coarse = image.resize((cells, cells), Image.Resampling.NEAREST)  # nearest keeps the colours few
-    return coarse.resize((side, side), Image.Resampling.NEAREST)
-
-
-def _papercut(side: int, shapes: list[Shape]) -> Image.Image:
-    """Layers of pastel paper with soft shadows."""
-    colors = _palette("e2705c faecd6 5c4a5c", "569296 f4c470 faf0e2", "f0b054 708660 fcf4e6")
-    image = _gradient(side, (250, 226, 210), (240, 200, 188))
-    offset = round(side / 60)
-    for shape in shapes:
-        mask = _mask(side, shape)
-        shadow = ImageChops.offset(mask, offset, 2 * offset).filter(ImageFilter.GaussianBlur(side / 50))
-        image.paste((112, 66, 74), mask=shadow.point([round(value * 0.55) for value in range(256)]))
-        image.paste(colors[shape.hue % 3][shape.tone], mask=mask)
-    return image
-
-
-def _popart(side: int, shapes: list[Shape]) -> Image.Image:
-    """Comic print: halftone dots, loud colours, fat black outlines."""
-    colors = _palette("ec2234 ffffff 141418", "128ae2 ffffff ec2234", "ff4ea0 14c8be ffffff")
-    image = Image.new("RGB", (side, side), (255, 222, 40))
-    image.paste((255, 150, 24), mask=_dots(side, side / 16))
-    for shape in shapes:
-        mask, color = _mask(side, shape), colors[shape.hue % 3][shape.tone]
-        image.paste(color, mask=mask)
-        if shape.tone == 0:
-            shade = tuple(round(0.72 * value) for value in color)
-            image.paste(shade, mask=ImageChops.multiply(mask, _dots(side, side / 26)))
-        _stroke(image, shape, (16, 14, 18), side / 42)
-    return image
-
-
-STYLES: dict[str, Callable[[int, list[Shape]], Image.Image]] = {
-    "ink": _ink,
-    "neon": _neon,
-    "blueprint": _blueprint,
-    "pixels": _pixels,
-    "papercut": _papercut,
-    "popart": _popart,
-}
-
-
-def choose_contents(num_contents: int, seed: int) -> list[tuple[Content, str]]:
-    """Distinct contents with their split ("val" for 1 in 6, else "train"), every kind about equally often.
-
-    Raises InputError for fewer than 6 contents, or more than there are.
+    Groups differ in size by a factor of 1.4, so that a size does not give count and place away, and a kind that is
+    never drawn alone in the middle has still been seen as large as it would be there.
     """
+    layout = _layout()[contents.count, contents.place]  # (N, O, 3)
+    radius = layout[..., 2]
+
+    def jitter(*shape: int) -> Tensor:
+        return 2 * torch.rand(*shape, generator=generator) - 1
+
+    count, slots = radius.shape
+    shrink = 1 - 0.15 * (1 + jitter(count, 1)) * (contents.count < 2)[:, None]
+    return Poses(
+        center=layout[..., :2] + 0.08 * radius[..., None] * jitter(count, slots, 2) + 0.02 * jitter(count, 1, 2),
+        radius=radius * shrink * (0.95 + 0.05 * jitter(count, slots)),
+        turn=math.radians(9) * jitter(count, slots),
+    )
+
+
+@torch.no_grad()
+def paint(
+    contents: Contents, styles: Styles, poses: Poses, size: int, *, seed: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """N pictures, (N, 3, S, S) uint8 on `device`; `seed` decides the grain of grainy ones."""
+    count = len(contents.kind)
+    images = torch.empty((count, 3, size, size), dtype=torch.uint8, device=device)
+    grain = torch.Generator().manual_seed(seed)
+    for start in range(0, count, _CHUNK):
+        rows = torch.arange(start, min(start + _CHUNK, count))
+        kind = contents.kind[rows].to(device)
+        chosen = [
+            {f.name: getattr(record, f.name)[rows].to(device) for f in fields(record)} for record in (styles, poses)
+        ]
+        noise = torch.rand(len(rows), 1, 32, 32, generator=grain).to(device)
+        picture = _paint(kind, Styles(**chosen[0]), Poses(**chosen[1]), noise, size)
+        images[start : start + len(rows)] = (picture * 255).round().to(torch.uint8)
+    return images
+
+
+def _paint(kind: Tensor, styles: Styles, poses: Poses, noise: Tensor, size: int) -> Tensor:
+    """(B, 3, S, S) in [0, 1]."""
+    axis = (torch.arange(size, device=kind.device) + 0.5) / size
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    image = _background(x, y, styles, size)
+    objects = _objects(x, y, kind, poses)
+
+    def inside(distance: Tensor) -> Tensor:
+        """Coverage, (B, 1, S, S): distances are shares of the side, an edge is one pixel wide."""
+        return (0.5 - distance * size).clamp(0, 1).unsqueeze(1)
+
+    ink = styles.ink[:, None, None, None].expand(-1, 3, 1, 1)
+    hollow = styles.fill == 3
+    # A hollow drawing is its outline, in the objects' colour.
+    line = torch.where(hollow[:, None, None, None], _rgb(styles.body)[..., None, None], ink)
+    width = torch.where(hollow, styles.outline.clamp_min(0.022), styles.outline)
+    body = _fill(x, y, styles, objects, image, size)
+    image = torch.lerp(image, body, inside(objects.whole))
+    edges = [objects.whole, objects.second, objects.detail]
+    distance = torch.stack([edge.abs() for edge in edges]).amin(0)
+    outlined = inside(distance - width[:, None, None] / 2) * (width > 0)[:, None, None, None]
+    image = torch.lerp(image, line.expand_as(image), outlined)
+    return _finish(image, styles, noise, size).clamp(0, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Objects:
+    """Distances to all objects of each picture, (B, S, S) in shares of the side: to the whole, to its second colour and
+    to its details; `across` (B, S, S, 2): the place inside the nearest object, -1..1."""
+
+    whole: Tensor
+    second: Tensor
+    detail: Tensor
+    across: Tensor
+
+
+def _objects(x: Tensor, y: Tensor, kind: Tensor, poses: Poses) -> _Objects:
+    atlas = distance_atlas().to(kind.device)[kind]  # (B, 3, A, A)
+    count, slots = poses.radius.shape
+    distances = torch.full((count, 3, *x.shape), 1.0, device=kind.device)
+    across = torch.zeros((count, *x.shape, 2), device=kind.device)
+    for slot in range(slots):
+        radius = poses.radius[:, slot, None, None]
+        present = radius > 0
+        safe = torch.where(present, radius, 1.0)
+        dx = (x - poses.center[:, slot, 0, None, None]) / safe  # (B, S, S)
+        dy = (y - poses.center[:, slot, 1, None, None]) / safe
+        cos, sin = poses.turn[:, slot, None, None].cos(), poses.turn[:, slot, None, None].sin()
+        local = torch.stack([cos * dx + sin * dy, cos * dy - sin * dx], dim=-1)  # (B, S, S, 2)
+        found = F.grid_sample(atlas, local / REACH, padding_mode="border", align_corners=False)  # (B, 3, S, S)
+        found = torch.where(present[:, None], found * safe[:, None], 1.0)
+        nearer = (found[:, 0] < distances[:, 0]).unsqueeze(-1)
+        across = torch.where(nearer, local, across)
+        distances = torch.minimum(distances, found)
+    return _Objects(whole=distances[:, 0], second=distances[:, 1], detail=distances[:, 2], across=across)
+
+
+def _background(x: Tensor, y: Tensor, styles: Styles, size: int) -> Tensor:
+    angle, period = styles.angle[:, None, None], styles.period[:, None, None]
+    along = (x - 0.5) * angle.cos() + (y - 0.5) * angle.sin()  # (B, S, S)
+    across = (y - 0.5) * angle.cos() - (x - 0.5) * angle.sin()
+    pixels = period * size  # of one period: what makes edges one pixel wide
+
+    def square_wave(place: Tensor) -> Tensor:
+        """0 and 1 in turn, each for half a period, with soft edges."""
+        triangle = (((place / period) % 1) - 0.5).abs() - 0.25  # zero at the edges, slope 1 over a period
+        return (0.5 + triangle * pixels).clamp(0, 1)
+
+    def dots() -> Tensor:
+        u, v = (along / period) % 1 - 0.5, (across / period) % 1 - 0.5
+        return (0.5 + (0.3 - (u.square() + v.square()).sqrt()) * pixels).clamp(0, 1)
+
+    stripes, others = square_wave(along), square_wave(across)
+    checks = stripes + others - 2 * stripes * others
+    shares = torch.stack([torch.zeros_like(along), (along / 1.2 + 0.5).clamp(0, 1), stripes, checks, dots()])
+    share = shares[styles.pattern, torch.arange(len(angle), device=angle.device)].unsqueeze(1)  # (B, 1, S, S)
+    return torch.lerp(_rgb(styles.background)[..., None, None], _rgb(styles.second)[..., None, None], share)
+
+
+def _fill(x: Tensor, y: Tensor, styles: Styles, objects: _Objects, image: Tensor, size: int) -> Tensor:
+    """Colour of the objects at every pixel, (B, 3, S, S)."""
+
+    def shifted(turn: Tensor, lightness: Tensor) -> Tensor:
+        color = torch.stack([(styles.body[:, 0] + turn) % 1, styles.body[:, 1], lightness], 1)
+        return _rgb(color)[..., None, None]
+
+    none = torch.zeros_like(styles.accent_turn)
+    lightness = styles.body[:, 2]
+    detail_lightness = torch.where(lightness > 0.5, lightness - 0.4, lightness + 0.45)
+    base = shifted(none, lightness).expand_as(image)
+    for distance, color in (
+        (objects.second, shifted(styles.accent_turn, lightness)),
+        (objects.detail, shifted(none, detail_lightness)),
+    ):
+        base = torch.lerp(base, color.expand_as(image), (0.5 - distance * size).clamp(0, 1).unsqueeze(1))
+
+    light = styles.light[:, None, None]
+    slope = (objects.across[..., 0] * light.cos() + objects.across[..., 1] * light.sin()).clamp(-1, 1).unsqueeze(1)
+    glossy = base + 0.28 * slope
+    along = x * light.cos() + y * light.sin()
+    waves = (((along / 0.075) % 1) - 0.5).abs() - 0.25
+    hatch = (0.5 + waves * 0.075 * size).clamp(0, 1).unsqueeze(1)
+    hatched = torch.lerp(base, image, 0.65 * hatch)
+    kinds = torch.stack([base, glossy, hatched, image])
+    return kinds[styles.fill, torch.arange(len(image), device=image.device)]
+
+
+def _finish(image: Tensor, styles: Styles, noise: Tensor, size: int) -> Tensor:
+    amount = styles.amount[:, None, None, None]
+    grain = F.interpolate(noise, size=(size, size), mode="nearest") - 0.5  # squares of S / 32 pixels
+    grainy = image + 0.2 * amount * grain
+    coarse = F.interpolate(F.adaptive_avg_pool2d(image, 32), size=(size, size), mode="nearest")
+    # One pass of a small kernel, mixed in as much as the amount says.
+    reach = max(1, size // 32)
+    soft = F.avg_pool2d(F.pad(image, [reach] * 4, mode="replicate"), 2 * reach + 1, stride=1)
+    soft = F.avg_pool2d(F.pad(soft, [reach] * 4, mode="replicate"), 2 * reach + 1, stride=1)
+    finished = torch.stack([image, grainy, coarse, torch.lerp(image, soft, amount)])
+    return finished[styles.finish, torch.arange(len(image), device=image.device)]
+
+
+def _rgb(color: Tensor) -> Tensor:
+    """(B, 3) hue, saturation, lightness -> (B, 3) red, green, blue, all in [0, 1]."""
+    hue, saturation, lightness = color.unbind(1)
+    chroma = saturation * torch.minimum(lightness, 1 - lightness)
+    sectors = torch.tensor([0.0, 8.0, 4.0], device=color.device)  # CSS Color 4, section 7.1: hsl to rgb
+    k = (sectors + 12 * hue[:, None]) % 12
+    ramp = torch.minimum(k - 3, 9 - k).clamp(-1, 1)
+    return lightness[:, None] - chroma[:, None] * ramp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaintedWorld:
+    """The painted world as pretraining reads it."""
+
+    size: int = 64
+    train_count: int = 160_000
+    """Pictures of the train split when nobody says how many."""
+    name: str = f"painted {WORLD_VERSION}"
+
+    @property
+    def content_classes(self) -> dict[str, tuple[str, ...]]:
+        return CONTENT_CLASSES
+
+    @property
+    def style_classes(self) -> dict[str, tuple[str, ...]]:
+        return STYLE_CLASSES
+
+    def gallery(self, split: Split, count: int | None, seed: int, device: torch.device | str) -> Gallery:
+        """Styles with eight contents each; the splits of one seed share no picture."""
+        generator = torch.Generator().manual_seed(2 * seed + (split != "train"))
+        total = self.train_count if count is None else count
+        num_styles = -(-total // _CONTENTS_OF_A_STYLE)
+        numbers = torch.arange(num_styles).repeat_interleave(_CONTENTS_OF_A_STYLE)[:total]
+        styles = draw_styles(num_styles, generator)
+        styles = pick(styles, numbers)
+        contents = draw_contents(styles, split, generator)
+        poses = draw_poses(contents, generator)
+        images = paint(contents, styles, poses, self.size, seed=seed, device=device)
+        plain, detailed = _captions(contents, styles, generator)
+        labels = {name: label.to(device) for name, label in labels_of(contents, styles).items()}
+        return Gallery(images=images, captions=plain, detailed=detailed, labels=labels, styles=numbers.to(device))
+
+
+def _captions(contents: Contents, styles: Styles, generator: torch.Generator) -> tuple[list[str], list[str]]:
+    """Captions without style, and with some or all of its clauses; in all phrasings."""
+    count = len(contents.kind)
+    phrasing = torch.randint(PHRASINGS, (2, count), generator=generator).tolist()
+    rows = list(zip(contents.kind.tolist(), contents.count.tolist(), contents.place.tolist(), strict=True))
+    chosen = torch.rand(count, 4, generator=generator) < 0.7
+    chosen |= torch.rand(count, 1, generator=generator) < 0.5  # half of them name everything
+    words = name_styles(styles, chosen)
+    plain = [name_content(*row, phrasing=said) for row, said in zip(rows, phrasing[0], strict=True)]
+    again = [name_content(*row, phrasing=said) for row, said in zip(rows, phrasing[1], strict=True)]
+    detailed = [f"{content} {style}".strip() for content, style in zip(again, words, strict=True)]
+    return plain, detailed
+
+
+STYLES = tuple(f"style{number}" for number in range(1, 7))
+"""Names of the folders that `paint_style_folders` paints; prompts never name a style."""
+
+
+def folder_styles(seed: int) -> Styles:
+    """As many styles as STYLES, clearly apart: hues, patterns and fills in turn, the rest drawn."""
+    number = torch.arange(len(STYLES))
+    drawn = draw_styles(len(STYLES), torch.Generator().manual_seed(seed))
+    background, second, body = drawn.background.clone(), drawn.second.clone(), drawn.body.clone()
+    background[:, 0] = (background[0, 0] + number / len(STYLES)) % 1
+    second[:, 0] = background[:, 0]
+    body[:, 0] = (background[:, 0] + 0.45) % 1
+    changed = {
+        "pattern": number % len(PATTERN_NAMES),
+        "fill": number % len(FILL_NAMES),
+        "background": background,
+        "second": second,
+        "body": body,
+    }
+    return Styles(**{f.name: changed.get(f.name, getattr(drawn, f.name)) for f in fields(Styles)})
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """One content of a painted folder: its number among all contents, its file's name, its prompt and its split."""
+
+    number: int
+    name: str
+    """star-2-left."""
+    prompt: str
+    split: str
+    """val for one in six, else train."""
+
+
+def choose_contents(num_contents: int, seed: int) -> list[Drawing]:
+    """Distinct contents, every kind about equally often. Raises InputError for fewer than 6, or more than there are."""
     chance = random.Random(f"contents {seed}")
-    places = [(count, place) for count in (1, 2, 3) for place in PLACES]
-    possible = len(KINDS) * len(places)
-    if not 6 <= num_contents <= possible:
-        raise InputError(f"num_contents {num_contents} must be from 6 to {possible}")
-    of_kinds = [[Content(kind, *where) for where in chance.sample(places, len(places))] for kind in KINDS]
-    chosen = [content for one_of_each in zip(*of_kinds, strict=True) for content in one_of_each]
+    if not 6 <= num_contents <= NUM_CONTENTS:
+        raise InputError(f"num_contents {num_contents} must be from 6 to {NUM_CONTENTS}")
+    of_kind = NUM_CONTENTS // len(KIND_NAMES)
+    shuffled = [chance.sample(range(of_kind), of_kind) for _kind in KIND_NAMES]
+    chosen = [kind * of_kind + cells[turn] for turn in range(of_kind) for kind, cells in enumerate(shuffled)]
     del chosen[num_contents:]
     held_out = set(chance.sample(chosen, max(2, round(num_contents / 6))))
-    return [(content, "val" if content in held_out else "train") for content in chosen]
+    drawings = []
+    for number in chosen:
+        content = contents_of(torch.tensor(number))
+        kind, count, place = int(content.kind), int(content.count), int(content.place)
+        name = f"{KIND_NAMES[kind]}-{count + 1}-{PLACE_NAMES[place]}"
+        drawings.append(
+            Drawing(number, name, name_content(kind, count, place), "val" if number in held_out else "train")
+        )
+    return drawings
 
 
 def paint_style_folders(folder: Path, *, seed: int = 0, size: int = 128, num_contents: int = 48) -> None:
@@ -343,24 +358,25 @@ def paint_style_folders(folder: Path, *, seed: int = 0, size: int = 128, num_con
     The same arguments give the same pictures. Painting again over the same contents is fine; raises
     InputError for a folder with anything else in it.
     """
-    contents = choose_contents(num_contents, seed)
+    drawings = choose_contents(num_contents, seed)
     if size < 16:
         raise InputError(f"size {size} must be at least 16 pixels")
     text = "id,prompt,split\n"
-    text += "".join(f"{content.name},{content.prompt},{split}\n" for content, split in contents)
+    text += "".join(f"{drawing.name},{drawing.prompt},{drawing.split}\n" for drawing in drawings)
     table = folder / "contents.csv"
     found = table.read_text(encoding="utf-8") if table.is_file() else ""
     if found != text and folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: holds something else already; remove it or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     table.write_text(text, encoding="utf-8")  # first: painting again mends a folder left half painted
-    side = size * SUPERSAMPLING
-    for style, paint in STYLES.items():
+    contents = contents_of(torch.tensor([drawing.number for drawing in drawings]))
+    poses = draw_poses(contents, torch.Generator().manual_seed(seed))
+    for index, style in enumerate(STYLES):
         (folder / "images" / style).mkdir(parents=True, exist_ok=True)
-        for content, _split in contents:
-            shapes = _place_shapes(content, side, random.Random(f"turns {seed} {content.name}"))
-            picture = paint(side, shapes).resize((size, size), Image.Resampling.BOX)
-            picture.save(folder / "images" / style / f"{content.name}.png")
+        styles = pick(folder_styles(seed), torch.full((num_contents,), index))
+        for drawing, picture in zip(drawings, paint(contents, styles, poses, size, seed=seed), strict=True):
+            path = folder / "images" / style / f"{drawing.name}.png"
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
 
 
 def main() -> int:
@@ -368,7 +384,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m ztrain.mini.painter", description="Paint style folders.")
     parser.add_argument("--out", type=Path, required=True, help="folder to paint into")
     for name, default, text in (
-        ("--seed", 0, "decides contents and splits"),
+        ("--seed", 0, "decides styles, contents and splits"),
         ("--size", 128, "side of the pictures in pixels"),
         ("--num-contents", 48, "pictures per style"),
     ):

@@ -1,0 +1,562 @@
+"""Pretraining from the command line to a family on disk; each stage against the libraries that it stands for."""
+
+import contextlib
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ZImagePipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import Qwen2VLImageProcessorPil, Siglip2ImageProcessorPil
+
+from tests.triplets import model_words, tiny_config
+from ztrain.adapters import build_adapters
+from ztrain.cli import main
+from ztrain.dit import load_transformer
+from ztrain.encoders import Encoders, LatentCodec, TextEncoder
+from ztrain.errors import InputError
+from ztrain.flow import SigmaDensity, draw_sigmas, interpolate, velocity_losses
+from ztrain.mini import denoiser
+from ztrain.mini.denoiser import compile_blocks, encode_captions, prompts_only, train_denoiser
+from ztrain.mini.fit import Draws, Fitted, Plan, fit
+from ztrain.mini.gallery import Gallery
+from ztrain.mini.judges import (
+    ContentJudge,
+    StyleJudge,
+    load_content_judge,
+    load_style_judge,
+    save_judge,
+    train_content_judge,
+    train_style_judge,
+)
+from ztrain.mini.language import (
+    PictureReader,
+    _equal_lengths_attention,
+    picture_turns,
+    visual_patches,
+    visual_side,
+)
+from ztrain.mini.painter import PaintedWorld, paint_style_folders
+from ztrain.mini.parts import (
+    VISION_LANGUAGE_PROCESSOR,
+    FamilySizes,
+    build_siglip,
+    build_text_encoder,
+    build_tokenizer,
+    build_transformer,
+    build_vae,
+    build_vision_language,
+)
+from ztrain.mini.pretrain import PAINTED, STAGES
+from ztrain.mini.siglip import _equal_shapes, siglip_patches
+from ztrain.model import AdaptedDiT
+from ztrain.models import Source
+
+READS = frozenset({"reference", "fused", "siglip", "omni"})
+SIZES = FamilySizes(vae_channels=(8, 8, 8))
+LEVEL = 2 / 255
+"""One step of an 8-bit picture in the range -1..1."""
+
+
+def command(*words: object) -> tuple[int, str, str]:
+    """Status, standard output and standard error of `ztrain mini pretrain --smoke ...` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(["mini", "pretrain", "--smoke", *map(str, words)])
+    return status, out.getvalue(), err.getvalue()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def random_pixels(count: int, side: int, seed: int = 0) -> Tensor:
+    """(B, 3, side, side) uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+
+
+def as_pictures(images: Tensor) -> list[Image.Image]:
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+
+
+def in_range(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1
+
+
+# ---- from the command line to a family that the main path reads
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """--out of a smoke run and what it printed; nobody changes the folder."""
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    status, printed, complaints = command("--out", out)
+    assert (status, complaints) == (0, "")
+    return out, printed
+
+
+def test_every_stage_says_how_it_goes_and_leaves_a_report(made: tuple[Path, str]) -> None:
+    out, printed = made
+    for name in ("vae", "language", "vision", "vision and language", "siglip", "content judge", "transformer"):
+        assert f"{name}: step 3 of 3, loss " in printed
+    assert printed.count("style judge: step 3 of 3, loss ") == 2
+    assert printed.splitlines()[-1] == str((out / "family").resolve())
+    reports = json.loads((out / "family/recipe.json").read_text())
+    assert tuple(reports) == STAGES
+    for report in reports.values():
+        assert report["fits"] and all(math.isfinite(entry["loss"]) and entry["steps"] == 3 for entry in report["fits"])
+    facts = reports["vae"]["facts"]
+    config = json.loads((out / "family/Z-Image/vae/config.json").read_text())
+    assert {key: config[key] for key in facts} == facts and facts["scaling_factor"] not in (0.3611, 1.0)
+
+
+def test_files_are_those_of_the_real_repositories(made: tuple[Path, str], family: Path) -> None:
+    ours = made[0] / "family"
+    for name in ("Z-Image", "Qwen3-VL-4B-Instruct", "siglip2-so400m-patch16-naflex"):
+        assert files_of(ours / name).keys() == files_of(family / name).keys()
+    assert {path.name for path in ours.iterdir()} == {
+        *("Z-Image", "Qwen3-VL-4B-Instruct", "siglip2-so400m-patch16-naflex", "judges", "family.json", "recipe.json")
+    }
+    weights = sorted(ours.rglob("*.safetensors"))
+    assert len(weights) == 8
+    for path in weights:
+        tensors = load_file(path)
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}, path
+        assert all(tensor.isfinite().all() for tensor in tensors.values()), path
+        twin = family / path.relative_to(ours)
+        if twin.is_file() and "vae" not in path.parts:  # its levels are fewer here
+            with safe_open(twin, framework="pt") as file:
+                assert set(file.keys()) == set(tensors), path
+    for part, name in (("vae", "Z-Image/vae/diffusion_pytorch_model"), ("vision_language", f"{VL}/model")):
+        trained, stored = load_file(made[0] / f"parts/{part}.safetensors"), load_file(ours / f"{name}.safetensors")
+        assert all(torch.equal(stored[key], trained[key].bfloat16()) for key in stored), part
+
+
+VL = "Qwen3-VL-4B-Instruct"
+
+
+def test_main_path_reads_the_family_with_no_special_case(made: tuple[Path, str], tmp_path: Path) -> None:
+    config = tiny_config(made[0] / "family", tmp_path, tmp_path, *model_words(made[0] / "family", base="Z-Image"))
+    assert config.models.base.pretrained_model_name_or_path.endswith("Z-Image")
+    encoders = Encoders.load(config, READS, torch.float32, "cpu")
+    pictures = as_pictures(random_pixels(2, 64))
+    encoded = encoders.encode(["two stars on the left", ""], [[pictures[0]], [pictures[1]]], READS, config.encoders)
+    dit = load_transformer(Source.of(config.models.base), torch.float32, "cpu")
+    model = AdaptedDiT(dit, build_adapters(list(config.adapters), encoders.siglip_dim)).eval()
+    shape = encoders.codec.latent_shape(64, 64)
+    assert shape == (16, 16, 16), "three levels: factor 4"
+    with torch.no_grad():
+        velocity = model([torch.ones(shape), torch.ones(shape)], torch.tensor([0.3, 0.9]), encoded)
+    assert all(v.shape == shape and v.isfinite().all() for v in velocity)
+    assert not torch.equal(velocity[0], velocity[1])
+
+    pipeline = ZImagePipeline.from_pretrained(made[0] / "family/Z-Image", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline(prompt="one heart", height=64, width=64, num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (64, 64, 3) and np.isfinite(image).all() and image.std() > 0
+    assert pipeline.scheduler.config.shift == 3.0
+
+
+def test_a_second_call_changes_nothing_and_another_seed_is_refused(made: tuple[Path, str]) -> None:
+    out, _ = made
+    before = files_of(out)
+    status, printed, _ = command("--out", out)
+    lines = printed.splitlines()
+    assert status == 0 and lines[:-1] == [f"{stage}: done already" for stage in STAGES]
+    status, printed, complaints = command("--out", out, "--seed", 1)
+    assert (status, printed, len(complaints.splitlines())) == (2, "", 1)
+    assert complaints.startswith("error: ") and "another" in complaints and "--out" in complaints
+    assert files_of(out) == before
+
+
+def test_stages_apart_give_the_same_family(made: tuple[Path, str], tmp_path: Path) -> None:
+    status, printed, complaints = command("--out", tmp_path / "run", "--stages", "transformer")
+    assert (status, printed, len(complaints.splitlines())) == (2, "", 1)
+    assert "needs the stage language, which is not done" in complaints
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+    for stages in (["judges", "vae"], ["language"], ["siglip"]):
+        status, printed, _ = command("--out", tmp_path / "run", "--stages", *stages)
+        assert (status, printed.splitlines()[-1]) == (0, "some stages are still to be run")
+    assert not (tmp_path / "run/family").exists()
+    status, printed, _ = command("--out", tmp_path / "run")
+    done = [line.partition(":")[0] for line in printed.splitlines() if line.endswith("done already")]
+    assert (status, done) == (0, ["vae", "language", "siglip", "judges"])
+    ours, whole = files_of(tmp_path / "run/family"), files_of(made[0] / "family")
+    assert ours.keys() == whole.keys()
+    assert [name for name in ours if ours[name] != whole[name]] == ["recipe.json"], "it tells the seconds"
+
+
+def test_a_folder_of_pictures_is_a_world_too(tmp_path: Path) -> None:
+    paint_style_folders(tmp_path / "drawings", size=64, num_contents=24)
+    status, _, complaints = command("--out", tmp_path / "run", "--data", tmp_path / "drawings", "--size", 64)
+    assert (status, complaints) == (0, "")
+    family = tmp_path / "run/family"
+    judge = load_content_judge(family / "judges", "cpu")
+    assert judge.classes == {"content": 24, "style": 6}
+    assert len(json.loads((family / "Z-Image/vae/config.json").read_text())["block_out_channels"]) == 4
+    status, _, complaints = command("--out", tmp_path / "run", "--data", tmp_path / "nowhere")
+    assert status == 2 and "nowhere: no such folder" in complaints
+
+
+# ---- fit
+
+
+@pytest.fixture
+def every_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line, and with it a partial file, every second of 40 steps."""
+    monkeypatch.setattr("ztrain.mini.fit._LINES", 20)
+
+
+class Line(nn.Module):
+    """y = x w + b."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(64, 3, generator=generator)
+        self.y = self.x @ torch.tensor([[1.0], [-2.0], [0.5]]) + 0.7 + torch.randn(64, 1, generator=generator)
+
+    def loss(self, step: int) -> Tensor:
+        return (self.linear(self.x) - self.y).square().mean()
+
+
+def test_fit_finds_the_least_squares() -> None:
+    model = Line()
+    with torch.no_grad():
+        model.linear.weight.fill_(3.0)
+    plan = Plan(steps=400, batch_size=64, learning_rate=0.1, weight_decay=0.0, max_grad_norm=100.0)
+    fitted = fit("line", [model], model.loss, plan, "cpu")
+    design = torch.cat([model.x, torch.ones(64, 1)], 1)
+    exact = torch.linalg.lstsq(design, model.y).solution.flatten()
+    found = torch.cat([model.linear.weight.flatten(), model.linear.bias])
+    assert torch.allclose(found, exact, atol=1e-4)
+    residual = float((design @ exact[:, None] - model.y).square().mean())
+    assert residual > 0.5, "the noise is in it"
+    assert fitted == Fitted(
+        steps=400, samples=400 * 64, begun_at=0, seconds=fitted.seconds, loss=pytest.approx(residual, abs=1e-4)
+    )
+
+
+@pytest.mark.usefixtures("every_other")
+def test_fit_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    partial, plan = tmp_path / "deep/line.safetensors", Plan(steps=40, batch_size=64, learning_rate=0.01)
+    model, asleep = Line(), nn.Linear(2, 2).requires_grad_(False)
+    before = asleep.weight.clone()
+    history = []
+
+    def failing(step: int) -> Tensor:
+        history.append(model.linear.weight.detach().clone())
+        if step == 11:
+            raise KeyboardInterrupt
+        return model.loss(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit("line", [model, asleep], failing, plan, "cpu", partial)
+    assert "line: step 10 of 40" in capsys.readouterr().out
+    assert [path.name for path in partial.parent.iterdir()] == [partial.name]
+    kept = partial.read_bytes()
+
+    for wrong in (replace(plan, learning_rate=0.02), replace(plan, steps=41)):
+        with pytest.raises(InputError, match="another plan"):
+            fit("line", [Line()], model.loss, wrong, "cpu", partial)
+    with pytest.raises(InputError, match="another plan or model"):
+        fit("line", [nn.Linear(3, 1)], model.loss, plan, "cpu", partial)
+    assert partial.read_bytes() == kept
+
+    fresh, seen = Line(), []
+
+    def going_on(step: int) -> Tensor:
+        seen.append((step, fresh.linear.weight.detach().clone()))
+        return fresh.loss(step)
+
+    fitted = fit("line", [fresh, asleep], going_on, plan, "cpu", partial)
+    assert [step for step, _ in seen] == list(range(10, 40))
+    assert torch.equal(seen[0][1], history[10]) and not torch.equal(history[10], history[11])
+    assert fitted.begun_at == 10 and fitted.steps == 40
+    assert not list(partial.parent.iterdir())
+    assert torch.equal(asleep.weight, before)
+    assert "going on at step 10 of 40" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("every_other")
+def test_fit_refuses_a_loss_that_is_no_number(tmp_path: Path) -> None:
+    model, partial = Line(), tmp_path / "line.safetensors"
+    plan = Plan(steps=40, batch_size=64, learning_rate=0.01)
+    with pytest.raises(RuntimeError, match="^line: the loss is nan at step 6"):
+        fit("line", [model], lambda step: model.loss(step) * (math.nan if step == 4 else 1), plan, "cpu", partial)
+    assert all(tensor.isfinite().all() for tensor in load_file(partial).values()), "of step 4, before it"
+
+
+# ---- what the image processors do
+
+
+def qwen_processor() -> Qwen2VLImageProcessorPil:
+    options = {key: VISION_LANGUAGE_PROCESSOR[key] for key in ("patch_size", "temporal_patch_size", "merge_size")}
+    means = {key: VISION_LANGUAGE_PROCESSOR[key] for key in ("image_mean", "image_std")}
+    return Qwen2VLImageProcessorPil(size={"shortest_edge": 128 * 128, "longest_edge": 256 * 256}, **options, **means)
+
+
+@pytest.mark.parametrize("size", [128, 64])
+def test_visual_patches_are_the_processors(size: int) -> None:
+    images = random_pixels(3, size)
+    theirs = qwen_processor()(images=as_pictures(images), return_tensors="pt")
+    ours = visual_patches(in_range(images), visual_side(size, 128 * 128))
+    assert theirs["image_grid_thw"].tolist() == [[1, 8, 8]] * 3
+    assert ours.shape == theirs["pixel_values"].shape == (3 * 64, 3 * 2 * 16 * 16)
+    error = (ours - theirs["pixel_values"]).abs()
+    if size == 128:
+        assert error.max() < 1e-6
+    else:  # PIL rounds to 8 bits; neighbours of noise are farther apart than 0.1
+        assert error.mean() < LEVEL and (ours - theirs["pixel_values"].roll(1, 0)).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("size", [16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 208, 240, 256])
+def test_visual_side_is_the_processors(size: int) -> None:
+    grid = qwen_processor()(images=as_pictures(random_pixels(1, size)), return_tensors="pt")["image_grid_thw"]
+    assert grid.tolist() == [[1, *[visual_side(size, 128 * 128) // 16] * 2]]
+
+
+@pytest.mark.parametrize("size", [128, 64])
+def test_siglip_patches_are_the_processors(size: int) -> None:
+    images = random_pixels(3, size)
+    theirs = Siglip2ImageProcessorPil(max_num_patches=64)(images=as_pictures(images), return_tensors="pt")
+    ours = siglip_patches(in_range(images), 64)
+    assert theirs["spatial_shapes"].tolist() == [[8, 8]] * 3 and theirs["pixel_attention_mask"].all()
+    assert ours.shape == theirs["pixel_values"].shape == (3, 64, 16 * 16 * 3)
+    error = (ours - theirs["pixel_values"]).abs()
+    if size == 128:
+        assert error.max() < 1e-6
+    else:
+        assert error.mean() < LEVEL and (ours - theirs["pixel_values"].roll(1, 1)).abs().mean() > 0.1
+
+
+# ---- towers, against the classes that they stand for
+
+
+@torch.no_grad()
+def test_reading_a_batch_of_pictures_is_reading_each() -> None:
+    tokenizer = build_tokenizer(SIZES)
+    torch.manual_seed(0)
+    model = build_vision_language(SIZES, tokenizer).eval()
+    images = random_pixels(3, 128)
+    reader = PictureReader(model, tokenizer, 128)
+    gallery = Gallery(
+        images=images,
+        captions=["one red circle", "three small pink arrows at the bottom", "a tree"],
+        detailed=["one red circle", "three small pink arrows at the bottom", "a tree"],
+        labels={},
+        styles=torch.arange(3),
+    )
+    turns = picture_turns(gallery, tokenizer, reader.num_visual)
+    together = reader.logits(reader.look(in_range(images)), turns.ids)
+    with _equal_lengths_attention(model.model.visual):
+        faster = reader.logits(reader.look(in_range(images)), turns.ids)
+    assert model.model.visual.config._attn_implementation == "sdpa"
+    assert torch.allclose(faster, together, atol=1e-4)
+    for row, picture in enumerate(as_pictures(images)):
+        inputs = qwen_processor()(images=[picture], return_tensors="pt")
+        ids = turns.ids[row : row + 1]
+        kinds = (ids == reader.pad).int()
+        alone = model(input_ids=ids, mm_token_type_ids=kinds, attention_mask=torch.ones_like(ids), **inputs).logits[0]
+        assert torch.allclose(together[row], alone, atol=1e-4), (together[row] - alone).abs().max()
+    other = reader.logits(reader.look(in_range(images.flip(0))), turns.ids)
+    assert (other - together)[0].abs().max() > 0.01, "the picture is looked at"
+
+
+@torch.no_grad()
+def test_equal_shapes_are_the_models_own_output() -> None:
+    torch.manual_seed(0)
+    model = build_siglip(replace(SIZES, siglip_patches=64)).eval().vision_model
+    inputs = Siglip2ImageProcessorPil(max_num_patches=64)(
+        images=as_pictures(random_pixels(3, 128)), return_tensors="pt"
+    )
+    shapes = torch.tensor([[8, 8]]).expand(3, -1)
+    alone = model(inputs["pixel_values"], None, shapes)
+    with _equal_shapes(model.embeddings):
+        equal = model(inputs["pixel_values"], None, shapes)
+        assert "resize_positional_embeddings" in vars(model.embeddings)
+    assert "resize_positional_embeddings" not in vars(model.embeddings)
+    assert torch.equal(equal.last_hidden_state, alone.last_hidden_state)
+    assert torch.equal(equal.pooler_output, alone.pooler_output)
+    masked = model(**inputs)  # as SiglipEncoder calls it
+    assert torch.allclose(masked.last_hidden_state, alone.last_hidden_state, atol=1e-5)
+
+
+# ---- denoiser
+
+
+def text_encoder() -> TextEncoder:
+    tokenizer = build_tokenizer(SIZES)
+    torch.manual_seed(0)
+    return TextEncoder(build_text_encoder(SIZES, tokenizer).model, tokenizer, 512)
+
+
+def codec() -> LatentCodec:
+    torch.manual_seed(1)
+    vae = build_vae(SIZES).eval()
+    with torch.no_grad():  # what train_vae does at its end
+        latents = vae.encode(in_range(random_pixels(8, 32))).latent_dist.mode()
+    vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
+    return LatentCodec(vae)
+
+
+def transformer() -> nn.Module:
+    torch.manual_seed(2)
+    return build_transformer(SIZES, siglip=False)
+
+
+def test_states_of_many_prompts_are_those_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = text_encoder()
+    monkeypatch.setattr(denoiser, "_CHUNK", 2)
+    captions = ["one star", "three fish at the bottom with thick outlines", "", "a boat", "two moons on the left"]
+    states = encode_captions(encoder, captions)
+    rows = np.array([4, 0, 2, 2, 1, 3, 4])
+    taken = states.take(rows)
+    assert len({len(state) for state in taken}) > 3
+    for row, state in zip(rows, taken, strict=True):
+        alone = encoder.encode(captions[row])
+        assert state.shape == alone.shape and torch.allclose(state, alone, atol=1e-5)
+
+
+def test_loss_of_a_model_that_predicts_nothing(tmp_path: Path) -> None:
+    """velocity = 0 costs mean (noise - latents)^2, whatever sigma and caption."""
+    dit, latent_codec = transformer(), codec()
+    for layer in dit.all_final_layer.values():
+        nn.init.zeros_(layer.linear.weight)
+        nn.init.zeros_(layer.linear.bias)
+    gallery = PaintedWorld(size=32).gallery("train", 6, 0, "cpu")
+    plan = Plan(steps=1, batch_size=5, learning_rate=0.0)
+    density = SigmaDensity(sampling="logit_normal", shift=2.0)
+    fitted = train_denoiser(dit, text_encoder(), latent_codec, gallery, plan, density, 3, tmp_path / "partial")
+
+    rows = Draws(6, 5, 3, "cpu").rows()
+    latents = latent_codec.encode_pixels(gallery.pixels(rows))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
+    assert fitted.loss == pytest.approx(float((noise - latents).square().mean()), rel=1e-3)  # latents wait in float16
+    assert not dit.training and not any(parameter.requires_grad for parameter in dit.parameters())
+
+
+def test_denoiser_overfits_four_pictures(tmp_path: Path) -> None:
+    dit, encoder, latent_codec = transformer(), text_encoder(), codec()
+    gallery = PaintedWorld(size=32).gallery("train", 4, 0, "cpu")
+    density = SigmaDensity(sampling="logit_normal", shift=2.0)
+    latents = latent_codec.encode_pixels(gallery.pixels(torch.arange(4)))
+    generator = torch.Generator().manual_seed(9)
+    noise, sigma = torch.randn(latents.shape, generator=generator), draw_sigmas(4, density, generator)
+    encoded = prompts_only([encoder.encode(text) for text in gallery.captions], encoder.encode(""))
+
+    @torch.no_grad()
+    def error() -> float:
+        noisy = interpolate(latents, noise, sigma[:, None, None, None])
+        velocity = AdaptedDiT(dit, []).eval()(list(noisy), sigma, encoded)
+        return float((torch.stack(velocity) - (noise - latents)).square().mean())
+
+    before = error()
+    plan = Plan(steps=125, batch_size=16, learning_rate=5e-3)
+    fitted = train_denoiser(dit, encoder, latent_codec, gallery, plan, density, 0, tmp_path / "partial")
+    assert fitted.loss < before / 2 and error() < before / 2, (before, fitted.loss, error())
+
+
+# ---- judges
+
+
+@pytest.fixture(scope="module")
+def pictures() -> tuple[Gallery, Gallery]:
+    """To learn from, and to be asked about."""
+    world = PaintedWorld(size=32)
+    return world.gallery("train", 1600, 0, "cpu"), world.gallery("held", 400, 1, "cpu")
+
+
+@pytest.fixture(scope="module")
+def content_judge(pictures: tuple[Gallery, Gallery]) -> ContentJudge:
+    torch.manual_seed(0)
+    judge = ContentJudge({"place": 5, "count": 3})
+    train_content_judge(judge, pictures[0], Plan(steps=110, batch_size=64, learning_rate=2e-3), 0)
+    return judge
+
+
+@pytest.fixture(scope="module")
+def style_judge(pictures: tuple[Gallery, Gallery]) -> StyleJudge:
+    torch.manual_seed(0)
+    judge = StyleJudge()
+    train_style_judge(judge, pictures[0], Plan(steps=60, batch_size=96, learning_rate=2e-3), 0)
+    return judge
+
+
+def test_content_judge_beats_chance(pictures: tuple[Gallery, Gallery], content_judge: ContentJudge) -> None:
+    held = pictures[1]
+    right = {
+        name: float((logits.argmax(1) == held.labels[name]).float().mean())
+        for name, logits in content_judge.judge(held.images).items()
+    }
+    assert right["place"] > 0.6 and right["count"] > 0.5, right
+
+
+def test_style_judge_separates(pictures: tuple[Gallery, Gallery], style_judge: StyleJudge) -> None:
+    held = pictures[1]
+    vectors = style_judge.embed(held.images)
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(len(held)), atol=1e-5)
+    cosines = vectors @ vectors.T
+    same = held.styles[:, None] == held.styles
+    itself = torch.eye(len(held), dtype=torch.bool)
+    near, far = cosines[same & ~itself], cosines[~same]
+    assert near.mean() > far.mean() + 0.3, (near.mean(), far.mean())
+    nearest = held.styles[cosines.masked_fill(itself, -2).argmax(1)]
+    assert (nearest == held.styles).float().mean() > 0.3, "of fifty styles"
+
+
+def test_judges_are_what_they_were_after_a_round_trip(
+    pictures: tuple[Gallery, Gallery], content_judge: ContentJudge, style_judge: StyleJudge, tmp_path: Path
+) -> None:
+    images = pictures[1].images[:300]  # more than one chunk
+    save_judge(content_judge, tmp_path, "content")
+    save_judge(style_judge, tmp_path, "style_second")
+    content, style = load_content_judge(tmp_path, "cpu"), load_style_judge(tmp_path, "cpu", "style_second")
+    before, after = content_judge.judge(images), content.judge(images)
+    assert after.keys() == before.keys() == {"place", "count"}
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(style.embed(images), style_judge.embed(images))
+    assert not any(p.requires_grad for judge in (content, style) for p in judge.parameters())
+
+
+def test_style_judge_needs_pairs(pictures: tuple[Gallery, Gallery]) -> None:
+    alone = replace(pictures[0], styles=torch.arange(len(pictures[0])))
+    with pytest.raises(ValueError, match="no style has two pictures"):
+        train_style_judge(StyleJudge(), alone, Plan(steps=1, batch_size=8, learning_rate=1e-3), 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [64, 256, 512])
+def test_compiled_blocks_have_the_gradients_of_eager_ones(batch: int) -> None:
+    """torch 2.10 and 2.11 fuse some reductions wrongly (pytorch/pytorch#193061), and say nothing."""
+    torch.manual_seed(0)
+    sizes = PAINTED.sizes
+    dit = build_transformer(sizes, siglip=False).cuda().requires_grad_(True)
+    model = AdaptedDiT(dit, [])
+    dit.requires_grad_(True)
+    text = list(torch.randn((batch, 24, sizes.lm_hidden), device="cuda"))
+    clean, noise = torch.randn((2, batch, 16, 16, 16), device="cuda")
+    sigma = torch.rand(batch, device="cuda")
+
+    def gradients() -> dict[str, torch.Tensor]:
+        dit.zero_grad()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            noisy = interpolate(clean, noise, sigma[:, None, None, None])
+            velocity_losses(model(noisy, sigma, prompts_only(text, text[0])), clean, noise, sigma).mean().backward()
+        return {name: p.grad.clone() for name, p in dit.named_parameters() if p.grad is not None}
+
+    eager = gradients()
+    compile_blocks(dit)
+    for name, gradient in gradients().items():
+        error = float((gradient - eager[name]).norm() / eager[name].norm().clamp_min(1e-9))
+        assert error < 0.05, f"{name}: {error:.3f}"  # bfloat16 rounds differently where kernels are fused

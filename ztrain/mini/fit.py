@@ -1,0 +1,159 @@
+"""The loop that every pretraining stage shares: AdamW, warm-up, cosine to zero, a printed line now and then."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ztrain.errors import InputError
+
+_LINES = 40  # printed in a stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How long and how fast one stage trains."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float = 0.01
+    warmup_share: float = 0.05
+    """Of all steps; the learning rate then falls to 0 on a cosine."""
+    beta2: float = 0.98
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """What a stage did: `loss` is the mean over its last printed line, `seconds` are those since `begun_at`, the step
+    at which the last of its runs began."""
+
+    steps: int
+    samples: int
+    begun_at: int
+    seconds: float
+    loss: float
+
+
+def fit(
+    name: str,
+    modules: Sequence[nn.Module],
+    loss: Callable[[int], Tensor],
+    plan: Plan,
+    device: torch.device | str,
+    partial: Path | None = None,
+) -> Fitted:
+    """Minimises `loss(step)`, a scalar of a freshly drawn batch, over the awake parameters of `modules`.
+
+    `partial`: a file that holds weights and step at every printed line; a run that finds it goes on from there, with a
+    second warm-up because the optimizer's moments are not in it, and removes it at the end. Raises RuntimeError if the
+    loss stops being a number, and InputError for a `partial` of another plan.
+    """
+    weights = {
+        f"{index}.{key}": parameter
+        for index, module in enumerate(modules)
+        for key, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+    begin = _resume(partial, plan, weights)
+    on_gpu = torch.device(device).type == "cuda"
+    optimizer = torch.optim.AdamW(
+        weights.values(), plan.learning_rate, betas=(0.9, plan.beta2), weight_decay=plan.weight_decay, fused=on_gpu
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(begin + step, begin, plan))
+    every = max(1, plan.steps // _LINES)
+    started, total, count, mean = time.perf_counter(), torch.zeros((), device=device), 0, math.nan
+    for step in range(begin, plan.steps):
+        with mixed_precision(device):
+            value = loss(step)
+        value.backward()
+        nn.utils.clip_grad_norm_(weights.values(), plan.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        total += value.detach()
+        count += 1
+        if (step + 1) % every == 0 or step + 1 == plan.steps:
+            mean = float(total) / count
+            total.zero_()
+            count = 0
+            if not math.isfinite(mean):
+                raise RuntimeError(f"{name}: the loss is {mean} at step {step + 1}; lower its learning rate")
+            seconds = time.perf_counter() - started
+            print(f"{name}: step {step + 1} of {plan.steps}, loss {mean:.4f}, {seconds:.0f} s", flush=True)
+            if partial is not None:
+                _keep(partial, plan, step + 1, weights)
+    if partial is not None:
+        partial.unlink(missing_ok=True)
+    seconds = round(time.perf_counter() - started, 1)
+    return Fitted(steps=plan.steps, samples=plan.steps * plan.batch_size, begun_at=begin, seconds=seconds, loss=mean)
+
+
+def _rate(step: int, begin: int, plan: Plan) -> float:
+    """Share of the learning rate at a step of a run that began at step `begin`."""
+    warmup = max(1, round(plan.warmup_share * plan.steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, plan.steps - warmup)))
+    return min(1.0, (step - begin + 1) / warmup) * cosine
+
+
+def _keep(partial: Path, plan: Plan, step: int, weights: dict[str, nn.Parameter]) -> None:
+    unfinished = partial.with_suffix(".unfinished")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    about = {"step": str(step), "plan": json.dumps(asdict(plan))}
+    save_file({key: weight.detach().cpu() for key, weight in weights.items()}, unfinished, metadata=about)
+    os.replace(unfinished, partial)
+
+
+@torch.no_grad()
+def _resume(partial: Path | None, plan: Plan, weights: dict[str, nn.Parameter]) -> int:
+    """The step to begin at, with the weights of that step."""
+    if partial is None or not partial.is_file():
+        return 0
+    with safe_open(partial, framework="pt") as file:
+        about, shapes = file.metadata(), {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        if about["plan"] != json.dumps(asdict(plan)) or shapes != {k: tuple(w.shape) for k, w in weights.items()}:
+            raise InputError(f"{partial} belongs to another plan or model; remove it to begin anew")
+        for key, weight in weights.items():
+            weight.copy_(file.get_tensor(key))
+    print(f"going on at step {about['step']} of {plan.steps}", flush=True)
+    return int(about["step"])
+
+
+def mixed_precision(device: torch.device | str) -> AbstractContextManager:
+    """bfloat16 products on a GPU, float32 on a CPU."""
+    kind = torch.device(device).type
+    return torch.autocast("cuda", dtype=torch.bfloat16) if kind == "cuda" else nullcontext()
+
+
+@contextmanager
+def training(*modules: nn.Module) -> Iterator[None]:
+    """Wakes every parameter for a while; afterwards the modules are frozen and in evaluation mode."""
+    for module in modules:
+        module.train().requires_grad_(True)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.eval().requires_grad_(False)
+
+
+class Draws:
+    """Random rows of a gallery of `count` pictures, from one generator on `device`."""
+
+    def __init__(self, count: int, batch_size: int, seed: int, device: torch.device | str) -> None:
+        self.count, self.batch_size, self.device = count, batch_size, device
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def rows(self) -> Tensor:
+        """(batch_size,) int64."""
+        return torch.randint(self.count, (self.batch_size,), generator=self.generator, device=self.device)

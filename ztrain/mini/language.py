@@ -1,0 +1,259 @@
+"""Pretrains the language model on turns about captions, then the vision-language model on top of it.
+
+The language model learns to say a caption again, in full or without its style: for that it has to look words up in the
+user's turn, which is what the visual front-end must then imitate when it is trained on the frozen language model. In a
+second stage both are tuned together, so that the vision-language model's own language model drifts away from the text
+encoder, as Qwen3-VL's has from Qwen3. The pictures' captions name their style in about half of the cases.
+
+Legend: B rows, L tokens, D text width, V visual tokens of a picture.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, Qwen2Tokenizer, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
+
+from ztrain.mini.fit import Draws, Fitted, Plan, fit, training
+from ztrain.mini.gallery import Gallery
+from ztrain.vision_language import IMAGE_PAD, VISION_END, VISION_START
+
+ANY, CONTENT, DETAIL = "", "what is drawn?", "describe it in detail"
+"""What a user asks about a caption or a picture: nothing, for the content alone, for content and style."""
+
+_USER, _ASSISTANT, _END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"
+_IGNORED = -100
+_PATCH, _TEMPORAL, _MERGE = 16, 2, 2  # preprocessor_config.json of Qwen3-VL
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """Tokenised turns: `ids` and `targets` (N, L) int64; a target of -100 asks for nothing."""
+
+    ids: Tensor
+    targets: Tensor
+
+
+def tokenize(
+    tokenizer: Qwen2Tokenizer, users: Sequence[str], replies: Sequence[str], *, learn_user: bool, device: torch.device
+) -> Turns:
+    """One row a turn; the loss is on the reply, and on the user's words too if `learn_user`."""
+    starts = [f"{_USER}{user}{_ASSISTANT}" for user in users]
+    whole = tokenizer([start + reply + _END for start, reply in zip(starts, replies, strict=True)]).input_ids
+    length = max(len(row) for row in whole)
+    pad = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    ids = torch.full((len(whole), length), pad, dtype=torch.int64)
+    targets = torch.full((len(whole), length), _IGNORED, dtype=torch.int64)
+    skipped = [1] * len(whole) if learn_user else [len(row) for row in tokenizer(starts).input_ids]
+    for index, (row, skip) in enumerate(zip(whole, skipped, strict=True)):
+        ids[index, : len(row)] = torch.tensor(row)
+        targets[index, skip : len(row)] = torch.tensor(row[skip:])
+    return Turns(ids.to(device), targets.to(device))
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each next token; logits (B, L, vocabulary), targets (B, L)."""
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets[:, 1:].flatten(), ignore_index=_IGNORED)
+
+
+def text_turns(gallery: Gallery, tokenizer: Qwen2Tokenizer) -> Turns:
+    """Turns about captions: said again, in full or as content; one in sixteen starts from nothing."""
+    users, replies = [], []
+    for index, (plain, detailed) in enumerate(zip(gallery.captions, gallery.detailed, strict=True)):
+        match index % 8:
+            case 0 | 1:
+                user, reply = plain, plain
+            case 2 | 3:
+                user, reply = detailed, detailed
+            case 4:
+                user, reply = f"{detailed} {CONTENT}", plain
+            case 5:
+                user, reply = f"{plain} {CONTENT}", plain
+            case 6:
+                user, reply = f"{detailed} {DETAIL}", detailed
+            case _:
+                user, reply = ("", detailed) if index % 16 == 7 else (f"{plain} {DETAIL}", plain)
+        users.append(user)
+        replies.append(reply)
+    return tokenize(tokenizer, users, replies, learn_user=True, device=gallery.device)
+
+
+def train_language(
+    model: Qwen3ForCausalLM, tokenizer: Qwen2Tokenizer, gallery: Gallery, plan: Plan, seed: int
+) -> Fitted:
+    """Trains the text encoder in place, every token of every turn."""
+    turns = text_turns(gallery, tokenizer)
+    draws = Draws(len(gallery), plan.batch_size, seed, gallery.device)
+
+    def loss(step: int) -> Tensor:
+        rows = draws.rows()
+        return next_token_loss(model(input_ids=turns.ids[rows], use_cache=False).logits, turns.targets[rows])
+
+    with training(model):
+        return fit("language", [model], loss, plan, gallery.device)
+
+
+def picture_turns(gallery: Gallery, tokenizer: Qwen2Tokenizer, num_visual: int) -> Turns:
+    """Turns about pictures: asked for nothing (half of the replies name the style), for content, for all."""
+    picture = VISION_START + IMAGE_PAD * num_visual + VISION_END
+    users, replies = [], []
+    for index, (plain, detailed) in enumerate(zip(gallery.captions, gallery.detailed, strict=True)):
+        question, reply = ((ANY, plain), (ANY, detailed), (CONTENT, plain), (DETAIL, detailed))[index % 4]
+        users.append(picture + question)
+        replies.append(reply)
+    return tokenize(tokenizer, users, replies, learn_user=False, device=gallery.device)
+
+
+def visual_side(size: int, min_pixels: int) -> int:
+    """The side to which Qwen3-VL's processor brings a square picture of `size` pixels: multiples of 32."""
+    step = _PATCH * _MERGE
+    return max(round(size / step), round(min_pixels**0.5 / step), 1) * step
+
+
+def visual_patches(pixels: Tensor, side: int) -> Tensor:
+    """What Qwen2VLImageProcessor makes of B square pictures, (B * patches, 3 * 2 * 16 * 16).
+
+    pixels: (B, 3, S, S) in [-1, 1]. Patches come in blocks of 2 x 2, a still picture is both frames of a pair.
+    """
+    if pixels.shape[-1] != side:
+        pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+    count, cells = len(pixels), side // _PATCH // _MERGE
+    blocks = pixels.view(count, 3, cells, _MERGE, _PATCH, cells, _MERGE, _PATCH).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    frames = blocks.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, _TEMPORAL, -1, -1)
+    return frames.reshape(-1, 3 * _TEMPORAL * _PATCH * _PATCH)
+
+
+class PictureReader:
+    """A batch of equal squares through Qwen3-VL: its visual part once for all, then its language model.
+
+    Qwen3-VL sees B pictures as the frames of one film, which it treats one by one in space and whose positions repeat:
+    the same numbers as B calls, without a loop over them.
+    """
+
+    def __init__(self, model: Qwen3VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, side: int) -> None:
+        self.model, self.side = model, side
+        self.pad = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+        self.num_visual = (side // _PATCH // _MERGE) ** 2
+
+    def look(self, pixels: Tensor) -> Any:
+        """What the visual part makes of (B, 3, S, S) in [-1, 1]: pooler_output and deepstack_features."""
+        grid = torch.tensor([[len(pixels), self.side // _PATCH, self.side // _PATCH]], device=pixels.device)
+        return self.model.model.visual(visual_patches(pixels, self.side), grid_thw=grid, return_dict=True)
+
+    def logits(self, seen: Any, ids: Tensor) -> Tensor:
+        """(B, L, vocabulary) of rows that all begin with one picture, of which `seen` is what `look` gave."""
+        inner = self.model.model
+        embeds = inner.language_model.embed_tokens(ids)
+        first = int((ids[0] == self.pad).int().argmax())  # all rows begin alike
+        span = slice(first, first + self.num_visual)
+        features = seen.pooler_output.view(len(ids), self.num_visual, -1).to(embeds.dtype)
+        embeds = torch.cat([embeds[:, : span.start], features, embeds[:, span.stop :]], dim=1)
+        is_image = torch.zeros_like(ids, dtype=torch.bool)
+        is_image[:, span] = True
+        one = torch.tensor([[1, self.side // _PATCH, self.side // _PATCH]], device=ids.device)
+        positions, _ = inner.get_rope_index(ids[:1], is_image[:1].int(), image_grid_thw=one)
+        hidden = inner.language_model(
+            inputs_embeds=embeds,
+            position_ids=positions.expand(-1, len(ids), -1),
+            visual_pos_masks=is_image,
+            deepstack_visual_embeds=[feature.to(embeds.dtype) for feature in seen.deepstack_features],
+            use_cache=False,
+        ).last_hidden_state
+        return self.model.lm_head(hidden)
+
+
+def train_vision_language(
+    model: Qwen3VLForConditionalGeneration,
+    text_encoder: Qwen3ForCausalLM,
+    tokenizer: Qwen2Tokenizer,
+    gallery: Gallery,
+    front_end: Plan,
+    together: Plan,
+    seed: int,
+    min_pixels: int,
+) -> list[Fitted]:
+    """Trains in place: the visual part on the frozen language model of `text_encoder`, then both."""
+    inner = model.model
+    inner.language_model.load_state_dict(text_encoder.model.state_dict(), strict=True)
+    reader = PictureReader(model, tokenizer, visual_side(gallery.images.shape[-1], min_pixels))
+    turns = picture_turns(gallery, tokenizer, reader.num_visual)
+    fitted = []
+    with _equal_lengths_attention(inner.visual):
+        for name, plan, parts in (
+            ("vision", front_end, [inner.visual]),
+            ("vision and language", together, [inner.visual, inner.language_model]),
+        ):
+            draws = Draws(len(gallery), plan.batch_size, seed, gallery.device)
+
+            def loss(step: int, draws: Draws = draws) -> Tensor:
+                rows = draws.rows()
+                logits = reader.logits(reader.look(gallery.pixels(rows)), turns.ids[rows])
+                return next_token_loss(logits, turns.targets[rows])
+
+            model.requires_grad_(False)
+            with training(*parts):
+                fitted.append(fit(name, parts, loss, plan, gallery.device))
+    return fitted
+
+
+@torch.no_grad()
+def describe(
+    model: Qwen3VLForConditionalGeneration,
+    tokenizer: Qwen2Tokenizer,
+    gallery: Gallery,
+    question: str,
+    min_pixels: int,
+    max_new_tokens: int = 40,
+) -> list[str]:
+    """What the vision-language model says about every picture, the likeliest word each time."""
+    reader = PictureReader(model, tokenizer, visual_side(gallery.images.shape[-1], min_pixels))
+    picture = VISION_START + IMAGE_PAD * reader.num_visual + VISION_END
+    start = tokenizer(f"{_USER}{picture}{question}{_ASSISTANT}", return_tensors="pt").input_ids.to(gallery.device)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    said: list[str] = []
+    for rows in torch.arange(len(gallery), device=gallery.device).split(512):
+        with _equal_lengths_attention(model.model.visual):
+            seen = reader.look(gallery.pixels(rows))
+        ids = start.expand(len(rows), -1)
+        for _ in range(max_new_tokens):
+            following = reader.logits(seen, ids)[:, -1].argmax(-1, keepdim=True)
+            ids = torch.cat([ids, following], dim=1)
+            if (ids[:, start.shape[1] :] == end).any(1).all():
+                break
+        for row in ids[:, start.shape[1] :].tolist():
+            said.append(tokenizer.decode(row[: row.index(end)] if end in row else row))
+    return said
+
+
+class _equal_lengths_attention:
+    """Attention over pictures of equal size as one batch, where transformers would call it once for each picture.
+
+    Registered under a name that contains flash, because only those are handed the lengths instead of being looped.
+    """
+
+    _NAME = "ztrain_equal_lengths_flash"
+
+    def __init__(self, visual: Any) -> None:
+        self.visual = visual
+
+    def __enter__(self) -> None:
+        AttentionInterface.register(self._NAME, _attend_equal_lengths)
+        self.before = self.visual.config._attn_implementation
+        self.visual.config._attn_implementation = self._NAME
+
+    def __exit__(self, *error: object) -> None:
+        self.visual.config._attn_implementation = self.before
+
+
+def _attend_equal_lengths(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **settings: Any
+) -> tuple[Tensor, None]:
+    """(1, heads, total, d) as batches of cu_seq_lens_q's equal lengths; gives (1, total, heads, d)."""
+    count = len(settings["cu_seq_lens_q"]) - 1
+    heads, total, width = query.shape[1:]
+    q, k, v = (x.view(heads, count, total // count, width).transpose(0, 1) for x in (query[0], key[0], value[0]))
+    attended = F.scaled_dot_product_attention(q, k, v, scale=settings["scaling"])  # (count, heads, length, d)
+    return attended.permute(0, 2, 1, 3).reshape(1, total, heads, width), None

@@ -439,11 +439,37 @@ def test_loss_of_a_model_that_predicts_nothing(tmp_path: Path) -> None:
     density = SigmaDensity(sampling="logit_normal", shift=2.0)
     fitted = train_denoiser(dit, text_encoder(), latent_codec, gallery, plan, density, 3, tmp_path / "partial")
 
-    rows = Draws(6, 5, 3, "cpu").rows()
-    latents = latent_codec.encode_pixels(gallery.pixels(rows))
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
+    draws = Draws(6, 5, 3, "cpu")
+    draws.at(0)
+    latents = latent_codec.encode_pixels(gallery.pixels(draws.rows()))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3 * 2**32))
     assert fitted.loss == pytest.approx(float((noise - latents).square().mean()), rel=1e-3)  # latents wait in float16
     assert not dit.training and not any(parameter.requires_grad for parameter in dit.parameters())
+
+
+def test_draws_are_a_function_of_the_step() -> None:
+    """A resumed run draws what the undisturbed one would have, and no step draws what another did."""
+    draws = Draws(1 << 40, 4, 3, "cpu")
+    drawn = []
+    for step in (0, 1, 2, 1):
+        draws.at(step)
+        drawn.append(draws.rows().tolist())
+    assert drawn[1] == drawn[3]
+    assert len({tuple(rows) for rows in drawn}) == 3
+
+
+def test_a_state_made_from_other_parts_is_refused(tmp_path: Path) -> None:
+    layer, plan = nn.Linear(2, 1), Plan(steps=80, batch_size=1, learning_rate=0.0)
+
+    def loss(step: int) -> Tensor:
+        if step == 5:
+            raise KeyboardInterrupt
+        return layer(torch.ones(1, 2)).sum()
+
+    with pytest.raises(KeyboardInterrupt):
+        fit("line", [layer], loss, plan, "cpu", tmp_path / "partial", "one text encoder")
+    with pytest.raises(InputError, match="another plan or model"):
+        fit("line", [layer], loss, plan, "cpu", tmp_path / "partial", "another")
 
 
 def test_denoiser_overfits_four_pictures(tmp_path: Path) -> None:

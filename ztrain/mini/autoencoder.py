@@ -37,7 +37,8 @@ def train_vae(vae: Any, gallery: Gallery, plan: Plan, seed: int, augment: bool) 
         fitted = fit("vae", [vae], loss, plan, gallery.device)
     vae.to(memory_format=torch.contiguous_format)
     with torch.no_grad():
-        some = torch.arange(min(_STATISTICS_COUNT, len(gallery)), device=gallery.device)
+        # Drawn: the pictures of a folder lie style by style.
+        some = torch.randperm(len(gallery), generator=draws.generator, device=gallery.device)[:_STATISTICS_COUNT]
         latents = torch.cat([vae.encode(gallery.pixels(rows)).latent_dist.mode() for rows in some.split(64)])
     vae.register_to_config(
         shift_factor=round(float(latents.mean()), 4), scaling_factor=round(1 / float(latents.std()), 4)

@@ -79,8 +79,12 @@ def train_denoiser(
     density: SigmaDensity,
     seed: int,
     partial: Path,
+    made_from: str = "",
 ) -> Fitted:
-    """Trains the transformer in place, in float32 weights with bfloat16 products on a GPU; `partial` as in `fit`."""
+    """Trains the transformer in place, in float32 weights with bfloat16 products on a GPU.
+
+    `partial` and `made_from` as in `fit`.
+    """
     model = AdaptedDiT(dit, [])
     device, count = gallery.device, len(gallery)
     rows = torch.arange(count, device=device)
@@ -89,9 +93,11 @@ def train_denoiser(
     prompts = encode_captions(encoder, [*gallery.captions, *gallery.detailed, ""])
     null_text = prompts.take(np.array([2 * count]))[0]
     draws = Draws(count, plan.batch_size, seed, "cpu")
-    noise_generator = torch.Generator(device).manual_seed(seed)
+    noise_generator = torch.Generator(device)
 
     def loss(step: int) -> Tensor:
+        draws.at(step)
+        noise_generator.manual_seed(seed * 2**32 + step)
         chosen = draws.rows()
         uniform = torch.rand(plan.batch_size, generator=draws.generator).numpy()
         with_style = uniform < 0.5 * (1 - _TEXT_DROPOUT)
@@ -107,4 +113,4 @@ def train_denoiser(
     if device.type == "cuda":
         compile_blocks(dit)
     with training(dit):
-        return fit("transformer", [dit], loss, plan, device, partial)
+        return fit("transformer", [dit], loss, plan, device, partial, made_from)

@@ -35,8 +35,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitted:
-    """What a stage did: `loss` is the mean over its last printed line, `seconds` are those since `begun_at`, the step
-    at which the last of its runs began."""
+    """What a stage did: `loss` is the mean over its last printed line, `seconds` are those of all
+    its runs, of which the last began at step `begun_at`."""
 
     steps: int
     samples: int
@@ -52,12 +52,13 @@ def fit(
     plan: Plan,
     device: torch.device | str,
     partial: Path | None = None,
+    made_from: str = "",
 ) -> Fitted:
     """Minimises `loss(step)`, a scalar of a freshly drawn batch, over the awake parameters of `modules`.
 
     `partial`: a file that holds weights and step at every printed line; a run that finds it goes on from there, with a
     second warm-up because the optimizer's moments are not in it, and removes it at the end. Raises RuntimeError if the
-    loss stops being a number, and InputError for a `partial` of another plan.
+    loss stops being a number, and InputError for a `partial` of another plan, model or `made_from`.
     """
     weights = {
         f"{index}.{key}": parameter
@@ -65,7 +66,8 @@ def fit(
         for key, parameter in module.named_parameters()
         if parameter.requires_grad
     }
-    begin = _resume(partial, plan, weights)
+    about = {"plan": json.dumps(asdict(plan)), "made_from": made_from}
+    begin, before = _resume(partial, about, weights)
     on_gpu = torch.device(device).type == "cuda"
     optimizer = torch.optim.AdamW(
         weights.values(), plan.learning_rate, betas=(0.9, plan.beta2), weight_decay=plan.weight_decay, fused=on_gpu
@@ -92,10 +94,10 @@ def fit(
             seconds = time.perf_counter() - started
             print(f"{name}: step {step + 1} of {plan.steps}, loss {mean:.4f}, {seconds:.0f} s", flush=True)
             if partial is not None:
-                _keep(partial, plan, step + 1, weights)
+                _keep(partial, about | {"step": str(step + 1), "seconds": f"{before + seconds:.1f}"}, weights)
     if partial is not None:
         partial.unlink(missing_ok=True)
-    seconds = round(time.perf_counter() - started, 1)
+    seconds = round(before + time.perf_counter() - started, 1)
     return Fitted(steps=plan.steps, samples=plan.steps * plan.batch_size, begun_at=begin, seconds=seconds, loss=mean)
 
 
@@ -106,27 +108,28 @@ def _rate(step: int, begin: int, plan: Plan) -> float:
     return min(1.0, (step - begin + 1) / warmup) * cosine
 
 
-def _keep(partial: Path, plan: Plan, step: int, weights: dict[str, nn.Parameter]) -> None:
+def _keep(partial: Path, about: dict[str, str], weights: dict[str, nn.Parameter]) -> None:
     unfinished = partial.with_suffix(".unfinished")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    about = {"step": str(step), "plan": json.dumps(asdict(plan))}
     save_file({key: weight.detach().cpu() for key, weight in weights.items()}, unfinished, metadata=about)
     os.replace(unfinished, partial)
 
 
 @torch.no_grad()
-def _resume(partial: Path | None, plan: Plan, weights: dict[str, nn.Parameter]) -> int:
-    """The step to begin at, with the weights of that step."""
+def _resume(partial: Path | None, about: dict[str, str], weights: dict[str, nn.Parameter]) -> tuple[int, float]:
+    """The step to begin at, with the weights of that step, and the seconds spent before it."""
     if partial is None or not partial.is_file():
-        return 0
+        return 0, 0.0
     with safe_open(partial, framework="pt") as file:
-        about, shapes = file.metadata(), {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-        if about["plan"] != json.dumps(asdict(plan)) or shapes != {k: tuple(w.shape) for k, w in weights.items()}:
+        found, shapes = file.metadata(), {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        same = all(found.get(key) == value for key, value in about.items())
+        if not same or shapes != {key: tuple(weight.shape) for key, weight in weights.items()}:
             raise InputError(f"{partial} belongs to another plan or model; remove it to begin anew")
         for key, weight in weights.items():
             weight.copy_(file.get_tensor(key))
-    print(f"going on at step {about['step']} of {plan.steps}", flush=True)
-    return int(about["step"])
+    steps = json.loads(found["plan"])["steps"]
+    print(f"going on at step {found['step']} of {steps}", flush=True)
+    return int(found["step"]), float(found["seconds"])
 
 
 def mixed_precision(device: torch.device | str) -> AbstractContextManager:
@@ -151,8 +154,12 @@ class Draws:
     """Random rows of a gallery of `count` pictures, from one generator on `device`."""
 
     def __init__(self, count: int, batch_size: int, seed: int, device: torch.device | str) -> None:
-        self.count, self.batch_size, self.device = count, batch_size, device
+        self.count, self.batch_size, self.seed, self.device = count, batch_size, seed, device
         self.generator = torch.Generator(device).manual_seed(seed)
+
+    def at(self, step: int) -> None:
+        """Makes what follows a function of seed and step, so that a resumed run repeats no draw."""
+        self.generator.manual_seed(self.seed * 2**32 + step)
 
     def rows(self) -> Tensor:
         """(batch_size,) int64."""

@@ -182,11 +182,11 @@ def train_vision_language(
     turns = picture_turns(gallery, tokenizer, reader.num_visual)
     fitted = []
     with _equal_lengths_attention(inner.visual):
-        for name, plan, parts in (
-            ("vision", front_end, [inner.visual]),
-            ("vision and language", together, [inner.visual, inner.language_model]),
+        for name, plan, parts, phase in (
+            ("vision", front_end, [inner.visual], 0),
+            ("vision and language", together, [inner.visual, inner.language_model], 1),
         ):
-            draws = Draws(len(gallery), plan.batch_size, seed, gallery.device)
+            draws = Draws(len(gallery), plan.batch_size, 2 * seed + phase, gallery.device)
 
             def loss(step: int, draws: Draws = draws) -> Tensor:
                 rows = draws.rows()

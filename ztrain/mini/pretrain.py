@@ -11,6 +11,7 @@ stages that need not wait for each other can run as processes side by side:
 
 import functools
 import json
+import os
 import platform
 import time
 import zlib
@@ -321,8 +322,9 @@ class Pretraining:
         encoder = TextEncoder(self._load("language", "text_encoder").model, self._tokenizer, _MAX_PROMPT_TOKENS)
         codec, recipe = LatentCodec(self._load("vae", "vae")), self.recipe
         partial = self.parts / "transformer.partial.safetensors"
+        made_from = json.dumps(self._made_from("transformer"))
         fitted = train_denoiser(
-            dit, encoder, codec, self.gallery, recipe.transformer, recipe.density, self.seed, partial
+            dit, encoder, codec, self.gallery, recipe.transformer, recipe.density, self.seed, partial, made_from
         )
         return {"transformer": dit}, [fitted], {}
 
@@ -354,7 +356,10 @@ class Pretraining:
             "facts": facts,
             "made_from": self._made_from(stage),
         }
-        (self.parts / f"{stage}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        # Last and at once: whoever finds it finds the parts whole.
+        unfinished = self.parts / f"{stage}.unfinished"
+        unfinished.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, self.parts / f"{stage}.json")
 
     def _half(self, stage: str, name: str) -> Any:
         """The finished module in bfloat16; by torch's own cast, as diffusers' warns about precision at inference."""

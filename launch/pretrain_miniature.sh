@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A miniature family from nothing on one GPU, then its scorecard.
-#   launch/pretrain_miniature.sh OUT [SEED] [--data DIR]       from the project's root, with an active .venv
+#   launch/pretrain_miniature.sh OUT [SEED [--data DIR]]       from the project's root, with an active .venv
 # Whatever stops, start it again: finished stages are skipped, the transformer goes on where it was.
 set -euo pipefail
 out=$1 seed=${2:-0}
@@ -9,6 +9,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}  # several processes share the core
 
 stages() { ztrain mini pretrain --out "$out" --seed "$seed" "${world[@]}" --stages "$@"; }
 
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT  # what fails takes the other with it
 stages vae & first=$!
 stages language
 wait "$first"

@@ -138,6 +138,11 @@ def mixed_precision(device: torch.device | str) -> AbstractContextManager:
     return torch.autocast("cuda", dtype=torch.bfloat16) if kind == "cuda" else nullcontext()
 
 
+def full_precision(device: torch.device | str) -> AbstractContextManager:
+    """float32 products within `mixed_precision`: for similarities, whose small differences bfloat16 would blur."""
+    return torch.autocast(torch.device(device).type, enabled=False)
+
+
 @contextmanager
 def training(*modules: nn.Module) -> Iterator[None]:
     """Wakes every parameter for a while; afterwards the modules are frozen and in evaluation mode."""

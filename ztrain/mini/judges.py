@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ztrain.mini.fit import Draws, Fitted, Plan, fit, training
+from ztrain.mini.fit import Draws, Fitted, Plan, fit, full_precision, training
 from ztrain.mini.gallery import Gallery
 
 _WIDTHS = (24, 48, 72, 96)
@@ -141,7 +141,8 @@ def train_style_judge(judge: StyleJudge, gallery: Gallery, plan: Plan, seed: int
         both = torch.cat([one, other])
         vectors = judge(_shaken(gallery.pixels(order[both]), draws.generator))
         same = styles[both][:, None] == styles[both]
-        logits = vectors @ vectors.T / _TEMPERATURE
+        with full_precision(gallery.device):
+            logits = vectors @ vectors.T / _TEMPERATURE
         itself = torch.eye(len(both), dtype=torch.bool, device=both.device)
         log_share = logits - logits.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
         positives = same & ~itself

@@ -26,6 +26,8 @@ ANY, CONTENT, DETAIL = "", "what is drawn?", "describe it in detail"
 
 _USER, _ASSISTANT, _END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"
 _IGNORED = -100
+_TURN_KINDS = 4  # of questions about a picture
+_SMALL = 20_000  # pictures; more than these teach every kind of turn with one each
 _PATCH, _TEMPORAL, _MERGE = 16, 2, 2  # preprocessor_config.json of Qwen3-VL
 
 
@@ -97,13 +99,19 @@ def train_language(
 
 
 def picture_turns(gallery: Gallery, tokenizer: Qwen2Tokenizer, num_visual: int) -> Turns:
-    """Turns about pictures: asked for nothing (half of the replies name the style), for content, for all."""
+    """Turns about pictures: asked for nothing (half of the replies name the style), for content, for all.
+
+    Small galleries get every kind of turn about every picture: turn number n is about picture n modulo N.
+    """
     picture = VISION_START + IMAGE_PAD * num_visual + VISION_END
     users, replies = [], []
-    for index, (plain, detailed) in enumerate(zip(gallery.captions, gallery.detailed, strict=True)):
-        question, reply = ((ANY, plain), (ANY, detailed), (CONTENT, plain), (DETAIL, detailed))[index % 4]
-        users.append(picture + question)
-        replies.append(reply)
+    for variant in range(_TURN_KINDS if len(gallery) < _SMALL else 1):
+        for index, (plain, detailed) in enumerate(zip(gallery.captions, gallery.detailed, strict=True)):
+            question, reply = ((ANY, plain), (ANY, detailed), (CONTENT, plain), (DETAIL, detailed))[
+                (index + variant) % _TURN_KINDS
+            ]
+            users.append(picture + question)
+            replies.append(reply)
     return tokenize(tokenizer, users, replies, learn_user=False, device=gallery.device)
 
 
@@ -186,11 +194,12 @@ def train_vision_language(
             ("vision", front_end, [inner.visual], 0),
             ("vision and language", together, [inner.visual, inner.language_model], 1),
         ):
-            draws = Draws(len(gallery), plan.batch_size, 2 * seed + phase, gallery.device)
+            draws = Draws(len(turns.ids), plan.batch_size, 2 * seed + phase, gallery.device)
 
             def loss(step: int, draws: Draws = draws) -> Tensor:
                 rows = draws.rows()
-                logits = reader.logits(reader.look(gallery.pixels(rows)), turns.ids[rows])
+                seen = reader.look(gallery.pixels(rows % len(gallery)))
+                logits = reader.logits(seen, turns.ids[rows])
                 return next_token_loss(logits, turns.targets[rows])
 
             model.requires_grad_(False)

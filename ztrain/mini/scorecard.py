@@ -220,12 +220,13 @@ def measure(
         for line in sheets.part_lines(name, card[name]):
             print(line, flush=True)
         print(f"{name}: {card['seconds'][name]:.0f} s", flush=True)
-    card["figures"] = family_figures(card)
-    card["seconds"]["all"] = round(time.perf_counter() - started, 1)
+        card["figures"] = family_figures(card)
+        card["seconds"]["all"] = round(time.perf_counter() - started, 1)
+        # After every part: who stops it keeps what was measured.
+        (out / "scorecard.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        (out / "scorecard.md").write_text(sheets.write_table(card), encoding="utf-8")
     for name, figure in card["figures"].items():
         print(sheets.figure_line(name, figure), flush=True)
-    (out / "scorecard.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    (out / "scorecard.md").write_text(sheets.write_table(card), encoding="utf-8")
     return out / "scorecard.json"
 
 

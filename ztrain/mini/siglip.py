@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Siglip2Model
 
-from ztrain.mini.fit import Draws, Fitted, Plan, fit, training
+from ztrain.mini.fit import Draws, Fitted, Plan, fit, full_precision, training
 from ztrain.mini.gallery import Gallery
 
 _PATCH = 16
@@ -54,7 +54,8 @@ def train_siglip(model: Siglip2Model, tokenizer: Qwen2Tokenizer, gallery: Galler
         seen = model.vision_model(patches, None, shapes)  # no mask: every patch is one
         image = F.normalize(seen.pooler_output.float(), dim=-1)
         text = F.normalize(model.text_model(input_ids=tokens[rows]).pooler_output.float(), dim=-1)
-        logits = text @ image.T * model.logit_scale.exp() + model.logit_bias  # (B, B)
+        with full_precision(gallery.device):
+            logits = text @ image.T * model.logit_scale.exp() + model.logit_bias  # (B, B)
         same = caption_numbers[rows][:, None] == caption_numbers[rows]
         pairs = -F.logsigmoid(torch.where(same, logits, -logits)).sum(1).mean()
         small = F.avg_pool2d(_unfold(patches), _PATCH // _COPY).flatten(1)  # (B P, 3 * 4 * 4)

@@ -145,6 +145,35 @@ def test_readme_block_on_real_drawings_runs_as_written(tmp_path: Path) -> None:
     assert shell(tmp_path, commands).stdout.splitlines()[-1] == "out/compare/compare.png"
 
 
+@pytest.mark.slow
+def test_a_miniature_is_pretrained_and_judged_by_one_recipe(tmp_path: Path) -> None:
+    """launch/pretrain_miniature.sh at smoke size."""
+    finished = shell(tmp_path, "bash launch/pretrain_miniature.sh out/miniature 3", SMOKE="1")
+    path = "out/miniature/scorecard/scorecard.json"
+    assert finished.stdout.splitlines()[-1] == path
+    card = json.loads((tmp_path / "project" / path).read_text())
+    assert (card["seed"], card["training_seeds"], card["count"], card["num_inference_steps"]) == (3, [3], 8, 2)
+
+
+@pytest.mark.parametrize(("fails", "beside"), [("vae", "language"), ("vision_language", "transformer")])
+def test_a_stage_that_fails_takes_the_one_beside_it_with_it(tmp_path: Path, fails: str, beside: str) -> None:
+    """launch/pretrain_miniature.sh with a ztrain that only waits and fails."""
+    started = tmp_path / "started"
+    stub = tmp_path / "ztrain"
+    stub.write_text(f"""#!/usr/bin/env bash
+case "$*" in
+  *"--stages {beside}"*) echo $$ > {started}; exec sleep 100 ;;
+  *"--stages {fails}"*) until [[ -s {started} ]]; do sleep 0.01; done; exit 3 ;;
+esac
+""")
+    stub.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", ROOT / "launch/pretrain_miniature.sh", tmp_path / "out"]
+    assert subprocess.run(command, env=environment, timeout=50).returncode == 3
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+
+
 def test_run_folder_is_enough_to_repeat_it(family: Path, paintings: Path, tmp_path: Path) -> None:
     train(family, paintings, tmp_path / "first", "siglip", "--train.max_train_steps", "3", "--flow.loss_weight", "bump")
     run(*LAUNCH, "-m", "ztrain.train", "--config", str(tmp_path / "first" / "config.yaml"),

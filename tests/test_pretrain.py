@@ -20,13 +20,14 @@ from transformers import Qwen2VLImageProcessorPil, Siglip2ImageProcessorPil
 from tests.triplets import model_words, tiny_config
 from ztrain.adapters import build_adapters
 from ztrain.cli import main
+from ztrain.conditioning import Encoded
 from ztrain.dit import load_transformer
 from ztrain.encoders import Encoders, LatentCodec, TextEncoder
 from ztrain.errors import InputError
 from ztrain.flow import SigmaDensity, draw_sigmas, interpolate, velocity_losses
 from ztrain.mini import denoiser
-from ztrain.mini.denoiser import compile_blocks, encode_captions, prompts_only, train_denoiser
-from ztrain.mini.fit import Draws, Fitted, Plan, fit
+from ztrain.mini.denoiser import compile_blocks, encode_captions, relative_error, train_denoiser
+from ztrain.mini.fit import Draws, Fitted, Partial, Plan, _optimizers, fit
 from ztrain.mini.gallery import Gallery
 from ztrain.mini.judges import (
     ContentJudge,
@@ -44,6 +45,7 @@ from ztrain.mini.language import (
     visual_patches,
     visual_side,
 )
+from ztrain.mini.muon import StackedMuon
 from ztrain.mini.painter import PaintedWorld, paint_style_folders
 from ztrain.mini.parts import (
     VISION_LANGUAGE_PROCESSOR,
@@ -247,9 +249,45 @@ def test_fit_finds_the_least_squares() -> None:
     )
 
 
+def test_stacked_muon_is_torchs() -> None:
+    torch.manual_seed(0)
+    shapes = [(6, 6), (6, 6), (12, 6), (6, 12), (12, 6), (24, 6)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    torchs = [nn.Parameter(weight.detach().clone()) for weight in ours]
+    optimizer = StackedMuon(ours, 0.02, 0.1)
+    reference = torch.optim.Muon(torchs, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    before = [weight.detach().clone() for weight in ours]
+    for _ in range(5):
+        for one, other in zip(ours, torchs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        optimizer.step()
+        reference.step()
+    for start, one, other in zip(before, ours, torchs, strict=True):
+        moved = (other - start).norm()
+        assert moved > 0.05 and (one - other).norm() < 0.01 * moved  # both iterate in bfloat16
+    with pytest.raises(ValueError, match="not for shape"):
+        StackedMuon([nn.Parameter(torch.ones(3))], 0.1, 0.0)
+
+
+def test_a_plan_with_a_rate_for_matrices_trains_everything() -> None:
+    """Matrices in blocks by Muon, the rest by AdamW: each weight by exactly one."""
+    dit = transformer().requires_grad_(True)
+    weights = {f"0.{name}": parameter for name, parameter in dit.named_parameters()}
+    plan = Plan(steps=10, batch_size=4, learning_rate=2e-3, matrix_learning_rate=3e-3)
+    adamw, muon = _optimizers(plan, weights, False)
+    held = [[parameter for group in o.param_groups for parameter in group["params"]] for o in (adamw, muon)]
+    assert sorted(map(id, [*held[0], *held[1]])) == sorted(map(id, weights.values()))
+    assert all(parameter.ndim == 2 for parameter in held[1])
+    in_blocks = [p for name, p in dit.named_parameters() if "layers." in name or "refiner." in name]
+    assert {id(p) for p in held[1]} == {id(p) for p in in_blocks if p.ndim == 2}
+    assert [group["lr"] for group in muon.param_groups] == [3e-3] * len(muon.param_groups)
+
+
 @pytest.mark.usefixtures("every_other")
 def test_fit_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    partial, plan = tmp_path / "deep/line.safetensors", Plan(steps=40, batch_size=64, learning_rate=0.01)
+    path, plan = tmp_path / "deep/line.safetensors", Plan(steps=40, batch_size=64, learning_rate=0.01)
+    partial = Partial(path=path)
     model, asleep = Line(), nn.Linear(2, 2).requires_grad_(False)
     before = asleep.weight.clone()
     history = []
@@ -263,15 +301,15 @@ def test_fit_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(KeyboardInterrupt):
         fit("line", [model, asleep], failing, plan, "cpu", partial)
     assert "line: step 10 of 40" in capsys.readouterr().out
-    assert [path.name for path in partial.parent.iterdir()] == [partial.name]
-    kept = partial.read_bytes()
+    assert [found.name for found in path.parent.iterdir()] == [path.name]
+    kept = path.read_bytes()
 
     for wrong in (replace(plan, learning_rate=0.02), replace(plan, steps=41)):
         with pytest.raises(InputError, match="another plan"):
             fit("line", [Line()], model.loss, wrong, "cpu", partial)
     with pytest.raises(InputError, match="another plan or model"):
         fit("line", [nn.Linear(3, 1)], model.loss, plan, "cpu", partial)
-    assert partial.read_bytes() == kept
+    assert path.read_bytes() == kept
 
     fresh, seen = Line(), []
 
@@ -283,18 +321,21 @@ def test_fit_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [step for step, _ in seen] == list(range(10, 40))
     assert torch.equal(seen[0][1], history[10]) and not torch.equal(history[10], history[11])
     assert fitted.begun_at == 10 and fitted.steps == 40
-    assert not list(partial.parent.iterdir())
     assert torch.equal(asleep.weight, before)
     assert "going on at step 10 of 40" in capsys.readouterr().out
+    # It stays until its weights are saved: whoever comes back before that gets them at once.
+    again = Line()
+    assert replace(fit("line", [again, asleep], failing, plan, "cpu", partial), begun_at=10) == fitted
+    assert torch.equal(again.linear.weight, fresh.linear.weight)
 
 
 @pytest.mark.usefixtures("every_other")
 def test_fit_refuses_a_loss_that_is_no_number(tmp_path: Path) -> None:
-    model, partial = Line(), tmp_path / "line.safetensors"
+    model, partial = Line(), Partial(path=tmp_path / "line.safetensors")
     plan = Plan(steps=40, batch_size=64, learning_rate=0.01)
     with pytest.raises(RuntimeError, match="^line: the loss is nan at step 6"):
         fit("line", [model], lambda step: model.loss(step) * (math.nan if step == 4 else 1), plan, "cpu", partial)
-    assert all(tensor.isfinite().all() for tensor in load_file(partial).values()), "of step 4, before it"
+    assert all(tensor.isfinite().all() for tensor in load_file(partial.path).values()), "of step 4, before it"
 
 
 # ---- what the image processors do
@@ -430,7 +471,7 @@ def test_states_of_many_prompts_are_those_of_each(monkeypatch: pytest.MonkeyPatc
         assert state.shape == alone.shape and torch.allclose(state, alone, atol=1e-5)
 
 
-def test_loss_of_a_model_that_predicts_nothing(tmp_path: Path) -> None:
+def test_loss_of_a_model_that_predicts_nothing() -> None:
     """velocity = 0 costs mean (noise - latents)^2, whatever sigma and caption."""
     dit, latent_codec = transformer(), codec()
     for layer in dit.all_final_layer.values():
@@ -439,7 +480,7 @@ def test_loss_of_a_model_that_predicts_nothing(tmp_path: Path) -> None:
     gallery = PaintedWorld(size=32).gallery("train", 6, 0, "cpu")
     plan = Plan(steps=1, batch_size=5, learning_rate=0.0)
     density = SigmaDensity(sampling="logit_normal", shift=2.0)
-    fitted = train_denoiser(dit, text_encoder(), latent_codec, gallery, plan, density, 3, tmp_path / "partial")
+    fitted = train_denoiser(dit, text_encoder(), latent_codec, gallery, plan, density, 3)
 
     draws = Draws(6, 5, 3, "cpu")
     draws.at(0)
@@ -469,19 +510,19 @@ def test_a_state_made_from_other_parts_is_refused(tmp_path: Path) -> None:
         return layer(torch.ones(1, 2)).sum()
 
     with pytest.raises(KeyboardInterrupt):
-        fit("line", [layer], loss, plan, "cpu", tmp_path / "partial", "one text encoder")
+        fit("line", [layer], loss, plan, "cpu", Partial(path=tmp_path / "partial", made_from="one text encoder"))
     with pytest.raises(InputError, match="another plan or model"):
-        fit("line", [layer], loss, plan, "cpu", tmp_path / "partial", "another")
+        fit("line", [layer], loss, plan, "cpu", Partial(path=tmp_path / "partial", made_from="another"))
 
 
-def test_denoiser_overfits_four_pictures(tmp_path: Path) -> None:
+def test_denoiser_overfits_four_pictures() -> None:
     dit, encoder, latent_codec = transformer(), text_encoder(), codec()
     gallery = PaintedWorld(size=32).gallery("train", 4, 0, "cpu")
     density = SigmaDensity(sampling="logit_normal", shift=2.0)
     latents = latent_codec.encode_pixels(gallery.pixels(torch.arange(4)))
     generator = torch.Generator().manual_seed(9)
     noise, sigma = torch.randn(latents.shape, generator=generator), draw_sigmas(4, density, generator)
-    encoded = prompts_only([encoder.encode(text) for text in gallery.captions], encoder.encode(""))
+    encoded = Encoded.of_prompts([encoder.encode(text) for text in gallery.captions], encoder.encode(""))
 
     @torch.no_grad()
     def error() -> float:
@@ -491,7 +532,7 @@ def test_denoiser_overfits_four_pictures(tmp_path: Path) -> None:
 
     before = error()
     plan = Plan(steps=125, batch_size=16, learning_rate=5e-3)
-    fitted = train_denoiser(dit, encoder, latent_codec, gallery, plan, density, 0, tmp_path / "partial")
+    fitted = train_denoiser(dit, encoder, latent_codec, gallery, plan, density, 0)
     assert fitted.loss < before / 2 and error() < before / 2, (before, fitted.loss, error())
 
 
@@ -577,14 +618,15 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(batch: int) -> None:
     sigma = torch.rand(batch, device="cuda")
 
     def gradients() -> dict[str, torch.Tensor]:
-        dit.zero_grad()
         with torch.autocast("cuda", dtype=torch.bfloat16):
             noisy = interpolate(clean, noise, sigma[:, None, None, None])
-            velocity_losses(model(noisy, sigma, prompts_only(text, text[0])), clean, noise, sigma).mean().backward()
-        return {name: p.grad.clone() for name, p in dit.named_parameters() if p.grad is not None}
+            velocity = model(noisy, sigma, Encoded.of_prompts(text, text[0]))
+            velocity_losses(velocity, clean, noise, sigma).mean().backward()
+        found = {name: p.grad for name, p in dit.named_parameters() if p.grad is not None}
+        dit.zero_grad()
+        return found
 
     eager = gradients()
-    compile_blocks(dit)
-    for name, gradient in gradients().items():
-        error = float((gradient - eager[name]).norm() / eager[name].norm().clamp_min(1e-9))
-        assert error < 0.05, f"{name}: {error:.3f}"  # bfloat16 rounds differently where kernels are fused
+    compile_blocks(dit, gradients)
+    for _ in range(10):  # what inductor computes wrong differs from call to call
+        assert relative_error(gradients(), eager) < 0.05  # bfloat16 rounds differently where kernels are fused

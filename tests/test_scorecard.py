@@ -50,7 +50,7 @@ def card(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def exam(smoked: Path) -> Exam:
-    return Exam(Subject.load(smoked, 64, 0, 2, CPU), WORLD, COUNT)
+    return Exam(Subject.load(smoked, 64, 0, CPU, num_inference_steps=2), WORLD, COUNT)
 
 
 def hashes(images: Tensor) -> set[bytes]:
@@ -218,7 +218,7 @@ def test_pictures_and_table_lie_beside_it(folder: Path) -> None:
 
 
 def test_true_pictures_score_as_their_own_targets(smoked: Path) -> None:
-    subject = Subject.load(smoked, 64, 0, 2, CPU)
+    subject = Subject.load(smoked, 64, 0, CPU, num_inference_steps=2)
     judges = Judges(smoked / "judges", CPU)
     gallery = WORLD.gallery("held", 16, 0, "cpu")
     seen = judges.look(gallery.images)

@@ -63,6 +63,12 @@ class Encoded:
     bare_omni: list[StockOmni] = field(default_factory=list)
     null_bare_omni: list[StockOmni] = field(default_factory=list)
 
+    @classmethod
+    def of_prompts(cls, text: list[Tensor], null_text: Tensor) -> "Encoded":
+        """A batch that has prompts and no reference."""
+        absent: list[TokenStates | None] = [None] * len(text)
+        return cls(text=text, null_text=null_text, reference=absent, fused=absent, siglip=[[] for _ in text])
+
     def __len__(self) -> int:
         return len(self.text)
 

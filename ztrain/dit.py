@@ -31,6 +31,66 @@ Samples: TypeAlias = Sequence[Tensor] | Tensor
 """B x (C, H, W): a list, whose sizes may differ, or one tensor (B, C, H, W)."""
 
 
+class RealRotary:
+    """diffusers' ZSingleStreamAttnProcessor with the rotary product in real arithmetic: same numbers, compiles whole.
+
+    Inductor leaves complex products to eager kernels. `use_real_rotary` installs it; `forward` then hands the blocks
+    real factors, (B, N, d_head / 2, 2) of cosine and sine. What diffusers' own forward hands them stays complex, and is
+    turned here.
+    """
+
+    _attention_backend = None  # both are set by diffusers' set_attention_backend and enable_parallelism
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: Tensor | None = None,
+        freqs_cis: Tensor | None = None,
+    ) -> Tensor:
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)))  # (B, N, heads, d_head)
+        key = attn.norm_k(attn.to_k(hidden_states).unflatten(-1, (attn.heads, -1)))
+        value = attn.to_v(hidden_states).unflatten(-1, (attn.heads, -1))
+        if freqs_cis is not None:
+            factors = torch.view_as_real(freqs_cis) if freqs_cis.is_complex() else freqs_cis
+            cos, sin = factors.unsqueeze(2).unbind(-1)
+            query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = attention_mask[:, None, None, :]
+        attended = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return attn.to_out[0](attended.flatten(2, 3).to(query.dtype))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs of neighbours of (B, N, heads, d_head) turned in float32; cos and sin (B, N, 1, d_head / 2)."""
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+def use_real_rotary(dit: Any) -> None:
+    """Installs RealRotary in every block."""
+    for block in (*dit.noise_refiner, *dit.context_refiner, *(dit.siglip_refiner or ()), *dit.layers):
+        block.attention.set_processor(RealRotary())
+
+
+def _rotary_factors(dit: Any, positions: Tensor) -> Tensor:
+    """As the blocks' attention reads them: (N, d_head / 2) complex, or (N, d_head / 2, 2) for RealRotary."""
+    factors = dit.rope_embedder(positions)
+    return torch.view_as_real(factors) if isinstance(dit.layers[0].attention.processor, RealRotary) else factors
+
+
 def load_transformer(source: Source, dtype: torch.dtype, device: torch.device | str) -> Any:
     """The frozen transformer of a Z-Image repository, in eval mode."""
     from diffusers import ZImageTransformer2DModel
@@ -222,7 +282,7 @@ def _line_freqs(dit: Any, length: int, device: torch.device) -> Tensor:
     """Rotary factors of captions, (1, length, d_head / 2): positions 1, 2, ... on the first axis, pads count on."""
     positions = torch.zeros((length, 3), dtype=torch.int64, device=device)
     positions[:, 0] = torch.arange(1, length + 1, device=device)
-    return dit.rope_embedder(positions).unsqueeze(0)
+    return _rotary_factors(dit, positions).unsqueeze(0)
 
 
 def _grid_freqs(dit: Any, grids: Sequence[Sequence[Grid]], length: int, device: torch.device) -> Tensor:
@@ -230,7 +290,7 @@ def _grid_freqs(dit: Any, grids: Sequence[Sequence[Grid]], length: int, device: 
     layouts = [tuple(sample) for sample in grids]
     distinct = {layout: i for i, layout in enumerate(dict.fromkeys(layouts))}
     positions = torch.stack([_positions(layout, length) for layout in distinct]).to(device, non_blocking=True)
-    freqs = dit.rope_embedder(positions.flatten(0, 1)).unflatten(0, (len(distinct), length))
+    freqs = _rotary_factors(dit, positions.flatten(0, 1)).unflatten(0, (len(distinct), length))
     return freqs if len(distinct) == 1 else freqs[_to([distinct[layout] for layout in layouts], device)]
 
 
@@ -252,7 +312,7 @@ def _positions(grids: Sequence[Grid], length: int) -> Tensor:
 def _join(blocks: Sequence[_Block]) -> _Block:
     """The blocks in one sequence; attention does not care about its order, nor about gaps that are masked."""
     rows = max(len(block.freqs) for block in blocks)
-    freqs = torch.cat([block.freqs.expand(rows, -1, -1) for block in blocks], dim=1)
+    freqs = torch.cat([block.freqs.expand(rows, *block.freqs.shape[1:]) for block in blocks], dim=1)
     mask = None
     if any(block.mask is not None for block in blocks):
         seen = [torch.ones_like(b.states[..., 0], dtype=torch.bool) if b.mask is None else b.mask for b in blocks]

@@ -31,6 +31,7 @@ def mini_parser() -> argparse.ArgumentParser:
     measure.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these")
     measure.add_argument("--count", type=int, default=256, help="pictures or triplets per figure (default: 256)")
     measure.add_argument("--steps", type=int, default=12, help="of the sampler (default: 12)")
+    measure.add_argument("--guidance", type=float, default=0.0, help="of the sampler, 0 = off (default: 0)")
 
     for verb in (pretrain, measure):
         verb.add_argument("--data", type=Path, help="a folder of captioned pictures instead of the painted world")
@@ -60,6 +61,7 @@ def main(words: Sequence[str]) -> Path | None:
             count=options.count,
             seed=options.seed,
             num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
             parts=tuple(options.parts),
         )
     from ztrain.mini.pretrain import FOLDER, PAINTED, pretrain, smoke

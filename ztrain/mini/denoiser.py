@@ -6,9 +6,8 @@ captions name the style. Some prompts are dropped, so that guidance has somethin
 Legend: N pictures, B samples of a batch, L tokens, D text width, (C, H, W) latents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +15,18 @@ import torch
 from torch import Tensor
 
 from ztrain.conditioning import Encoded
+from ztrain.dit import use_real_rotary
 from ztrain.encoders import LatentCodec, TextEncoder
 from ztrain.flow import SigmaDensity, draw_sigmas, interpolate, velocity_losses
-from ztrain.mini.fit import Draws, Fitted, Plan, fit, training
+from ztrain.mini.fit import Draws, Fitted, Partial, Plan, fit, mixed_precision, training
 from ztrain.mini.gallery import Gallery
 from ztrain.model import AdaptedDiT
 
 _CHUNK = 512
 _TEXT_DROPOUT = 0.1
+_COMPILE_OPTIONS: tuple[dict[str, Any], ...] = ({}, {"triton.mix_order_reduction": False})
+_CHECKS = 3  # wrong gradients differ from call to call
+_GRADIENT_TOLERANCE = 0.05  # bfloat16 alone makes 0.012 to 0.016
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,27 +50,45 @@ def encode_captions(encoder: TextEncoder, captions: Sequence[str]) -> States:
     """Every caption as the prompt of a turn, in bfloat16 on a GPU."""
     dtype = torch.bfloat16 if encoder.model.device.type == "cuda" else torch.float32
     states, lengths = [], []
-    for start in range(0, len(captions), _CHUNK):
-        rows = encoder.encode_all(captions[start : start + _CHUNK])
+    distinct = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}  # captions without style repeat
+    texts = list(distinct)
+    for start in range(0, len(texts), _CHUNK):
+        rows = encoder.encode_all(texts[start : start + _CHUNK])
         states.append(torch.cat(rows).to(dtype))
         lengths += [len(row) for row in rows]
     counts = np.array(lengths)
-    return States(torch.cat(states), np.cumsum(counts) - counts, counts)
+    which = np.array([distinct[caption] for caption in captions])
+    return States(torch.cat(states), (np.cumsum(counts) - counts)[which], counts[which])
 
 
-def prompts_only(text: list[Tensor], null_text: Tensor) -> Encoded:
-    """A batch that has prompts and no reference."""
-    absent: list[Any] = [None] * len(text)
-    return Encoded(text=text, null_text=null_text, reference=absent, fused=absent, siglip=[[] for _ in text])
+def compile_blocks(dit: Any, gradients: Callable[[], dict[str, Tensor]]) -> None:
+    """Compiles every block on its own, in the first way whose gradients are those of the blocks as they are.
 
-
-def compile_blocks(dit: Any) -> None:
-    """Compiles every block on its own, without the fusion that gives wrong gradients of modulated norms.
-
-    Torch 2.10 and 2.11 compute them silently wrong (pytorch/pytorch#193061); here training blew up at batch 256.
+    `gradients`: of one batch, by parameter. Checked because inductor of torch 2.10 and 2.11 computes some reductions of
+    these blocks silently wrong, by factors of 1e4, whether it may mix their orders (pytorch/pytorch#193061) or not:
+    measured on an H200 at batch 512, while 64 was right.
     """
-    for block in (*dit.noise_refiner, *dit.context_refiner, *dit.layers):
-        block.compile(options={"triton.mix_order_reduction": False})
+    blocks = (*dit.noise_refiner, *dit.context_refiner, *dit.layers)
+    use_real_rotary(dit)
+    true = gradients()
+    for options in _COMPILE_OPTIONS:
+        for block in blocks:
+            block.compile(options=options)
+        error = max(relative_error(gradients(), true) for _ in range(_CHECKS))
+        print(f"compiled with {options}: gradients differ by {error:.2g}", flush=True)
+        if error < _GRADIENT_TOLERANCE:
+            return
+        torch.compiler.reset()
+    for block in blocks:
+        block.compile(backend="aot_eager")
+    print("not compiled by inductor: its gradients are wrong", flush=True)
+
+
+def relative_error(found: dict[str, Tensor], true: dict[str, Tensor]) -> float:
+    """Norm of the difference over the norm of the true gradients, over all parameters at once."""
+    squares = [((found[name] - value).square().sum(), value.square().sum()) for name, value in true.items()]
+    difference, whole = torch.tensor(squares).sum(0).tolist()
+    return (difference / whole) ** 0.5
 
 
 def train_denoiser(
@@ -78,13 +99,9 @@ def train_denoiser(
     plan: Plan,
     density: SigmaDensity,
     seed: int,
-    partial: Path,
-    made_from: str = "",
+    partial: Partial | None = None,
 ) -> Fitted:
-    """Trains the transformer in place, in float32 weights with bfloat16 products on a GPU.
-
-    `partial` and `made_from` as in `fit`.
-    """
+    """Trains the transformer in place, in float32 weights with bfloat16 products on a GPU; `partial` as in `fit`."""
     model = AdaptedDiT(dit, [])
     device, count = gallery.device, len(gallery)
     rows = torch.arange(count, device=device)
@@ -97,7 +114,7 @@ def train_denoiser(
 
     def loss(step: int) -> Tensor:
         draws.at(step)
-        noise_generator.manual_seed(seed * 2**32 + step)
+        noise_generator.manual_seed(draws.seed_at(step))
         chosen = draws.rows()
         uniform = torch.rand(plan.batch_size, generator=draws.generator).numpy()
         with_style = uniform < 0.5 * (1 - _TEXT_DROPOUT)
@@ -107,10 +124,17 @@ def train_denoiser(
         noise = torch.randn(clean.shape, generator=noise_generator, device=device)
         sigma = draw_sigmas(plan.batch_size, density, noise_generator)  # (B,)
         noisy = interpolate(clean, noise, sigma[:, None, None, None])
-        velocity = model(noisy, sigma, prompts_only(text, null_text))
+        velocity = model(noisy, sigma, Encoded.of_prompts(text, null_text))
         return velocity_losses(velocity, clean, noise, sigma).mean()
 
-    if device.type == "cuda":
-        compile_blocks(dit)
+    def gradients() -> dict[str, Tensor]:
+        with mixed_precision(device):
+            loss(0).backward()
+        found = {name: p.grad for name, p in dit.named_parameters() if p.grad is not None}
+        dit.zero_grad()
+        return found
+
     with training(dit):
-        return fit("transformer", [dit], loss, plan, device, partial, made_from)
+        if device.type == "cuda":
+            compile_blocks(dit, gradients)
+        return fit("transformer", [dit], loss, plan, device, partial)

@@ -17,10 +17,9 @@ from torch import Tensor
 from ztrain.errors import InputError
 from ztrain.metrics import bootstrap, correct, paired_bootstrap, retrieval_at_1, style_cosine
 from ztrain.mini.gallery import Gallery, Split, World
-from ztrain.mini.judges import load_content_judge, load_style_judge
+from ztrain.mini.judges import STYLE_JUDGES, load_content_judge, load_style_judge
 from ztrain.mini.subject import Subject
 
-STYLE_JUDGES = ("style", "style_second")
 RETRIEVAL_POOL = 256
 EVALUATION_SEEDS = 1_000_000
 """Galleries of this seed and above are for scorecards; models and judges are trained on galleries below it."""

@@ -1,8 +1,9 @@
-"""The loop that every pretraining stage shares: AdamW, warm-up, cosine to zero, a printed line now and then."""
+"""The loop that every pretraining stage shares: AdamW or Muon, warm-up, cosine to zero, a printed line now and then."""
 
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,10 +14,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from ztrain.errors import InputError
+from ztrain.mini.muon import StackedMuon
 
 _LINES = 40  # printed in a stage
+_WARMUP_AGAIN = 100  # steps after which the moments of a resumed run mean something again
+_BLOCK = re.compile(r"^\d+\.\w*(?:layers|refiner)\.\d+\.")  # in the names of `weights`: module, list, block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +35,8 @@ class Plan:
     warmup_share: float = 0.05
     """Of all steps; the learning rate then falls to 0 on a cosine."""
     beta2: float = 0.98
+    matrix_learning_rate: float | None = None
+    """Muon's for the matrices of repeated blocks; None = AdamW for all."""
     max_grad_norm: float = 1.0
 
 
@@ -45,20 +52,27 @@ class Fitted:
     loss: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partial:
+    """Where a run keeps its weights as it goes, and a text that says what decides them beside the plan."""
+
+    path: Path
+    made_from: str = ""
+
+
 def fit(
     name: str,
     modules: Sequence[nn.Module],
     loss: Callable[[int], Tensor],
     plan: Plan,
     device: torch.device | str,
-    partial: Path | None = None,
-    made_from: str = "",
+    partial: Partial | None = None,
 ) -> Fitted:
     """Minimises `loss(step)`, a scalar of a freshly drawn batch, over the awake parameters of `modules`.
 
-    `partial`: a file that holds weights and step at every printed line; a run that finds it goes on from there, with a
-    second warm-up because the optimizer's moments are not in it, and removes it at the end. Raises RuntimeError if the
-    loss stops being a number, and InputError for a `partial` of another plan, model or `made_from`.
+    `partial`: its file holds weights and step at every printed line; a run that finds it goes on from there, with a
+    second warm-up because the optimizer's moments are not in it. Whoever has saved the modules removes the file. Raises
+    RuntimeError if the loss stops being a number, and InputError for a file of another plan, model or `made_from`.
     """
     weights = {
         f"{index}.{key}": parameter
@@ -66,23 +80,22 @@ def fit(
         for key, parameter in module.named_parameters()
         if parameter.requires_grad
     }
-    about = {"plan": json.dumps(asdict(plan)), "made_from": made_from}
-    begin, before = _resume(partial, about, weights)
+    about = {"plan": json.dumps(asdict(plan)), "made_from": "" if partial is None else partial.made_from}
+    begin, before, mean = _resume(partial, about, weights)
     on_gpu = torch.device(device).type == "cuda"
-    optimizer = torch.optim.AdamW(
-        weights.values(), plan.learning_rate, betas=(0.9, plan.beta2), weight_decay=plan.weight_decay, fused=on_gpu
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(begin + step, begin, plan))
+    optimizers = _optimizers(plan, weights, on_gpu)
+    schedules = [LambdaLR(optimizer, lambda step: _rate(begin + step, begin, plan)) for optimizer in optimizers]
     every = max(1, plan.steps // _LINES)
-    started, total, count, mean = time.perf_counter(), torch.zeros((), device=device), 0, math.nan
+    started, total, count = time.perf_counter(), torch.zeros((), device=device), 0
     for step in range(begin, plan.steps):
         with mixed_precision(device):
             value = loss(step)
         value.backward()
         nn.utils.clip_grad_norm_(weights.values(), plan.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
         total += value.detach()
         count += 1
         if (step + 1) % every == 0 or step + 1 == plan.steps:
@@ -94,42 +107,58 @@ def fit(
             seconds = time.perf_counter() - started
             print(f"{name}: step {step + 1} of {plan.steps}, loss {mean:.4f}, {seconds:.0f} s", flush=True)
             if partial is not None:
-                _keep(partial, about | {"step": str(step + 1), "seconds": f"{before + seconds:.1f}"}, weights)
-    if partial is not None:
-        partial.unlink(missing_ok=True)
+                seen = {"step": str(step + 1), "seconds": f"{before + seconds:.1f}", "loss": str(mean)}
+                _keep(partial.path, about | seen, weights)
     seconds = round(before + time.perf_counter() - started, 1)
     return Fitted(steps=plan.steps, samples=plan.steps * plan.batch_size, begun_at=begin, seconds=seconds, loss=mean)
+
+
+def _optimizers(plan: Plan, weights: dict[str, nn.Parameter], on_gpu: bool) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the matrices within numbered blocks (as layers.0) where the plan has a rate for them."""
+    matrices: dict[str, nn.Parameter] = {}
+    if plan.matrix_learning_rate is not None:
+        matrices = {key: weight for key, weight in weights.items() if weight.ndim == 2 and _BLOCK.search(key)}
+    others = [weight for key, weight in weights.items() if key not in matrices]
+    adamw = torch.optim.AdamW(
+        others, plan.learning_rate, betas=(0.9, plan.beta2), weight_decay=plan.weight_decay, fused=on_gpu
+    )
+    if plan.matrix_learning_rate is None:
+        return [adamw]
+    return [adamw, StackedMuon(matrices.values(), plan.matrix_learning_rate, plan.weight_decay)]
 
 
 def _rate(step: int, begin: int, plan: Plan) -> float:
     """Share of the learning rate at a step of a run that began at step `begin`."""
     warmup = max(1, round(plan.warmup_share * plan.steps))
     cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, plan.steps - warmup)))
-    return min(1.0, (step - begin + 1) / warmup) * cosine
+    again = min(warmup, _WARMUP_AGAIN) if begin else warmup
+    return min(1.0, (step + 1) / warmup, (step - begin + 1) / again) * cosine
 
 
-def _keep(partial: Path, about: dict[str, str], weights: dict[str, nn.Parameter]) -> None:
-    unfinished = partial.with_suffix(".unfinished")
-    partial.parent.mkdir(parents=True, exist_ok=True)
+def _keep(path: Path, about: dict[str, str], weights: dict[str, nn.Parameter]) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: weight.detach().cpu() for key, weight in weights.items()}, unfinished, metadata=about)
-    os.replace(unfinished, partial)
+    os.replace(unfinished, path)
 
 
 @torch.no_grad()
-def _resume(partial: Path | None, about: dict[str, str], weights: dict[str, nn.Parameter]) -> tuple[int, float]:
-    """The step to begin at, with the weights of that step, and the seconds spent before it."""
-    if partial is None or not partial.is_file():
-        return 0, 0.0
-    with safe_open(partial, framework="pt") as file:
+def _resume(
+    partial: Partial | None, about: dict[str, str], weights: dict[str, nn.Parameter]
+) -> tuple[int, float, float]:
+    """The step to begin at, with the weights of that step; the seconds spent before it and its loss."""
+    if partial is None or not partial.path.is_file():
+        return 0, 0.0, math.nan
+    with safe_open(partial.path, framework="pt") as file:
         found, shapes = file.metadata(), {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
         same = all(found.get(key) == value for key, value in about.items())
         if not same or shapes != {key: tuple(weight.shape) for key, weight in weights.items()}:
-            raise InputError(f"{partial} belongs to another plan or model; remove it to begin anew")
+            raise InputError(f"{partial.path} belongs to another plan or model; remove it to begin anew")
         for key, weight in weights.items():
             weight.copy_(file.get_tensor(key))
     steps = json.loads(found["plan"])["steps"]
     print(f"going on at step {found['step']} of {steps}", flush=True)
-    return int(found["step"]), float(found["seconds"])
+    return int(found["step"]), float(found["seconds"]), float(found["loss"])
 
 
 def mixed_precision(device: torch.device | str) -> AbstractContextManager:
@@ -164,7 +193,11 @@ class Draws:
 
     def at(self, step: int) -> None:
         """Makes what follows a function of seed and step, so that a resumed run repeats no draw."""
-        self.generator.manual_seed(self.seed * 2**32 + step)
+        self.generator.manual_seed(self.seed_at(step))
+
+    def seed_at(self, step: int) -> int:
+        """Of this generator and of any other that must start anew at a step."""
+        return self.seed * 2**32 + step
 
     def rows(self) -> Tensor:
         """(batch_size,) int64."""

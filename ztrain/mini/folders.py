@@ -11,6 +11,7 @@ Out: galleries. Only style folders know styles; elsewhere every picture is in a 
 
 import csv
 import hashlib
+import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -59,6 +60,7 @@ class FolderWorld:
     """The pictures of one folder, all in memory. A content is a caption; its number is the same in all splits."""
 
     name: str
+    """The folder's own name and 12 hex digits of what was read, so that another content is another world."""
     size: int
     """Pixels of a side."""
     content_classes: dict[str, tuple[str, ...]]
@@ -86,18 +88,19 @@ class FolderWorld:
         captions = [entry.caption for entry in entries]
         content = torch.tensor([contents[entry.caption] for entry in entries])
         style = torch.tensor([styles[entry.style] for entry in entries])
+        pictures = Gallery(
+            images=_decode([entry.file for entry in entries], size),
+            captions=captions,
+            detailed=captions,
+            labels={"content": content, "style": style} if styled else {"content": content},
+            styles=style,
+        )
         return cls(
-            name=folder.resolve().name,
+            name=f"{folder.resolve().name} {_digest(pictures, splits)}",
             size=size,
             content_classes={"content": tuple(contents)},
             style_classes={"style": tuple(styles)} if styled else {},
-            pictures=Gallery(
-                images=_decode([entry.file for entry in entries], size),
-                captions=captions,
-                detailed=captions,
-                labels={"content": content, "style": style} if styled else {"content": content},
-                styles=style,
-            ),
+            pictures=pictures,
             splits=splits,
         )
 
@@ -337,3 +340,11 @@ def _decode(files: list[PictureFile], size: int) -> Tensor:
         for _ in tqdm(done, "reading pictures", len(files), unit="picture", disable=len(files) <= _BAR_FROM or None):
             pass
     return torch.from_numpy(images)
+
+
+def _digest(pictures: Gallery, splits: dict[Split, Tensor]) -> str:
+    """12 hex digits of all that models and judges get to see: captions, styles, splits and pixels."""
+    of_split = {split: rows.tolist() for split, rows in splits.items()}
+    digest = hashlib.sha256(json.dumps([pictures.captions, pictures.styles.tolist(), of_split]).encode())
+    digest.update(pictures.images.flatten().numpy())
+    return digest.hexdigest()[:12]

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from ztrain.mini.fit import Draws, Fitted, Plan, fit, full_precision, training
 from ztrain.mini.gallery import Gallery
 
+STYLE_JUDGES = ("style", "style_second")
+"""Names of two with seeds of their own, so that a ranking can be checked."""
+
 _WIDTHS = (24, 48, 72, 96)
 _TEMPERATURE = 0.1
 _BATCH = 256
@@ -94,12 +97,17 @@ def _pixels(images: Tensor) -> Tensor:
 
 
 def _shaken(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """A little brightness, noise and blur, so that a decoder's small errors do not fool a judge."""
+    """A little shift, zoom, brightness, noise and blur, so that a decoder's small errors do not fool a judge."""
     count = len(pixels)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(count, *shape, generator=generator, device=pixels.device)
 
+    zoom, shift = uniform(0.95, 1.05, 1, 1), uniform(-0.1, 0.1, 2, 1)  # in units of half a side
+    moves = torch.cat([zoom * torch.eye(2, device=pixels.device), shift], dim=2)  # (B, 2, 3)
+    with full_precision(pixels.device):
+        grid = F.affine_grid(moves, list(pixels.shape), align_corners=False)
+        pixels = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
     noise = torch.randn(pixels.shape, generator=generator, device=pixels.device)
     soft = F.avg_pool2d(F.pad(pixels, [1] * 4, mode="replicate"), 3, stride=1)
     mixed = torch.lerp(pixels, soft, uniform(-0.3, 0.9, 1, 1, 1))

@@ -8,7 +8,8 @@ encoder, as Qwen3-VL's has from Qwen3. The pictures' captions name their style i
 Legend: B rows, L tokens, D text width, V visual tokens of a picture.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, Qwen2Tokenizer, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
 
-from ztrain.mini.fit import Draws, Fitted, Plan, fit, training
+from ztrain.mini.fit import Draws, Fitted, Partial, Plan, fit, training
 from ztrain.mini.gallery import Gallery
 from ztrain.vision_language import IMAGE_PAD, VISION_END, VISION_START
 
@@ -182,8 +183,12 @@ def train_vision_language(
     together: Plan,
     seed: int,
     min_pixels: int,
+    partials: tuple[Partial, Partial] | None = None,
 ) -> list[Fitted]:
-    """Trains in place: the visual part on the frozen language model of `text_encoder`, then both."""
+    """Trains in place: the visual part on the frozen language model of `text_encoder`, then both.
+
+    `partials`: as in `fit`, one for each half.
+    """
     inner = model.model
     inner.language_model.load_state_dict(text_encoder.model.state_dict(), strict=True)
     reader = PictureReader(model, tokenizer, visual_side(gallery.images.shape[-1], min_pixels))
@@ -197,6 +202,7 @@ def train_vision_language(
             draws = Draws(len(turns.ids), plan.batch_size, 2 * seed + phase, gallery.device)
 
             def loss(step: int, draws: Draws = draws) -> Tensor:
+                draws.at(step)
                 rows = draws.rows()
                 seen = reader.look(gallery.pixels(rows % len(gallery)))
                 logits = reader.logits(seen, turns.ids[rows])
@@ -204,7 +210,7 @@ def train_vision_language(
 
             model.requires_grad_(False)
             with training(*parts):
-                fitted.append(fit(name, parts, loss, plan, gallery.device))
+                fitted.append(fit(name, parts, loss, plan, gallery.device, partials and partials[phase]))
     return fitted
 
 
@@ -237,24 +243,17 @@ def describe(
     return said
 
 
-class _equal_lengths_attention:
-    """Attention over pictures of equal size as one batch, where transformers would call it once for each picture.
-
-    Registered under a name that contains flash, because only those are handed the lengths instead of being looped.
-    """
-
-    _NAME = "ztrain_equal_lengths_flash"
-
-    def __init__(self, visual: Any) -> None:
-        self.visual = visual
-
-    def __enter__(self) -> None:
-        AttentionInterface.register(self._NAME, _attend_equal_lengths)
-        self.before = self.visual.config._attn_implementation
-        self.visual.config._attn_implementation = self._NAME
-
-    def __exit__(self, *error: object) -> None:
-        self.visual.config._attn_implementation = self.before
+@contextmanager
+def _equal_lengths_attention(visual: Any) -> Iterator[None]:
+    """Attention over pictures of equal size as one batch, where transformers would call it once for each picture."""
+    # Only names that contain flash are handed the lengths instead of being looped.
+    AttentionInterface.register("ztrain_equal_lengths_flash", _attend_equal_lengths)
+    before = visual.config._attn_implementation
+    visual.config._attn_implementation = "ztrain_equal_lengths_flash"
+    try:
+        yield
+    finally:
+        visual.config._attn_implementation = before
 
 
 def _attend_equal_lengths(

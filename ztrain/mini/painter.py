@@ -28,6 +28,7 @@ from ztrain.mini.world import (
     CONTENT_CLASSES,
     COUNT_NAMES,
     FILL_NAMES,
+    HOLLOW,
     KIND_NAMES,
     NUM_CONTENTS,
     PATTERN_NAMES,
@@ -49,7 +50,7 @@ from ztrain.mini.world import (
 
 _CHUNK = 512  # pictures painted at once: about 1 GB of intermediate values at 128 pixels
 _CONTENTS_OF_A_STYLE = 8
-_LARGEST = 0.62  # share of the side that one object may fill
+_LARGEST = 0.46  # share of the side that one object may fill
 
 
 def _layout() -> Tensor:
@@ -132,15 +133,15 @@ def _paint(kind: Tensor, styles: Styles, poses: Poses, noise: Tensor, size: int)
         return (0.5 - distance * size).clamp(0, 1).unsqueeze(1)
 
     ink = styles.ink[:, None, None, None].expand(-1, 3, 1, 1)
-    hollow = styles.fill == 3
+    hollow = styles.fill == HOLLOW
     # A hollow drawing is its outline, in the objects' colour.
     line = torch.where(hollow[:, None, None, None], _rgb(styles.body)[..., None, None], ink)
-    width = torch.where(hollow, styles.outline.clamp_min(0.022), styles.outline)
     body = _fill(x, y, styles, objects, image, size)
     image = torch.lerp(image, body, inside(objects.whole))
     edges = [objects.whole, objects.second, objects.detail]
     distance = torch.stack([edge.abs() for edge in edges]).amin(0)
-    outlined = inside(distance - width[:, None, None] / 2) * (width > 0)[:, None, None, None]
+    width = styles.outline[:, None, None]
+    outlined = inside(distance - width / 2) * (width > 0).unsqueeze(1)
     image = torch.lerp(image, line.expand_as(image), outlined)
     return _finish(image, styles, noise, size).clamp(0, 1)
 
@@ -232,7 +233,7 @@ def _finish(image: Tensor, styles: Styles, noise: Tensor, size: int) -> Tensor:
     grain = F.interpolate(noise, size=(size, size), mode="nearest") - 0.5  # squares of S / 32 pixels
     grainy = image + 0.2 * amount * grain
     coarse = F.interpolate(F.adaptive_avg_pool2d(image, 32), size=(size, size), mode="nearest")
-    # One pass of a small kernel, mixed in as much as the amount says.
+    # Two passes of a small box, mixed in as much as the amount says.
     reach = max(1, size // 32)
     soft = F.avg_pool2d(F.pad(image, [reach] * 4, mode="replicate"), 2 * reach + 1, stride=1)
     soft = F.avg_pool2d(F.pad(soft, [reach] * 4, mode="replicate"), 2 * reach + 1, stride=1)
@@ -309,9 +310,11 @@ def folder_styles(seed: int) -> Styles:
     background[:, 0] = (background[0, 0] + number / len(STYLES)) % 1
     second[:, 0] = background[:, 0]
     body[:, 0] = (background[:, 0] + 0.45) % 1
+    fill = number % len(FILL_NAMES)
     changed = {
         "pattern": number % len(PATTERN_NAMES),
-        "fill": number % len(FILL_NAMES),
+        "fill": fill,
+        "outline": torch.where(fill == HOLLOW, drawn.outline.clamp_min(0.03), drawn.outline),
         "background": background,
         "second": second,
         "body": body,

@@ -25,15 +25,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen2Tokenizer
 
+from ztrain.config import EncodersConfig
 from ztrain.encoders import LatentCodec, TextEncoder
 from ztrain.errors import InputError
 from ztrain.flow import SigmaDensity
 from ztrain.mini.autoencoder import train_vae
 from ztrain.mini.denoiser import train_denoiser
 from ztrain.mini.family import BASE, write_repositories, write_whole
-from ztrain.mini.fit import Fitted, Plan
+from ztrain.mini.fit import Fitted, Partial, Plan
 from ztrain.mini.gallery import Gallery, World
 from ztrain.mini.judges import (
+    STYLE_JUDGES,
     ContentJudge,
     StyleJudge,
     save_judge,
@@ -66,9 +68,6 @@ _FIELDS = {
     "transformer": ("transformer", "density"),
 }
 """Fields of the recipe that decide a stage, beside sizes and pictures: changing another one leaves its parts alone."""
-
-_STYLE_JUDGES = ("style", "style_second")
-"""Two with seeds of their own, so that a ranking can be checked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +131,7 @@ PAINTED = Recipe(
     siglip=Plan(steps=3000, batch_size=512, learning_rate=1e-3),
     content_judge=Plan(steps=4000, batch_size=256, learning_rate=2e-3),
     style_judge=Plan(steps=2500, batch_size=512, learning_rate=1e-3),
-    transformer=Plan(steps=24000, batch_size=512, learning_rate=2e-3),
+    transformer=Plan(steps=16000, batch_size=1024, learning_rate=2e-3, matrix_learning_rate=3e-3),
 )
 
 FOLDER = replace(
@@ -215,7 +214,7 @@ class Pretraining:
             vision_language_pixels=self.recipe.reference_pixels,
         )
         write_repositories(folder, family)
-        for name in ("content", *_STYLE_JUDGES):
+        for name in ("content", *STYLE_JUDGES):
             save_judge(self._half("judges", name), folder / "judges", name)
         reports = {stage: json.loads((self.parts / f"{stage}.json").read_text()) for stage in STAGES}
         for report in reports.values():
@@ -296,6 +295,7 @@ class Pretraining:
             self.recipe.together,
             self.seed,
             self.recipe.reference_pixels[0],
+            (self._partial("vision_language", "front_end"), self._partial("vision_language", "together")),
         )
         return {"vision_language": model}, fitted, {}
 
@@ -311,7 +311,7 @@ class Pretraining:
         gallery = self.world.gallery("all", self.recipe.pictures, self.seed, self.device)
         modules, fitted = {"content": self._build("content").to(self.device)}, []
         fitted.append(train_content_judge(modules["content"], gallery, self.recipe.content_judge, self.seed))
-        for name in _STYLE_JUDGES:
+        for name in STYLE_JUDGES:
             modules[name] = self._build(name).to(self.device)
             seed = zlib.crc32(f"{self.seed} {name}".encode())
             fitted.append(train_style_judge(modules[name], gallery, self.recipe.style_judge, seed))
@@ -319,16 +319,22 @@ class Pretraining:
 
     def _train_transformer(self) -> Trained:
         dit = self._build("transformer").to(self.device)
-        encoder = TextEncoder(self._load("language", "text_encoder").model, self._tokenizer, _MAX_PROMPT_TOKENS)
+        max_tokens = EncodersConfig().max_sequence_length
+        encoder = TextEncoder(self._load("language", "text_encoder").model, self._tokenizer, max_tokens)
         codec, recipe = LatentCodec(self._load("vae", "vae")), self.recipe
-        partial = self.parts / "transformer.partial.safetensors"
-        made_from = json.dumps(self._made_from("transformer"))
+        partial = self._partial("transformer", "all")
         fitted = train_denoiser(
-            dit, encoder, codec, self.gallery, recipe.transformer, recipe.density, self.seed, partial, made_from
+            dit, encoder, codec, self.gallery, recipe.transformer, recipe.density, self.seed, partial
         )
         return {"transformer": dit}, [fitted], {}
 
     # Parts on disk
+
+    def _partial(self, stage: str, part: str) -> Partial:
+        """What a stage keeps of one of its fits as it goes."""
+        return Partial(
+            path=self.parts / f"{stage}.{part}.partial.safetensors", made_from=json.dumps(self._made_from(stage))
+        )
 
     def _is_done(self, stage: str) -> bool:
         report = self.parts / f"{stage}.json"
@@ -360,6 +366,8 @@ class Pretraining:
         unfinished = self.parts / f"{stage}.unfinished"
         unfinished.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         os.replace(unfinished, self.parts / f"{stage}.json")
+        for path in self.parts.glob(f"{stage}.*.partial.safetensors"):
+            path.unlink()
 
     def _half(self, stage: str, name: str) -> Any:
         """The finished module in bfloat16; by torch's own cast, as diffusers' warns about precision at inference."""
@@ -379,7 +387,6 @@ class Pretraining:
 
 
 _TOKENIZER_TEXTS = 20_000
-_MAX_PROMPT_TOKENS = 512  # config.EncodersConfig.max_sequence_length
 _INSTRUCTIONS = ("user", "assistant", f"a {CONTENT}", f"a {DETAIL}") * 100
 """What every turn holds beside captions: often enough to become whole tokens."""
 

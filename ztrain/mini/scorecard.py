@@ -1,6 +1,7 @@
 """How good a miniature family is: every member judged on pictures that no model saw, into one scorecard.
 
-    ztrain mini measure FAMILY --out DIR [--data DIR] [--count N] [--seed N] [--steps N] [--parts vae text vl splice]
+    ztrain mini measure FAMILY --out DIR [--data DIR] [--count N] [--seed N] [--steps N] [--guidance X]
+        [--parts vae text vl splice]
 
 In: a family folder as pretrain.py writes it, and its world. Out: scorecard.json, scorecard.md and pictures (sheets.py).
 Every figure is a mean with its 95 % interval beside what the judges score on true pictures; `held` is known contents in
@@ -184,7 +185,15 @@ def measure_vl(exam: Exam) -> Card:
 
 
 def measure(
-    family: Path, out: Path, world: World, *, count: int, seed: int, num_inference_steps: int, parts: tuple[str, ...]
+    family: Path,
+    out: Path,
+    world: World,
+    *,
+    count: int,
+    seed: int,
+    num_inference_steps: int,
+    parts: tuple[str, ...],
+    guidance_scale: float = 0.0,
 ) -> Path:
     """Judges the family and writes the scorecard into `out`; gives its path. Raises InputError.
 
@@ -193,11 +202,16 @@ def measure(
     """
     if unknown := sorted(set(parts) - set(PARTS)):
         raise InputError(f"parts {', '.join(unknown)}: not known; choose from {', '.join(PARTS)}")
-    if count < 8 or num_inference_steps < 1:
-        raise InputError(f"count {count} must be at least 8 and steps {num_inference_steps} at least 1")
+    if count < 8 or num_inference_steps < 1 or guidance_scale < 0:
+        raise InputError(
+            f"count {count} must be at least 8, steps {num_inference_steps} at least 1, guidance {guidance_scale} not"
+            " negative"
+        )
     started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subject = Subject.load(Path(family), world.size, seed, num_inference_steps, device)
+    subject = Subject.load(
+        Path(family), world.size, seed, device, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
+    )
     exam = Exam(subject, world, count)
     table_count = min(_TABLE_COUNT, count if device.type == "cuda" else max(8, count // 4))
     out.mkdir(parents=True, exist_ok=True)

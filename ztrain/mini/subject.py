@@ -45,13 +45,22 @@ class Subject:
     device: torch.device
 
     @classmethod
-    def load(cls, folder: Path, size: int, seed: int, num_inference_steps: int, device: torch.device) -> "Subject":
+    def load(
+        cls,
+        folder: Path,
+        size: int,
+        seed: int,
+        device: torch.device,
+        *,
+        num_inference_steps: int,
+        guidance_scale: float = 0.0,
+    ) -> "Subject":
         if not (folder / MARKER).is_file():
             raise InputError(
                 f"{folder} is no family: {MARKER} is missing; give the folder that `ztrain mini pretrain` names"
             )
         source, dtype = Source(str(folder / BASE)), torch.float32
-        # The shift is the checkpoint's own; steps are given and guidance is off, so the variant does not matter.
+        # The shift is the checkpoint's own; steps and guidance are given, so the variant does not matter.
         models = ModelsConfig(base=ModelConfig(pretrained_model_name_or_path=source.location), variant="base")
         return cls(
             folder=folder,
@@ -59,7 +68,11 @@ class Subject:
             text=TextEncoder.load(source, EncodersConfig().max_sequence_length, dtype, device),
             codec=LatentCodec.load(source, dtype, device),
             dit=load_transformer(source, dtype, device),
-            settings=SampleSettings(num_inference_steps=num_inference_steps, shift=base_defaults(models).shift),
+            settings=SampleSettings(
+                num_inference_steps=num_inference_steps,
+                shift=base_defaults(models).shift,
+                guidance_scale=guidance_scale,
+            ),
             size=size,
             seed=seed,
             device=device,
@@ -104,14 +117,7 @@ class Subject:
 
     def draw(self, prompts: Sequence[str]) -> Tensor:
         """(T, 3, S, S) uint8 of prompts without references."""
-        absent: list[Any] = [None] * len(prompts)
-        encoded = Encoded(
-            text=self.encode(prompts),
-            null_text=self.text.encode(""),
-            reference=absent,
-            fused=absent,
-            siglip=[[] for _ in prompts],
-        )
+        encoded = Encoded.of_prompts(self.encode(prompts), self.text.encode(""))
         return self.render(AdaptedDiT(self.dit, []), encoded)
 
     def render(self, model: AdaptedDiT, encoded: Encoded) -> Tensor:

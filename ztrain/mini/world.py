@@ -35,6 +35,7 @@ PLACE_NAMES = tuple(PLACES)
 
 PATTERN_NAMES = ("plain", "shaded", "striped", "checkered", "dotted")
 FILL_NAMES = ("solid", "glossy", "hatched", "hollow")
+HOLLOW = FILL_NAMES.index("hollow")
 OUTLINE_NAMES = ("no", "thin", "thick")
 FINISH_NAMES = ("smooth", "grainy", "pixelated", "blurred")
 HUE_NAMES = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink")
@@ -77,9 +78,9 @@ class Styles:
     light: Tensor
     """Where the light of a glossy fill comes from, and the direction of hatching, in radians."""
     outline: Tensor
-    """Width of the outline, 0 .. 0.045; thinner than 0.008 is none."""
+    """Width of the outline, 0 .. 0.045; thinner than 0.008 is none, which no hollow object has."""
     ink: Tensor
-    """Lightness of the outline: below 0.5 dark, above light."""
+    """Lightness of the outline: below 0.5 dark, above light. Hollow objects' has their main colour instead."""
     finish: Tensor
     amount: Tensor
     """How strong the finish is, 0.5 .. 1."""
@@ -143,7 +144,7 @@ def draw_styles(count: int, generator: torch.Generator) -> Styles:
         [
             (background[:, 0] + uniform(-0.08, 0.08)) % 1,
             background[:, 1],
-            # Towards the middle, so that both colours of a pattern have the same name.
+            # Towards the middle, away from the objects' colour.
             paper + torch.where(paper > 0.5, -1.0, 1.0) * uniform(0.13, 0.2),
         ],
         1,
@@ -151,8 +152,11 @@ def draw_styles(count: int, generator: torch.Generator) -> Styles:
     # Far enough from both colours of the background, on the side with more room.
     body_lightness = torch.where(paper > 0.5, uniform(0.12, 0.3), uniform(0.72, 0.88))
     body = torch.stack([uniform(), uniform(0.5, 1.0), body_lightness], 1)
+    fill = choice(len(FILL_NAMES))
     thickness = choice(3)
-    widths = torch.stack([torch.zeros(count), uniform(0.014, 0.022), uniform(0.03, 0.045)], 1)
+    # A hollow object is nothing but its outline.
+    thickness = torch.where((fill == HOLLOW) & (thickness == 0), 1 + choice(2), thickness)
+    widths = torch.stack([torch.zeros(count), uniform(0.018, 0.024), uniform(0.03, 0.045)], 1)
     ink = torch.where(uniform() < 0.5, uniform(0.02, 0.15), uniform(0.85, 1.0))
     return Styles(
         pattern=choice(len(PATTERN_NAMES)),
@@ -160,7 +164,7 @@ def draw_styles(count: int, generator: torch.Generator) -> Styles:
         second=second,
         period=uniform(0.14, 0.3),
         angle=uniform(0.0, torch.pi),
-        fill=choice(len(FILL_NAMES)),
+        fill=fill,
         body=body,
         accent_turn=uniform(0.25, 0.75),
         light=uniform(0.0, 2 * torch.pi),
@@ -244,7 +248,8 @@ def name_styles(styles: Styles, chosen: Tensor) -> list[str]:
     texts = []
     for row, wanted in zip(zip(*tables, strict=True), chosen.tolist(), strict=True):
         tone, hue, fill, outline, ink, back_tone, back_hue, pattern, finish = row
-        edge = f"{outline} outlines" if outline == "no" else f"{outline} {ink} outlines"
+        has_ink = outline != "no" and fill != FILL_NAMES[HOLLOW]
+        edge = f"{outline} {ink} outlines" if has_ink else f"{outline} outlines"
         clauses = (f"{fill} {tone} {hue}", f"with {edge}", f"on a {pattern} {back_tone} {back_hue} background", finish)
         # Empty tones leave two blanks.
         texts.append(" ".join(" ".join(itertools.compress(clauses, wanted)).split()))

@@ -35,6 +35,7 @@ from ztrain.mini.world import (
     PATTERN_NAMES,
     PHRASINGS,
     PLACE_NAMES,
+    SATURATION_NAMES,
     TONE_NAMES,
     Contents,
     Styles,
@@ -46,6 +47,7 @@ from ztrain.mini.world import (
     is_unseen,
     labels_of,
     name_content,
+    name_patterns,
     name_styles,
     outline_class,
     pick,
@@ -271,7 +273,7 @@ def test_no_place_and_count_has_objects_larger_than_others_have() -> None:
 
 # ---- words
 
-STYLE_WORDS = {*PATTERN_NAMES, *FILL_NAMES, *OUTLINE_NAMES, *FINISH_NAMES, *HUE_NAMES, *filter(None, TONE_NAMES)}
+STYLE_WORDS = {*PATTERN_NAMES, *FILL_NAMES, *OUTLINE_NAMES, *FINISH_NAMES, *HUE_NAMES, *TONE_NAMES, *SATURATION_NAMES}
 CSS_COLORS = {
     "red": (255, 0, 0),
     "orange": (255, 165, 0),
@@ -289,16 +291,36 @@ def test_hues_are_called_as_in_css() -> None:
     for name, channels in CSS_COLORS.items():
         hue, lightness, saturation = colorsys.rgb_to_hls(*(channel / 255 for channel in channels))
         assert HUE_NAMES[hue_class(torch.tensor([[hue, saturation, lightness]])).item()] == name
-    lightness = torch.tensor([[0.3, 0.7, value] for value in (0.1, 0.5, 0.9)])
-    assert [TONE_NAMES[i] for i in tone_class(lightness)] == ["dark", "", "pale"]
+    lightness = torch.tensor([[0.3, 0.7, value] for value in (0.1, 0.4, 0.6, 0.9)])
+    assert [TONE_NAMES[i] for i in tone_class(lightness)] == ["dark", "deep", "light", "pale"]
 
 
+TONES, HUES = "|".join(TONE_NAMES), "|".join(HUE_NAMES)
+LIES = r"plain|(?:upright|rising|level|falling) shaded|(?:fine|wide) (?:upright|rising|level|falling) striped"
+LIES += r"|(?:fine|wide) (?:straight|tilted) (?:checkered|dotted)"
 WORDS = re.compile(
-    rf"(?P<fill>{'|'.join(FILL_NAMES)}) ((?P<tone>dark|pale) )?(?P<hue>{'|'.join(HUE_NAMES)})"
-    rf" with (?P<outline>no|thin|thick)( (?P<ink>dark|light))? outlines"
-    rf" on a (?P<pattern>{'|'.join(PATTERN_NAMES)}) ((?P<back_tone>dark|pale) )?(?P<back_hue>{'|'.join(HUE_NAMES)})"
-    rf" background (?P<finish>{'|'.join(FINISH_NAMES)})"
+    rf"(?P<fill>{'|'.join(FILL_NAMES)}) (?P<tone>{TONES}) (?P<hue>{HUES})"
+    rf" (?P<outline>no|thin|thick)( (?P<ink>dark|light))? outlines"
+    rf" on a (?P<pattern>{LIES}) (?P<saturation>dull|vivid) (?P<back_tone>{TONES}) (?P<back_hue>{HUES}) background"
+    rf" (?P<finish>{'|'.join(FINISH_NAMES)})"
 )
+
+
+@pytest.mark.parametrize(("turn", "name"), [(0.0, "upright"), (0.25, "rising"), (0.5, "level"), (0.75, "falling")])
+def test_stripes_lie_as_they_are_called(turn: float, name: str) -> None:
+    """y counts downwards: rising stripes go from the lower left to the upper right, where x + y is the same."""
+    styles = pick(draw_styles(1, seeded(3)), torch.zeros(1, dtype=torch.int64))
+    striped = torch.tensor([PATTERN_NAMES.index("striped")])
+    styles = replace(
+        styles, pattern=striped, angle=torch.tensor([turn * torch.pi]), finish=striped * 0, period=torch.tensor([0.3])
+    )
+    assert name_patterns(styles) == [f"wide {name} striped"]
+    contents = contents_of(torch.tensor([0]))
+    picture = paint(contents, styles, replace(draw_poses(contents, seeded(1)), radius=torch.zeros(1, 3)), 64).float()[0]
+    along = {"upright": (1, 0), "level": (0, 1), "rising": (-1, 1), "falling": (1, 1)}  # rows down, columns right
+    moved = {other: picture.roll(step, (1, 2))[:, 2:-2, 2:-2] for other, step in along.items()}
+    changes = {other: float((there - picture[:, 2:-2, 2:-2]).abs().mean()) for other, there in moved.items()}
+    assert min(changes, key=lambda other: changes[other]) == name and changes[name] < 0.5
 
 
 @given(st.integers(0, 2**32))
@@ -314,11 +336,12 @@ def test_words_of_a_style_are_its_classes(seed: int) -> None:
         assert said["fill"] == FILL_NAMES[labels["fill"][row]] and said["finish"] == FINISH_NAMES[labels["finish"][row]]
         assert said["hue"] == HUE_NAMES[labels["fill_hue"][row]]
         assert said["back_hue"] == HUE_NAMES[labels["background_hue"][row]]
-        assert said["pattern"] == PATTERN_NAMES[labels["background"][row]]
+        assert said["pattern"].split()[-1] == PATTERN_NAMES[labels["background"][row]]
+        assert said["saturation"] == SATURATION_NAMES[int(styles.background[row, 1] > 0.62)]
         assert said["outline"] == OUTLINE_NAMES[labels["outline"][row]]
         bare = styles.outline[row] == 0 or styles.fill[row] == FILL_NAMES.index("hollow")
         assert (said["ink"] is None) == bool(bare)
-        assert (said["tone"] or "", said["back_tone"] or "") == (TONE_NAMES[body_tone[row]], TONE_NAMES[back_tone[row]])
+        assert (said["tone"], said["back_tone"]) == (TONE_NAMES[body_tone[row]], TONE_NAMES[back_tone[row]])
         assert said["ink"] in (None, "dark" if styles.ink[row] < 0.5 else "light")
     assert name_styles(styles, torch.zeros(40, 4, dtype=torch.bool)) == [""] * 40
 

@@ -26,7 +26,7 @@ from ztrain.encoders import Encoders, LatentCodec, TextEncoder
 from ztrain.errors import InputError
 from ztrain.flow import SigmaDensity, draw_sigmas, interpolate, velocity_losses
 from ztrain.mini import denoiser
-from ztrain.mini.denoiser import compile_blocks, encode_captions, relative_error, train_denoiser
+from ztrain.mini.denoiser import blurred, compile_blocks, encode_captions, relative_error, split, train_denoiser
 from ztrain.mini.fit import Draws, Fitted, Partial, Plan, _optimizers, fit
 from ztrain.mini.gallery import Gallery
 from ztrain.mini.judges import (
@@ -41,7 +41,10 @@ from ztrain.mini.judges import (
 from ztrain.mini.language import (
     PictureReader,
     _equal_lengths_attention,
+    nearest_distance,
     picture_turns,
+    relative_distance,
+    tokenize,
     visual_patches,
     visual_side,
 )
@@ -275,13 +278,14 @@ def test_a_plan_with_a_rate_for_matrices_trains_everything() -> None:
     dit = transformer().requires_grad_(True)
     weights = {f"0.{name}": parameter for name, parameter in dit.named_parameters()}
     plan = Plan(steps=10, batch_size=4, learning_rate=2e-3, matrix_learning_rate=3e-3)
-    adamw, muon = _optimizers(plan, weights, False)
+    adamw, muon = _optimizers(plan, 0.5, weights, False)
     held = [[parameter for group in o.param_groups for parameter in group["params"]] for o in (adamw, muon)]
     assert sorted(map(id, [*held[0], *held[1]])) == sorted(map(id, weights.values()))
     assert all(parameter.ndim == 2 for parameter in held[1])
     in_blocks = [p for name, p in dit.named_parameters() if "layers." in name or "refiner." in name]
     assert {id(p) for p in held[1]} == {id(p) for p in in_blocks if p.ndim == 2}
-    assert [group["lr"] for group in muon.param_groups] == [3e-3] * len(muon.param_groups)
+    assert {group["lr"] for group in muon.param_groups} == {1.5e-3}
+    assert {group["lr"] for group in adamw.param_groups} == {1e-3}
 
 
 @pytest.mark.usefixtures("every_other")
@@ -398,8 +402,9 @@ def test_reading_a_batch_of_pictures_is_reading_each() -> None:
         labels={},
         styles=torch.arange(3),
     )
-    turns = picture_turns(gallery, tokenizer, reader.num_visual)
+    turns, told = picture_turns(gallery, tokenizer, reader.num_visual)
     assert len({tuple(row) for row in turns.ids[1::3].tolist()}) == 3, "one picture, every kind of turn"
+    assert reader.pad not in told.ids and tokenizer.decode(told.ids[0, : told.reply[0]]).count("one red circle") == 1
     first = turns.ids[:3]
     together = reader.logits(reader.look(in_range(images)), first)
     with _equal_lengths_attention(model.model.visual):
@@ -469,6 +474,72 @@ def test_states_of_many_prompts_are_those_of_each(monkeypatch: pytest.MonkeyPatc
     for row, state in zip(rows, taken, strict=True):
         alone = encoder.encode(captions[row])
         assert state.shape == alone.shape and torch.allclose(state, alone, atol=1e-5)
+
+
+def test_blind_replies_see_only_what_the_turn_has_gathered() -> None:
+    tokenizer = build_tokenizer(SIZES, ["user", "assistant", "one red circle a tree"] * 300)
+    device = torch.device("cpu")
+    turns = tokenize(tokenizer, ["one red circle", "a tree"], ["red", "a tree"], learn_user=False, device=device)
+    assert turns.around == (3, 5) and turns.reply.tolist() == [11, 10]
+    seen = turns.sight(torch.tensor([0, 1]), torch.tensor([True, False]))
+    length = turns.ids.shape[1]
+    for row, blind in ((0, True), (1, False)):
+        reply = int(turns.reply[row])
+        for place in range(length):
+            hidden = set(range(3, reply - 5)) if blind and place >= reply else set()
+            assert set(seen[row, 0, place].nonzero().flatten().tolist()) == set(range(place + 1)) - hidden
+    states = torch.randn(2, 2, length, 4)
+    gathered = turns.gathered(list(states), torch.tensor([1, 0]))
+    assert torch.equal(gathered[:, 0], states[:, 0, 5:10]) and torch.equal(gathered[:, 1], states[:, 1, 6:11])
+    # A model that looks at nothing else gives the same replies to other words of the same effect on those tokens.
+    model = build_text_encoder(SIZES, tokenizer).eval()
+    ids = turns.ids[:1].clone()
+    with torch.no_grad():
+        states = model.model(input_ids=ids, attention_mask=seen[:1], use_cache=False, output_hidden_states=True)
+        plain = model.model(input_ids=ids, use_cache=False, output_hidden_states=True)
+    for one, other in zip(states.hidden_states, plain.hidden_states, strict=True):
+        assert torch.allclose(one[:, :11], other[:, :11], atol=1e-5), "before the reply all is as ever"
+    assert not torch.allclose(states.hidden_states[-1][:, 11:], plain.hidden_states[-1][:, 11:], atol=1e-3)
+
+
+def test_nearest_distance_counts_both_ways() -> None:
+    found = torch.tensor([[[0.0, 0.0], [3.0, 0.0], [9.0, 0.0]]])
+    wanted = torch.tensor([[[1.0, 0.0], [3.0, 2.0], [50.0, 50.0]]])
+    is_wanted = torch.tensor([[True, True, False]])
+    to_found, to_wanted = (1 + 4) / 2, (1 + 4 + 40) / 3
+    expected = (to_found + to_wanted) / (2 * (1 + 13) / 2)
+    assert float(nearest_distance(found, wanted, is_wanted)) == pytest.approx(expected)
+    assert float(nearest_distance(wanted[:, :2], wanted, is_wanted)) == pytest.approx(0, abs=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    wanted = 7 + torch.randn(2, 400, 3, 8, generator=generator) * torch.tensor([0.5, 1.0, 4.0])[:, None]
+    mean = wanted.mean(1, keepdim=True).expand_as(wanted)
+    assert float(relative_distance(mean, wanted)) == pytest.approx(1, abs=1e-4)
+    assert float(relative_distance((mean + wanted) / 2, wanted)) == pytest.approx(0.25, abs=1e-4)
+
+
+def test_prompts_without_words_are_the_turns_own_tokens() -> None:
+    encoder = text_encoder()
+    states = encode_captions(encoder, ["two stars on the left", "a", ""])
+    before, after = states.around
+    rows = np.array([1, 0, 2, 0])
+    whole = states.take(rows)
+    taken = split(*states.gather(rows, np.array([True, True, True, False])))
+    for state, true in zip(taken[:3], whole[:3], strict=True):
+        assert torch.equal(state, torch.cat([true[:before], true[-after:]]))
+    assert torch.equal(taken[3], whole[3])
+    second = split(*states.gather(rows, np.array([True, False, False, False]), np.array([0, -1, 1, -1])))
+    own = [torch.cat([state[:before], state[-after:]]) for state in whole]
+    expected = [torch.cat([own[0], own[1]]), whole[1], torch.cat([whole[2], own[0]]), whole[3]]
+    assert all(torch.equal(state, true) for state, true in zip(second, expected, strict=True))
+
+
+def test_blur_is_a_share_of_each_token() -> None:
+    states = torch.randn(50, 256, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 40.0] * 25)[:, None]
+    amounts = torch.tensor([0.0, 0.2])
+    found = blurred(states, np.array([20, 30]), amounts, torch.Generator().manual_seed(1))
+    assert torch.equal(found[:20], states[:20])
+    shares = (found - states)[20:].square().mean(1).sqrt() / states[20:].square().mean(1).sqrt()
+    assert torch.allclose(shares, torch.tensor(0.2), atol=0.04)
 
 
 def test_loss_of_a_model_that_predicts_nothing() -> None:

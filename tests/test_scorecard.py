@@ -126,12 +126,12 @@ def test_the_splice_is_measured_over_layers_and_strengths(card: dict[str, Any]) 
     for model in ("splice", "raw"):
         alone = settings_of(card, model=model, prompt="none", compose="replace")
         assert {(row["hidden_index"], row["tokens"]) for row in alone} == {
-            (k, t) for k in layers for t in ("all", "image")
+            (k, t) for k in layers for t in ("all", "image", "text")
         }
     for prompt in ("neutral", "content"):
         beside = settings_of(card, model="splice", prompt=prompt, compose="concatenate")
         seen = {(row["hidden_index"], row["tokens"], row["strength"]) for row in beside if row["strength"]}
-        assert seen == {(k, t, s) for k in layers for t in ("all", "image") for s in STRENGTHS}
+        assert seen == {(k, t, s) for k in layers for t in ("all", "image", "text") for s in STRENGTHS}
     blends = settings_of(card, compose="blend")
     assert len({row["hidden_index"] for row in blends}) == 2
     assert len(blends) == 2 * len(ALPHAS)

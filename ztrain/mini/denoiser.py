@@ -1,7 +1,9 @@
 """Pretrains the diffusion transformer as text-to-image, through the objective and the model of the main path.
 
 Latents and caption states of the whole gallery are computed once; a step then only draws from them. Half of the
-captions name the style. Some prompts are dropped, so that guidance has something to subtract.
+captions name the style. Some prompts are dropped, so that guidance has something to subtract. Of others only the turn's
+own tokens are shown, in which the language model has gathered the words, and after some the own tokens of a second turn
+about the same picture: so the transformer learns to read what a picture leaves there, alone and beside a prompt.
 
 Legend: N pictures, B samples of a batch, L tokens, D text width, (C, H, W) latents.
 """
@@ -20,30 +22,71 @@ from ztrain.encoders import LatentCodec, TextEncoder
 from ztrain.flow import SigmaDensity, draw_sigmas, interpolate, velocity_losses
 from ztrain.mini.fit import Draws, Fitted, Partial, Plan, fit, mixed_precision, training
 from ztrain.mini.gallery import Gallery
+from ztrain.mini.language import turn_tokens
 from ztrain.model import AdaptedDiT
 
 _CHUNK = 512
 _TEXT_DROPOUT = 0.1
+_SHARES = np.array([[0.4], [0.25]])  # of prompts without their words, and of plain or empty ones with a second turn
 _COMPILE_OPTIONS: tuple[dict[str, Any], ...] = ({}, {"triton.mix_order_reduction": False})
 _CHECKS = 3  # wrong gradients differ from call to call
 _GRADIENT_TOLERANCE = 0.05  # bfloat16 alone makes 0.012 to 0.016
 
+_BLUR = (
+    0.3  # largest spread of noise on a prompt's states, as a share of theirs: what comes through a picture is not exact
+)
+
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Caption states of many prompts one after the other: (tokens, D), and where each begins and how long it is."""
+    """Caption states of many prompts one after the other: (tokens, D), where each begins and how long it is; `around`:
+    of its tokens those before and after the words."""
 
     states: Tensor
     starts: np.ndarray
     lengths: np.ndarray
+    around: tuple[int, int]
 
     def take(self, rows: np.ndarray) -> list[Tensor]:
-        """The states of these prompts, B x (L, D), gathered at once."""
-        lengths = self.lengths[rows]
+        """The states of these prompts, B x (L, D)."""
+        return split(*self.gather(rows))
+
+    def gather(
+        self, rows: np.ndarray, without_words: np.ndarray | None = None, followed_by: np.ndarray | None = None
+    ) -> tuple[Tensor, np.ndarray]:
+        """The states of these prompts one after the other, (tokens, D), and how many each has, (B,).
+
+        `without_words`: (B,) bool, of which only the states of the turn's own tokens are wanted. `followed_by`: (B,)
+        prompts whose turn's own tokens come after, -1 = none.
+        """
+        samples = np.arange(len(rows))
+        bare = np.zeros(len(rows), dtype=bool) if without_words is None else without_words
+        if followed_by is not None:
+            order = np.argsort(np.concatenate([samples, samples[followed_by >= 0]]), kind="stable")
+            rows = np.concatenate([rows, followed_by[followed_by >= 0]])[order]
+            bare = np.concatenate([bare, np.ones(len(rows) - len(samples), dtype=bool)])[order]
+            samples = np.concatenate([samples, samples[followed_by >= 0]])[order]
+        skipped = bare * (self.lengths[rows] - sum(self.around))
+        lengths = self.lengths[rows] - skipped
         before = np.cumsum(lengths) - lengths
-        places = np.arange(lengths.sum()) + np.repeat(self.starts[rows] - before, lengths)
+        within = np.arange(lengths.sum()) - np.repeat(before, lengths)  # of each prompt
+        within += np.where(within >= self.around[0], np.repeat(skipped, lengths), 0)
+        places = within + np.repeat(self.starts[rows], lengths)
         gathered = self.states[torch.from_numpy(places).to(self.states.device, non_blocking=True)]
-        return list(gathered.split(lengths.tolist()))
+        return gathered, np.bincount(samples, lengths).astype(int)
+
+
+def split(states: Tensor, lengths: np.ndarray) -> list[Tensor]:
+    return list(states.split(lengths.tolist()))
+
+
+def blurred(states: Tensor, lengths: np.ndarray, amounts: Tensor, generator: torch.Generator) -> Tensor:
+    """`states` (tokens, D) with normal noise: `amounts` (B,) give its spread as a share of each token's own."""
+    counts = torch.from_numpy(lengths).to(states.device, non_blocking=True)
+    amount = amounts.repeat_interleave(counts, output_size=len(states))[:, None]
+    spread = amount * states.float().square().mean(1, keepdim=True).sqrt()
+    noise = torch.randn(states.shape, generator=generator, device=states.device)
+    return (states + spread * noise).to(states.dtype)
 
 
 def encode_captions(encoder: TextEncoder, captions: Sequence[str]) -> States:
@@ -58,7 +101,8 @@ def encode_captions(encoder: TextEncoder, captions: Sequence[str]) -> States:
         lengths += [len(row) for row in rows]
     counts = np.array(lengths)
     which = np.array([distinct[caption] for caption in captions])
-    return States(torch.cat(states), (np.cumsum(counts) - counts)[which], counts[which])
+    starts = np.cumsum(counts) - counts
+    return States(torch.cat(states), starts[which], counts[which], turn_tokens(encoder.tokenizer))
 
 
 def compile_blocks(dit: Any, gradients: Callable[[], dict[str, Tensor]]) -> None:
@@ -119,12 +163,17 @@ def train_denoiser(
         uniform = torch.rand(plan.batch_size, generator=draws.generator).numpy()
         with_style = uniform < 0.5 * (1 - _TEXT_DROPOUT)
         dropped = uniform >= 1 - _TEXT_DROPOUT
-        text = prompts.take(np.where(dropped, 2 * count, chosen.numpy() + np.where(with_style, count, 0)))
+        is_wordless, is_followed = torch.rand(2, plan.batch_size, generator=draws.generator).numpy() < _SHARES
+        rows = np.where(dropped, 2 * count, chosen.numpy() + np.where(with_style, count, 0))
+        second = np.where(is_followed & ~with_style, chosen.numpy() + count, -1)
+        states, lengths = prompts.gather(rows, is_wordless, second)
         clean = latents[chosen.to(device)].float()  # (B, C, H, W)
         noise = torch.randn(clean.shape, generator=noise_generator, device=device)
         sigma = draw_sigmas(plan.batch_size, density, noise_generator)  # (B,)
         noisy = interpolate(clean, noise, sigma[:, None, None, None])
-        velocity = model(noisy, sigma, Encoded.of_prompts(text, null_text))
+        amounts = _BLUR * torch.rand(plan.batch_size, generator=noise_generator, device=device)
+        states = blurred(states, lengths, amounts, noise_generator)
+        velocity = model(noisy, sigma, Encoded.of_prompts(split(states, lengths), null_text))
         return velocity_losses(velocity, clean, noise, sigma).mean()
 
     def gradients() -> dict[str, Tensor]:

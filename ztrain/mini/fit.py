@@ -67,9 +67,11 @@ def fit(
     plan: Plan,
     device: torch.device | str,
     partial: Partial | None = None,
+    shares: Sequence[float] | None = None,
 ) -> Fitted:
     """Minimises `loss(step)`, a scalar of a freshly drawn batch, over the awake parameters of `modules`.
 
+    `shares`: of the plan's learning rates that each module gets; None = all of them.
     `partial`: its file holds weights and step at every printed line; a run that finds it goes on from there, with a
     second warm-up because the optimizer's moments are not in it. Whoever has saved the modules removes the file. Raises
     RuntimeError if the loss stops being a number, and InputError for a file of another plan, model or `made_from`.
@@ -83,7 +85,12 @@ def fit(
     about = {"plan": json.dumps(asdict(plan)), "made_from": "" if partial is None else partial.made_from}
     begin, before, mean = _resume(partial, about, weights)
     on_gpu = torch.device(device).type == "cuda"
-    optimizers = _optimizers(plan, weights, on_gpu)
+    optimizers = [
+        optimizer
+        for index, share in enumerate(shares or [1.0] * len(modules))
+        if (own := {key: weight for key, weight in weights.items() if key.startswith(f"{index}.")})
+        for optimizer in _optimizers(plan, share, own, on_gpu)
+    ]
     schedules = [LambdaLR(optimizer, lambda step: _rate(begin + step, begin, plan)) for optimizer in optimizers]
     every = max(1, plan.steps // _LINES)
     started, total, count = time.perf_counter(), torch.zeros((), device=device), 0
@@ -113,18 +120,19 @@ def fit(
     return Fitted(steps=plan.steps, samples=plan.steps * plan.batch_size, begun_at=begin, seconds=seconds, loss=mean)
 
 
-def _optimizers(plan: Plan, weights: dict[str, nn.Parameter], on_gpu: bool) -> list[torch.optim.Optimizer]:
+def _optimizers(
+    plan: Plan, share: float, weights: dict[str, nn.Parameter], on_gpu: bool
+) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for the matrices within numbered blocks (as layers.0) where the plan has a rate for them."""
     matrices: dict[str, nn.Parameter] = {}
     if plan.matrix_learning_rate is not None:
         matrices = {key: weight for key, weight in weights.items() if weight.ndim == 2 and _BLOCK.search(key)}
     others = [weight for key, weight in weights.items() if key not in matrices]
-    adamw = torch.optim.AdamW(
-        others, plan.learning_rate, betas=(0.9, plan.beta2), weight_decay=plan.weight_decay, fused=on_gpu
-    )
+    rate, decay = share * plan.learning_rate, plan.weight_decay
+    adamw = torch.optim.AdamW(others, rate, betas=(0.9, plan.beta2), weight_decay=decay, fused=on_gpu)
     if plan.matrix_learning_rate is None:
         return [adamw]
-    return [adamw, StackedMuon(matrices.values(), plan.matrix_learning_rate, plan.weight_decay)]
+    return [adamw, StackedMuon(matrices.values(), share * plan.matrix_learning_rate, decay)]
 
 
 def _rate(step: int, begin: int, plan: Plan) -> float:
@@ -202,3 +210,7 @@ class Draws:
     def rows(self) -> Tensor:
         """(batch_size,) int64."""
         return torch.randint(self.count, (self.batch_size,), generator=self.generator, device=self.device)
+
+    def uniform(self) -> Tensor:
+        """(batch_size,) in [0, 1)."""
+        return torch.rand(self.batch_size, generator=self.generator, device=self.device)

@@ -27,6 +27,11 @@ ANY, CONTENT, DETAIL = "", "what is drawn?", "describe it in detail"
 
 _USER, _ASSISTANT, _END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"
 _IGNORED = -100
+_ALIKE = 1.0  # weight of the distance between what a picture and its caption leave in the turn's own tokens
+_WORDLIKE = 1.0  # weight of the distance between states of a picture and the words of its caption
+_READ = slice(-3, -1)  # of all hidden states: the second to last, which a transformer reads, and the one before
+_VISION_SHARE = 0.1  # of the learning rate, for the visual part once the language model is tuned too
+_BLIND = 0.5  # share of the turns whose reply does not see what the user says
 _TURN_KINDS = 4  # of questions about a picture
 _SMALL = 20_000  # pictures; more than these teach every kind of turn with one each
 _PATCH, _TEMPORAL, _MERGE = 16, 2, 2  # preprocessor_config.json of Qwen3-VL
@@ -34,10 +39,42 @@ _PATCH, _TEMPORAL, _MERGE = 16, 2, 2  # preprocessor_config.json of Qwen3-VL
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """Tokenised turns: `ids` and `targets` (N, L) int64; a target of -100 asks for nothing."""
+    """Tokenised turns: `ids` and `targets` (N, L) int64; a target of -100 asks for nothing. `reply`: (N,) where each
+    reply begins; `around`: the turn's own tokens before and after what the user says."""
 
     ids: Tensor
     targets: Tensor
+    reply: Tensor
+    around: tuple[int, int]
+
+    def sight(self, rows: Tensor, is_blind: Tensor) -> Tensor:
+        """Who sees whom in these rows, (B, 1, L, L) bool: everyone who comes before; replies of `is_blind` (B,) rows
+        see nothing of what the user says, only what the tokens between have gathered of it.
+
+        So a prompt is gathered in tokens that every turn has (gist tokens, arXiv 2304.08467), be it words or a picture.
+        """
+        place = torch.arange(self.ids.shape[1], device=self.ids.device)
+        is_reply = place >= self.reply[rows, None]  # (B, L)
+        hidden = is_reply[:, :, None] & self.is_said(rows)[:, None, :] & is_blind[:, None, None]
+        return ((place[:, None] >= place) & ~hidden).unsqueeze(1)
+
+    def is_said(self, rows: Tensor) -> Tensor:
+        """Which tokens of these rows are what the user says, (B, L) bool."""
+        place = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return (place >= self.around[0]) & (place < self.reply[rows, None] - self.around[1])
+
+    def gathered(self, states: Sequence[Tensor], rows: Tensor) -> Tensor:
+        """Of each layer's states (B, L, D) those of the tokens before the reply, (layers, B, tokens, D)."""
+        places = self.reply[rows, None] + torch.arange(-self.around[1], 0, device=rows.device)  # (B, tokens)
+        return torch.stack(
+            [layer.float()[torch.arange(len(rows), device=rows.device)[:, None], places] for layer in states]
+        )
+
+
+def turn_tokens(tokenizer: Qwen2Tokenizer) -> tuple[int, int]:
+    """How many tokens of every turn stand before and after what the user says: 3 and 5 where roles are tokens."""
+    before, after = tokenizer([_USER, _ASSISTANT]).input_ids
+    return len(before), len(after)
 
 
 def tokenize(
@@ -50,11 +87,12 @@ def tokenize(
     pad = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     ids = torch.full((len(whole), length), pad, dtype=torch.int64)
     targets = torch.full((len(whole), length), _IGNORED, dtype=torch.int64)
-    skipped = [1] * len(whole) if learn_user else [len(row) for row in tokenizer(starts).input_ids]
+    replies_at = [len(row) for row in tokenizer(starts).input_ids]
+    skipped = [1] * len(whole) if learn_user else replies_at
     for index, (row, skip) in enumerate(zip(whole, skipped, strict=True)):
         ids[index, : len(row)] = torch.tensor(row)
         targets[index, skip : len(row)] = torch.tensor(row[skip:])
-    return Turns(ids.to(device), targets.to(device))
+    return Turns(ids.to(device), targets.to(device), torch.tensor(replies_at, device=device), turn_tokens(tokenizer))
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -93,27 +131,34 @@ def train_language(
 
     def loss(step: int) -> Tensor:
         rows = draws.rows()
-        return next_token_loss(model(input_ids=turns.ids[rows], use_cache=False).logits, turns.targets[rows])
+        sight = turns.sight(rows, draws.uniform() < _BLIND)
+        logits = model(input_ids=turns.ids[rows], attention_mask=sight, use_cache=False).logits
+        return next_token_loss(logits, turns.targets[rows])
 
     with training(model):
         return fit("language", [model], loss, plan, gallery.device)
 
 
-def picture_turns(gallery: Gallery, tokenizer: Qwen2Tokenizer, num_visual: int) -> Turns:
-    """Turns about pictures: asked for nothing (half of the replies name the style), for content, for all.
+def picture_turns(gallery: Gallery, tokenizer: Qwen2Tokenizer, num_visual: int) -> tuple[Turns, Turns]:
+    """Turns about pictures: asked for nothing, for content, for all; half of the replies name the style.
 
-    Small galleries get every kind of turn about every picture: turn number n is about picture n modulo N.
+    Beside them the same turns with the reply's words in the picture's place. Small galleries get every kind of turn
+    about every picture: turn number n is about picture n modulo N.
     """
     picture = VISION_START + IMAGE_PAD * num_visual + VISION_END
-    users, replies = [], []
+    shown, told, replies = [], [], []
     for variant in range(_TURN_KINDS if len(gallery) < _SMALL else 1):
         for index, (plain, detailed) in enumerate(zip(gallery.captions, gallery.detailed, strict=True)):
-            question, reply = ((ANY, plain), (ANY, detailed), (CONTENT, plain), (DETAIL, detailed))[
+            question, reply = ((ANY, detailed), (CONTENT, plain), (DETAIL, detailed), (CONTENT, plain))[
                 (index + variant) % _TURN_KINDS
             ]
-            users.append(picture + question)
+            shown.append(picture + question)
+            told.append(f"{reply} {question}".strip())
             replies.append(reply)
-    return tokenize(tokenizer, users, replies, learn_user=False, device=gallery.device)
+    return (
+        tokenize(tokenizer, shown, replies, learn_user=False, device=gallery.device),
+        tokenize(tokenizer, told, [""] * len(told), learn_user=False, device=gallery.device),
+    )
 
 
 def visual_side(size: int, min_pixels: int) -> int:
@@ -135,6 +180,23 @@ def visual_patches(pixels: Tensor, side: int) -> Tensor:
     return frames.reshape(-1, 3 * _TEMPORAL * _PATCH * _PATCH)
 
 
+def relative_distance(found: Tensor, wanted: Tensor) -> Tensor:
+    """Of states (layers, B, tokens, D): mean squared distance over the variance of what is wanted among the batch, by
+    layer and token, then the mean. 1 = no better than the batch's mean; most of a state is the same for all turns."""
+    variance = (wanted - wanted.mean(1, keepdim=True)).square().mean((1, 3))  # (layers, tokens)
+    enough = wanted.square().mean((1, 3)) * 1e-4
+    return ((found - wanted).square().mean((1, 3)) / variance.maximum(enough).clamp_min(1e-9)).mean()
+
+
+def nearest_distance(found: Tensor, wanted: Tensor, is_wanted: Tensor) -> Tensor:
+    """Mean squared distance of each wanted state to the nearest found one and the other way round, halved (Chamfer), as
+    a share of the wanted ones' mean square norm. found (B, V, D), wanted (B, L, D), is_wanted (B, L) bool."""
+    squares = torch.cdist(wanted, found).square()  # (B, L, V)
+    to_found = squares.amin(2)[is_wanted].mean()
+    to_wanted = squares.masked_fill(~is_wanted[:, :, None], torch.inf).amin(1).mean()
+    return (to_found + to_wanted) / (2 * wanted[is_wanted].square().sum(-1).mean())
+
+
 class PictureReader:
     """A batch of equal squares through Qwen3-VL: its visual part once for all, then its language model.
 
@@ -154,6 +216,10 @@ class PictureReader:
 
     def logits(self, seen: Any, ids: Tensor) -> Tensor:
         """(B, L, vocabulary) of rows that all begin with one picture, of which `seen` is what `look` gave."""
+        return self.model.lm_head(self.read(seen, ids).last_hidden_state)
+
+    def read(self, seen: Any, ids: Tensor, sight: Tensor | None = None, **settings: Any) -> Any:
+        """The language model's output for the same; `sight` as of Turns.sight, None = all that comes before."""
         inner = self.model.model
         embeds = inner.language_model.embed_tokens(ids)
         first = int((ids[0] == self.pad).int().argmax())  # all rows begin alike
@@ -164,14 +230,15 @@ class PictureReader:
         is_image[:, span] = True
         one = torch.tensor([[1, self.side // _PATCH, self.side // _PATCH]], device=ids.device)
         positions, _ = inner.get_rope_index(ids[:1], is_image[:1].int(), image_grid_thw=one)
-        hidden = inner.language_model(
+        return inner.language_model(
             inputs_embeds=embeds,
+            attention_mask=sight,
             position_ids=positions.expand(-1, len(ids), -1),
             visual_pos_masks=is_image,
             deepstack_visual_embeds=[feature.to(embeds.dtype) for feature in seen.deepstack_features],
             use_cache=False,
-        ).last_hidden_state
-        return self.model.lm_head(hidden)
+            **settings,
+        )
 
 
 def train_vision_language(
@@ -192,26 +259,56 @@ def train_vision_language(
     inner = model.model
     inner.language_model.load_state_dict(text_encoder.model.state_dict(), strict=True)
     reader = PictureReader(model, tokenizer, visual_side(gallery.images.shape[-1], min_pixels))
-    turns = picture_turns(gallery, tokenizer, reader.num_visual)
+    lessons = _Lessons(reader, text_encoder, gallery, *picture_turns(gallery, tokenizer, reader.num_visual))
     fitted = []
     with _equal_lengths_attention(inner.visual):
-        for name, plan, parts, phase in (
-            ("vision", front_end, [inner.visual], 0),
-            ("vision and language", together, [inner.visual, inner.language_model], 1),
+        for name, plan, parts, shares, phase in (
+            ("vision", front_end, [inner.visual], [1.0], 0),
+            ("vision and language", together, [inner.visual, inner.language_model], [_VISION_SHARE, 1.0], 1),
         ):
-            draws = Draws(len(turns.ids), plan.batch_size, 2 * seed + phase, gallery.device)
+            draws = Draws(len(lessons.shown.ids), plan.batch_size, 2 * seed + phase, gallery.device)
 
-            def loss(step: int, draws: Draws = draws) -> Tensor:
+            def loss(step: int, draws: Draws = draws, is_alike: bool = phase == 0) -> Tensor:
                 draws.at(step)
-                rows = draws.rows()
-                seen = reader.look(gallery.pixels(rows % len(gallery)))
-                logits = reader.logits(seen, turns.ids[rows])
-                return next_token_loss(logits, turns.targets[rows])
+                return lessons.loss(draws.rows(), draws.uniform() < _BLIND, is_alike)
 
             model.requires_grad_(False)
             with training(*parts):
-                fitted.append(fit(name, parts, loss, plan, gallery.device, partials and partials[phase]))
+                fitted.append(fit(name, parts, loss, plan, gallery.device, partials and partials[phase], shares))
     return fitted
+
+
+@dataclass(frozen=True, slots=True)
+class _Lessons:
+    """Turns about a gallery's pictures, and the same with the words of the reply in the picture's place."""
+
+    reader: PictureReader
+    text_encoder: Qwen3ForCausalLM
+    gallery: Gallery
+    shown: Turns
+    told: Turns
+
+    def loss(self, rows: Tensor, is_blind: Tensor, is_alike: bool) -> Tensor:
+        """Of the replies; if `is_alike`, also of how far a picture's states are from those that its caption has: in the
+        turn's own tokens at every layer, and in its place at the layers that a transformer may read."""
+        seen = self.reader.look(self.gallery.pixels(rows % len(self.gallery)))
+        sight = self.shown.sight(rows, is_blind)
+        output = self.reader.read(seen, self.shown.ids[rows], sight, output_hidden_states=True)
+        logits = self.reader.model.lm_head(output.last_hidden_state)
+        replies = next_token_loss(logits, self.shown.targets[rows])
+        if not is_alike:
+            return replies
+        with torch.no_grad():
+            language_model = self.text_encoder.model
+            words = language_model(input_ids=self.told.ids[rows], use_cache=False, output_hidden_states=True)
+        found = self.shown.gathered(output.hidden_states, rows)
+        gathered = relative_distance(found, self.told.gathered(words.hidden_states, rows))
+        is_image, is_said = self.shown.ids[rows] == self.reader.pad, self.told.is_said(rows)
+        likeness = [
+            nearest_distance(image[is_image].unflatten(0, (len(rows), -1)).float(), word.float(), is_said)
+            for image, word in zip(output.hidden_states[_READ], words.hidden_states[_READ], strict=True)
+        ]
+        return replies + _ALIKE * gathered + _WORDLIKE * torch.stack(likeness).mean()
 
 
 @torch.no_grad()

@@ -152,10 +152,9 @@ def names(text: str, label: str, name: str) -> bool:
         case "background" | "background_hue":
             pattern = rf"\bon an? (?:(?!background)\w+ )*?{word}\b"
         case "fill_hue":
-            tones = "|".join(tone for tone in TONE_NAMES if tone)
-            pattern = rf"\b(?:{'|'.join(FILL_NAMES)}) (?:(?:{tones}) )?{word}\b"
+            pattern = rf"\b(?:{'|'.join(FILL_NAMES)}) (?:{'|'.join(TONE_NAMES)}) {word}\b"
         case "outline":
-            pattern = rf"\bwith {word}(?: \w+)? outlines\b"
+            pattern = rf"\b{word}(?: (?:dark|light))? outlines\b"
         case _:
             pattern = rf"\b{word}\b"
     return re.search(pattern, text) is not None
@@ -269,7 +268,9 @@ def family_figures(scorecard: Card) -> Card:
     found: Card = {}
     for split in ("held", "unseen"):
         plain = scorecard.get("text", {}).get(split, {}).get("plain", {})
-        for name, threshold in (("kind", 0.90), ("count", 0.95), ("place", 0.95), ("top5", 0.5)):
+        # A folder's unseen contents have names that no model has read.
+        known = (("top5", 0.5),) if split == "held" else ()
+        for name, threshold in (("kind", 0.90), ("count", 0.95), ("place", 0.95), *known):
             if name in plain:
                 found[f"text-only {name}, {split}"] = _decides(plain[name], threshold)
     for split, figures in scorecard.get("vae", {}).items():

@@ -32,7 +32,7 @@ NEUTRAL = "a picture"
 CONTENT_LOSS = 0.05
 """How much content accuracy the best setting of the splice may lose against text-only."""
 _SHOWN = 8  # rows of a sheet
-_TOKENS: tuple[Literal["all"], Literal["image"]] = ("all", "image")
+_TOKENS: tuple[Literal["all"], Literal["image"], Literal["text"]] = ("all", "image", "text")
 _PROMPTS: tuple[Literal["neutral"], Literal["content"]] = ("neutral", "content")
 
 
@@ -44,7 +44,7 @@ class Setting:
     prompt: Literal["none", "neutral", "content"]
     states: Literal["reference", "fused"] = "reference"
     compose: Literal["replace", "concatenate", "blend"] = "concatenate"
-    tokens: Literal["all", "image"] = "image"
+    tokens: Literal["all", "image", "text"] = "image"
     hidden_index: int | None = None
     strength: float = 1.0
 

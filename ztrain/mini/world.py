@@ -40,7 +40,11 @@ OUTLINE_NAMES = ("no", "thin", "thick")
 FINISH_NAMES = ("smooth", "grainy", "pixelated", "blurred")
 HUE_NAMES = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink")
 _HUE_STARTS = (0.0, 0.05, 0.12, 0.2, 0.44, 0.54, 0.72, 0.84, 0.95)  # where each name begins; red goes on past the last
-TONE_NAMES = ("dark", "", "pale")
+TONE_NAMES = ("dark", "deep", "light", "pale")
+SATURATION_NAMES = ("dull", "vivid")
+PERIOD_NAMES = ("fine", "wide")
+TILT_NAMES = ("upright", "rising", "level", "falling")
+"""Of stripes and shades; squares and dots look alike after a quarter turn and are only straight or tilted."""
 
 Record = TypeVar("Record", "Contents", "Styles")
 
@@ -182,7 +186,27 @@ def hue_class(color: Tensor) -> Tensor:
 
 def tone_class(color: Tensor) -> Tensor:
     """(N, 3) hue, saturation, lightness -> (N,) index into TONE_NAMES."""
-    return torch.bucketize(color[:, 2].contiguous(), torch.tensor([0.25, 0.76]))
+    return torch.bucketize(color[:, 2].contiguous(), torch.tensor([0.27, 0.5, 0.76]))
+
+
+def name_patterns(styles: Styles) -> list[str]:
+    """How the background's pattern lies: its period and its direction, as far as it has them."""
+    period = (styles.period > 0.22).long().tolist()
+    eighths = (styles.angle / (torch.pi / 4)).round().long()
+    tilt = (eighths % len(TILT_NAMES)).tolist()
+    found: list[str] = []
+    for index, pattern in enumerate(PATTERN_NAMES[i] for i in styles.pattern.tolist()):
+        match pattern:
+            case "plain":
+                found.append(pattern)
+            case "shaded":
+                found.append(f"{TILT_NAMES[tilt[index]]} {pattern}")
+            case "striped":
+                found.append(f"{PERIOD_NAMES[period[index]]} {TILT_NAMES[tilt[index]]} {pattern}")
+            case _:
+                lies = ("straight", "tilted")[tilt[index] % 2]
+                found.append(f"{PERIOD_NAMES[period[index]]} {lies} {pattern}")
+    return found
 
 
 def outline_class(styles: Styles) -> Tensor:
@@ -234,7 +258,7 @@ PHRASINGS = 4
 
 def name_styles(styles: Styles, chosen: Tensor) -> list[str]:
     """The words of N styles, of each the clauses that `chosen` (N, 4) bool asks for; empty where it asks for none."""
-    tables = [
+    tables: list[list[str]] = [
         [TONE_NAMES[i] for i in tone_class(styles.body).tolist()],
         [HUE_NAMES[i] for i in hue_class(styles.body).tolist()],
         [FILL_NAMES[i] for i in styles.fill.tolist()],
@@ -242,15 +266,15 @@ def name_styles(styles: Styles, chosen: Tensor) -> list[str]:
         ["dark" if i < 0.5 else "light" for i in styles.ink.tolist()],
         [TONE_NAMES[i] for i in tone_class(styles.background).tolist()],
         [HUE_NAMES[i] for i in hue_class(styles.background).tolist()],
-        [PATTERN_NAMES[i] for i in styles.pattern.tolist()],
+        [SATURATION_NAMES[i] for i in (styles.background[:, 1] > 0.62).long().tolist()],
+        name_patterns(styles),
         [FINISH_NAMES[i] for i in styles.finish.tolist()],
     ]
     texts = []
     for row, wanted in zip(zip(*tables, strict=True), chosen.tolist(), strict=True):
-        tone, hue, fill, outline, ink, back_tone, back_hue, pattern, finish = row
+        tone, hue, fill, outline, ink, back_tone, back_hue, saturation, pattern, finish = row
         has_ink = outline != "no" and fill != FILL_NAMES[HOLLOW]
         edge = f"{outline} {ink} outlines" if has_ink else f"{outline} outlines"
-        clauses = (f"{fill} {tone} {hue}", f"with {edge}", f"on a {pattern} {back_tone} {back_hue} background", finish)
-        # Empty tones leave two blanks.
-        texts.append(" ".join(" ".join(itertools.compress(clauses, wanted)).split()))
+        background = f"on a {pattern} {saturation} {back_tone} {back_hue} background"
+        texts.append(" ".join(itertools.compress((f"{fill} {tone} {hue}", edge, background, finish), wanted)))
     return texts

@@ -24,6 +24,7 @@ from tests.test_parity import (
 )
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.conditioning import Encoded
+from ztrain.dit import use_real_rotary
 from ztrain.encoders import Encoders
 from ztrain.errors import InputError
 from ztrain.flow import SigmaDensity, draw_sigma, draw_sigmas, loss_weight, velocity_losses
@@ -92,6 +93,23 @@ def test_gradients_of_a_mixed_batch_are_the_sums_of_its_samples(family: Path, sc
         parts = [single[name] for single in singles if single[name] is not None]
         assert gradient is not None and parts, name
         assert torch.allclose(gradient, torch.stack(parts).sum(0), rtol=1e-4, atol=1e-7), name
+
+
+def test_real_rotary_products_are_diffusers_complex_ones(family: Path) -> None:
+    """Gradients of mixed sizes, captions and references, and diffusers' own forward on the same models."""
+    states, noisy = mixed(), noise_like((8, 8), (8, 8), (12, 6), (4, 10), (8, 8))
+    models = [make_model(family, [SIGLIP]).requires_grad_(True) for _ in range(2)]
+    use_real_rotary(models[1].dit)
+    expected, found = (gradients(model, noisy, SIGMA, states) for model in models)
+    for name, gradient in expected.items():
+        other = found[name]
+        assert gradient is not None and other is not None
+        assert (gradient - other).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+    sizes = [x.unsqueeze(1) for x in noisy[:2]]
+    with torch.no_grad():
+        plain = [model.dit(sizes, SIGMA[:2], states.text[:2], return_dict=False)[0] for model in models]
+        for one, other in zip(*plain, strict=True):
+            assert relative_error(other, one) < 1e-6
 
 
 def _double(states: Encoded) -> Encoded:

@@ -26,7 +26,7 @@ from ztrain.encoders import Encoders, LatentCodec, TextEncoder
 from ztrain.errors import InputError
 from ztrain.flow import SigmaDensity, draw_sigmas, interpolate, velocity_losses
 from ztrain.mini import denoiser
-from ztrain.mini.denoiser import blurred, compile_blocks, encode_captions, relative_error, split, train_denoiser
+from ztrain.mini.denoiser import compile_blocks, encode_captions, relative_error, train_denoiser
 from ztrain.mini.fit import Draws, Fitted, Partial, Plan, _optimizers, fit
 from ztrain.mini.gallery import Gallery
 from ztrain.mini.judges import (
@@ -523,23 +523,29 @@ def test_prompts_without_words_are_the_turns_own_tokens() -> None:
     before, after = states.around
     rows = np.array([1, 0, 2, 0])
     whole = states.take(rows)
-    taken = split(*states.gather(rows, np.array([True, True, True, False])))
+    taken = states.take(rows, np.array([True, True, True, False]))
     for state, true in zip(taken[:3], whole[:3], strict=True):
         assert torch.equal(state, torch.cat([true[:before], true[-after:]]))
     assert torch.equal(taken[3], whole[3])
-    second = split(*states.gather(rows, np.array([True, False, False, False]), np.array([0, -1, 1, -1])))
+    second = states.take(rows, np.array([True, False, False, False]), np.array([0, -1, 1, -1]))
     own = [torch.cat([state[:before], state[-after:]]) for state in whole]
     expected = [torch.cat([own[0], own[1]]), whole[1], torch.cat([whole[2], own[0]]), whole[3]]
     assert all(torch.equal(state, true) for state, true in zip(second, expected, strict=True))
 
 
-def test_blur_is_a_share_of_each_token() -> None:
-    states = torch.randn(50, 256, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 40.0] * 25)[:, None]
-    amounts = torch.tensor([0.0, 0.2])
-    found = blurred(states, np.array([20, 30]), amounts, torch.Generator().manual_seed(1))
-    assert torch.equal(found[:20], states[:20])
-    shares = (found - states)[20:].square().mean(1).sqrt() / states[20:].square().mean(1).sqrt()
-    assert torch.allclose(shares, torch.tensor(0.2), atol=0.04)
+@pytest.mark.parametrize("wrong", [None, 7.0, math.nan])
+def test_compiled_gradients_that_differ_once_are_refused(
+    wrong: float | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is compiled before a block runs: only the check is looked at."""
+    dit, chosen = transformer(), []
+    for kind in {type(block) for block in (*dit.layers, *dit.context_refiner)}:
+        monkeypatch.setattr(kind, "compile", lambda block, backend="inductor": chosen.append(backend))
+    values = iter([1.0, 1.0, wrong or 1.0, 1.0])
+    compile_blocks(dit, lambda: {"weight": torch.full((3,), next(values))})
+    count = len(dit.noise_refiner) + len(dit.context_refiner) + len(dit.layers)
+    assert chosen == ["inductor"] * count + ["aot_eager"] * (count if wrong else 0)
+    assert ("without its kernels" in capsys.readouterr().out) == bool(wrong)
 
 
 def test_loss_of_a_model_that_predicts_nothing() -> None:

@@ -66,9 +66,8 @@ class Turns:
     def gathered(self, states: Sequence[Tensor], rows: Tensor) -> Tensor:
         """Of each layer's states (B, L, D) those of the tokens before the reply, (layers, B, tokens, D)."""
         places = self.reply[rows, None] + torch.arange(-self.around[1], 0, device=rows.device)  # (B, tokens)
-        return torch.stack(
-            [layer.float()[torch.arange(len(rows), device=rows.device)[:, None], places] for layer in states]
-        )
+        samples = torch.arange(len(rows), device=rows.device)[:, None]
+        return torch.stack([layer.float()[samples, places] for layer in states])
 
 
 def turn_tokens(tokenizer: Qwen2Tokenizer) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Muon for models of many small matrices: torch.optim.Muon's update, for all matrices of one shape at once.
 
-torch's own loops over matrices. The 63 of a miniature transformer cost it about 2,000 kernels a step, on a GPU as much
-as a fifth of the whole step; here they are 4 stacks.
+torch's own loops over matrices: a miniature transformer's step took it about 54 ms where AdamW's took 39 (H200s, both
+beside other work). Its 63 matrices have 4 shapes.
 """
 
 from collections.abc import Iterable

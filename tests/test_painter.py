@@ -129,7 +129,7 @@ def test_galleries_follow_from_their_arguments(monkeypatch: pytest.MonkeyPatch) 
     for split, gallery in first.items():
         again = world.gallery(split, 96, 5, "cpu")
         assert torch.equal(again.images, gallery.images), "painting in chunks of 7 differs"
-        assert (again.captions, again.detailed) == (gallery.captions, gallery.detailed)
+        assert (again.captions, again.clauses) == (gallery.captions, gallery.clauses)
         assert torch.equal(again.styles, gallery.styles)
         assert {n: v.tolist() for n, v in again.labels.items()} == {n: v.tolist() for n, v in gallery.labels.items()}
         assert FINISH_NAMES.index("grainy") in gallery.labels["finish"], "grain must be among what is repeated"
@@ -376,6 +376,9 @@ def test_captions_name_the_content_and_detailed_ones_the_style() -> None:
             full += 1
             assert len(detailed.split()) <= 24, detailed
             assert match["hue"] == HUE_NAMES[gallery.labels["fill_hue"][row]]
+        content_alone, everything = gallery.replies[row]
+        assert content_alone == phrasings[0] and everything.startswith(content_alone)
+        assert WORDS.fullmatch(everything.removeprefix(content_alone).strip()), everything
     assert full > 400 and bare < 40, "half name everything, hardly any nothing"
     assert set(said) == STYLE_WORDS, "every word of a style is said somewhere"
     assert len({phrase.split()[0] for phrase in gallery.captions}) >= 5, "all phrasings are used"

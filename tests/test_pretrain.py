@@ -44,6 +44,7 @@ from ztrain.mini.language import (
     nearest_distance,
     picture_turns,
     relative_distance,
+    text_turns,
     tokenize,
     visual_patches,
     visual_side,
@@ -64,6 +65,7 @@ from ztrain.mini.pretrain import PAINTED, STAGES
 from ztrain.mini.siglip import _equal_shapes, siglip_patches
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source
+from ztrain.vision_language import VISION_END, VISION_START
 
 READS = frozenset({"reference", "fused", "siglip", "omni"})
 SIZES = FamilySizes(vae_channels=(8, 8, 8))
@@ -398,7 +400,8 @@ def test_reading_a_batch_of_pictures_is_reading_each() -> None:
     gallery = Gallery(
         images=images,
         captions=["one red circle", "three small pink arrows at the bottom", "a tree"],
-        detailed=["one red circle", "three small pink arrows at the bottom", "a tree"],
+        clauses=[("one red circle",), ("three small pink arrows", "at the bottom"), ("a tree",)],
+        replies=[("one circle", "one red circle"), ("three arrows at the bottom",) * 2, ("a tree", "a tree")],
         labels={},
         styles=torch.arange(3),
     )
@@ -502,6 +505,26 @@ def test_blind_replies_see_only_what_the_turn_has_gathered() -> None:
     assert not torch.allclose(states.hidden_states[-1][:, 11:], plain.hidden_states[-1][:, 11:], atol=1e-3)
 
 
+def test_a_user_says_clauses_in_any_order_and_where_a_picture_would_be() -> None:
+    tokenizer = build_tokenizer(SIZES)
+    gallery = PaintedWorld(size=16).gallery("train", 400, 0, "cpu")
+    turns = text_turns(gallery, tokenizer, 0)
+    framed = shuffled = 0
+    for row, clauses in enumerate(gallery.clauses):
+        if row % 8 not in (2, 3):  # all clauses are said again
+            continue
+        turn = tokenizer.decode(turns.ids[row]).replace("<|endoftext|>", "")
+        said, reply = turn.split("<|im_end|>\n<|im_start|>assistant\n")
+        assert reply == " ".join(clauses) + "<|im_end|>\n", "in the order of the caption"
+        words = said.removeprefix("<|im_start|>user\n")
+        if words.startswith(VISION_START):
+            framed += 1
+            words = words.removeprefix(VISION_START).removesuffix(VISION_END)
+        assert sorted(words.split()) == sorted(" ".join(clauses).split())
+        shuffled += words != " ".join(clauses)
+    assert 30 < framed < 70 and shuffled > 60
+
+
 def test_nearest_distance_counts_both_ways() -> None:
     found = torch.tensor([[[0.0, 0.0], [3.0, 0.0], [9.0, 0.0]]])
     wanted = torch.tensor([[[1.0, 0.0], [3.0, 2.0], [50.0, 50.0]]])
@@ -512,9 +535,12 @@ def test_nearest_distance_counts_both_ways() -> None:
     assert float(nearest_distance(wanted[:, :2], wanted, is_wanted)) == pytest.approx(0, abs=1e-6)
     generator = torch.Generator().manual_seed(0)
     wanted = 7 + torch.randn(2, 400, 3, 8, generator=generator) * torch.tensor([0.5, 1.0, 4.0])[:, None]
-    mean = wanted.mean(1, keepdim=True).expand_as(wanted)
-    assert float(relative_distance(mean, wanted)) == pytest.approx(1, abs=1e-4)
-    assert float(relative_distance((mean + wanted) / 2, wanted)) == pytest.approx(0.25, abs=1e-4)
+    kinds = torch.arange(400) % 3
+    wanted += 20 * kinds[:, None, None]
+    mean = torch.stack([wanted[:, kinds == kind].mean(1) for kind in range(3)], 1)[:, kinds]
+    assert float(relative_distance(mean, wanted, kinds)) == pytest.approx(1, abs=1e-4)
+    assert float(relative_distance((mean + wanted) / 2, wanted, kinds)) == pytest.approx(0.25, abs=1e-4)
+    assert float(relative_distance(mean, wanted, torch.zeros_like(kinds))) < 0.1, "what kinds differ in hides the rest"
 
 
 def test_prompts_without_words_are_the_turns_own_tokens() -> None:

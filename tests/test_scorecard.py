@@ -158,6 +158,13 @@ def test_chosen_settings_are_judged_on_other_triplets(card: dict[str, Any], exam
     for choice in (splice["best"]["any"], splice["alone"]["splice"], splice["entangled"]["best"]):
         Setting(**choice["setting"])
         assert choice["style_cosine"]["count"] == COUNT
+    assert splice["alone_by_split"].keys() == {"held", "unseen"}
+    for split, alone in splice["alone_by_split"].items():
+        assert alone["splice"]["setting"] == splice["alone"]["splice"]["setting"]
+        assert alone["raw"]["setting"] == splice["alone"]["splice"]["setting"] | {"model": "raw"}
+        assert alone["splice"]["reference_kind"]["count"] == COUNT // 2
+        decided = card["figures"][f"splice alone, reference_kind, {split}"]
+        assert decided["mean"] == alone["splice"]["reference_kind"]["mean"]
     assert len(splice["entangled"]["style_cosine"]) == len(splice["entangled"]["strengths"]) == len(STRENGTHS) + 1
     table, again = draw_triplets(exam, COUNT, COUNT)
     assert not hashes(table.targets.images) & hashes(again.targets.images)

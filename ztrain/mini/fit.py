@@ -21,7 +21,7 @@ from ztrain.mini.muon import StackedMuon
 
 _LINES = 40  # printed in a stage
 _WARMUP_AGAIN = 100  # steps after which the moments of a resumed run mean something again
-_BLOCK = re.compile(r"^\d+\.\w*(?:layers|refiner)\.\d+\.")  # in the names of `weights`: module, list, block
+_BLOCK = re.compile(r"^\d+\.\w*(?:layers|refiner|blocks)\.\d+\.")  # in the names of `weights`: module, list, block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,7 +91,8 @@ class FolderWorld:
         pictures = Gallery(
             images=_decode([entry.file for entry in entries], size),
             captions=captions,
-            detailed=captions,
+            clauses=[(caption,) for caption in captions],
+            replies=[(caption, caption) for caption in captions],
             labels={"content": content, "style": style} if styled else {"content": content},
             styles=style,
         )

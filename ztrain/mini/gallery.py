@@ -20,19 +20,27 @@ unseen: contents that no model may see; all: every content, for judges, who must
 class Gallery:
     """Captioned pictures on one device.
 
-    images: (N, 3, S, S) uint8. captions: N texts that name the content and never the style. detailed: N texts that
-    name content and style, equal to captions where a style has no words. labels: what a judge can be asked, by name,
-    each (N,) int64 classes. styles: (N,) int64; pictures with equal numbers are in the same style.
+    images: (N, 3, S, S) uint8. captions: N texts that name the content and never the style. clauses: N times what a
+    caption that names the style too is made of, the content first; alone where a style has no words. replies: N pairs,
+    all that there is to say about a content, and about content and style; always in the same words, where captions and
+    clauses vary. labels: what a judge can be asked, by name, each (N,) int64 classes. styles: (N,) int64; pictures with
+    equal numbers are in the same style.
     """
 
     images: Tensor
     captions: list[str]
-    detailed: list[str]
+    clauses: list[tuple[str, ...]]
+    replies: list[tuple[str, str]]
     labels: dict[str, Tensor]
     styles: Tensor
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def detailed(self) -> list[str]:
+        """N texts that name content and style."""
+        return [" ".join(said) for said in self.clauses]
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +64,8 @@ class Gallery:
         return Gallery(
             images=self.images[indices],
             captions=[self.captions[i] for i in rows],
-            detailed=[self.detailed[i] for i in rows],
+            clauses=[self.clauses[i] for i in rows],
+            replies=[self.replies[i] for i in rows],
             labels={name: label[indices] for name, label in self.labels.items()},
             styles=self.styles[indices],
         )

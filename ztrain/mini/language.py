@@ -8,6 +8,7 @@ encoder, as Qwen3-VL's has from Qwen3. The pictures' captions name their style i
 Legend: B rows, L tokens, D text width, V visual tokens of a picture.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,11 +28,12 @@ ANY, CONTENT, DETAIL = "", "what is drawn?", "describe it in detail"
 
 _USER, _ASSISTANT, _END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"
 _IGNORED = -100
-_ALIKE = 1.0  # weight of the distance between what a picture and its caption leave in the turn's own tokens
+_ALIKE = 2.0  # weight of the distance between what a picture and its caption leave in the turn's own tokens
 _WORDLIKE = 1.0  # weight of the distance between states of a picture and the words of its caption
 _READ = slice(-3, -1)  # of all hidden states: the second to last, which a transformer reads, and the one before
 _VISION_SHARE = 0.1  # of the learning rate, for the visual part once the language model is tuned too
 _BLIND = 0.5  # share of the turns whose reply does not see what the user says
+_FRAMED = 0.5  # share of the turns whose words stand between the tokens that stand around a picture
 _TURN_KINDS = 4  # of questions about a picture
 _SMALL = 20_000  # pictures; more than these teach every kind of turn with one each
 _PATCH, _TEMPORAL, _MERGE = 16, 2, 2  # preprocessor_config.json of Qwen3-VL
@@ -40,12 +42,14 @@ _PATCH, _TEMPORAL, _MERGE = 16, 2, 2  # preprocessor_config.json of Qwen3-VL
 @dataclass(frozen=True, slots=True)
 class Turns:
     """Tokenised turns: `ids` and `targets` (N, L) int64; a target of -100 asks for nothing. `reply`: (N,) where each
-    reply begins; `around`: the turn's own tokens before and after what the user says."""
+    reply begins; `around`: the turn's own tokens before and after what the user says; `kinds`: (N,) int64 numbers of
+    what the turns ask, alike where it is the same."""
 
     ids: Tensor
     targets: Tensor
     reply: Tensor
     around: tuple[int, int]
+    kinds: Tensor
 
     def sight(self, rows: Tensor, is_blind: Tensor) -> Tensor:
         """Who sees whom in these rows, (B, 1, L, L) bool: everyone who comes before; replies of `is_blind` (B,) rows
@@ -77,9 +81,18 @@ def turn_tokens(tokenizer: Qwen2Tokenizer) -> tuple[int, int]:
 
 
 def tokenize(
-    tokenizer: Qwen2Tokenizer, users: Sequence[str], replies: Sequence[str], *, learn_user: bool, device: torch.device
+    tokenizer: Qwen2Tokenizer,
+    users: Sequence[str],
+    replies: Sequence[str],
+    *,
+    learn_user: bool,
+    device: torch.device,
+    questions: Sequence[str] | None = None,
 ) -> Turns:
-    """One row a turn; the loss is on the reply, and on the user's words too if `learn_user`."""
+    """One row a turn; the loss is on the reply, and on the user's words too if `learn_user`.
+
+    `questions`: what each turn asks, None = all the same.
+    """
     starts = [f"{_USER}{user}{_ASSISTANT}" for user in users]
     whole = tokenizer([start + reply + _END for start, reply in zip(starts, replies, strict=True)]).input_ids
     length = max(len(row) for row in whole)
@@ -91,7 +104,15 @@ def tokenize(
     for index, (row, skip) in enumerate(zip(whole, skipped, strict=True)):
         ids[index, : len(row)] = torch.tensor(row)
         targets[index, skip : len(row)] = torch.tensor(row[skip:])
-    return Turns(ids.to(device), targets.to(device), torch.tensor(replies_at, device=device), turn_tokens(tokenizer))
+    asked = questions or [ANY] * len(whole)
+    numbers = {question: number for number, question in enumerate(sorted(set(asked)))}
+    return Turns(
+        ids.to(device),
+        targets.to(device),
+        torch.tensor(replies_at, device=device),
+        turn_tokens(tokenizer),
+        torch.tensor([numbers[question] for question in asked], device=device),
+    )
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -99,24 +120,31 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets[:, 1:].flatten(), ignore_index=_IGNORED)
 
 
-def text_turns(gallery: Gallery, tokenizer: Qwen2Tokenizer) -> Turns:
-    """Turns about captions: said again, in full or as content; one in sixteen starts from nothing."""
+def text_turns(gallery: Gallery, tokenizer: Qwen2Tokenizer, seed: int) -> Turns:
+    """Turns about captions: said again, in full or as content; one in sixteen starts from nothing.
+
+    The user says the clauses in any order, and in half of the turns where a picture would be: what the turn gathers of
+    a word must not depend on where it stood, or no picture could imitate it.
+    """
+    chance = random.Random(seed)
     users, replies = [], []
-    for index, (plain, detailed) in enumerate(zip(gallery.captions, gallery.detailed, strict=True)):
+    for index, (plain, clauses) in enumerate(zip(gallery.captions, gallery.clauses, strict=True)):
+        detailed, shuffled = " ".join(clauses), " ".join(chance.sample(clauses, len(clauses)))
         match index % 8:
             case 0 | 1:
-                user, reply = plain, plain
+                said, question, reply = plain, ANY, plain
             case 2 | 3:
-                user, reply = detailed, detailed
+                said, question, reply = shuffled, ANY, detailed
             case 4:
-                user, reply = f"{detailed} {CONTENT}", plain
+                said, question, reply = shuffled, CONTENT, plain
             case 5:
-                user, reply = f"{plain} {CONTENT}", plain
+                said, question, reply = plain, CONTENT, plain
             case 6:
-                user, reply = f"{detailed} {DETAIL}", detailed
+                said, question, reply = shuffled, DETAIL, detailed
             case _:
-                user, reply = ("", detailed) if index % 16 == 7 else (f"{plain} {DETAIL}", plain)
-        users.append(user)
+                said, question, reply = ("", ANY, detailed) if index % 16 == 7 else (plain, DETAIL, plain)
+        is_framed = said and chance.random() < _FRAMED
+        users.append(f"{VISION_START}{said}{VISION_END}{question}" if is_framed else f"{said} {question}".strip())
         replies.append(reply)
     return tokenize(tokenizer, users, replies, learn_user=True, device=gallery.device)
 
@@ -125,7 +153,7 @@ def train_language(
     model: Qwen3ForCausalLM, tokenizer: Qwen2Tokenizer, gallery: Gallery, plan: Plan, seed: int
 ) -> Fitted:
     """Trains the text encoder in place, every token of every turn."""
-    turns = text_turns(gallery, tokenizer)
+    turns = text_turns(gallery, tokenizer, seed)
     draws = Draws(len(gallery), plan.batch_size, seed, gallery.device)
 
     def loss(step: int) -> Tensor:
@@ -141,22 +169,25 @@ def train_language(
 def picture_turns(gallery: Gallery, tokenizer: Qwen2Tokenizer, num_visual: int) -> tuple[Turns, Turns]:
     """Turns about pictures: asked for nothing, for content, for all; half of the replies name the style.
 
-    Beside them the same turns with the reply's words in the picture's place. Small galleries get every kind of turn
-    about every picture: turn number n is about picture n modulo N.
+    Replies are complete and always in the same words: of what varies a picture could only show the mean. Beside them
+    the same turns with the reply's words in the picture's place. Small galleries get every kind of turn about every
+    picture: turn number n is about picture n modulo N.
     """
     picture = VISION_START + IMAGE_PAD * num_visual + VISION_END
-    shown, told, replies = [], [], []
+    shown, told, replies, questions = [], [], [], []
     for variant in range(_TURN_KINDS if len(gallery) < _SMALL else 1):
-        for index, (plain, detailed) in enumerate(zip(gallery.captions, gallery.detailed, strict=True)):
+        for index, (plain, detailed) in enumerate(gallery.replies):
             question, reply = ((ANY, detailed), (CONTENT, plain), (DETAIL, detailed), (CONTENT, plain))[
                 (index + variant) % _TURN_KINDS
             ]
             shown.append(picture + question)
             told.append(f"{reply} {question}".strip())
             replies.append(reply)
+            questions.append(question)
+    settings = {"learn_user": False, "device": gallery.device, "questions": questions}
     return (
-        tokenize(tokenizer, shown, replies, learn_user=False, device=gallery.device),
-        tokenize(tokenizer, told, [""] * len(told), learn_user=False, device=gallery.device),
+        tokenize(tokenizer, shown, replies, **settings),
+        tokenize(tokenizer, told, [""] * len(told), **settings),
     )
 
 
@@ -179,10 +210,16 @@ def visual_patches(pixels: Tensor, side: int) -> Tensor:
     return frames.reshape(-1, 3 * _TEMPORAL * _PATCH * _PATCH)
 
 
-def relative_distance(found: Tensor, wanted: Tensor) -> Tensor:
+def relative_distance(found: Tensor, wanted: Tensor, kinds: Tensor) -> Tensor:
     """Of states (layers, B, tokens, D): mean squared distance over the variance of what is wanted among the batch, by
-    layer and token, then the mean. 1 = no better than the batch's mean; most of a state is the same for all turns."""
-    variance = (wanted - wanted.mean(1, keepdim=True)).square().mean((1, 3))  # (layers, tokens)
+    layer and token, then the mean. 1 = no better than the mean of each of the `kinds`, (B,) int64.
+
+    For most of a state is the same for all turns, and most of the rest for all that ask the same.
+    """
+    is_kind = F.one_hot(kinds, _TURN_KINDS).to(wanted.dtype)  # (B, K)
+    means = torch.einsum("bk,lbtd->lktd", is_kind / is_kind.sum(0).clamp_min(1), wanted)
+    centred = wanted - torch.einsum("bk,lktd->lbtd", is_kind, means)
+    variance = centred.square().mean((1, 3))  # (layers, tokens)
     enough = wanted.square().mean((1, 3)) * 1e-4
     return ((found - wanted).square().mean((1, 3)) / variance.maximum(enough).clamp_min(1e-9)).mean()
 
@@ -288,8 +325,8 @@ class _Lessons:
     told: Turns
 
     def loss(self, rows: Tensor, is_blind: Tensor, is_alike: bool) -> Tensor:
-        """Of the replies; if `is_alike`, also of how far a picture's states are from those that its caption has: in the
-        turn's own tokens at every layer, and in its place at the layers that a transformer may read."""
+        """Of the replies; if `is_alike`, also of how far a picture's states are from those that the reply's words have,
+        at the layers that a transformer may read: in the turn's own tokens, and in its place."""
         seen = self.reader.look(self.gallery.pixels(rows % len(self.gallery)))
         sight = self.shown.sight(rows, is_blind)
         output = self.reader.read(seen, self.shown.ids[rows], sight, output_hidden_states=True)
@@ -300,8 +337,9 @@ class _Lessons:
         with torch.no_grad():
             language_model = self.text_encoder.model
             words = language_model(input_ids=self.told.ids[rows], use_cache=False, output_hidden_states=True)
-        found = self.shown.gathered(output.hidden_states, rows)
-        gathered = relative_distance(found, self.told.gathered(words.hidden_states, rows))
+        found = self.shown.gathered(output.hidden_states[_READ], rows)
+        wanted = self.told.gathered(words.hidden_states[_READ], rows)
+        gathered = relative_distance(found, wanted, self.shown.kinds[rows])
         is_image, is_said = self.shown.ids[rows] == self.reader.pad, self.told.is_said(rows)
         likeness = [
             nearest_distance(image[is_image].unflatten(0, (len(rows), -1)).float(), word.float(), is_said)

@@ -279,23 +279,43 @@ class PaintedWorld:
         contents = draw_contents(styles, split, generator)
         poses = draw_poses(contents, generator)
         images = paint(contents, styles, poses, self.size, seed=seed, device=device)
-        plain, detailed = _captions(contents, styles, generator)
+        plain, clauses = _captions(contents, styles, generator)
+        replies = _replies(contents, styles)
         labels = {name: label.to(device) for name, label in labels_of(contents, styles).items()}
-        return Gallery(images=images, captions=plain, detailed=detailed, labels=labels, styles=numbers.to(device))
+        return Gallery(
+            images=images,
+            captions=plain,
+            clauses=clauses,
+            replies=replies,
+            labels=labels,
+            styles=numbers.to(device),
+        )
 
 
-def _captions(contents: Contents, styles: Styles, generator: torch.Generator) -> tuple[list[str], list[str]]:
-    """Captions without style, and with some or all of its clauses; in all phrasings."""
+def _captions(
+    contents: Contents, styles: Styles, generator: torch.Generator
+) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Captions without style, and the clauses of those with some or all of it; in all phrasings."""
     count = len(contents.kind)
     phrasing = torch.randint(PHRASINGS, (2, count), generator=generator).tolist()
-    rows = list(zip(contents.kind.tolist(), contents.count.tolist(), contents.place.tolist(), strict=True))
+    rows = _rows(contents)
     chosen = torch.rand(count, 4, generator=generator) < 0.7
     chosen |= torch.rand(count, 1, generator=generator) < 0.5  # half of them name everything
     words = name_styles(styles, chosen)
     plain = [name_content(*row, phrasing=said) for row, said in zip(rows, phrasing[0], strict=True)]
     again = [name_content(*row, phrasing=said) for row, said in zip(rows, phrasing[1], strict=True)]
-    detailed = [f"{content} {style}".strip() for content, style in zip(again, words, strict=True)]
-    return plain, detailed
+    return plain, [(content, *style) for content, style in zip(again, words, strict=True)]
+
+
+def _replies(contents: Contents, styles: Styles) -> list[tuple[str, str]]:
+    """The content in its first phrasing, and with every clause of the style."""
+    plain = [name_content(*row) for row in _rows(contents)]
+    words = name_styles(styles, torch.ones(len(plain), 4, dtype=torch.bool))
+    return [(content, " ".join((content, *style))) for content, style in zip(plain, words, strict=True)]
+
+
+def _rows(contents: Contents) -> list[tuple[int, int, int]]:
+    return list(zip(contents.kind.tolist(), contents.count.tolist(), contents.place.tolist(), strict=True))
 
 
 STYLES = tuple(f"style{number}" for number in range(1, 7))

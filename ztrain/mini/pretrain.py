@@ -125,13 +125,13 @@ PAINTED = Recipe(
     sizes=SIZES,
     pictures=None,
     vae=Plan(steps=2500, batch_size=64, learning_rate=1e-3),
-    language=Plan(steps=1500, batch_size=256, learning_rate=2e-3),
-    front_end=Plan(steps=8000, batch_size=256, learning_rate=1e-3),
-    together=Plan(steps=2000, batch_size=256, learning_rate=1e-3),
+    language=Plan(steps=3000, batch_size=256, learning_rate=2e-3),
+    front_end=Plan(steps=7000, batch_size=1024, learning_rate=1.5e-3, matrix_learning_rate=2e-3),
+    together=Plan(steps=1200, batch_size=512, learning_rate=1e-3),
     siglip=Plan(steps=3000, batch_size=512, learning_rate=1e-3),
     content_judge=Plan(steps=4000, batch_size=256, learning_rate=2e-3),
     style_judge=Plan(steps=2500, batch_size=512, learning_rate=1e-3),
-    transformer=Plan(steps=16000, batch_size=1024, learning_rate=2e-3, matrix_learning_rate=3e-3),
+    transformer=Plan(steps=14000, batch_size=1024, learning_rate=2e-3, matrix_learning_rate=3e-3),
 )
 
 FOLDER = replace(
@@ -140,6 +140,8 @@ FOLDER = replace(
     sizes=replace(SIZES, bpe_tokens=2000, vae_channels=(32, 48, 64, 96)),
     vae=Plan(steps=3000, batch_size=64, learning_rate=1e-3),
     augment_vae=True,
+    front_end=Plan(steps=3000, batch_size=512, learning_rate=1.5e-3, matrix_learning_rate=2e-3),
+    together=Plan(steps=600, batch_size=256, learning_rate=1e-3),
 )
 """For folders of a few thousand pictures."""
 

@@ -289,8 +289,12 @@ def _splice_figures(splice: Card) -> Card:
     # Clearly more: the interval is above 0, and a tenth of what the splice's pictures have.
     is_noisy = noise["low"] > 0 and noise["mean"] >= 0.1 * alone["splice"]["high_frequency"]["mean"]
     style, leak = entangled["style_rise"], entangled["leak_rise"]
-    return {
-        f"splice alone, {main}": _decides(alone["splice"][main], 0.5),
+    by_split = {
+        f"splice alone, {main}, {split}": _decides(card["splice"][main], 0.5)
+        for split, card in splice["alone_by_split"].items()
+    }
+    return by_split | {
+        f"splice alone, {main}, triplets": _decides(alone["splice"][main], 0.5),
         f"raw VL below the splice, {main}, or clearly noisier": _decides(less, 0.15, less["mean"] >= 0.15 or is_noisy),
         "raw VL's high-frequency share above the splice's": _decides(noise, 0.0, is_noisy),
         "splice with a neutral prompt, style cosine above text-only": _decides(entangled["style_above_text_only"], 0.2),

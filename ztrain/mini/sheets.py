@@ -114,6 +114,7 @@ def _splice_lines(splice: dict[str, Any]) -> Iterator[str]:
         ("alone", splice["alone"]),
         ("neutral prompt", splice["entangled"]),
         ("best", splice["best"]),
+        *((f"alone, {split}", choices) for split, choices in splice["alone_by_split"].items()),
     ):
         for name, choice in choices.items():
             if isinstance(choice, dict) and "setting" in choice:

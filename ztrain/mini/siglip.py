@@ -38,15 +38,16 @@ def train_siglip(model: Siglip2Model, tokenizer: Qwen2Tokenizer, gallery: Galler
     """Trains both towers in place, on the detailed captions."""
     num_patches = model.config.vision_config.num_patches
     cells = int(num_patches**0.5)
+    captions = gallery.detailed
     tokens = tokenizer(
-        gallery.detailed, padding="max_length", truncation=True, max_length=_TEXT_TOKENS, return_tensors="pt"
+        captions, padding="max_length", truncation=True, max_length=_TEXT_TOKENS, return_tensors="pt"
     ).input_ids.to(gallery.device)
     draws = Draws(len(gallery), plan.batch_size, seed, gallery.device)
     local = nn.Linear(model.config.vision_config.hidden_size, 3 * _COPY * _COPY).to(gallery.device)
     shapes = torch.tensor([[cells, cells]], device=gallery.device).expand(plan.batch_size, -1)
     # Captions of several pictures may be equal: those pairs are as true as a picture's own.
-    numbers = {caption: number for number, caption in enumerate(sorted(set(gallery.detailed)))}
-    caption_numbers = torch.tensor([numbers[caption] for caption in gallery.detailed], device=gallery.device)
+    numbers = {caption: number for number, caption in enumerate(sorted(set(captions)))}
+    caption_numbers = torch.tensor([numbers[caption] for caption in captions], device=gallery.device)
 
     def loss(step: int) -> Tensor:
         rows = draws.rows()

@@ -209,7 +209,8 @@ def _joined(galleries: list[Gallery]) -> Gallery:
     return Gallery(
         images=torch.cat([gallery.images for gallery in galleries]),
         captions=[caption for gallery in galleries for caption in gallery.captions],
-        detailed=[caption for gallery in galleries for caption in gallery.detailed],
+        clauses=[said for gallery in galleries for said in gallery.clauses],
+        replies=[pair for gallery in galleries for pair in gallery.replies],
         labels={name: torch.cat([gallery.labels[name] for gallery in galleries]) for name in galleries[0].labels},
         styles=torch.cat([gallery.styles for gallery in galleries]),
     )
@@ -248,7 +249,8 @@ def measure_splice(exam: Exam, out: Path, table_count: int) -> Card:
         "table_count": len(table),
         "count": len(again),
         "rows": [asdict(row.setting) | {"figures": table.figures(row)} for row in table.rows.values()],
-        "alone": _alone_card(table, again),
+        "alone": (alone := _alone_card(table, again)),
+        "alone_by_split": _alone_by_split(table, Setting(**alone["splice"]["setting"])),
         "entangled": _entangled_card(table, again),
         "best": _best_card(table, again),
     }
@@ -299,6 +301,29 @@ def _alone_card(table: Triplets, again: Triplets) -> Card:
         "text_only": again.report(Setting(model="text", prompt="none")),
         "text_only_content": again.report(Setting(model="text", prompt="content")),
     }
+
+
+def _alone_by_split(table: Triplets, alone: Setting) -> Card:
+    """The chosen setting on references of known contents and of unseen ones, and raw VL in the same setting.
+
+    Triplets' references show unseen contents, because a style holds out one or two kinds of objects.
+    """
+    exam, raw = table.exam, replace(alone, model="raw")
+    found: Card = {}
+    for split in exam.pairs:
+        if split == "unseen" and not exam.is_composed:
+            continue  # nobody has read the words of its contents
+        rows = torch.arange(len(exam.pairs[split].targets), device=exam.subject.device)[: exam.count // 2]
+        # The other way round than in triplets: what was asked for is shown.
+        references, targets = exam.targets(split).select(rows), exam.references(split).select(rows)
+        shown = Triplets(exam, table.models, targets, references, exam.clusters(split, references))
+        main = f"reference_{exam.main}"
+        found[split] = {
+            "splice": shown.report(alone),
+            "raw": shown.report(raw),
+            "splice_minus_raw": shown.difference(main, alone, raw),
+        }
+    return found
 
 
 def _entangled_card(table: Triplets, again: Triplets) -> Card:

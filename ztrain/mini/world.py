@@ -256,7 +256,7 @@ def name_content(kind: int, count: int, place: int, phrasing: int = 0) -> str:
 PHRASINGS = 4
 
 
-def name_styles(styles: Styles, chosen: Tensor) -> list[str]:
+def name_styles(styles: Styles, chosen: Tensor) -> list[tuple[str, ...]]:
     """The words of N styles, of each the clauses that `chosen` (N, 4) bool asks for; empty where it asks for none."""
     tables: list[list[str]] = [
         [TONE_NAMES[i] for i in tone_class(styles.body).tolist()],
@@ -276,5 +276,5 @@ def name_styles(styles: Styles, chosen: Tensor) -> list[str]:
         has_ink = outline != "no" and fill != FILL_NAMES[HOLLOW]
         edge = f"{outline} {ink} outlines" if has_ink else f"{outline} outlines"
         background = f"on a {pattern} {saturation} {back_tone} {back_hue} background"
-        texts.append(" ".join(itertools.compress((f"{fill} {tone} {hue}", edge, background, finish), wanted)))
+        texts.append(tuple(itertools.compress((f"{fill} {tone} {hue}", edge, background, finish), wanted)))
     return texts

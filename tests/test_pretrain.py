@@ -42,10 +42,7 @@ from ztrain.mini.language import (
     PictureReader,
     _equal_lengths_attention,
     nearest_distance,
-    picture_turns,
     relative_distance,
-    text_turns,
-    tokenize,
     visual_patches,
     visual_side,
 )
@@ -63,6 +60,7 @@ from ztrain.mini.parts import (
 )
 from ztrain.mini.pretrain import PAINTED, STAGES
 from ztrain.mini.siglip import _equal_shapes, siglip_patches
+from ztrain.mini.turns import picture_turns, text_turns, tokenize
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source
 from ztrain.vision_language import VISION_END, VISION_START

@@ -22,7 +22,7 @@ from ztrain.encoders import LatentCodec, TextEncoder
 from ztrain.flow import SigmaDensity, draw_sigmas, interpolate, velocity_losses
 from ztrain.mini.fit import Draws, Fitted, Partial, Plan, fit, mixed_precision, training
 from ztrain.mini.gallery import Gallery
-from ztrain.mini.language import turn_tokens
+from ztrain.mini.turns import turn_tokens
 from ztrain.model import AdaptedDiT
 
 _CHUNK = 512

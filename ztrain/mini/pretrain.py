@@ -42,7 +42,7 @@ from ztrain.mini.judges import (
     train_content_judge,
     train_style_judge,
 )
-from ztrain.mini.language import CONTENT, DETAIL, train_language, train_vision_language
+from ztrain.mini.language import train_language, train_vision_language
 from ztrain.mini.parts import (
     FamilySizes,
     Parts,
@@ -55,6 +55,7 @@ from ztrain.mini.parts import (
     vocab_size,
 )
 from ztrain.mini.siglip import train_siglip
+from ztrain.mini.turns import CONTENT, DETAIL
 
 STAGES = ("vae", "language", "vision_language", "siglip", "judges", "transformer")
 _NEEDS = {"vision_language": ("language",), "siglip": ("language",), "transformer": ("vae", "language")}

@@ -26,9 +26,10 @@ from ztrain.metrics import high_frequency_energy, psnr, topk_correct
 from ztrain.mini import sheets
 from ztrain.mini.exam import RETRIEVAL_POOL, Card, Clusters, Exam
 from ztrain.mini.gallery import Gallery, Split, World
-from ztrain.mini.language import DETAIL, describe
+from ztrain.mini.language import describe
 from ztrain.mini.splices import measure_splice
 from ztrain.mini.subject import Subject, to_pictures
+from ztrain.mini.turns import DETAIL
 from ztrain.mini.world import FILL_NAMES, PLACES, PLURALS, TONE_NAMES
 
 PARTS = ("vae", "text", "vl", "splice")

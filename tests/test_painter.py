@@ -258,7 +258,9 @@ def test_a_hollow_drawing_is_its_outline_as_thick_as_it_is_called() -> None:
     thin, thick = paint(contents, two, poses, 64).float()
     assert ((thin - thick).abs().amax(0) > 20).float().mean() > 0.02
     words = name_styles(pick(styles, hollow), torch.ones(len(hollow), 4, dtype=torch.bool))
-    assert not [text for text in words if re.search(r"(dark|light) outlines", text)], "it has the objects' colour"
+    assert not [said for said in words if re.search(r"(dark|light) outlines", " ".join(said))], (
+        "it has the objects' colour"
+    )
 
 
 def test_no_place_and_count_has_objects_larger_than_others_have() -> None:
@@ -330,9 +332,9 @@ def test_words_of_a_style_are_its_classes(seed: int) -> None:
     contents = contents_of(torch.zeros(40, dtype=torch.int64))
     labels = labels_of(contents, styles)
     body_tone, back_tone = tone_class(styles.body), tone_class(styles.background)
-    for row, text in enumerate(name_styles(styles, torch.ones(40, 4, dtype=torch.bool))):
-        said = WORDS.fullmatch(text)
-        assert said, text
+    for row, clauses in enumerate(name_styles(styles, torch.ones(40, 4, dtype=torch.bool))):
+        said = WORDS.fullmatch(" ".join(clauses))
+        assert said and len(clauses) == 4, clauses
         assert said["fill"] == FILL_NAMES[labels["fill"][row]] and said["finish"] == FINISH_NAMES[labels["finish"][row]]
         assert said["hue"] == HUE_NAMES[labels["fill_hue"][row]]
         assert said["back_hue"] == HUE_NAMES[labels["background_hue"][row]]
@@ -343,7 +345,7 @@ def test_words_of_a_style_are_its_classes(seed: int) -> None:
         assert (said["ink"] is None) == bool(bare)
         assert (said["tone"], said["back_tone"]) == (TONE_NAMES[body_tone[row]], TONE_NAMES[back_tone[row]])
         assert said["ink"] in (None, "dark" if styles.ink[row] < 0.5 else "light")
-    assert name_styles(styles, torch.zeros(40, 4, dtype=torch.bool)) == [""] * 40
+    assert name_styles(styles, torch.zeros(40, 4, dtype=torch.bool)) == [()] * 40
 
 
 @given(st.integers(0, 2**32))

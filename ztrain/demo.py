@@ -1,7 +1,7 @@
 """The main job in one command: painted drawings -> triplets -> a trained adapter -> one labelled picture.
 
-`python -m ztrain.demo --out DIR [--adapters NAME]`: NAME is an experiment of configs/. The models are the tiny RANDOM
-family, so the pictures are noise; it shows that the path works, not what an adapter learns.
+`python -m ztrain.demo --out DIR [--adapters NAME]`: NAME is an experiment of configs/. The models are the pretrained
+miniature that comes with ztrain; so few steps show that the path works, not how well an adapter learns.
 """
 
 import argparse
@@ -15,7 +15,6 @@ from pathlib import Path
 from ztrain.compare import compare
 from ztrain.config import load_config
 from ztrain.errors import InputError
-from ztrain.mini.family import build_family
 from ztrain.mini.painter import paint_style_folders
 
 EXPERIMENTS = ("projector", "splice_lora", "siglip", "siglip_lora", "lora")
@@ -40,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ztrain.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
     parser.add_argument("--adapters", choices=EXPERIMENTS, default="siglip_lora")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args(arguments)
     try:
         demo(options.out, options.adapters, options.steps)
@@ -54,8 +53,7 @@ def demo(out: Path, adapters: str, steps: int) -> None:
     """All four steps; ends with the picture's path on the last line."""
     started = time.perf_counter()
 
-    print("1/4 building the tiny random model family and painting drawings", flush=True)
-    family = build_family(out / "family")
+    print("1/4 painting drawings", flush=True)
     if not (out / "paintings" / "contents.csv").is_file():
         paint_style_folders(out / "paintings")
     build_file = out / "paintings" / "build.yaml"
@@ -65,15 +63,12 @@ def demo(out: Path, adapters: str, steps: int) -> None:
     run("data_tools.build", "--config", str(build_file), "--out", str(out / "triplets"))
 
     print(f"3/4 training {adapters} for {steps} steps", flush=True)
-    experiment = [str(CONFIGS / f"{adapters}.yaml"), str(CONFIGS / "tiny.yaml")]
+    experiment = [str(CONFIGS / f"{adapters}.yaml"), str(CONFIGS / "miniature.yaml")]
     overrides = [
         *("--data.train_data_dir", str(out / "triplets")),
         *("--cache.dir", str(out / "cache")),
         *("--output_dir", str(out / "run")),
         *("--train.max_train_steps", str(steps)),
-        *("--models.base.pretrained_model_name_or_path", str(family / "Z-Image-Turbo")),
-        *("--models.vision_language.pretrained_model_name_or_path", str(family / "Qwen3-VL-4B-Instruct")),
-        *("--models.siglip.pretrained_model_name_or_path", str(family / "siglip2-so400m-patch16-naflex")),
     ]
     shutil.rmtree(out / "run", ignore_errors=True)  # the demo's own run of an earlier time
     launch = ("accelerate.commands.launch", "--config_file", str(CONFIGS / "accelerate" / "cpu.yaml"))
@@ -83,7 +78,7 @@ def demo(out: Path, adapters: str, steps: int) -> None:
     compared = ["--compare.adapters", str(out / "run" / "export"), "--compare.output_dir", str(out)]
     picture = compare(load_config([Path(file) for file in experiment], [*overrides, *compared]))
     print(f"done in {time.perf_counter() - started:.0f} s")
-    print("The weights are random: the path is real, the pictures are noise. Real weights: README, 'Your own images'.")
+    print("The models are the miniature; the real weights take the same commands: README, 'Your own images'.")
     print(picture)
 
 

@@ -14,6 +14,8 @@ from safetensors import safe_open
 
 from ztrain.mini.exam import Exam
 from ztrain.mini.painter import PaintedWorld
+from ztrain.mini.pretrain import PAINTED, Pretraining
+from ztrain.mini.scorecard import family_figures
 from ztrain.mini.splices import Setting, draw_triplets
 from ztrain.mini.subject import Subject
 
@@ -78,6 +80,11 @@ def test_the_card_is_what_the_result_files_say() -> None:
     card = runpy.run_path(str(ROOT / "benchmarks" / "miniature_card.py"))["card"]()
     assert card == (WEIGHTS / "README.md").read_text(encoding="utf-8")
     about = json.loads((WEIGHTS / "family.json").read_text(encoding="utf-8"))
+    making = Pretraining(WEIGHTS, PaintedWorld(), PAINTED, 0, torch.device("cpu"))
+    assert about == json.loads(making._marker()), "the recipe in the code is another one"
+    for path in (ROOT / "benchmarks" / "results" / "miniature").glob("*.json"):
+        scorecard = json.loads(path.read_text(encoding="utf-8"))
+        assert scorecard["figures"] == family_figures(scorecard), path
     shipped = json.loads((ROOT / "benchmarks/results/miniature/seed0_text.json").read_text(encoding="utf-8"))
     assert shipped["family"] == about, "the figures are of another family"
 

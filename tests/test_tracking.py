@@ -170,6 +170,9 @@ def serve() -> Iterator[Callable[..., Server]]:
             server.stop()
 
 
+SLACK = 15.0
+"""Seconds that a busy machine may add; what waits for a process that hangs never comes back (communicate's 60 s)."""
+
 # --- a training process -----------------------------------------------------------------------------------------------
 
 CHILD = """
@@ -427,7 +430,7 @@ def test_online_it_follows_while_training_and_a_resume_continues_it(tmp_path: Pa
     second.start(resumed_step=6)
     second.do("for step in range(7, 13): record.log(step, {'loss': -step})")
     assert second.do("record.close(failed=True)") < 30
-    assert second.end() < 3
+    assert second.end() < SLACK
     assert f"W&B: the upload is complete: {server.url}/me/p/runs/" in second.said
     assert (second.folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:7] == before[:7]
     assert [row["step"] for row in second.rows] == list(range(13))
@@ -556,7 +559,7 @@ def test_a_wandb_that_dies_or_hangs_takes_only_the_mirror_along(tmp_path: Path, 
     [core] = [p for p in psutil.Process(training.process.pid).children() if p.name() == "wandb-core"]
     core.send_signal(getattr(signals, signal))
     seconds = training.do("for step in range(10, 100): record.log(step, {'loss': 1.0})")
-    assert seconds < 1 and training.do("record.close(failed=False)") < 12 and training.end() < 3
+    assert seconds < SLACK and training.do("record.close(failed=False)") < 12 + SLACK and training.end() < SLACK
     assert gone(family, 5)
     assert [row["step"] for row in training.rows] == list(range(100))
     assert training.said.count("wandb failed") == 1 and "the upload is not complete" in training.said

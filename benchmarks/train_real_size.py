@@ -108,7 +108,7 @@ def main() -> None:
         family = work / "family"
         build_real_family(work / "tiny", family)
         torch.cuda.empty_cache()
-    run("ztrain.mini.painter", "--out", str(work / "drawings"))
+    run("ztrain.mini.style_folders", "--out", str(work / "drawings"))
     (work / "build.yaml").write_text(
         "images: drawings/images\ncontents: drawings/contents.csv\nmax_triplets_per_split: 48\n"
     )

@@ -22,7 +22,7 @@ from data_tools.build import main
 from ztrain.data import read_triplets
 from ztrain.errors import InputError
 from ztrain.images import Picture, open_image
-from ztrain.mini.painter import STYLES, choose_contents, paint_style_folders
+from ztrain.mini.style_folders import STYLES, choose_contents, paint_style_folders
 from ztrain.rows import Triplet
 from ztrain.yamls import describe_errors, dump_yaml, load_yaml
 

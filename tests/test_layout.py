@@ -76,10 +76,10 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     },
     "stats": {"config", "models", "data", "images", "encoders", "adapters"},
     "cli": {"config", "yamls", "prepare", "train", "compare", "stats", "render", "mini"},
-    "demo": {"config", "train", "compare", "mini", "data_tools"},
+    "demo": {"adapters", "config", "data", "grid", "mini"},
     "mini": {
-        "adapters", "conditioning", "config", "dit", "encoders", "flow", "grid", "images", "metrics", "model", "models",
-        "rows", "sample", "vision_language",
+        "adapters", "conditioning", "config", "dit", "encoders", "export", "flow", "grid", "images", "metrics", "model",
+        "models", "rows", "sample", "vision_language",
     },
     "data_tools": {"data", "images", "rows", "tars", "yamls"},
     "ztrain/__init__": {"export", "version"},

@@ -22,6 +22,7 @@ from tests.test_parity import picture
 from tests.triplets import model_words
 from ztrain.cli import _VERBS, _parser
 from ztrain.config import load_config
+from ztrain.demo import Plan
 from ztrain.export import read_adapter
 from ztrain.mini.command import mini_parser
 from ztrain.validate import VARIANTS
@@ -53,7 +54,7 @@ def run(*command: str, status: int = 0) -> subprocess.CompletedProcess[str]:
 def paintings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Triplets of painted drawings."""
     folder = tmp_path_factory.mktemp("paintings")
-    run("ztrain.mini.painter", "--out", str(folder / "drawings"))
+    run("ztrain.mini.style_folders", "--out", str(folder / "drawings"))
     config = {"images": "images", "contents": "contents.csv", "max_triplets_per_split": 24}
     (folder / "drawings" / "build.yaml").write_text(yaml.safe_dump(config))
     run("data_tools.build", "--config", str(folder / "drawings" / "build.yaml"), "--out", str(folder / "triplets"))
@@ -320,13 +321,27 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(family: Path, paintings
     assert not (tmp_path / "run" / "export").exists() and losses(tmp_path / "run") == []
 
 
-def test_the_demo_trains_on_the_miniature_and_prints_its_picture_last(tmp_path: Path) -> None:
-    finished = run("ztrain.demo", "--out", str(tmp_path), "--steps", "30")
-    lines = finished.stdout.splitlines()
-    assert lines[-1] == str(tmp_path / "compare.png") and Path(lines[-1]).is_file()
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    last = next(row for row in reversed(rows) if "val/loss" in row)
-    assert last["val/loss"] < last["val/loss_shuffled"], "no picture was looked at"
+def test_the_demo_judges_what_it_trains_and_prints_its_picture_last(tmp_path: Path) -> None:
+    for _ in range(2):  # over itself as well
+        finished = run("ztrain.demo", "--out", str(tmp_path), "--steps", "4", "--smoke")
+        lines = finished.stdout.splitlines()
+        assert lines[-1] == str(tmp_path / "demo.png") and Path(lines[-1]).is_file()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["steps"], result["seed"], result["triplets"]) == (4, 0, 8) and result["seconds"] > 0
+    cosine = result["style_cosine"]
+    assert cosine["difference_low"] <= cosine["difference"] <= cosine["difference_high"]
+    assert cosine["difference"] == pytest.approx(cosine["adapter"] - cosine["splice"], abs=1e-6)
+    for name in ("text_only", "splice", "adapter"):
+        assert 0 <= result["content"][name] <= 1 and abs(result["leak"][name]) <= 1
+    assert result["beats_splice"] is (cosine["difference_low"] > 0)
+    said = "The adapter beats" if result["beats_splice"] else "The adapter does not beat"
+    assert any(line.startswith(said) for line in lines) and said in (tmp_path / "demo.md").read_text()
+    assert (tmp_path / "run/export/adapter_config.json").is_file()
+
+
+def test_only_the_default_demo_must_beat_the_splice() -> None:
+    assert [Plan().status(True), Plan().status(False)] == [0, 1]
+    assert [Plan(steps=4).status(False), Plan(adapters="lora").status(False), Plan(seed=1).status(False)] == [0, 0, 0]
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -386,7 +401,7 @@ def test_the_path_with_own_images_and_real_names_runs_as_written(family: Path, t
     more than in the README: sizes that a CPU trains in seconds."""
     section = (ROOT / "README.md").read_text().split("## Your own images and the real weights")[1].split("\n## ")[0]
     project = tmp_path / "project"
-    run("ztrain.mini.painter", "--out", str(tmp_path / "drawings"))
+    run("ztrain.mini.style_folders", "--out", str(tmp_path / "drawings"))
     project.mkdir()
     shutil.move(tmp_path / "drawings" / "images", project / "images")
     shutil.move(tmp_path / "drawings" / "contents.csv", project / "contents.csv")

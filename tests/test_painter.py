@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ztrain.errors import InputError
 from ztrain.images import open_image
-from ztrain.mini import painter
-from ztrain.mini.painter import STYLES, PaintedWorld, draw_poses, paint, paint_style_folders
+from ztrain.mini import painter, style_folders
+from ztrain.mini.painter import PaintedWorld, draw_poses, paint
 from ztrain.mini.shapes import KINDS, REACH, _polygon_distance, distance_atlas
+from ztrain.mini.style_folders import STYLES, paint_many_styles, paint_style_folders, read_name
 from ztrain.mini.world import (
     COUNT_NAMES,
     FILL_NAMES,
@@ -451,7 +452,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "ztrain.mini.painter", *map(str, arguments)]
+    words = [sys.executable, "-m", "ztrain.mini.style_folders", *map(str, arguments)]
     return subprocess.run(words, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, timeout=60)
 
 
@@ -491,8 +492,9 @@ def test_folders_hold_what_their_names_say(tmp_path: Path, painted: Path, monkey
     for row in rows:
         kind, count, place = row["id"].split("-")
         assert row["prompt"] == name_content(KIND_NAMES.index(kind), int(count) - 1, PLACE_NAMES.index(place))
-    style = painter.folder_styles(0)
-    monkeypatch.setattr(painter, "folder_styles", lambda seed: pick(style, torch.zeros(len(STYLES), dtype=torch.int64)))
+    style = style_folders.folder_styles(0)
+    one_style = pick(style, torch.zeros(len(STYLES), dtype=torch.int64))
+    monkeypatch.setattr(style_folders, "folder_styles", lambda seed: one_style)
     paint_style_folders(tmp_path, size=32, num_contents=NUM_CONTENTS_PAINTED)
     for row in rows:
         names = [f"images/{style}/{row['id']}.png" for style in STYLES]
@@ -520,3 +522,29 @@ def test_painter_refusals(tmp_path: Path) -> None:
     done = run("--out", tmp_path / "new", "--size", 8)
     assert (done.returncode, done.stderr) == (2, "error: size 8 must be at least 16 pixels\n")
     assert not (tmp_path / "new").exists()
+
+
+def test_many_styles_keep_styles_contents_and_what_is_held_apart(tmp_path: Path) -> None:
+    paint_many_styles(tmp_path / "many", {"train": (30, 4), "val": (5, 4), "test": (7, 4)}, size=16)
+    paint_many_styles(tmp_path / "ten", {"train": (40, 10)}, size=16)
+    with (tmp_path / "many/contents.csv").open(encoding="utf-8") as file:
+        split_of = {row["id"]: row["split"] for row in csv.DictReader(file)}
+    assert Counter(split_of.values()) == {"train": 120, "val": 24, "test": 24}
+    pictures = sorted((tmp_path / "many/images").rglob("*.png"))
+    assert len(pictures) == 4 * 42 == len({path.read_bytes() for path in pictures})
+    styles = style_folders.draw_styles(42, torch.Generator().manual_seed(0))
+    for row, split in enumerate(["train"] * 30 + ["val"] * 5 + ["test"] * 7):
+        number = row - {"train": 0, "val": 30, "test": 35}[split]
+        names = [path.stem for path in (tmp_path / f"many/images/{split}-{number:04d}").iterdir()]
+        assert {split_of[name] for name in names} == {split} and len({name.split("-")[0] for name in names}) == 4
+        contents = contents_of(torch.tensor([read_name(name) for name in names]))
+        assert [KIND_NAMES[kind] for kind in contents.kind] == [name.split("-")[0] for name in names]
+        assert not is_unseen(contents).any()
+        assert split != "train" or not is_held(contents, pick(styles, torch.full((4,), row))).any()
+    before = digests(tmp_path / "many")
+    paint_many_styles(tmp_path / "many", {"train": (30, 4), "val": (5, 4), "test": (7, 4)}, size=16)
+    assert digests(tmp_path / "many") == before
+    with pytest.raises(InputError, match="train: 11 pictures of a style must be from 2 to 10"):
+        paint_many_styles(tmp_path / "more", {"train": (1, 11)})
+    with pytest.raises(InputError, match="'cat-9-left' is no content of the painted world"):
+        read_name("cat-9-left")

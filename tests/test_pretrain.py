@@ -47,7 +47,7 @@ from ztrain.mini.language import (
     visual_side,
 )
 from ztrain.mini.muon import StackedMuon
-from ztrain.mini.painter import PaintedWorld, paint_style_folders
+from ztrain.mini.painter import PaintedWorld
 from ztrain.mini.parts import (
     VISION_LANGUAGE_PROCESSOR,
     FamilySizes,
@@ -60,6 +60,7 @@ from ztrain.mini.parts import (
 )
 from ztrain.mini.pretrain import PAINTED, STAGES
 from ztrain.mini.siglip import _equal_shapes, siglip_patches
+from ztrain.mini.style_folders import paint_style_folders
 from ztrain.mini.turns import picture_turns, text_turns, tokenize
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source

@@ -1,30 +1,153 @@
-"""The main job in one command: painted drawings -> triplets -> a trained adapter -> one labelled picture.
+"""The main job in one command: painted style folders -> triplets -> cache -> adapter, and whether it beats the splice.
 
 `python -m ztrain.demo --out DIR [--adapters NAME]`: NAME is an experiment of configs/. The models are the pretrained
-miniature that comes with ztrain; so few steps show that the path works, not how well an adapter learns.
+miniature that comes with ztrain, so content and style of every picture are known and judged. Out: `demo.png`,
+`demo.md`, `result.json` and `run/export/`. The splice's setting is chosen on validation triplets, everything else is
+measured on triplets whose contents and styles were in neither split.
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from ztrain.compare import compare
-from ztrain.config import load_config
+import torch
+
+from ztrain.adapters import describe_list
+from ztrain.config import Config, load_config
+from ztrain.data import read_triplets
 from ztrain.errors import InputError
-from ztrain.mini.painter import paint_style_folders
+from ztrain.grid import draw_grid
+from ztrain.mini.exam import CONTENT_LOSS
+from ztrain.mini.style_folders import paint_many_styles
+from ztrain.mini.subject import Subject, to_pictures
+from ztrain.mini.trials import (
+    ADAPTERS,
+    WEIGHTS,
+    Method,
+    Outcome,
+    Trials,
+    find_best_splice,
+    markdown_table,
+    splice_settings,
+)
 
 EXPERIMENTS = ("projector", "splice_lora", "siglip", "siglip_lora", "lora")
+DEFAULT = "siglip_lora"
 CONFIGS = Path("configs")
+
+PAINTED = {"train": (200, 6), "val": (24, 2), "test": (96, 2)}
+"""Style folders of each split, and pictures in each; validation chooses the splice's setting, test judges."""
+LAYERS, STRENGTHS = (4, 5, 6), (0.5, 1.0)
+"""Of the splice that are tried, each with two choices of tokens."""
+ROWS = 6
 
 BUILD_CONFIG = """\
 images: images
 contents: contents.csv
-max_triplets_per_split: 64
+splits: {train: train, val: validation, test: test}
+triplets_per_target: 2
 """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What the demo does. The default one must succeed; others, and smaller ones, only tell."""
+
+    adapters: str = DEFAULT
+    steps: int = 1400
+    seed: int = 0
+    painted: Mapping[str, tuple[int, int]] = field(default_factory=lambda: PAINTED)
+    layers: tuple[int, ...] = LAYERS
+
+    def status(self, succeeded: bool) -> int:
+        """Exit status: 1 where the default list, steps and seed do not beat the splice."""
+        return 1 if self == Plan() and not succeeded else 0
+
+
+SMOKE = {"train": (6, 4), "val": (3, 2), "test": (4, 2)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 the default run does not beat the splice, 2 something the user can mend; of a step that
+    fails, its own."""
+    parser = argparse.ArgumentParser(prog="ztrain.demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/demo"))
+    parser.add_argument("--adapters", choices=EXPERIMENTS, default=DEFAULT, help="experiment of configs/ to train")
+    parser.add_argument("--steps", type=int, default=Plan().steps, help="optimizer steps")
+    parser.add_argument("--seed", type=int, default=Plan().seed)
+    parser.add_argument("--smoke", action="store_true", help="few drawings and settings: shows that everything runs")
+    options = parser.parse_args(arguments)
+    plan = Plan(adapters=options.adapters, steps=options.steps, seed=options.seed)
+    if options.smoke:
+        plan = replace(plan, painted=SMOKE, layers=(5,))
+    try:
+        return plan.status(demo(options.out, plan))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def demo(out: Path, plan: Plan) -> bool:
+    """All steps; whether the adapter beats the splice and follows the prompt. The last line is the picture's path."""
+    started = time.perf_counter()
+
+    print("1/6 painting drawings", flush=True)
+    paint_many_styles(out / "paintings", plan.painted)
+    build_file = out / "paintings" / "build.yaml"
+    build_file.write_text(BUILD_CONFIG, encoding="utf-8")
+
+    print("2/6 pairing drawings into triplets", flush=True)
+    run("data_tools.build", "--config", str(build_file), "--out", str(out / "triplets"))
+
+    print("3/6 caching what training reads", flush=True)
+    experiment = [str(CONFIGS / f"{plan.adapters}.yaml"), str(CONFIGS / "miniature.yaml")]
+    overrides = [
+        *("--seed", str(plan.seed)),
+        *("--data.train_data_dir", str(out / "triplets")),
+        *("--cache.dir", str(out / "cache")),
+        *("--output_dir", str(out / "run")),
+        *("--train.max_train_steps", str(plan.steps)),
+    ]
+    run("ztrain.cli", "cache", "--config", *experiment, *overrides)
+
+    print("4/6 finding the splice's best setting", flush=True)
+    config = load_config([Path(file) for file in experiment], overrides)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert config.sample.num_inference_steps is not None, "configs/miniature.yaml says how many"
+    subject = Subject.load(
+        WEIGHTS, config.data.resolution, plan.seed, device, num_inference_steps=config.sample.num_inference_steps
+    )
+    found = find_best_splice(_trials(subject, config, "validation"), splice_settings(config, plan.layers, STRENGTHS))
+    best = found.most_style.method
+    keeping = None if found.keeping_content is None else found.keeping_content.method
+    print(f"most style: {best.label}; most of those that keep the content: {keeping.label if keeping else 'none'}")
+
+    print(f"5/6 training {plan.adapters} for {plan.steps} steps", flush=True)
+    shutil.rmtree(out / "run", ignore_errors=True)  # the demo's own run of an earlier time
+    launch = ("accelerate.commands.launch", "--config_file", str(CONFIGS / "accelerate" / "cpu.yaml"))
+    run(*launch, "-m", "ztrain.train", "--config", *experiment, *overrides)
+
+    print("6/6 judging everybody on drawings of other contents in other styles", flush=True)
+    trials = _trials(subject, config, "test")
+    methods = {"text_only": Method(label="text only"), "splice": best}
+    if keeping is not None and keeping != best:
+        methods["splice_keeping_content"] = keeping
+    listed = describe_list(config.adapters)
+    ours = Method.of_folder(f"{listed}, {plan.steps} steps", out / "run" / "export")
+    methods |= {"adapter": ours, "adapter_shuffled": ours.shuffled}
+    if (shipped := ADAPTERS / plan.adapters).is_dir():
+        methods["shipped"] = Method.of_folder(f"{listed}, as shipped", shipped)
+    outcomes = {name: trials.run(method) for name, method in methods.items()}
+    seconds = time.perf_counter() - started
+    return _report(out, config, trials, outcomes, seconds)
 
 
 def run(*command: str) -> None:
@@ -35,51 +158,63 @@ def run(*command: str) -> None:
         sys.exit(finished.returncode)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="ztrain.demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/demo"))
-    parser.add_argument("--adapters", choices=EXPERIMENTS, default="siglip_lora")
-    parser.add_argument("--steps", type=int, default=100)
-    options = parser.parse_args(arguments)
-    try:
-        demo(options.out, options.adapters, options.steps)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def _trials(subject: Subject, config: Config, split: str) -> Trials:
+    return Trials(subject, config, read_triplets(config.data.train_data_dir, split).triplets)
 
 
-def demo(out: Path, adapters: str, steps: int) -> None:
-    """All four steps; ends with the picture's path on the last line."""
-    started = time.perf_counter()
-
-    print("1/4 painting drawings", flush=True)
-    if not (out / "paintings" / "contents.csv").is_file():
-        paint_style_folders(out / "paintings")
-    build_file = out / "paintings" / "build.yaml"
-    build_file.write_text(BUILD_CONFIG, encoding="utf-8")
-
-    print("2/4 pairing drawings into triplets", flush=True)
-    run("data_tools.build", "--config", str(build_file), "--out", str(out / "triplets"))
-
-    print(f"3/4 training {adapters} for {steps} steps", flush=True)
-    experiment = [str(CONFIGS / f"{adapters}.yaml"), str(CONFIGS / "miniature.yaml")]
-    overrides = [
-        *("--data.train_data_dir", str(out / "triplets")),
-        *("--cache.dir", str(out / "cache")),
-        *("--output_dir", str(out / "run")),
-        *("--train.max_train_steps", str(steps)),
-    ]
-    shutil.rmtree(out / "run", ignore_errors=True)  # the demo's own run of an earlier time
-    launch = ("accelerate.commands.launch", "--config_file", str(CONFIGS / "accelerate" / "cpu.yaml"))
-    run(*launch, "-m", "ztrain.train", "--config", *experiment, *overrides)
-
-    print("4/4 comparing it with no image and the splice", flush=True)
-    compared = ["--compare.adapters", str(out / "run" / "export"), "--compare.output_dir", str(out)]
-    picture = compare(load_config([Path(file) for file in experiment], [*overrides, *compared]))
-    print(f"done in {time.perf_counter() - started:.0f} s")
+def _report(out: Path, config: Config, trials: Trials, outcomes: dict[str, Outcome], seconds: float) -> bool:
+    """Writes table, picture and result; says and gives the verdict."""
+    text, splice, ours = (outcomes[name] for name in ("text_only", "splice", "adapter"))
+    gain = trials.difference("style_cosine", ours, splice)
+    lost = {name: text.mean(f"prompt_{name}") - ours.mean(f"prompt_{name}") for name in trials.contents}
+    beats, follows = gain["low"] > 0, max(lost.values()) <= CONTENT_LOSS
+    said = f"style cosine above the splice's best: {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+    worst = max(lost, key=lost.__getitem__)
+    verdict = (
+        f"The adapter {'beats' if beats else 'does not beat'} the splice ({said}; {len(trials)} held-out triplets) and"
+        f" {'follows' if follows else 'does not follow'} the prompt as text alone does"
+        f" ({worst} {-lost[worst]:+.3f}, at most {CONTENT_LOSS:g} lower is allowed)."
+    )
+    table = markdown_table(trials, list(outcomes.values()))
+    (out / "demo.md").write_text(f"{table}\n{verdict}\n", encoding="utf-8")
+    result: dict[str, Any] = {
+        "seconds": round(seconds, 1),
+        "steps": config.train.max_train_steps,
+        "seed": config.seed,
+        "adapters": [adapter.model_dump(mode="json") for adapter in config.adapters],
+        "triplets": len(trials),
+        "splice_setting": splice.method.label,
+        "style_cosine": _means(outcomes, "style_cosine")
+        | {"difference": gain["mean"], "difference_low": gain["low"], "difference_high": gain["high"]},
+        "content": _means(outcomes, "prompt_content"),
+        "leak": {name: trials.leak_above_chance(outcome)["mean"] for name, outcome in outcomes.items()},
+        "beats_splice": beats,
+        "follows_prompt": follows,
+        "figures": {name: trials.figures(outcome) for name, outcome in outcomes.items()},
+    }
+    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    picture = _draw(out / "demo.png", trials, outcomes)
+    print(f"\n{table}\n{verdict}\n")
+    print(f"done in {seconds:.0f} s; adapter: {out / 'run' / 'export'}, figures: {out / 'result.json'}")
     print("The models are the miniature; the real weights take the same commands: README, 'Your own images'.")
     print(picture)
+    return beats and follows
+
+
+def _means(outcomes: dict[str, Outcome], figure: str) -> dict[str, float | None]:
+    names = dict.fromkeys(("text_only", "splice", "adapter", "shipped"))
+    return names | {name: outcome.mean(figure) for name, outcome in outcomes.items()}
+
+
+def _draw(path: Path, trials: Trials, outcomes: dict[str, Outcome]) -> Path:
+    """reference | no image | splice | this adapter | shipped adapter | target."""
+    columns = {"text_only": "no image", "splice": "splice", "adapter": "this adapter", "shipped": "shipped adapter"}
+    shown = {label: to_pictures(outcomes[name].images[:ROWS]) for name, label in columns.items() if name in outcomes}
+    targets = to_pictures(trials.targets[:ROWS])
+    rows = [[trials.references[i], *(images[i] for images in shown.values()), targets[i]] for i in range(ROWS)]
+    prompts = [triplet.prompt for triplet in trials.triplets[:ROWS]]
+    draw_grid(["reference", *shown, "target"], prompts, rows).save(path)
+    return path
 
 
 if __name__ == "__main__":

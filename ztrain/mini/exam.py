@@ -15,12 +15,23 @@ import torch
 from torch import Tensor
 
 from ztrain.errors import InputError
-from ztrain.metrics import bootstrap, correct, paired_bootstrap, retrieval_at_1, style_cosine
+from ztrain.metrics import (
+    bootstrap,
+    correct,
+    high_frequency_energy,
+    leak,
+    leak_by_chance,
+    paired_bootstrap,
+    retrieval_at_1,
+    style_cosine,
+)
 from ztrain.mini.gallery import Gallery, Split, World
 from ztrain.mini.judges import STYLE_JUDGES, load_content_judge, load_style_judge
 from ztrain.mini.subject import Subject
 
 RETRIEVAL_POOL = 256
+CONTENT_LOSS = 0.05
+"""How much content accuracy a method may lose against text-only and still be said to keep the content."""
 EVALUATION_SEEDS = 1_000_000
 """Galleries of this seed and above are for scorecards; models and judges are trained on galleries below it."""
 
@@ -53,15 +64,15 @@ class Clusters:
     def count(self) -> int:
         return len(self.numbers.unique())
 
-    def figure(self, ours: Tensor, theirs: Tensor | None = None) -> Card:
+    def figure(self, ours: Tensor, theirs: Tensor | None = None, *, drop_nan: bool = False) -> Card:
         """The mean of scores, or of their paired difference to others, with its interval; `count` counts pictures."""
         # Of one cluster alone no interval can be told: then it is one over pictures, and says so.
         alone = self.count < 2
         groups = None if alone else self.numbers
         interval = (
-            bootstrap(ours, groups=groups, resamples=_RESAMPLES)
+            bootstrap(ours, groups=groups, drop_nan=drop_nan, resamples=_RESAMPLES)
             if theirs is None
-            else paired_bootstrap(ours, theirs, groups=groups, resamples=_RESAMPLES)
+            else paired_bootstrap(ours, theirs, groups=groups, drop_nan=drop_nan, resamples=_RESAMPLES)
         )
         if alone:
             return {**interval.to_json(), "groups": interval.count, "groups_of": "pictures"}
@@ -103,6 +114,28 @@ class Judges:
     def look(self, images: Tensor) -> Seen:
         styles = {name: judge.embed(images) for name, judge in self.styles.items()}
         return Seen(logits=self.content.judge(images), styles=styles)
+
+
+def score_pictures(
+    images: Tensor,
+    seen: Seen,
+    true: Seen,
+    asked: dict[str, Tensor],
+    shown: dict[str, Tensor],
+    contents: Sequence[str],
+    *,
+    pools: Sequence[int] = (),
+) -> Scores:
+    """Every score of T pictures, (T, 3, S, S) uint8, against their triplets: likeness to the target's style, what was
+    asked for, what the reference shows. `contents`: the labels that say what is drawn; leak is of the first."""
+    scores = dict(seen.likeness(true, pools=pools))
+    scores |= {f"prompt_{name}": values for name, values in seen.is_right(asked, contents).items()}
+    scores["prompt_content"] = torch.stack([scores[f"prompt_{name}"] for name in contents]).mean(0)
+    scores |= {f"reference_{name}": values for name, values in seen.is_right(shown, contents).items()}
+    judged = seen.logits[contents[0]].argmax(1)
+    labels = (judged, shown[contents[0]], asked[contents[0]])
+    scores |= {"leak": leak(*labels), "leak_by_chance": leak_by_chance(*labels)}
+    return scores | {"high_frequency": high_frequency_energy(images.float() / 255)}
 
 
 # On what

@@ -1,37 +1,24 @@
-"""Paints the world of world.py, whole batches at once, and style folders for the demo and the tests.
+"""Paints the world of world.py, whole batches at once.
 
-    python -m ztrain.mini.painter --out DIR
-
-Out: `<folder>/images/<style>/<id>.png` and `<folder>/contents.csv`, the layout that data_tools.build reads. Objects are
-signed distances sampled from an atlas (shapes.py), so that outlines, shading and soft edges are arithmetic on a whole
-batch; pictures come out the same on every device up to rounding.
+Objects are signed distances sampled from an atlas (shapes.py), so that outlines, shading and soft edges are arithmetic
+on a whole batch; pictures come out the same on every device up to rounding.
 
 Legend: B pictures of a batch, S pixels of a side, O objects of a picture (3; missing ones lie far away).
 """
 
-import argparse
 import math
-import random
-import sys
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from ztrain.errors import InputError
 from ztrain.mini.gallery import Gallery, Split
 from ztrain.mini.shapes import REACH, distance_atlas
 from ztrain.mini.world import (
     CONTENT_CLASSES,
     COUNT_NAMES,
-    FILL_NAMES,
     HOLLOW,
-    KIND_NAMES,
-    NUM_CONTENTS,
-    PATTERN_NAMES,
     PHRASINGS,
     PLACE_NAMES,
     PLACES,
@@ -39,7 +26,6 @@ from ztrain.mini.world import (
     WORLD_VERSION,
     Contents,
     Styles,
-    contents_of,
     draw_contents,
     draw_styles,
     labels_of,
@@ -316,111 +302,3 @@ def _replies(contents: Contents, styles: Styles) -> list[tuple[str, str]]:
 
 def _rows(contents: Contents) -> list[tuple[int, int, int]]:
     return list(zip(contents.kind.tolist(), contents.count.tolist(), contents.place.tolist(), strict=True))
-
-
-STYLES = tuple(f"style{number}" for number in range(1, 7))
-"""Names of the folders that `paint_style_folders` paints; prompts never name a style."""
-
-
-def folder_styles(seed: int) -> Styles:
-    """As many styles as STYLES, clearly apart: hues, patterns and fills in turn, the rest drawn."""
-    number = torch.arange(len(STYLES))
-    drawn = draw_styles(len(STYLES), torch.Generator().manual_seed(seed))
-    background, second, body = drawn.background.clone(), drawn.second.clone(), drawn.body.clone()
-    background[:, 0] = (background[0, 0] + number / len(STYLES)) % 1
-    second[:, 0] = background[:, 0]
-    body[:, 0] = (background[:, 0] + 0.45) % 1
-    fill = number % len(FILL_NAMES)
-    changed = {
-        "pattern": number % len(PATTERN_NAMES),
-        "fill": fill,
-        "outline": torch.where(fill == HOLLOW, drawn.outline.clamp_min(0.03), drawn.outline),
-        "background": background,
-        "second": second,
-        "body": body,
-    }
-    return Styles(**{f.name: changed.get(f.name, getattr(drawn, f.name)) for f in fields(Styles)})
-
-
-@dataclass(frozen=True, slots=True)
-class Drawing:
-    """One content of a painted folder: its number among all contents, its file's name, its prompt and its split."""
-
-    number: int
-    name: str
-    """star-2-left."""
-    prompt: str
-    split: str
-    """val for one in six, else train."""
-
-
-def choose_contents(num_contents: int, seed: int) -> list[Drawing]:
-    """Distinct contents, every kind about equally often. Raises InputError for fewer than 6, or more than there are."""
-    chance = random.Random(f"contents {seed}")
-    if not 6 <= num_contents <= NUM_CONTENTS:
-        raise InputError(f"num_contents {num_contents} must be from 6 to {NUM_CONTENTS}")
-    of_kind = NUM_CONTENTS // len(KIND_NAMES)
-    shuffled = [chance.sample(range(of_kind), of_kind) for _kind in KIND_NAMES]
-    chosen = [kind * of_kind + cells[turn] for turn in range(of_kind) for kind, cells in enumerate(shuffled)]
-    del chosen[num_contents:]
-    held_out = set(chance.sample(chosen, max(2, round(num_contents / 6))))
-    drawings = []
-    for number in chosen:
-        content = contents_of(torch.tensor(number))
-        kind, count, place = int(content.kind), int(content.count), int(content.place)
-        name = f"{KIND_NAMES[kind]}-{count + 1}-{PLACE_NAMES[place]}"
-        drawings.append(
-            Drawing(number, name, name_content(kind, count, place), "val" if number in held_out else "train")
-        )
-    return drawings
-
-
-def paint_style_folders(folder: Path, *, seed: int = 0, size: int = 128, num_contents: int = 48) -> None:
-    """Paint `num_contents` contents (6 to 180) in every style, as PNG of `size` x `size` pixels.
-
-    The same arguments give the same pictures. Painting again over the same contents is fine; raises
-    InputError for a folder with anything else in it.
-    """
-    drawings = choose_contents(num_contents, seed)
-    if size < 16:
-        raise InputError(f"size {size} must be at least 16 pixels")
-    text = "id,prompt,split\n"
-    text += "".join(f"{drawing.name},{drawing.prompt},{drawing.split}\n" for drawing in drawings)
-    table = folder / "contents.csv"
-    found = table.read_text(encoding="utf-8") if table.is_file() else ""
-    if found != text and folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder}: holds something else already; remove it or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    table.write_text(text, encoding="utf-8")  # first: painting again mends a folder left half painted
-    contents = contents_of(torch.tensor([drawing.number for drawing in drawings]))
-    poses = draw_poses(contents, torch.Generator().manual_seed(seed))
-    for index, style in enumerate(STYLES):
-        (folder / "images" / style).mkdir(parents=True, exist_ok=True)
-        styles = pick(folder_styles(seed), torch.full((num_contents,), index))
-        for drawing, picture in zip(drawings, paint(contents, styles, poses, size, seed=seed), strict=True):
-            path = folder / "images" / style / f"{drawing.name}.png"
-            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
-
-
-def main() -> int:
-    """Exit status: 0 painted, 2 something the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m ztrain.mini.painter", description="Paint style folders.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to paint into")
-    for name, default, text in (
-        ("--seed", 0, "decides styles, contents and splits"),
-        ("--size", 128, "side of the pictures in pixels"),
-        ("--num-contents", 48, "pictures per style"),
-    ):
-        parser.add_argument(name, type=int, default=default, help=f"{text} (default: {default})")
-    given = parser.parse_args()
-    try:
-        paint_style_folders(given.out, seed=given.seed, size=given.size, num_contents=given.num_contents)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{given.out}: {given.num_contents} contents in {len(STYLES)} styles")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,9 +17,8 @@ from ztrain.adapters import build_adapters
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.conditioning import Encoded, TokenStates
 from ztrain.config import EncodersConfig
-from ztrain.metrics import high_frequency_energy, leak, leak_by_chance
 from ztrain.mini import sheets
-from ztrain.mini.exam import Card, Clusters, Exam, Scores
+from ztrain.mini.exam import CONTENT_LOSS, Card, Clusters, Exam, Scores, score_pictures
 from ztrain.mini.gallery import Gallery, Split
 from ztrain.mini.subject import to_pictures
 from ztrain.model import AdaptedDiT
@@ -29,8 +28,6 @@ STRENGTHS = (0.1, 0.25, 0.5, 1.0)
 """Besides 0, which is text-only."""
 ALPHAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 NEUTRAL = "a picture"
-CONTENT_LOSS = 0.05
-"""How much content accuracy the best setting of the splice may lose against text-only."""
 _SHOWN = 8  # rows of a sheet
 _TOKENS: tuple[Literal["all"], Literal["image"], Literal["text"]] = ("all", "image", "text")
 _PROMPTS: tuple[Literal["neutral"], Literal["content"]] = ("neutral", "content")
@@ -139,16 +136,9 @@ class Triplets:
         return self._states[key]
 
     def _score(self, images: Tensor) -> Scores:
-        exam, asked, shown = self.exam, self.targets.labels, self.references.labels
+        exam = self.exam
         seen = exam.judges.look(images)
-        scores = dict(seen.likeness(self._true))
-        scores |= {f"prompt_{name}": values for name, values in seen.is_right(asked, exam.contents).items()}
-        scores["prompt_content"] = torch.stack([scores[f"prompt_{name}"] for name in exam.contents]).mean(0)
-        scores |= {f"reference_{name}": values for name, values in seen.is_right(shown, exam.contents).items()}
-        judged = seen.logits[exam.main].argmax(1)
-        labels = (judged, shown[exam.main], asked[exam.main])
-        scores |= {"leak": leak(*labels), "leak_by_chance": leak_by_chance(*labels)}
-        return scores | {"high_frequency": high_frequency_energy(images.float() / 255)}
+        return score_pictures(images, seen, self._true, self.targets.labels, self.references.labels, exam.contents)
 
     def best(self, name: str, among: Callable[[Row], bool]) -> Setting:
         """The setting of those that has the largest mean."""

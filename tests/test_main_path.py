@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import statistics
@@ -322,11 +323,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(family: Path, paintings
 
 
 def test_the_demo_judges_what_it_trains_and_prints_its_picture_last(tmp_path: Path) -> None:
-    for _ in range(2):  # over itself as well
-        finished = run("ztrain.demo", "--out", str(tmp_path), "--steps", "4", "--smoke")
+    for words in (("--adapters", "splice_lora"), ()):  # over itself as well
+        finished = run("ztrain.demo", "--out", str(tmp_path), "--steps", "4", "--smoke", *words)
         lines = finished.stdout.splitlines()
         assert lines[-1] == str(tmp_path / "demo.png") and Path(lines[-1]).is_file()
-    result = json.loads((tmp_path / "result.json").read_text())
+        result = json.loads((tmp_path / "result.json").read_text())
+        exported = json.loads((tmp_path / "run/export/adapter_config.json").read_text())
+        if words:
+            found = f"splice layer {exported['encoders']['hidden_index']} tokens={exported['adapters'][0]['tokens']} "
+            assert result["splice_setting"].startswith(found), "[splice, lora] starts from what was found"
     assert (result["steps"], result["seed"], result["triplets"]) == (4, 0, 8) and result["seconds"] > 0
     cosine = result["style_cosine"]
     assert cosine["difference_low"] <= cosine["difference"] <= cosine["difference_high"]
@@ -336,7 +341,14 @@ def test_the_demo_judges_what_it_trains_and_prints_its_picture_last(tmp_path: Pa
     assert result["beats_splice"] is (cosine["difference_low"] > 0)
     said = "The adapter beats" if result["beats_splice"] else "The adapter does not beat"
     assert any(line.startswith(said) for line in lines) and said in (tmp_path / "demo.md").read_text()
-    assert (tmp_path / "run/export/adapter_config.json").is_file()
+
+
+def test_the_readme_shows_what_the_demo_measured() -> None:
+    figures = runpy.run_path(str(ROOT / "benchmarks" / "demo_figures.py"))
+    result = json.loads(figures["RESULT"].read_text())
+    assert figures["table"](result) in (ROOT / "README.md").read_text()
+    assert result["beats_splice"] and result["follows_prompt"] and result["triplets"] >= 128
+    assert (result["steps"], result["seed"]) == (Plan().steps, Plan().seed), "measure again: the demo's plan is another"
 
 
 def test_only_the_default_demo_must_beat_the_splice() -> None:

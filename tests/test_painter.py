@@ -544,6 +544,8 @@ def test_many_styles_keep_styles_contents_and_what_is_held_apart(tmp_path: Path)
     before = digests(tmp_path / "many")
     paint_many_styles(tmp_path / "many", {"train": (30, 4), "val": (5, 4), "test": (7, 4)}, size=16)
     assert digests(tmp_path / "many") == before
+    with pytest.raises(InputError, match="many: holds something else already"):  # train-0029 would stay
+        paint_many_styles(tmp_path / "many", {"train": (29, 4), "val": (5, 4), "test": (7, 4)}, size=16)
     with pytest.raises(InputError, match="train: 11 pictures of a style must be from 2 to 10"):
         paint_many_styles(tmp_path / "more", {"train": (1, 11)})
     with pytest.raises(InputError, match="'cat-9-left' is no content of the painted world"):

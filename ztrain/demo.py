@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from ztrain.adapters import describe_list
 from ztrain.config import Config, load_config
@@ -107,7 +108,7 @@ def demo(out: Path, plan: Plan) -> bool:
     print("2/6 pairing drawings into triplets", flush=True)
     run("data_tools.build", "--config", str(build_file), "--out", str(out / "triplets"))
 
-    print("3/6 caching what training reads", flush=True)
+    print("3/6 finding the splice's best setting", flush=True)
     experiment = [str(CONFIGS / f"{plan.adapters}.yaml"), str(CONFIGS / "miniature.yaml")]
     overrides = [
         *("--seed", str(plan.seed)),
@@ -116,9 +117,6 @@ def demo(out: Path, plan: Plan) -> bool:
         *("--output_dir", str(out / "run")),
         *("--train.max_train_steps", str(plan.steps)),
     ]
-    run("ztrain.cli", "cache", "--config", *experiment, *overrides)
-
-    print("4/6 finding the splice's best setting", flush=True)
     config = load_config([Path(file) for file in experiment], overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     assert config.sample.num_inference_steps is not None, "configs/miniature.yaml says how many"
@@ -129,6 +127,10 @@ def demo(out: Path, plan: Plan) -> bool:
     best = found.most_style.method
     keeping = None if found.keeping_content is None else found.keeping_content.method
     print(f"most style: {best.label}; most of those that keep the content: {keeping.label if keeping else 'none'}")
+    overrides += _as_found(config, best)
+
+    print("4/6 caching what training reads", flush=True)
+    run("ztrain.cli", "cache", "--config", *experiment, *overrides)
 
     print(f"5/6 training {plan.adapters} for {plan.steps} steps", flush=True)
     shutil.rmtree(out / "run", ignore_errors=True)  # the demo's own run of an earlier time
@@ -145,7 +147,8 @@ def demo(out: Path, plan: Plan) -> bool:
     methods |= {"adapter": ours, "adapter_shuffled": ours.shuffled}
     if (shipped := ADAPTERS / plan.adapters).is_dir():
         methods["shipped"] = Method.of_folder(f"{listed}, as shipped", shipped)
-    outcomes = {name: trials.run(method) for name, method in methods.items()}
+    bar = tqdm(methods.items(), desc="judging", unit="method")
+    outcomes = {name: trials.run(method) for name, method in bar}
     seconds = time.perf_counter() - started
     return _report(out, config, trials, outcomes, seconds)
 
@@ -156,6 +159,14 @@ def run(*command: str) -> None:
     finished = subprocess.run([sys.executable, "-m", *command], check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if finished.returncode:
         sys.exit(finished.returncode)
+
+
+def _as_found(config: Config, best: Method) -> list[str]:
+    """Overrides by which a list that starts from the splice starts from its best setting."""
+    [splice] = best.adapters
+    composing = [place for place, adapter in enumerate(config.adapters) if adapter.composes_reference]
+    tokens = [word for place in composing for word in (f"--adapters.{place}.tokens", splice.tokens)]
+    return [*tokens, "--encoders.hidden_index", str(best.encoders.hidden_index)] if composing else []
 
 
 def _trials(subject: Subject, config: Config, split: str) -> Trials:

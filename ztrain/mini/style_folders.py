@@ -126,7 +126,7 @@ def paint_style_folders(folder: Path, *, seed: int = 0, size: int = 128, num_con
     InputError for a folder with anything else in it.
     """
     drawings = choose_contents(num_contents, seed)
-    _begin(folder, drawings, size)
+    _begin(folder, drawings, STYLES, size)
     contents = contents_of(torch.tensor([drawing.number for drawing in drawings]))
     poses = draw_poses(contents, torch.Generator().manual_seed(seed))
     for index, style in enumerate(STYLES):
@@ -162,23 +162,24 @@ def paint_many_styles(folder: Path, splits: Mapping[str, tuple[int, int]], *, se
         if not 2 <= pictures <= _MOST_PICTURES:
             raise InputError(f"{split}: {pictures} pictures of a style must be from 2 to {_MOST_PICTURES}")
     drawings = share_contents(list(splits), seed)
-    _begin(folder, drawings, size)
+    folders = {split: [f"{split}-{number:04d}" for number in range(styles)] for split, (styles, _) in splits.items()}
+    _begin(folder, drawings, [name for names in folders.values() for name in names], size)
     styles = draw_styles(sum(styles for styles, _ in splits.values()), torch.Generator().manual_seed(seed))
     chance = random.Random(f"drawings {seed}")
     names: list[str] = []
     rows: list[int] = []
     chosen: list[Drawing] = []
     row = 0
-    for split, (num_styles, pictures) in splits.items():
+    for split, (_, pictures) in splits.items():
         of_split = [drawing for drawing in drawings if drawing.split == split]
         contents = contents_of(torch.tensor([drawing.number for drawing in of_split]))
-        for number in range(num_styles):
+        for name in folders[split]:
             held = is_held(contents, pick(styles, torch.tensor([row]))) & (not chosen or split == chosen[0].split)
             possible = [drawing for drawing, is_out in zip(of_split, held.tolist(), strict=True) if not is_out]
             chance.shuffle(possible)
             of_kind = {drawing.kind: drawing for drawing in possible}
             chosen += list(of_kind.values())[:pictures]
-            names += [f"{split}-{number:04d}"] * pictures
+            names += [name] * pictures
             rows += [row] * pictures
             row += 1
     contents = contents_of(torch.tensor([drawing.number for drawing in chosen]))
@@ -186,15 +187,16 @@ def paint_many_styles(folder: Path, splits: Mapping[str, tuple[int, int]], *, se
     _save(folder, names, chosen, paint(contents, pick(styles, torch.tensor(rows)), poses, size, seed=seed))
 
 
-def _begin(folder: Path, drawings: Iterable[Drawing], size: int) -> None:
-    """Writes the table, in a folder that is new or has the same one."""
+def _begin(folder: Path, drawings: Iterable[Drawing], styles: Iterable[str], size: int) -> None:
+    """Writes the table, in a folder that is new or has the same table and no other styles."""
     if size < 16:
         raise InputError(f"size {size} must be at least 16 pixels")
     text = "id,prompt,split\n"
     text += "".join(f"{drawing.name},{drawing.prompt},{drawing.split}\n" for drawing in drawings)
-    table = folder / "contents.csv"
+    table, images = folder / "contents.csv", folder / "images"
     found = table.read_text(encoding="utf-8") if table.is_file() else ""
-    if found != text and folder.exists() and any(folder.iterdir()):
+    painted = {path.name for path in images.iterdir()} if images.is_dir() else set()
+    if (found != text and folder.exists() and any(folder.iterdir())) or painted - set(styles):
         raise InputError(f"{folder}: holds something else already; remove it or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     table.write_text(text, encoding="utf-8")  # first: painting again mends a folder left half painted

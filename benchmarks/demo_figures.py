@@ -45,7 +45,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Adapter minus splice: {cell(gain)} of style cosine. {result['triplets']} held-out triplets, {result['steps']}"
-        " steps of 8, 95 % intervals over styles.",
+        f" steps, {result['seconds'] / 60:.0f} minutes in all; 95 % intervals over styles.",
     ]
     return "\n".join(lines)
 

@@ -171,7 +171,7 @@ def serve() -> Iterator[Callable[..., Server]]:
 
 
 SLACK = 15.0
-"""Seconds that a busy machine may add; what waits for a process that hangs never comes back (communicate's 60 s)."""
+"""Seconds in which a process must have ended, on a busy machine too; one that hangs never ends."""
 
 # --- a training process -----------------------------------------------------------------------------------------------
 
@@ -559,7 +559,7 @@ def test_a_wandb_that_dies_or_hangs_takes_only_the_mirror_along(tmp_path: Path, 
     [core] = [p for p in psutil.Process(training.process.pid).children() if p.name() == "wandb-core"]
     core.send_signal(getattr(signals, signal))
     seconds = training.do("for step in range(10, 100): record.log(step, {'loss': 1.0})")
-    assert seconds < SLACK and training.do("record.close(failed=False)") < 12 + SLACK and training.end() < SLACK
+    assert seconds < 1 and training.do("record.close(failed=False)") < 16 and training.end() < SLACK
     assert gone(family, 5)
     assert [row["step"] for row in training.rows] == list(range(100))
     assert training.said.count("wandb failed") == 1 and "the upload is not complete" in training.said

@@ -8,12 +8,15 @@ import torch
 
 from data_tools.build import main as build
 from ztrain.adapters.projector import ProjectorConfig
+from ztrain.adapters.splice import SpliceConfig
 from ztrain.config import Config, load_config
 from ztrain.data import read_triplets
 from ztrain.errors import InputError
+from ztrain.export import ExportedAdapter
 from ztrain.mini.style_folders import paint_many_styles
 from ztrain.mini.subject import Subject
 from ztrain.mini.trials import WEIGHTS, Method, Trials, find_best_splice, markdown_table, splice_settings
+from ztrain.models import identity
 from ztrain.rows import Triplet
 
 STYLES, PICTURES = 10, 3
@@ -85,6 +88,15 @@ def test_what_cannot_be_tried_is_said(trials: Trials, config: Config, triplets: 
         Trials(trials.subject, config, one)
     with pytest.raises(InputError, match="a target of 64 x 64 pixels: trials are of 32 x 32"):
         Trials(replace(trials.subject, size=32), config, triplets)
+    with pytest.raises(InputError, match="no style; trials are of triplets of style folders"):
+        Trials(trials.subject, config, [replace(triplets[0], columns={}), *triplets[1:]])
+    others = [triplet for triplet in triplets if triplet not in one]
+    with pytest.raises(InputError, match="its style has more triplets than any other"):
+        Trials(trials.subject, config, [*one, others[0]])
+    known = identity(trials.subject.dit, "transformer") | {"weights": "of another"}
+    foreign = ExportedAdapter(tmp_path, [SpliceConfig()], config.encoders, {"transformer": known}, {}, {})
+    with pytest.raises(InputError, match="made for another transformer: its weights hash is of another"):
+        trials.run(Method(label="foreign", exported=foreign))
     stranger = replace(triplets[0], columns=triplets[0].columns | {"content": "portrait"})
     with pytest.raises(InputError, match="'portrait' is no content of the painted world"):
         Trials(trials.subject, config, [*triplets[1:], stranger])

@@ -147,6 +147,8 @@ def demo(out: Path, plan: Plan) -> bool:
     methods |= {"adapter": ours, "adapter_shuffled": ours.shuffled}
     if (shipped := ADAPTERS / plan.adapters).is_dir():
         methods["shipped"] = Method.of_folder(f"{listed}, as shipped", shipped)
+    else:
+        print(f"no column for a shipped adapter: none comes with ztrain for {listed}")
     bar = tqdm(methods.items(), desc="judging", unit="method")
     outcomes = {name: trials.run(method) for name, method in bar}
     seconds = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Paints style folders, the layout that data_tools.build reads, for the demo, the shipped adapters and the tests.
+"""Paints style folders, the layout that data_tools.build reads, for the demo and the tests.
 
     python -m ztrain.mini.style_folders --out DIR
 
@@ -169,12 +169,12 @@ def paint_many_styles(folder: Path, splits: Mapping[str, tuple[int, int]], *, se
     names: list[str] = []
     rows: list[int] = []
     chosen: list[Drawing] = []
-    row = 0
+    row, first = 0, next(iter(splits))
     for split, (_, pictures) in splits.items():
         of_split = [drawing for drawing in drawings if drawing.split == split]
         contents = contents_of(torch.tensor([drawing.number for drawing in of_split]))
         for name in folders[split]:
-            held = is_held(contents, pick(styles, torch.tensor([row]))) & (not chosen or split == chosen[0].split)
+            held = is_held(contents, pick(styles, torch.tensor([row]))) & (split == first)
             possible = [drawing for drawing, is_out in zip(of_split, held.tolist(), strict=True) if not is_out]
             chance.shuffle(possible)
             of_kind = {drawing.kind: drawing for drawing in possible}

@@ -26,7 +26,7 @@ from ztrain.conditioning import Encoded
 from ztrain.config import Config, EncodersConfig, list_reads
 from ztrain.encoders import Encoders
 from ztrain.errors import InputError
-from ztrain.export import ExportedAdapter, adapt, read_adapter
+from ztrain.export import ExportedAdapter, adapt, check_identity, encoder_identities, read_adapter
 from ztrain.images import open_image
 from ztrain.metrics import copy_score
 from ztrain.mini.exam import CONTENT_LOSS, RETRIEVAL_POOL, Card, Clusters, Judges, Scores, score_pictures
@@ -34,6 +34,7 @@ from ztrain.mini.style_folders import read_name
 from ztrain.mini.subject import Subject
 from ztrain.mini.world import CONTENT_CLASSES, contents_of
 from ztrain.model import AdaptedDiT
+from ztrain.models import identity
 from ztrain.rows import Triplet
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -85,18 +86,19 @@ class Trials:
     def __init__(self, subject: Subject, config: Config, triplets: Sequence[Triplet]) -> None:
         self.subject, self.config, self.triplets = subject, config, list(triplets)
         self.judges = Judges(subject.folder / "judges", subject.device)
-        styles = [str(triplet.columns["style"]) for triplet in triplets]
-        self._order(styles)
-        self.styles = [str(triplet.columns["style"]) for triplet in self.triplets]
+        self._order([_column(triplet, "style") for triplet in triplets])
+        self.styles = [_column(triplet, "style") for triplet in self.triplets]
         numbers = {style: number for number, style in enumerate(dict.fromkeys(self.styles))}
         if len(numbers) < 2:
             raise InputError(f"{self.triplets[0].where}: all triplets are in one style; a trial needs several")
+        if min(self.rounds) < 2:
+            raise InputError(f"{self.triplets[-1].where}: its style has more triplets than any other; cut it")
         device = subject.device
         self.clusters = Clusters(of="styles", numbers=torch.tensor([numbers[s] for s in self.styles], device=device))
         self.references = [open_image(triplet.references[0]) for triplet in self.triplets]
         self.targets = torch.stack([self._pixels(open_image(triplet.target)) for triplet in self.triplets]).to(device)
         self.asked, self.shown = (
-            _labels([str(triplet.columns[column]) for triplet in self.triplets], device)
+            _labels([_column(triplet, column) for triplet in self.triplets], device)
             for column in ("content", "reference_content")
         )
         self._true = self.judges.look(self.targets)
@@ -135,15 +137,18 @@ class Trials:
 
     def run(self, method: Method) -> Outcome:
         """Renders and judges one method; picture i starts from the same noise for all."""
+        encoded = self._encode(method)
         dit = copy.deepcopy(self.subject.dit)  # adapters change it
         if method.exported is None:
             model = AdaptedDiT(dit, build_adapters(list(method.adapters))).eval()
             if model.trainable_state():
                 raise InputError(f"{method.label} {describe_list(list(method.adapters))} is untrained; export it first")
         else:
+            known = encoder_identities(self._encoders) | {"transformer": identity(dit, "transformer")}
+            check_identity(method.exported, known)
             model = adapt(dit, method.exported)
         model.set_scales([method.scale] * len(method.adapters))
-        images = self.subject.render(model, self._encode(method))
+        images = self.subject.render(model, encoded)
         return Outcome(method, images, self._score(images))
 
     def _encode(self, method: Method) -> Encoded:
@@ -230,6 +235,12 @@ def find_best_splice(trials: Trials, settings: Sequence[Method]) -> BestSplice:
         return max(outcomes, key=lambda outcome: outcome.mean("style_cosine"))
 
     return BestSplice(most_style=best(tried), keeping_content=best(keeping) if keeping else None, tried=tried)
+
+
+def _column(triplet: Triplet, name: str) -> str:
+    if name not in triplet.columns:
+        raise InputError(f"{triplet.where}: no {name}; trials are of triplets of style folders")
+    return str(triplet.columns[name])
 
 
 def _labels(names: Sequence[str], device: torch.device) -> dict[str, Tensor]:

@@ -54,6 +54,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.exit_codes: list[int] = []
         self.artifacts: list[dict[str, Any]] = []
         self.released = threading.Event()  # ends requests that hang
+        self.held = threading.Event()  # a request came that will be refused after the mode has changed
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def handle_error(self, request: Any, client_address: Any) -> None: ...  # clients are killed here
@@ -130,7 +131,14 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         self.server.bodies.append((self.path, body))
         if self.server.mode == "hang":
             self.server.released.wait()
-        if self.server.mode in ("hang", "dead"):
+        if late := (self.server.mode == "late 401" and b"RunResumeStatus" in body):
+            self.server.held.set()
+            while self.server.mode == "late 401":
+                time.sleep(0.1)
+            time.sleep(3)
+        if late:
+            self._reply(401, {"errors": []})
+        elif self.server.mode in ("hang", "dead"):
             self.close_connection = True
         elif self.server.mode.isdigit():
             self._reply(int(self.server.mode), {"errors": [{"message": "no \x1b[31mway"}]})
@@ -465,8 +473,11 @@ def test_no_outage_holds_up_or_loses_anything(tmp_path: Path, serve: Any) -> Non
         "comes back": ("500", "500", "well"),
         "lets in": ("401", "well", "well"),
         "lets in late": ("401", "401", "well"),
+        "refuses while closing": ("401", "late 401", "well"),
     }
+    let_in = ("comes back", "lets in", "lets in late", "refuses while closing")
     servers = {name: serve(plan[0] if plan[0] != "dead" else "well") for name, plan in plans.items()}
+    held = servers["refuses while closing"].held
     runs = {name: Training(tmp_path / name, server.url) for name, server in servers.items()}
 
     def switch(moment: int) -> None:
@@ -480,7 +491,8 @@ def test_no_outage_holds_up_or_loses_anything(tmp_path: Path, serve: Any) -> Non
     for run in runs.values():
         run.do("import wandb, ztrain.tracking as tracking")
     runs["hangs"].do("tracking._SILENT_SECONDS = 1")
-    runs["lets in"].do("tracking._RETRY_SECONDS = 0")
+    for name in ("lets in", "refuses while closing"):
+        runs[name].do("tracking._RETRY_SECONDS = 0")
     started = {name: run.start() for name, run in runs.items()}
     for run in runs.values():
         run.do("record.log(0, {'loss': 1.0})")
@@ -489,6 +501,7 @@ def test_no_outage_holds_up_or_loses_anything(tmp_path: Path, serve: Any) -> Non
     many = "for step in range(1, 199): record.log(step, {'loss': 1 / step})"
     spent = {name: run.do(many) for name, run in runs.items()}
     wait_for(lambda: runs["lets in"].do("record._mirror._follow()") and servers["lets in"].history, 30)
+    wait_for(lambda: runs["refuses while closing"].do("record._mirror._follow()") and held.is_set(), 30)
     for run in runs.values():
         run.do("record.log(199, {'loss': 0.0})")
     switch(2)
@@ -498,18 +511,18 @@ def test_no_outage_holds_up_or_loses_anything(tmp_path: Path, serve: Any) -> Non
     closed = {name: run.answer() for name, run in runs.items()}
     ended = {name: run.end() for name, run in runs.items()}
 
-    assert max(started.values()) < 20 and max(spent.values()) < 1
-    assert max(closed.values()) < 30 and max(ended.values()) < 3, (closed, ended)
+    assert max(started.values()) < 20 and max(spent.values()) < 5
+    assert max(closed.values()) < 30 and max(ended.values()) < SLACK, (closed, ended)
     assert not [path for server in servers.values() for path, _ in server.bodies if "otel" in path], "telemetry"
     for name, run in runs.items():
         assert gone(families[name], 5), name
         assert [row["step"] for row in run.rows] == list(range(200)), name
-        complete = name in ("comes back", "lets in", "lets in late")
+        complete = name in let_in
         assert f"the upload is {'' if complete else 'not '}complete" in run.said, name
-    assert closed["refuses"] < 15, "what is refused is not waited for"
+    assert closed["refuses"] < 25, "what is refused is not waited for"
     assert "returned error 401" in runs["refuses"].said and "\x1b" not in runs["refuses"].said
     assert runs["hangs"].said.count("W&B: the server does not answer; ") == 1
-    for name in ("comes back", "lets in", "lets in late"):
+    for name in let_in:
         assert mirrored(*servers[name].history.values()) == recorded(runs[name].rows), name
 
     # What the server never got, or got in part, is there for the printed command.

@@ -296,9 +296,19 @@ class _Mirror:
     def _end_upload(self, deadline: float) -> bool:
         """Whether everything arrived. The uploader is gone afterwards."""
         assert self._uploader is not None
-        if self._uploader.poll() is not None:
+        asked_before = self._uploader.poll() is None
+        if not asked_before:
             # It gave up long ago, or was killed: now may be better.
             self._uploader = self._start_uploader()
+        if not self._arrived(deadline) and asked_before and self._uploader.returncode >= 0:
+            # What ended now with an error may have been refused before, and be let in now.
+            self._uploader = self._start_uploader()
+            self._arrived(deadline)
+        return bool(_marker(self._run_folder))
+
+    def _arrived(self, deadline: float) -> bool:
+        """Waits for the uploader, which is gone afterwards: killed, with a negative return code, at the deadline."""
+        assert self._uploader is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._uploader.wait(deadline - time.monotonic())
         self._uploader.kill()

@@ -572,7 +572,7 @@ def test_a_wandb_that_dies_or_hangs_takes_only_the_mirror_along(tmp_path: Path, 
     [core] = [p for p in psutil.Process(training.process.pid).children() if p.name() == "wandb-core"]
     core.send_signal(getattr(signals, signal))
     seconds = training.do("for step in range(10, 100): record.log(step, {'loss': 1.0})")
-    assert seconds < 1 and training.do("record.close(failed=False)") < 16 and training.end() < SLACK
+    assert seconds < 5 and training.do("record.close(failed=False)") < 25 and training.end() < SLACK
     assert gone(family, 5)
     assert [row["step"] for row in training.rows] == list(range(100))
     assert training.said.count("wandb failed") == 1 and "the upload is not complete" in training.said

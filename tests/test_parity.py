@@ -15,7 +15,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from ztrain.adapters import build_adapters
 from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.projector import ProjectorConfig
-from ztrain.adapters.siglip import SiglipConfig
+from ztrain.adapters.siglip import SiglipConfig, scramble, unscramble
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.conditioning import Encoded, concatenate
 from ztrain.config import Config, EncodersConfig, ModelConfig, ModelsConfig
@@ -128,6 +128,44 @@ def test_siglip_layout_is_basic_mode_plus_tokens_in_row_order(family: Path, enco
         return_dict=False,
     )[0]
     assert relative_error(-ours, theirs[0].squeeze(1)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["one_segment", "stock"])
+def test_token_orders_are_diffusers_own_and_its_inverse(family: Path, encoded: Encoded, layout: str) -> None:
+    """One adapter reads both orders; reading a grid in the other one is reading the scrambled grid in this one."""
+    config = SiglipConfig(feature_dim=32, layout=layout)
+    model = make_model(family, [config])
+    noisy, one = noise_like((8, 8)), encoded.select([0])
+    grid = torch.randn((2, 3, 32), generator=torch.Generator().manual_seed(2))
+    as_diffusers_reads_it = grid.permute(2, 0, 1).reshape(2, 3, 32)
+
+    def velocity(order: str | None, grid: Tensor) -> Tensor:
+        model.adapters[0].config = config.model_copy(update={"token_order": order})
+        return model(noisy, SIGMA[:1], replace(one, siglip=[[grid]]))[0]
+
+    rows, stock = velocity("rows", grid), velocity("stock", grid)
+    assert relative_error(rows, stock) > 1e-3
+    if layout == "one_segment":
+        assert torch.equal(velocity("rows", as_diffusers_reads_it), stock)
+        assert torch.equal(velocity(None, grid), rows)
+    else:
+        assert torch.equal(velocity("stock", unscramble(grid)), rows)
+        assert torch.equal(velocity("rows", scramble(grid)), stock)
+        assert torch.equal(velocity(None, grid), stock)
+    assert torch.equal(unscramble(scramble(grid)), grid) and torch.equal(scramble(grid), as_diffusers_reads_it)
+
+
+@torch.no_grad()
+def test_stock_without_latents_reads_the_reference_through_siglip_alone(family: Path, encoded: Encoded) -> None:
+    model = make_model(family, [SiglipConfig(feature_dim=32, layout="stock_without_latents")])
+    noisy, one = noise_like((8, 8)), encoded.select([0])
+    other = replace(one, omni=[replace(one.omni[0], latents=[x + 1 for x in one.omni[0].latents])])
+    assert torch.equal(model(noisy, SIGMA[:1], one)[0], model(noisy, SIGMA[:1], other)[0])
+    changed = replace(one, siglip=[[grid + torch.randn_like(grid) for grid in one.siglip[0]]])
+    assert relative_error(model(noisy, SIGMA[:1], changed)[0], model(noisy, SIGMA[:1], one)[0]) > 1e-3
+    model.adapters[0].config = SiglipConfig(feature_dim=32, layout="stock")
+    assert relative_error(model(noisy, SIGMA[:1], other)[0], model(noisy, SIGMA[:1], one)[0]) > 1e-3
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ config with siglip_feat_dim leaves uninitialised memory (zimage_facts.md 0.3).
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,13 +40,17 @@ class SiglipConfig(AdapterConfig):
     init_key_map: dict[str, str] = Field(default_factory=dict)
     """Our key -> the file's key, for example siglip_embedder.1.weight: connector.fc1.weight. Smaller tensors are
     padded with zeros; keys left out keep the context_refiner initialisation."""
-    layout: Literal["spatial", "stock"] = "spatial"
-    """spatial: one caption segment, tokens in row order at the target's grid; stock: ZImageOmniPipeline's, for
-    official Omni weights only (its token order scrambles positions, zimage_facts.md 3.4)."""
+    layout: Literal["one_segment", "stock_without_latents", "stock"] = "one_segment"
+    """one_segment: beside the prompt's one caption segment, at the target's grid; stock: ZImageOmniPipeline's, with
+    three caption segments and the reference's clean latents, for official Omni weights; stock_without_latents: the
+    same with blank latents, so that a reference is seen through SigLIP alone (docs/findings/caption_segments.md)."""
+    token_order: Literal["rows", "stock"] | None = None
+    """rows: token i is patch i of the grid in row order; stock: diffusers', which scrambles patches and channels
+    (zimage_facts.md 3.4); None: as the layout was released, rows with one_segment and stock otherwise."""
 
     @property
     def reads(self) -> Reads:
-        return frozenset({"siglip"} if self.layout == "spatial" else {"siglip", "omni"})
+        return frozenset({"siglip"} if self.layout == "one_segment" else {"siglip", "omni"})
 
     @property
     def needs_training(self) -> bool:
@@ -97,8 +102,17 @@ class Siglip(Adapter[SiglipConfig]):
             dit.siglip_refiner.float().requires_grad_(True)
 
     def forward(self, conditioning: Conditioning, encoded: Encoded) -> Conditioning:
-        omni = encoded.omni if self.config.layout == "stock" else None
-        return replace(conditioning, siglip=encoded.siglip, siglip_scale=self.scale, omni=omni)
+        layout, order = self.config.layout, self.config.token_order
+        siglip, omni = encoded.siglip, None
+        if layout == "one_segment":
+            siglip = _each(siglip, scramble) if order == "stock" else siglip
+        else:
+            omni = encoded.omni
+            # diffusers' forward scrambles what it is given.
+            siglip = _each(siglip, unscramble) if order == "rows" else siglip
+            if layout == "stock_without_latents":
+                omni = [replace(sample, latents=[torch.zeros_like(x) for x in sample.latents]) for sample in omni]
+        return replace(conditioning, siglip=siglip, siglip_scale=self.scale, omni=omni)
 
     def exported_config(self) -> dict[str, Any]:
         config = self.config.model_dump(mode="json")
@@ -106,6 +120,21 @@ class Siglip(Adapter[SiglipConfig]):
             # The exported weights replace what an initialisation made; what stays frozen is context_refiner's copy.
             config |= {"init": "context_refiner", "init_file": None, "init_key_map": {}}
         return config
+
+
+def _each(siglip: list[list[Tensor]], change: Callable[[Tensor], Tensor]) -> list[list[Tensor]]:
+    return [[change(grid) for grid in references] for references in siglip]
+
+
+def scramble(grid: Tensor) -> Tensor:
+    """(h, w, S) as diffusers' omni forward reads it: row i holds S neighbours of the channel-major (S, h w) buffer."""
+    return grid.permute(2, 0, 1).reshape(grid.shape)
+
+
+def unscramble(grid: Tensor) -> Tensor:
+    """The inverse of `scramble`, (h, w, S)."""
+    height, width, channels = grid.shape
+    return grid.reshape(channels, height, width).permute(1, 2, 0)
 
 
 def _build(dit: Any, config: SiglipConfig, width: int) -> None:

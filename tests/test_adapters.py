@@ -32,7 +32,7 @@ from ztrain.adapters.lora import COMFYUI_FILE, DIFFUSERS_FILE, LoraAdapterConfig
 from ztrain.adapters.siglip import SiglipConfig
 from ztrain.adapters.splice import SpliceConfig, match_statistics
 from ztrain.conditioning import Encoded, TokenStates
-from ztrain.config import Config
+from ztrain.config import Config, ExportConfig
 from ztrain.encoders import Encoders
 from ztrain.errors import InputError
 from ztrain.export import adapt, identities, load_adapter, read_adapter, save_adapter
@@ -170,6 +170,24 @@ def test_export_and_load_are_bit_exact(family: Path, encoded: Encoded, tmp_path:
     assert "z-image" in card and "ztrain" in card
     for file in (tmp_path / "a").iterdir():
         assert str(family).encode() not in file.read_bytes(), f"{file.name} holds a path of this machine"
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_export_in_bfloat16_is_half_as_large_and_rounds_once(
+    family: Path, encoded: Encoded, tmp_path: Path, name: str
+) -> None:
+    model, config = trained(family, LISTS[name], encoded), config_of(family, LISTS[name])
+    half = config.model_copy(update={"export": ExportConfig(dtype="bfloat16")})
+    for folder, settings in (("whole", config), ("half", half)):
+        save_adapter(tmp_path / folder, model, settings, {}, step=3)
+    loaded = adapt(make_model(family, []).dit, read_adapter(tmp_path / "half")).trainable_state()
+    for key, weights in model.trainable_state().items():
+        assert loaded[key].dtype == torch.float32 and torch.equal(loaded[key], weights.bfloat16().float()), key
+    for path in (tmp_path / "half").glob("*.safetensors"):
+        whole, halved = (safe_open(tmp_path / folder / path.name, framework="pt") for folder in ("whole", "half"))
+        for key in halved.keys():
+            assert key.endswith(".alpha") or halved.get_tensor(key).dtype == torch.bfloat16, key
+            assert not key.endswith(".alpha") or torch.equal(halved.get_tensor(key), whole.get_tensor(key)), key
 
 
 @pytest.mark.parametrize("name", LISTS)

@@ -78,6 +78,20 @@ def test_the_splice_is_chosen_by_its_rule_and_needs_its_own_reference(trials: Tr
     assert table[3].startswith("| splice layer 5 tokens=text strength=1, shuffled reference | ")
 
 
+def test_a_method_may_lack_its_reference_or_its_prompt(trials: Trials, config: Config) -> None:
+    splice = splice_settings(config, [5], [1.0])[0]
+    text, plain = trials.run(Method(label="text only")), trials.run(splice)
+    blind = trials.run(replace(splice, sees="none"))
+    assert torch.equal(blind.images, text.images)
+    alone = trials.run(replace(splice, has_prompt=False))
+    assert alone.mean("prompt_kind") < 0.5 < plain.mean("prompt_kind")
+    assert trials.leak_above_chance(alone)["low"] > 0.1, "the image alone brings its own content"
+    guided = trials.run(replace(splice, image_guidance_scale=1.0))
+    assert not torch.equal(guided.images, plain.images)
+    unmoved = trials.run(replace(splice, sees="none", image_guidance_scale=1.0))
+    assert torch.equal(unmoved.images, text.images), "nothing to be guided away from"
+
+
 def test_what_cannot_be_tried_is_said(trials: Trials, config: Config, triplets: list[Triplet], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"new \[projector\] is untrained; export it first"):
         trials.run(Method(label="new", adapters=(ProjectorConfig(hidden_dim=8),)))

@@ -52,6 +52,7 @@ FREE_ON_RESUME = (
     "validation",
     "tracking",
     "sample",
+    "export",
     "compare",
 )
 """Keys, or sections, that a resumed run may change. Everything else decides what is trained."""

@@ -259,6 +259,11 @@ class SampleConfig(_Section):
         return self
 
 
+class ExportConfig(_Section):
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the exported weights: float32 loads again bit for bit, bfloat16 is half as large and loses 16 bits."""
+
+
 class CompareConfig(_Section):
     adapters: list[str] = Field(default_factory=list)
     """Exported adapter folders, a column each."""
@@ -291,6 +296,7 @@ class Config(_Section):
     validation: ValidationConfig = ValidationConfig()
     tracking: TrackingConfig = TrackingConfig()
     sample: SampleConfig = SampleConfig()
+    export: ExportConfig = ExportConfig()
     compare: CompareConfig = CompareConfig()
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -53,7 +54,8 @@ def encoder_identities(encoders: Encoders) -> Identities:
 
 
 def save_adapter(folder: Path, model: AdaptedDiT, config: Config, known: Identities, *, step: int) -> Path:
-    """Writes every file of the adapter list; bf16 bases keep float32 adapter weights, so a reload is bit-exact."""
+    """Writes every file of the adapter list. Weights are float32, also on a bf16 base: in that dtype a reload is
+    bit-exact."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, dict[str, Tensor]] = {}
     metadata: dict[str, dict[str, str]] = {}
@@ -70,7 +72,7 @@ def save_adapter(folder: Path, model: AdaptedDiT, config: Config, known: Identit
             (folder / STATISTICS_FILE).write_bytes(Path(statistics).read_bytes())
             entry["statistics_file"] = STATISTICS_FILE
     for name, content in tensors.items():
-        kept = {key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}
+        kept = {key: _in_dtype(tensor.detach().cpu(), config.export.dtype) for key, tensor in content.items()}
         save_file(
             kept,
             folder / name,
@@ -92,6 +94,11 @@ def save_adapter(folder: Path, model: AdaptedDiT, config: Config, known: Identit
     # Last: a folder without it is no adapter, so an interrupted export is never half-loaded.
     (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
+
+
+def _in_dtype(tensor: Tensor, dtype: str) -> Tensor:
+    """Weights in the exported dtype; a single number, a LoRA's alpha, stays exact."""
+    return (tensor.to(getattr(torch, dtype)) if tensor.ndim else tensor).contiguous()
 
 
 def _sort_header(path: Path) -> None:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,14 +45,17 @@ ADAPTERS = Path(__file__).parent / "adapters"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """What is on trial. `scale`: every adapter's; `is_shuffled`: each triplet gets a reference of another style."""
+    """What is on trial. `scale`: every adapter's; `sees`: the triplet's own reference, one of another style, or none;
+    without `has_prompt` the empty prompt stands for the triplet's."""
 
     label: str
     adapters: tuple[Any, ...] = ()
     encoders: EncodersConfig = EncodersConfig()
     exported: ExportedAdapter | None = None
     scale: float = 1.0
-    is_shuffled: bool = False
+    sees: Literal["own", "shuffled", "none"] = "own"
+    has_prompt: bool = True
+    image_guidance_scale: float = 0.0
 
     @classmethod
     def of_folder(cls, label: str, folder: Path) -> "Method":
@@ -62,7 +65,7 @@ class Method:
 
     @property
     def shuffled(self) -> "Method":
-        return replace(self, label=f"{self.label}, shuffled reference", is_shuffled=True)
+        return replace(self, label=f"{self.label}, shuffled reference", sees="shuffled")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,21 +151,25 @@ class Trials:
             check_identity(method.exported, known)
             model = adapt(dit, method.exported)
         model.set_scales([method.scale] * len(method.adapters))
-        images = self.subject.render(model, encoded)
+        settings = replace(self.subject.settings, image_guidance_scale=method.image_guidance_scale)
+        images = replace(self.subject, settings=settings).render(model, encoded)
         return Outcome(method, images, self._score(images))
 
     def _encode(self, method: Method) -> Encoded:
-        """All triplets as the method reads them; references are encoded once for each way to read them."""
+        """All triplets as the method reads them; each way to read them is encoded once."""
         reads = list_reads(method.adapters)
-        key = (reads, method.encoders, method.is_shuffled)
+        is_shuffled = method.sees == "shuffled"
+        key = (reads, method.encoders, is_shuffled)
         if key not in self._states:
             self._encoders.add(self.config, reads, torch.float32, self.subject.device)
-            rows = self._shuffled if method.is_shuffled else range(len(self))
+            rows = self._shuffled if is_shuffled else range(len(self))
             prompts = [triplet.prompt for triplet in self.triplets]
             self._states[key] = self._encoders.encode(
                 prompts, [[self.references[row]] for row in rows], reads, method.encoders
             )
-        return self._states[key]
+        encoded = self._states[key]
+        encoded = encoded.without_reference() if method.sees == "none" else encoded
+        return encoded if method.has_prompt else encoded.without_text()
 
     def _score(self, images: Tensor) -> Scores:
         seen = self.judges.look(images)

@@ -140,7 +140,7 @@ class Trials:
 
     def run(self, method: Method) -> Outcome:
         """Renders and judges one method; picture i starts from the same noise for all."""
-        encoded = self._encode(method)
+        encoded = self.encode(method)
         dit = copy.deepcopy(self.subject.dit)  # adapters change it
         if method.exported is None:
             model = AdaptedDiT(dit, build_adapters(list(method.adapters))).eval()
@@ -155,7 +155,7 @@ class Trials:
         images = replace(self.subject, settings=settings).render(model, encoded)
         return Outcome(method, images, self._score(images))
 
-    def _encode(self, method: Method) -> Encoded:
+    def encode(self, method: Method) -> Encoded:
         """All triplets as the method reads them; each way to read them is encoded once."""
         reads = list_reads(method.adapters)
         is_shuffled = method.sees == "shuffled"

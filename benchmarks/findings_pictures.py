@@ -12,7 +12,7 @@ from ztrain.grid import draw_grid
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-_COLOURS = pyplot.get_cmap("tab10").colors
+_COLOURS = matplotlib.color_sequences["tab10"]
 
 
 def draw_sheet(path: Path, columns: Mapping[str, str], laboratory: Laboratory) -> None:

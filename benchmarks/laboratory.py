@@ -86,10 +86,25 @@ class Laboratory:
             told = build(["--config", str(self.out / "paintings/build.yaml"), "--out", str(self.out / "triplets")])
             if told:
                 raise InputError(f"{self.out}: triplets cannot be built")
-        for experiment, options in dict.fromkeys((v.experiment, v.options) for v in variants):
-            words = self._words(Variant(label="", experiment=experiment, options=options), 0)
+        for variant in self._reading_most(variants):
             # Several processes share the work: they claim shards.
+            words = self._words(variant, 0)
             self._side_by_side([("ztrain.cli", "cache", *words)] * self.jobs, self.out / "cache.log")
+
+    def _reading_most(self, variants: Iterable[Variant]) -> list[Variant]:
+        """Of the variants, those whose cache covers all others'."""
+        reads = {}
+        for variant in variants:
+            config = self.config_of(variant)
+            reads[variant] = {*config.reads, config.encoders.model_dump_json()}
+        distinct = {frozenset(read): variant for variant, read in reads.items()}
+        return [variant for read, variant in distinct.items() if not any(read < other for other in distinct)]
+
+    def config_of(self, variant: Variant, seed: int = 0) -> Config:
+        """The whole experiment. Raises InputError for a variant that cannot be."""
+        words = self._words(variant, seed)
+        files = words[1 : words.index("--data.train_data_dir")]
+        return load_config([Path(file) for file in files], words[1 + len(files) :])
 
     @cached_property
     def config(self) -> Config:

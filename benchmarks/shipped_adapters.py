@@ -1,0 +1,173 @@
+"""Trains, judges and collects the miniature's shipped adapters: one of each kind, and a LoRA that sees no reference.
+
+    python -m benchmarks.shipped_adapters [--jobs N] [--out out/shipped]      (minutes on one GPU, hours on a laptop)
+
+Out: ztrain/mini/adapters/<experiment>/ without the ComfyUI files, which hold the same LoRA once more, the table in
+ztrain/mini/adapters/README.md, and benchmarks/results/shipped_adapters.json with every figure on held-out triplets.
+`--measure` stops before that; the rest can then be done elsewhere from `--out`. `--smoke`: writes to `--out` only.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.laboratory import Laboratory, Plan, Variant
+from ztrain.adapters.lora import COMFYUI_FILE
+from ztrain.errors import InputError
+from ztrain.export import CONFIG_FILE
+from ztrain.mini.exam import RETRIEVAL_POOL
+from ztrain.mini.trials import ADAPTERS, Method, splice_settings
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "shipped_adapters.json"
+PLAN = Plan(painted={"train": (2500, 8), "test": (512, 2)}, steps=8000, batch=64, seed=1)
+SMOKE = Plan(painted={"train": (6, 4), "test": (6, 2)}, steps=3, batch=4)
+
+_HALF = ("--export.dtype", "bfloat16")
+_TEXT = ("--adapters.0.tokens", "text")
+_RANK = "16"
+VARIANTS = {
+    "siglip": Variant(label="[siglip]", experiment="siglip", options=_HALF),
+    "siglip_lora": Variant(
+        label="[siglip, lora]", experiment="siglip_lora", options=(*_HALF, "--adapters.1.rank", _RANK)
+    ),
+    "projector": Variant(
+        label="[projector]", experiment="projector", options=(*_HALF, *_TEXT, "--adapters.0.hidden_dim", "512")
+    ),
+    "splice_lora": Variant(
+        label="[splice, lora]", experiment="splice_lora", options=(*_HALF, *_TEXT, "--adapters.1.rank", _RANK)
+    ),
+    "lora": Variant(label="[lora], sees no reference", experiment="lora", options=(*_HALF, "--adapters.0.rank", _RANK)),
+}
+"""By experiment of configs/."""
+WAYS: dict[str, dict[str, Any]] = {"own": {}, "shuffled": {"sees": "shuffled"}}
+COLUMNS = {
+    "style cosine": "style_cosine",
+    f"style R@1 of {RETRIEVAL_POOL}": "style_retrieval",
+    "content right": "prompt_content",
+    "leak above chance": "leak_above_chance",
+    "other style judge": "style_second_cosine",
+}
+
+HEAD = """\
+---
+license: apache-2.0
+---
+
+# Adapters of the miniature
+
+One of each kind, trained on painted style folders with `python -m benchmarks.shipped_adapters` for {steps} steps of
+batch {batch}; weights in bfloat16. `ztrain sample --config configs/<list>.yaml configs/miniature.yaml --adapter
+ztrain/mini/adapters/<list>` draws with one; `make demo` shows one beside its own.
+
+{count} held-out triplets (contents and styles that were not trained on), 95 % intervals over styles. "Shuffled": the
+same adapter with a reference of another style.
+
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.shipped_adapters", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/shipped"))
+    parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
+    parser.add_argument("--measure", action="store_true", help="train and judge, collect nothing")
+    parser.add_argument("--smoke", action="store_true", help="shows that everything runs")
+    options = parser.parse_args(arguments)
+    laboratory = Laboratory(options.out, SMOKE if options.smoke else PLAN, options.jobs, WAYS)
+    try:
+        measure(laboratory)
+        if not options.measure:
+            places = (options.out / "adapters", options.out / RESULT.name) if options.smoke else (ADAPTERS, RESULT)
+            collect(laboratory, *places)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure(laboratory: Laboratory) -> None:
+    """Trains and judges what is not there yet."""
+    runs = [(name, variant, 0) for name, variant in VARIANTS.items()]
+    laboratory.prepare(VARIANTS.values())
+    laboratory.train(runs)
+    laboratory.keep_truth()
+    laboratory.judge("text", Method(label="text only"))
+    for method in splice_settings(laboratory.config, [5], [1.0]):
+        if method.adapters[0].tokens == "text":
+            laboratory.judge("splice", method, ("own", "shuffled"))
+    laboratory.judge_runs(runs, {name: tuple(WAYS) for name in VARIANTS if name != "lora"})
+
+
+def collect(laboratory: Laboratory, adapters: Path, result_file: Path) -> None:
+    """Copies the exports and writes figures and their table."""
+    for name in VARIANTS:
+        exported, place = laboratory.folder(name, 0) / "export", adapters / name
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(exported, place, ignore=shutil.ignore_patterns(COMFYUI_FILE))
+        document = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))
+        document["files"].pop(COMFYUI_FILE, None)
+        (place / CONFIG_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    result = result_of(laboratory)
+    result_file.parent.mkdir(parents=True, exist_ok=True)
+    result_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (adapters / "README.md").write_text(card(result), encoding="utf-8")
+    print(card(result))
+
+
+def result_of(laboratory: Laboratory) -> dict[str, Any]:
+    """Figures by run and way, and paired differences of style to what each adapter must be better than."""
+    clusters, plan = laboratory.clusters(), laboratory.plan
+    rows, style = {}, {}
+    runs = {"text": "text", "splice": "splice"} | {name: f"{name}-0" for name in VARIANTS}
+    for name, run in runs.items():
+        told = laboratory.read(run)
+        ways = {way: laboratory.scores([run], way) for way in told["scores"]}
+        style[name] = {way: scores["style_cosine"] for way, scores in ways.items()}
+        rows[name] = {
+            "label": told["label"],
+            "weights": told["weights"],
+            "figures": {
+                way: {figure: clusters.figure(values, drop_nan=True) for figure, values in scores.items()}
+                for way, scores in ways.items()
+            },
+        }
+    for name, row in rows.items():
+        if name in VARIANTS and "shuffled" in style[name]:
+            others = {
+                "shuffled": style[name]["shuffled"],
+                "lora": style["lora"]["own"],
+                "splice": style["splice"]["own"],
+            }
+            row["style_above"] = {
+                other: clusters.figure(style[name]["own"], values) for other, values in others.items()
+            }
+    return {
+        "machine": laboratory.read("siglip-0")["machine"],
+        "plan": {"steps": plan.steps, "batch": plan.batch, "painted": dict(plan.painted), "seed": plan.seed},
+        "triplets": len(clusters.numbers),
+        "rows": rows,
+    }
+
+
+def card(result: Mapping[str, Any]) -> str:
+    """The README beside the adapters."""
+
+    def cell(figure: Mapping[str, float]) -> str:
+        return f"{figure['mean']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+
+    head = HEAD.format(steps=result["plan"]["steps"], batch=result["plan"]["batch"], count=result["triplets"])
+    lines = [f"| | {' | '.join(COLUMNS)} | style, shuffled | weights |", "|" + "---|" * (len(COLUMNS) + 3)]
+    for row in result["rows"].values():
+        figures = row["figures"]
+        shuffled = cell(figures["shuffled"]["style_cosine"]) if "shuffled" in figures else ""
+        cells = [cell(figures["own"][figure]) for figure in COLUMNS.values()]
+        lines.append(f"| {row['label']} | {' | '.join(cells)} | {shuffled} | {row['weights']:,} |")
+    return head + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

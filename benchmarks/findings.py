@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan, places = (SMOKE, (options.out, options.out)) if options.smoke else (PLAN, (RESULTS, PAGES))
     laboratory = Laboratory(options.out, plan, options.jobs, WAYS)
     try:
-        seconds = measure(laboratory, names, range(options.seeds))
+        seconds = measure(laboratory, names, range(options.seeds), places[0] / "seconds_per_step.json")
         for name in names if not options.measure else ():
             write(laboratory, name, range(options.seeds), seconds, *places)
     except InputError as error:
@@ -207,14 +207,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(laboratory: Laboratory, pages: Sequence[str], seeds: Sequence[int]) -> dict[str, float]:
+def measure(laboratory: Laboratory, pages: Sequence[str], seeds: Sequence[int], timing: Path) -> dict[str, float]:
     """Trains and judges what the pages need and is not there yet; seconds of a step for each list, or nothing."""
     due = dict.fromkeys(name for page in pages for name in BOOK[page].variants)
     variants = {name: VARIANTS[name] for name in due if name in VARIANTS}
     laboratory.prepare(variants.values())
     seconds: dict[str, float] = {}
     if any(name not in VARIANTS for name in due):
-        seconds = laboratory.seconds_per_step(LISTS, min(TIMED_STEPS, laboratory.plan.steps))
+        seconds = laboratory.seconds_per_step(timing, LISTS, min(TIMED_STEPS, laboratory.plan.steps))
         for name in LISTS:
             if f"{name}_seconds" in due:
                 share = seconds["siglip"] / seconds[name]
@@ -305,7 +305,7 @@ def table(result: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"{result['triplets']} held-out triplets, {len(plan['seeds'])} seeds, {plan['steps']} steps of batch"
-        f" {plan['batch']}; 95 % intervals over styles of the mean over seeds. Trained on: {machine['device']}, torch"
+        f" {plan['batch']}; 95 % intervals over styles of the mean over seeds. Trained on {machine['device']}, torch"
         f" {machine['torch']}.",
     ]
     return "\n".join([*lines, *_gap_lines(result)])

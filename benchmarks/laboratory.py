@@ -184,12 +184,11 @@ class Laboratory:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def seconds_per_step(self, variants: Mapping[str, Variant], steps: int) -> dict[str, float]:
-        """Of each variant alone on this machine, the median over the later half of so many steps; twice, the faster
-        one. Kept, so that every machine that carries on has the same."""
-        path = self.out / "seconds_per_step.json"
+    def seconds_per_step(self, path: Path, variants: Mapping[str, Variant], steps: int) -> dict[str, float]:
+        """Of each variant alone on one machine, the median over the later half of so many steps; twice, the faster
+        one. Kept in a file, so that another machine may carry on: remove it to measure again."""
         if path.is_file():
-            return json.loads(path.read_text())["seconds"]
+            return json.loads(path.read_text(encoding="utf-8"))["seconds"]
         alone = replace(self, plan=replace(self.plan, steps=steps), jobs=1)
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for attempt in range(2):
@@ -202,7 +201,9 @@ class Laboratory:
                 taken = [row["perf/step_seconds"] for row in rows if "perf/step_seconds" in row]
                 seconds[name].append(statistics.median(taken[len(taken) // 2 :]))
         fastest = {name: min(values) for name, values in seconds.items()}
-        path.write_text(json.dumps({"seconds": fastest, "all": seconds, "machine": machine()}, indent=1) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        told = {"seconds": fastest, "all": seconds, "batch": self.plan.batch, "machine": machine()}
+        path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         return fastest
 
     # --- judging ----------------------------------------------------------------------------------------------------

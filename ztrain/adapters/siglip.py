@@ -43,7 +43,7 @@ class SiglipConfig(AdapterConfig):
     layout: Literal["one_segment", "stock_without_latents", "stock"] = "one_segment"
     """one_segment: beside the prompt's one caption segment, at the target's grid; stock: ZImageOmniPipeline's, with
     three caption segments and the reference's clean latents, for official Omni weights; stock_without_latents: the
-    same with blank latents, so that a reference is seen through SigLIP alone (docs/findings/caption_segments.md)."""
+    same with blank latents, so that a reference is seen through SigLIP alone."""
     token_order: Literal["rows", "stock"] | None = None
     """rows: token i is patch i of the grid in row order; stock: diffusers', which scrambles patches and channels
     (zimage_facts.md 3.4); None: as the layout was released, rows with one_segment and stock otherwise."""

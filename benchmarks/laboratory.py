@@ -212,7 +212,18 @@ class Laboratory:
         return self.out / "scores" / f"{run}.json"
 
     def _is_judged(self, run: str) -> bool:
-        return self._scores(run).is_file()
+        """Raises InputError where it was judged under another plan: its figures would pass for this one's."""
+        path = self._scores(run)
+        if not path.is_file():
+            return False
+        if json.loads(path.read_text(encoding="utf-8"))["plan"] != self._plan_told():
+            raise InputError(f"{path} was made under another plan; choose another --out or remove the folder")
+        return True
+
+    def _plan_told(self) -> dict[str, Any]:
+        """The plan as files of scores name it."""
+        painted = {split: list(numbers) for split, numbers in self.plan.painted.items()}
+        return {"steps": self.plan.steps, "batch": self.plan.batch, "seed": self.plan.seed, "painted": painted}
 
     def judge(self, run: str, method: Method, ways: Sequence[str] = ("own",)) -> None:
         """Scores one method in these ways and keeps its first pictures, unless that was done before."""
@@ -227,7 +238,7 @@ class Laboratory:
             "label": method.label,
             "weights": weights,
             "machine": machine(),
-            "plan": {"steps": self.plan.steps, "batch": self.plan.batch, "painted": dict(self.plan.painted)},
+            "plan": self._plan_told(),
             "scores": {way: _plain(outcome) for way, outcome in outcomes.items()},
         }
         self._scores(run).write_text(json.dumps(told) + "\n", encoding="utf-8")

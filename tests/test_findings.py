@@ -85,6 +85,9 @@ def test_ways_of_asking_are_kept_apart_and_nothing_is_judged_twice(laboratory: L
     assert not torch.equal(laboratory.scores(["asked"])["style_cosine"], text["style_cosine"])
     laboratory.judge("asked", replace(splice, label="another"))
     assert laboratory.read("asked")["label"] == splice.label
+    longer = replace(laboratory, plan=replace(PLAN, steps=3))
+    with pytest.raises(InputError, match=r"asked.json was made under another plan; choose another --out"):
+        longer.read("asked")
 
 
 def test_a_training_that_fails_names_its_log(tmp_path: Path) -> None:

@@ -9,175 +9,24 @@ docs/findings/<page>.md between its two marks. Runs that several pages show are 
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.laboratory import Laboratory, Plan, Variant
+from benchmarks.findings_book import BOOK, DROPOUTS, LISTS, PROJECTED, UNTRAINED, VARIANTS, WAYS
+from benchmarks.laboratory import Laboratory, Plan
+from benchmarks.pages import PAGES, RESULTS, cell, devices, write_page
 from benchmarks.state_gaps import mean_gaps, state_gaps
-from ztrain.conditioning import IMAGE, TEXT
-from ztrain.config import Config
 from ztrain.errors import InputError
-from ztrain.mini.trials import Method, splice_settings
+from ztrain.mini.trials import Method
 
-ROOT = Path(__file__).parents[1]
-RESULTS, PAGES = ROOT / "benchmarks" / "results" / "findings", ROOT / "docs" / "findings"
-MARKS = ("<!-- benchmarks/findings.py writes this -->", "<!-- to here -->")
 PLAN = Plan(painted={"train": (512, 8), "test": (128, 2)}, steps=800, batch=16)
 SMOKE = Plan(painted={"train": (6, 4), "test": (6, 2)}, steps=3, batch=4)
 TIMED_STEPS = 40
-
-_SEEDED = ("--adapters.0.init_seed",)
-_TEXT = ("--adapters.0.tokens", "text")
-_PROJECTOR = ("--adapters.0.hidden_dim", "512")
-
-
-def _siglip(label: str, *options: str) -> Variant:
-    return Variant(label=label, experiment="siglip", options=options, seeded=_SEEDED)
-
-
-def _dropout(label: str, **shares: float) -> Variant:
-    options = tuple(word for name, share in shares.items() for word in (f"--train.dropout_{name}", f"{share:g}"))
-    return Variant(label=label, experiment="siglip_lora", options=options, seeded=_SEEDED)
-
-
-LISTS = {
-    "siglip": _siglip("[siglip]"),
-    "siglip_embedder": _siglip("[siglip], embedder only", "--adapters.0.trains", "embedder"),
-    "siglip_lora": Variant(label="[siglip, lora]", experiment="siglip_lora", seeded=_SEEDED),
-    "projector": Variant(label="[projector]", experiment="projector", options=(*_TEXT, *_PROJECTOR)),
-    "splice_lora": Variant(label="[splice, lora]", experiment="splice_lora", options=_TEXT),
-    "lora": Variant(label="[lora], sees no reference", experiment="lora"),
-}
-"""What is compared at equal steps and at equal seconds."""
-
-VARIANTS = LISTS | {
-    "stock_order": _siglip("stock order", "--adapters.0.token_order", "stock"),
-    "stock_segments": _siglip(
-        "three segments, blank latents",
-        *("--adapters.0.layout", "stock_without_latents", "--adapters.0.token_order", "rows"),
-    ),
-    "stock_latents": _siglip(
-        "three segments and the reference's latents",
-        *("--adapters.0.layout", "stock", "--adapters.0.token_order", "rows"),
-    ),
-    "stock": _siglip("the same in stock token order", "--adapters.0.layout", "stock"),
-    "init_random": _siglip("random", "--adapters.0.init", "random"),
-    "init_statistics": _siglip("statistics_matched", "--adapters.0.init", "statistics_matched"),
-    "init_slice": _siglip("cap_embedder_slice", "--adapters.0.init", "cap_embedder_slice"),
-    "projector_all": Variant(
-        label="[projector] on image and text tokens",
-        experiment="projector",
-        options=("--adapters.0.tokens", "all", *_PROJECTOR),
-    ),
-    "drop_none": _dropout("nothing dropped", reference=0.0),
-    "drop_reference_20": _dropout("reference 0.20", reference=0.2),
-    "drop_reference_50": _dropout("reference 0.50", reference=0.5),
-    "drop_all_5": _dropout("each 0.05", reference=0.05, text=0.05, both=0.05),
-    "drop_text_30": _dropout("reference 0.05, prompt 0.30", text=0.3),
-}
-
-WAYS: dict[str, dict[str, Any]] = {
-    "own": {},
-    "shuffled": {"sees": "shuffled"},
-    "guided": {"image_guidance_scale": 1.0},
-    "blind": {"sees": "none"},
-    "promptless": {"has_prompt": False},
-}
-STRENGTHS = (0.25, 0.5, 1.0)
-
-
-def _splice(config: Config, layer: int, tokens: str, strength: float) -> Method:
-    [method] = [m for m in splice_settings(config, [layer], [strength]) if m.adapters[0].tokens == tokens]
-    return method
-
-
-UNTRAINED: dict[str, Callable[[Config], Method]] = {"text": lambda config: Method(label="text only")} | {
-    f"splice-{layer}-{tokens}-{strength:g}": partial(_splice, layer=layer, tokens=tokens, strength=strength)
-    for layer in range(1, 7)
-    for tokens in ("text", "all")
-    for strength in STRENGTHS
-}
-PROJECTED = {"projector": TEXT, "projector_all": IMAGE}
-"""The kind of tokens of which the page says what the projector makes of them."""
-DROPOUTS = ("siglip_lora", "drop_none", "drop_reference_20", "drop_reference_50", "drop_all_5", "drop_text_30")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Column:
-    """One figure of a table. `way`: how the adapter was asked (WAYS); `against`: the same figure of the first row, or
-    of another way of the same row, is subtracted, in pairs."""
-
-    head: str
-    figure: str
-    way: str = "own"
-    against: str | None = None
-
-
-STYLE = Column(head="style cosine", figure="style_cosine")
-COMMON = (
-    STYLE,
-    Column(head="above the first row", figure="style_cosine", against="first"),
-    Column(head="content right", figure="prompt_content"),
-    Column(head="leak above chance", figure="leak_above_chance"),
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Page:
-    """`rows`: label by variant, or by run for what is not trained."""
-
-    rows: Mapping[str, str]
-    columns: Sequence[Column] = COMMON
-    extra: Sequence[str] = ()
-    """Further variants that the page needs besides its rows."""
-
-    @property
-    def variants(self) -> list[str]:
-        return [name for name in (*self.rows, *self.extra) if name.removesuffix("_seconds") in VARIANTS]
-
-
-def _labels(*names: str, **first: str) -> dict[str, str]:
-    return first | {name: VARIANTS[name].label for name in names if name not in first}
-
-
-EQUAL_STEPS = {name: variant.label for name, variant in LISTS.items()}
-EQUAL_SECONDS = {
-    f"{name}_seconds": f"{variant.label}, equal seconds" for name, variant in LISTS.items() if name != "siglip"
-}
-BOOK: dict[str, Page] = {
-    "token_order": Page(rows=_labels("stock_order", siglip="row order")),
-    "caption_segments": Page(rows=_labels("stock_segments", "stock_latents", "stock", siglip="one segment")),
-    "siglip_init": Page(rows=_labels("init_random", "init_statistics", "init_slice", siglip="context_refiner")),
-    "adapter_lists": Page(
-        rows=EQUAL_STEPS | EQUAL_SECONDS | {"splice-5-text-1": "the splice, untrained", "text": "text only"}
-    ),
-    "splice_setting": Page(
-        rows={
-            f"splice-{layer}-text-{s:g}": f"layer {layer}, strength {s:g}" for layer in range(1, 7) for s in STRENGTHS
-        }
-        | {f"splice-{layer}-all-1": f"layer {layer}, image tokens too" for layer in (4, 5, 6)}
-        | {"projector": "[projector] at layer 5, trained", "text": "text only"},
-        extra=("projector_all",),
-    ),
-    "dropout": Page(
-        rows=_labels(*DROPOUTS[1:], siglip_lora="reference 0.05 (the miniature's default)"),
-        columns=(
-            *COMMON[:3],
-            Column(head="image guidance adds", figure="style_cosine", way="guided", against="own"),
-            Column(head="content then", figure="prompt_content", way="guided"),
-            Column(head="without reference: content", figure="prompt_content", way="blind"),
-            Column(head="without prompt: style", figure="style_cosine", way="promptless"),
-            Column(head="... reference's kind", figure="reference_kind", way="promptless"),
-        ),
-    ),
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -220,10 +69,8 @@ def measure(laboratory: Laboratory, pages: Sequence[str], seeds: Sequence[int], 
                 share = seconds["siglip"] / seconds[name]
                 variants[f"{name}_seconds"] = replace(LISTS[name], share=share)
     runs = [(name, variant, seed) for seed in seeds for name, variant in variants.items()]
-    laboratory.train(runs)
     laboratory.keep_truth()
-    ways = {name: ("own", "guided", "blind", "promptless") for name in DROPOUTS}
-    laboratory.judge_runs(runs, ways)
+    laboratory.carry_out(runs, {name: ("own", "guided", "blind", "promptless") for name in DROPOUTS})
     shown = {name for page in pages for name in BOOK[page].rows}
     for run in shown & set(UNTRAINED):
         laboratory.judge(run, UNTRAINED[run](laboratory.config))
@@ -275,7 +122,7 @@ def result_of(laboratory: Laboratory, name: str, seeds: Sequence[int], seconds: 
     plan = laboratory.plan
     return {
         "page": name,
-        "machine": laboratory.read(first[0])["machine"],
+        "machines": laboratory.machines(run for of_row in runs.values() for run in of_row),
         "plan": {"steps": plan.steps, "batch": plan.batch, "painted": dict(plan.painted), "seeds": list(seeds)},
         "triplets": len(clusters.numbers),
         "columns": [column.head for column in page.columns],
@@ -298,15 +145,15 @@ def table(result: Mapping[str, Any]) -> str:
             cells += [str(row["steps"]), f"{row['seconds_per_step']:.3f}"] if "steps" in row else ["", ""]
         for head, figure in zip(result["columns"], row["cells"], strict=True):
             known = not (place == 0 and head == "above the first row")
-            cells.append(f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]" if known else "")
+            cells.append(cell(figure) if known else "")
         cells.append(" ".join(f"{value:.2f}" for value in row["style_cosine_by_seed"]))
         lines.append(f"| {' | '.join(cells)} |")
-    plan, machine = result["plan"], result["machine"]
+    plan = result["plan"]
     lines += [
         "",
         f"{result['triplets']} held-out triplets, {len(plan['seeds'])} seeds, {plan['steps']} steps of batch"
-        f" {plan['batch']}; 95 % intervals over styles of the mean over seeds. Trained on {machine['device']}, torch"
-        f" {machine['torch']}.",
+        f" {plan['batch']}; 95 % intervals over styles of the mean over seeds. Trained on"
+        f" {devices(result['machines'])}.",
     ]
     return "\n".join([*lines, *_gap_lines(result)])
 
@@ -317,8 +164,8 @@ def _gap_lines(result: Mapping[str, Any]) -> list[str]:
     lines = ["", "| states of the reference | distance of means | spread |", "|---|---|---|"]
     for name, gap in gaps.items():
         spread = gap["spread"]
-        cell = f"{spread['median']:.2f} [{spread['low']:.2f}, {spread['high']:.2f}]"
-        lines.append(f"| {name} | {gap['shift_rms']:.2f} | {cell} |")
+        told = f"{spread['median']:.2f} [{spread['low']:.2f}, {spread['high']:.2f}]"
+        lines.append(f"| {name} | {gap['shift_rms']:.2f} | {told} |")
     told = "Both in standard deviations of prompts' states, for each dimension: the distance's root mean square, the"
     return [*lines, "", f"{told} spread's median [5 %, 95 %]."]
 
@@ -346,13 +193,7 @@ def write(
         case _:
             strips = {label: _runs_of(row, seeds)[0] for row, label in BOOK[name].rows.items()}
             draw_sheet(picture, {"reference": "reference"} | strips | {"target": "target"}, laboratory)
-    page = pages / f"{name}.md"
-    if page.is_file():
-        written = f"{MARKS[0]}\n{table(result)}\n{MARKS[1]}"
-        text = page.read_text(encoding="utf-8")
-        page.write_text(
-            re.sub(f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", lambda _: written, text, flags=re.S), "utf-8"
-        )
+    write_page(pages / f"{name}.md", table(result))
     print(f"wrote {results / name}.json and {picture}")
 
 

@@ -1,9 +1,10 @@
-"""Many adapters trained and judged on one painted world: what the findings and the shipped adapters come from.
+"""Many adapters trained and judged on the drawings of one family: what findings and shipped adapters come from.
 
-Every run is a process of the project's own commands on the pretrained miniature, several side by side; what is judged
-is kept in a small file, so a command that was interrupted, or that runs on another machine, goes on where it was.
+Every run is a process of the project's own commands on a pretrained family, several side by side and dealt to the GPUs
+there are; what is judged is kept in a small file, so a command that was interrupted, or that runs on another machine,
+goes on where it was.
 
-    out/paintings, out/triplets, out/cache     the world, as `make demo` makes it
+    out/drawings, out/triplets, out/cache      what is drawn, in pairs, and as the models see it
     out/runs/<variant>-<seed>/                 a training run, its export, and train.log
     out/scores/<run>.json, <run>.png           scores of every test triplet, by way of asking; the first pictures
 
@@ -13,18 +14,20 @@ Legend: T triplets, S pixels of a side.
 import json
 import os
 import platform
+import queue
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from data_tools.build import main as build
@@ -34,11 +37,10 @@ from ztrain.errors import InputError
 from ztrain.mini.exam import Clusters, Scores
 from ztrain.mini.style_folders import paint_many_styles
 from ztrain.mini.subject import Subject, to_pictures
-from ztrain.mini.trials import WEIGHTS, Method, Outcome, Trials
+from ztrain.mini.trials import PAINTED, WEIGHTS, Method, Trials, Truth
 
-SHOWN = 5
-"""Pictures of each run that are kept."""
-_BUILD = "{images: images, contents: contents.csv, splits: {train: train, test: test}, triplets_per_target: 2}\n"
+Ways = Mapping[str, Mapping[str, Any]]
+"""By name, how a method is asked: changes to `Method`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,36 @@ class Plan:
         return max(1, round(self.steps * variant.share))
 
 
+class Drawings(Protocol):
+    """What a laboratory works on: drawings, and the family that was pretrained on such."""
+
+    @property
+    def family(self) -> Path: ...
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Overrides of configs/miniature.yaml that every run on this family needs."""
+
+    @property
+    def truth(self) -> Truth:
+        """What its judges may be asked."""
+
+    def lay_out(self, folder: Path, plan: Plan) -> None:
+        """Writes pictures and build.yaml, from which data_tools.build makes the triplets of train and test."""
+
+
+class Paintings:
+    """Painted style folders, and the shipped family."""
+
+    family, options, truth = WEIGHTS, (), PAINTED
+
+    def lay_out(self, folder: Path, plan: Plan) -> None:
+        paint_many_styles(folder, plan.painted, seed=plan.seed)
+        splits = ", ".join(f"{split}: {split}" for split in plan.painted)
+        text = f"{{images: images, contents: contents.csv, splits: {{{splits}}}, triplets_per_target: 2}}\n"
+        (folder / "build.yaml").write_text(text, encoding="utf-8")
+
+
 @dataclass(frozen=True)
 class Laboratory:
     """A plan, and the folder in which it is carried out."""
@@ -73,23 +105,25 @@ class Laboratory:
     out: Path
     plan: Plan
     jobs: int = 1
-    ways: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"own": {}})
-    """By name, how a method is asked: changes to `Method`."""
+    ways: Ways = field(default_factory=lambda: {"own": {}})
+    drawings: Drawings = field(default_factory=Paintings)
+    shown: int = 5
+    """Pictures of each run that are kept."""
 
     # --- the world --------------------------------------------------------------------------------------------------
 
     def prepare(self, variants: Iterable[Variant]) -> None:
-        """Paints, pairs, and caches what these variants read."""
+        """Draws, pairs, and caches what these variants read."""
         if not (self.out / "triplets").is_dir():
-            paint_many_styles(self.out / "paintings", self.plan.painted, seed=self.plan.seed)
-            (self.out / "paintings" / "build.yaml").write_text(_BUILD, encoding="utf-8")
-            told = build(["--config", str(self.out / "paintings/build.yaml"), "--out", str(self.out / "triplets")])
+            self.drawings.lay_out(self.out / "drawings", self.plan)
+            told = build(["--config", str(self.out / "drawings/build.yaml"), "--out", str(self.out / "triplets")])
             if told:
                 raise InputError(f"{self.out}: triplets cannot be built")
         for variant in self._reading_most(variants):
             # Several processes share the work: they claim shards.
             words = self._words(variant, 0)
-            self._side_by_side([("ztrain.cli", "cache", *words)] * self.jobs, self.out / "cache.log")
+            logs = [self.out / f"cache-{place}.log" for place in range(self.jobs)]
+            self._side_by_side([("ztrain.cli", "cache", *words)] * self.jobs, *logs)
 
     def _reading_most(self, variants: Iterable[Variant]) -> list[Variant]:
         """Of the variants, those whose cache covers all others'."""
@@ -110,16 +144,24 @@ class Laboratory:
     def config(self) -> Config:
         return load_config(
             [Path("configs/siglip.yaml"), Path("configs/miniature.yaml")],
-            ["--data.train_data_dir", str(self.out / "triplets")],
+            ["--data.train_data_dir", str(self.out / "triplets"), *self.drawings.options],
         )
 
     @cached_property
-    def trials(self) -> Trials:
+    def subject(self) -> Subject:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        steps = self.config.sample.num_inference_steps
+        size, steps = self.config.data.resolution, self.config.sample.num_inference_steps
         assert steps is not None, "configs/miniature.yaml says how many"
-        subject = Subject.load(WEIGHTS, self.config.data.resolution, self.plan.seed, device, num_inference_steps=steps)
-        return Trials(subject, self.config, read_triplets(self.config.data.train_data_dir, "test").triplets)
+        return Subject.load(self.drawings.family, size, self.plan.seed, device, num_inference_steps=steps)
+
+    @cached_property
+    def trials(self) -> Trials:
+        """Of the split test."""
+        return self.trials_of("test")
+
+    def trials_of(self, split: str) -> Trials:
+        triplets = read_triplets(self.config.data.train_data_dir, split).triplets
+        return Trials(self.subject, self.config, triplets, self.drawings.truth)
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -141,12 +183,25 @@ class Laboratory:
             *("--validation.validation_steps", "0"),
             *("--validation.preview_steps", "0"),
             *("--resume_from_checkpoint", "latest"),
+            *("--export.dtype", "bfloat16"),  # to be small where they are brought back from another machine
+            *self.drawings.options,
             *variant.options,
             *(word for option in variant.seeded for word in (option, str(seed))),
         ]
 
-    def train(self, runs: Sequence[tuple[str, Variant, int]]) -> None:
-        """Trains the runs that are not trained or judged yet, `jobs` side by side."""
+    def carry_out(self, runs: Sequence[tuple[str, Variant, int]], ways: Mapping[str, Sequence[str]]) -> None:
+        """Trains the runs that are not trained or judged yet, `jobs` side by side, and judges each as it is done, in
+        the ways that are given for its variant."""
+
+        def judge(run: tuple[str, Variant, int]) -> None:
+            name, variant, seed = run
+            if not self._is_judged(f"{name}-{seed}"):
+                folder = self.folder(name, seed)
+                method = Method.of_folder(variant.label, folder / "export")
+                noted = json.loads((folder / "env.json").read_text(encoding="utf-8"))
+                trained_on = {key: noted[key] for key in ("device", "torch", "python")}
+                self.judge(f"{name}-{seed}", method, ways.get(name, ("own",)), trained_on)
+
         due = [run for run in runs if not self._is_judged(f"{run[0]}-{run[2]}") and not self._is_trained(run)]
         commands = [
             ("ztrain.train", *self._words(variant, seed, self.folder(name, seed))) for name, variant, seed in due
@@ -154,32 +209,44 @@ class Laboratory:
         for name, _, seed in due:
             self.folder(name, seed).mkdir(parents=True, exist_ok=True)
         logs = [self.folder(name, seed) / "train.log" for name, _, seed in due]
-        self._side_by_side(commands, *logs)
+        self._side_by_side(commands, *logs, then=lambda place: judge(due[place]))
+        for run in tqdm(runs, desc="judging the rest", unit="run", disable=None):
+            judge(run)
 
     def _is_trained(self, run: tuple[str, Variant, int]) -> bool:
         name, variant, seed = run
         exported = self.folder(name, seed) / "export" / "adapter_config.json"
         return exported.is_file() and json.loads(exported.read_text())["step"] == self.plan.steps_of(variant)
 
-    def _side_by_side(self, commands: Sequence[tuple[str, ...]], *logs: Path) -> None:
-        """Runs modules; the first that fails ends it all with its log's name and last lines. One log, or one each."""
+    def _side_by_side(
+        self, commands: Sequence[tuple[str, ...]], *logs: Path, then: Callable[[int], None] = lambda place: None
+    ) -> None:
+        """Runs modules, each on the GPU with the fewest of them, and calls `then` with the place of each that is done;
+        the first that fails ends it all with its log's name and last lines."""
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
+        seats: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+        for job in range(self.jobs):
+            seats.put(_gpu(job))
 
         def run(place: int) -> None:
-            log = logs[place % len(logs)]
+            log, seat = logs[place], seats.get()
             with log.open("ab") as file:
-                words = [sys.executable, "-m", *commands[place]]
-                done = subprocess.run(words, check=False, env=environment, stdout=file, stderr=subprocess.STDOUT)
+                words, own = [sys.executable, "-m", *commands[place]], environment | seat
+                done = subprocess.run(words, check=False, env=own, stdout=file, stderr=subprocess.STDOUT)
+            seats.put(seat)
             if done.returncode:
                 last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
                 raise InputError(f"{' '.join(commands[place][:2])} failed, see {log}: {' | '.join(last)}")
 
         with ThreadPoolExecutor(self.jobs) as pool:
-            finished = [pool.submit(run, place) for place in range(len(commands))]
+            places = {pool.submit(run, place): place for place in range(len(commands))}
+            bar = tqdm(total=len(places), desc=commands[0][0] if commands else "", unit="process", disable=None)
             try:
-                for future in tqdm(finished, desc=commands[0][0] if commands else "", unit="process", disable=None):
+                for future in as_completed(places):
                     future.result()
+                    then(places[future])
+                    bar.update()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -225,29 +292,37 @@ class Laboratory:
         painted = {split: list(numbers) for split, numbers in self.plan.painted.items()}
         return {"steps": self.plan.steps, "batch": self.plan.batch, "seed": self.plan.seed, "painted": painted}
 
-    def judge(self, run: str, method: Method, ways: Sequence[str] = ("own",)) -> None:
+    def judge(
+        self, run: str, method: Method, ways: Sequence[str] = ("own",), trained_on: Mapping[str, Any] | None = None
+    ) -> None:
         """Scores one method in these ways and keeps its first pictures, unless that was done before."""
         if self._is_judged(run):
             return
         outcomes = {way: self.trials.run(replace(method, **self.ways[way])) for way in ways}
-        self._scores(run).parent.mkdir(parents=True, exist_ok=True)
-        first = outcomes[ways[0]]
-        _save_strip(self.out / "scores" / f"{run}.png", to_pictures(first.images[:SHOWN]))
         weights = 0 if method.exported is None else sum(_count(method.exported.files).values())
-        told = {
-            "label": method.label,
-            "weights": weights,
-            "machine": machine(),
-            "plan": self._plan_told(),
-            "scores": {way: _plain(outcome) for way, outcome in outcomes.items()},
-        }
-        self._scores(run).write_text(json.dumps(told) + "\n", encoding="utf-8")
+        scores = {way: outcome.scores for way, outcome in outcomes.items()}
+        about = {"label": method.label, "weights": weights, "trained_on": trained_on}
+        if method.exported is not None:
+            about["steps"] = method.exported.step
+        self._keep(run, about, scores, outcomes[ways[0]].images)
 
-    def judge_runs(self, runs: Sequence[tuple[str, Variant, int]], ways: Mapping[str, Sequence[str]]) -> None:
-        for name, variant, seed in tqdm(runs, desc="judging", unit="run", disable=None):
-            if not self._is_judged(f"{name}-{seed}"):
-                method = Method.of_folder(variant.label, self.folder(name, seed) / "export")
-                self.judge(f"{name}-{seed}", method, ways.get(name, ("own",)))
+    def judge_targets(self, run: str, label: str) -> None:
+        """Scores the true drawings, as far as anybody can be right."""
+        if not self._is_judged(run):
+            about = {"label": label, "weights": 0}
+            self._keep(run, about, {"own": self.trials.score(self.trials.targets)}, self.trials.targets)
+
+    def _keep(self, run: str, about: Mapping[str, Any], scores: Mapping[str, Scores], images: Tensor) -> None:
+        path = self._scores(run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _save_strip(path.with_suffix(".png"), to_pictures(images[: self.shown]))
+        told = {
+            **about,
+            "judged_on": machine(),
+            "plan": self._plan_told(),
+            "scores": {way: _plain(of_way) for way, of_way in scores.items()},
+        }
+        path.write_text(json.dumps(told) + "\n", encoding="utf-8")
 
     def read(self, run: str) -> dict[str, Any]:
         """What `judge` kept."""
@@ -255,22 +330,29 @@ class Laboratory:
             raise InputError(f"{self._scores(run)} is missing: {run} is not judged yet; run the page's command")
         return json.loads(self._scores(run).read_text(encoding="utf-8"))
 
+    def machines(self, runs: Iterable[str]) -> list[dict[str, Any]]:
+        """Those on which these runs were trained, each once."""
+        found = [self.read(run).get("trained_on") for run in runs]
+        return [told for place, told in enumerate(found) if told and told not in found[:place]]
+
     def scores(self, runs: Sequence[str], way: str = "own") -> Scores:
         """Of each triplet, (T,), the mean over these runs: seeds of one variant."""
         kept = [self.read(run)["scores"][way] for run in runs]
         return {name: torch.tensor([scores[name] for scores in kept]).mean(0) for name in kept[0]}
 
     def keep_truth(self) -> None:
-        """The triplets' styles, in the order of the scores, with the first prompts, references and targets."""
+        """What an interval draws together and the triplets' styles, in the order of the scores, with the first prompts,
+        references and targets."""
         folder, trials = self.out / "scores", self.trials
         folder.mkdir(parents=True, exist_ok=True)
         truth = {
-            "styles": trials.clusters.numbers.tolist(),
-            "prompts": [triplet.prompt for triplet in trials.triplets[:SHOWN]],
+            "clusters": {"of": trials.clusters.of, "numbers": trials.clusters.numbers.tolist()},
+            "styles": trials.styles,
+            "prompts": [triplet.prompt for triplet in trials.triplets[: self.shown]],
         }
         (folder / "truth.json").write_text(json.dumps(truth) + "\n", encoding="utf-8")
-        _save_strip(folder / "reference.png", trials.references[:SHOWN])
-        _save_strip(folder / "target.png", to_pictures(trials.targets[:SHOWN]))
+        _save_strip(folder / "reference.png", trials.references[: self.shown])
+        _save_strip(folder / "target.png", to_pictures(trials.targets[: self.shown]))
 
     @cached_property
     def truth(self) -> dict[str, Any]:
@@ -278,7 +360,8 @@ class Laboratory:
         return json.loads((self.out / "scores" / "truth.json").read_text(encoding="utf-8"))
 
     def clusters(self) -> Clusters:
-        return Clusters(of="styles", numbers=torch.tensor(self.truth["styles"]))
+        told = self.truth["clusters"]
+        return Clusters(of=told["of"], numbers=torch.tensor(told["numbers"]))
 
     def pictures(self, run: str) -> list[Image.Image]:
         """The first of a run, or of "reference" and "target"."""
@@ -287,9 +370,16 @@ class Laboratory:
         return [strip.crop((left, 0, left + side, side)) for left in range(0, strip.width, side)]
 
 
-def _plain(outcome: Outcome) -> dict[str, list[float]]:
-    scores = outcome.scores | {"leak_above_chance": outcome.scores["leak"] - outcome.scores["leak_by_chance"]}
-    return {name: [round(value, 5) for value in values.float().tolist()] for name, values in scores.items()}
+def _gpu(job: int) -> dict[str, str]:
+    """The environment that shows job number so many one of the GPUs; as it is where there are less than two."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
+    return {"CUDA_VISIBLE_DEVICES": names[job % len(names)]} if len(names) > 1 else {}
+
+
+def _plain(scores: Scores) -> dict[str, list[float]]:
+    told = scores | {"leak_above_chance": scores["leak"] - scores["leak_by_chance"]}
+    return {name: [round(value, 5) for value in values.float().tolist()] for name, values in told.items()}
 
 
 def _count(files: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, int]:

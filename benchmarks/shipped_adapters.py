@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.laboratory import Laboratory, Plan, Variant
+from benchmarks.laboratory import Laboratory, Plan, Variant, Ways
 from ztrain.adapters.lora import COMFYUI_FILE
 from ztrain.errors import InputError
 from ztrain.export import CONFIG_FILE
@@ -27,24 +27,21 @@ RESULT = ROOT / "benchmarks" / "results" / "shipped_adapters.json"
 PLAN = Plan(painted={"train": (2500, 8), "test": (512, 2)}, steps=8000, batch=64, seed=1)
 SMOKE = Plan(painted={"train": (6, 4), "test": (6, 2)}, steps=3, batch=4)
 
-_HALF = ("--export.dtype", "bfloat16")
 _TEXT = ("--adapters.0.tokens", "text")
 _RANK = "16"
 VARIANTS = {
-    "siglip": Variant(label="[siglip]", experiment="siglip", options=_HALF),
-    "siglip_lora": Variant(
-        label="[siglip, lora]", experiment="siglip_lora", options=(*_HALF, "--adapters.1.rank", _RANK)
-    ),
+    "siglip": Variant(label="[siglip]", experiment="siglip"),
+    "siglip_lora": Variant(label="[siglip, lora]", experiment="siglip_lora", options=("--adapters.1.rank", _RANK)),
     "projector": Variant(
-        label="[projector]", experiment="projector", options=(*_HALF, *_TEXT, "--adapters.0.hidden_dim", "512")
+        label="[projector]", experiment="projector", options=(*_TEXT, "--adapters.0.hidden_dim", "512")
     ),
     "splice_lora": Variant(
-        label="[splice, lora]", experiment="splice_lora", options=(*_HALF, *_TEXT, "--adapters.1.rank", _RANK)
+        label="[splice, lora]", experiment="splice_lora", options=(*_TEXT, "--adapters.1.rank", _RANK)
     ),
-    "lora": Variant(label="[lora], sees no reference", experiment="lora", options=(*_HALF, "--adapters.0.rank", _RANK)),
+    "lora": Variant(label="[lora], sees no reference", experiment="lora", options=("--adapters.0.rank", _RANK)),
 }
 """By experiment of configs/."""
-WAYS: dict[str, dict[str, Any]] = {"own": {}, "shuffled": {"sees": "shuffled"}}
+WAYS: Ways = {"own": {}, "shuffled": {"sees": "shuffled"}}
 COLUMNS = {
     "style cosine": "style_cosine",
     f"style R@1 of {RETRIEVAL_POOL}": "style_retrieval",
@@ -93,13 +90,12 @@ def measure(laboratory: Laboratory) -> None:
     """Trains and judges what is not there yet."""
     runs = [(name, variant, 0) for name, variant in VARIANTS.items()]
     laboratory.prepare(VARIANTS.values())
-    laboratory.train(runs)
     laboratory.keep_truth()
+    laboratory.carry_out(runs, {name: tuple(WAYS) for name in VARIANTS if name != "lora"})
     laboratory.judge("text", Method(label="text only"))
     for method in splice_settings(laboratory.config, [5], [1.0]):
         if method.adapters[0].tokens == "text":
             laboratory.judge("splice", method, ("own", "shuffled"))
-    laboratory.judge_runs(runs, {name: tuple(WAYS) for name in VARIANTS if name != "lora"})
 
 
 def collect(laboratory: Laboratory, adapters: Path, result_file: Path) -> None:
@@ -146,7 +142,7 @@ def result_of(laboratory: Laboratory) -> dict[str, Any]:
                 other: clusters.figure(style[name]["own"], values) for other, values in others.items()
             }
     return {
-        "machine": laboratory.read("siglip-0")["machine"],
+        "machines": laboratory.machines(run for run in runs.values()),
         "plan": {"steps": plan.steps, "batch": plan.batch, "painted": dict(plan.painted), "seed": plan.seed},
         "triplets": len(clusters.numbers),
         "rows": rows,

@@ -7,18 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import findings, shipped_adapters
+from benchmarks import findings, findings_book, shipped_adapters
 from benchmarks.laboratory import Laboratory, Plan, Variant
+from benchmarks.pages import MARKS
 from ztrain.errors import InputError
 from ztrain.mini.trials import Method
 
 PLAN = Plan(painted={"train": (3, 3), "test": (4, 2)}, steps=2, batch=2)
-EVERY = findings.VARIANTS | {f"shipped_{name}": variant for name, variant in shipped_adapters.VARIANTS.items()}
+EVERY = findings_book.VARIANTS | {f"shipped_{name}": variant for name, variant in shipped_adapters.VARIANTS.items()}
 
 
 @pytest.fixture(scope="module")
 def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
-    laboratory = Laboratory(tmp_path_factory.mktemp("laboratory"), PLAN, 1, findings.WAYS)
+    laboratory = Laboratory(tmp_path_factory.mktemp("laboratory"), PLAN, 1, findings_book.WAYS)
     laboratory.prepare([])
     laboratory.keep_truth()
     return laboratory
@@ -28,17 +29,17 @@ def test_every_variant_is_an_experiment_of_its_own(tmp_path: Path) -> None:
     laboratory = Laboratory(tmp_path, PLAN)
     configs = {name: laboratory.config_of(variant, seed=1) for name, variant in EVERY.items()}
     assert all(config.seed == 1 and config.train.max_train_steps == 2 for config in configs.values())
-    for name, variant in findings.VARIANTS.items():
+    for name, variant in findings_book.VARIANTS.items():
         siglip = [a for a in configs[name].adapters if a.kind == "siglip"]
         assert all(adapter.init_seed == 1 for adapter in siglip), f"{name}: each seed starts from other weights"
         assert laboratory.config_of(variant).adapters != configs[name].adapters or not siglip
     said = [json.dumps([c.model_dump(mode="json")[k] for k in ("adapters", "train")]) for c in configs.values()]
     distinct = {text for name, text in zip(configs, said, strict=True) if not name.startswith("shipped")}
-    assert len(distinct) == len(findings.VARIANTS), "two variants train the same"
-    rows = {row.removesuffix("_seconds") for page in findings.BOOK.values() for row in page.rows}
-    assert rows <= set(findings.VARIANTS) | set(findings.UNTRAINED)
-    shown = {name for page in findings.BOOK.values() for name in page.variants}
-    assert {name.removesuffix("_seconds") for name in shown} == set(findings.VARIANTS), "trained and shown nowhere"
+    assert len(distinct) == len(findings_book.VARIANTS), "two variants train the same"
+    rows = {row.removesuffix("_seconds") for page in findings_book.BOOK.values() for row in page.rows}
+    assert rows <= set(findings_book.VARIANTS) | set(findings_book.UNTRAINED)
+    shown = {name for page in findings_book.BOOK.values() for name in page.variants}
+    assert {name.removesuffix("_seconds") for name in shown} == set(findings_book.VARIANTS), "trained and shown nowhere"
 
 
 def test_few_caches_cover_every_variant(tmp_path: Path) -> None:
@@ -53,7 +54,7 @@ def test_few_caches_cover_every_variant(tmp_path: Path) -> None:
 def test_rows_are_means_over_seeds_and_differences_are_paired(laboratory: Laboratory, tmp_path: Path) -> None:
     """Untrained methods stand for trained ones: what is asked is the arithmetic."""
     text = Method(label="text only")
-    splice = findings.UNTRAINED["splice-5-text-1"](laboratory.config)
+    splice = findings_book.UNTRAINED["splice-5-text-1"](laboratory.config)
     for run, method in {"siglip-0": text, "siglip-1": splice, "stock_order-0": splice, "stock_order-1": splice}.items():
         laboratory.judge(run, method)
     result = findings.result_of(laboratory, "token_order", (0, 1), {})
@@ -67,7 +68,7 @@ def test_rows_are_means_over_seeds_and_differences_are_paired(laboratory: Labora
     assert (result["triplets"], ours["cells"][cosine]["groups"], result["plan"]["seeds"]) == (8, 4, [0, 1])
 
     page = tmp_path / "token_order.md"
-    page.write_text(f"before\n{findings.MARKS[0]}\nold\n{findings.MARKS[1]}\nafter\n")
+    page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
     findings.write(laboratory, "token_order", (0, 1), {}, tmp_path, tmp_path)
     assert findings.table(json.loads((tmp_path / "token_order.json").read_text())) in page.read_text()
     assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
@@ -77,7 +78,7 @@ def test_rows_are_means_over_seeds_and_differences_are_paired(laboratory: Labora
 
 
 def test_ways_of_asking_are_kept_apart_and_nothing_is_judged_twice(laboratory: Laboratory) -> None:
-    splice = findings.UNTRAINED["splice-5-text-1"](laboratory.config)
+    splice = findings_book.UNTRAINED["splice-5-text-1"](laboratory.config)
     laboratory.judge("asked", splice, ("own", "blind"))
     laboratory.judge("text", Method(label="text only"))
     blind, text = laboratory.scores(["asked"], "blind"), laboratory.scores(["text"])
@@ -93,7 +94,7 @@ def test_ways_of_asking_are_kept_apart_and_nothing_is_judged_twice(laboratory: L
 def test_a_training_that_fails_names_its_log(tmp_path: Path) -> None:
     laboratory = Laboratory(tmp_path, PLAN)
     with pytest.raises(InputError, match=r"ztrain.train --config failed, see .*siglip-0/train.log: .*triplets"):
-        laboratory.train([("siglip", Variant(label="x", experiment="siglip"), 0)])
+        laboratory.carry_out([("siglip", Variant(label="x", experiment="siglip"), 0)], {})
 
 
 @pytest.mark.slow

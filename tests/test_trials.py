@@ -51,7 +51,7 @@ def test_triplets_come_in_rounds_of_different_styles(trials: Trials) -> None:
 
 
 def test_true_pictures_have_the_best_scores(trials: Trials) -> None:
-    scores = trials._score(trials.targets)
+    scores = trials.score(trials.targets)
     assert scores["style_cosine"].min() > 0.999 and scores["style_retrieval"].mean() == 1
     assert scores["prompt_content"].mean() > 0.9 and scores["leak"].mean() < 0.1
     kinds = [triplet.prompt for triplet in trials.triplets]
@@ -108,7 +108,7 @@ def test_what_cannot_be_tried_is_said(trials: Trials, config: Config, triplets: 
     with pytest.raises(InputError, match="its style has more triplets than any other"):
         Trials(trials.subject, config, [*one, others[0]])
     known = identity(trials.subject.dit, "transformer") | {"weights": "of another"}
-    foreign = ExportedAdapter(tmp_path, [SpliceConfig()], config.encoders, {"transformer": known}, {}, {})
+    foreign = ExportedAdapter(tmp_path, [SpliceConfig()], config.encoders, {"transformer": known}, {}, {}, 1)
     with pytest.raises(InputError, match="made for another transformer: its weights hash is of another"):
         trials.run(Method(label="foreign", exported=foreign))
     stranger = replace(triplets[0], columns=triplets[0].columns | {"content": "portrait"})

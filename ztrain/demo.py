@@ -35,6 +35,7 @@ from ztrain.mini.trials import (
     Method,
     Outcome,
     Trials,
+    as_found,
     find_best_splice,
     markdown_table,
     splice_settings,
@@ -127,7 +128,7 @@ def demo(out: Path, plan: Plan) -> bool:
     best = found.most_style.method
     keeping = None if found.keeping_content is None else found.keeping_content.method
     print(f"most style: {best.label}; most of those that keep the content: {keeping.label if keeping else 'none'}")
-    overrides += _as_found(config, best)
+    overrides += as_found(config, best)
 
     print("4/6 caching what training reads", flush=True)
     run("ztrain.cli", "cache", "--config", *experiment, *overrides)
@@ -161,14 +162,6 @@ def run(*command: str) -> None:
     finished = subprocess.run([sys.executable, "-m", *command], check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if finished.returncode:
         sys.exit(finished.returncode)
-
-
-def _as_found(config: Config, best: Method) -> list[str]:
-    """Overrides by which a list that starts from the splice starts from its best setting."""
-    [splice] = best.adapters
-    composing = [place for place, adapter in enumerate(config.adapters) if adapter.composes_reference]
-    tokens = [word for place in composing for word in (f"--adapters.{place}.tokens", splice.tokens)]
-    return [*tokens, "--encoders.hidden_index", str(best.encoders.hidden_index)] if composing else []
 
 
 def _trials(subject: Subject, config: Config, split: str) -> Trials:

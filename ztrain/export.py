@@ -160,6 +160,8 @@ class ExportedAdapter:
     identity: Identities
     models: dict[str, dict[str, str | None]]
     files: dict[str, dict[str, Tensor]]
+    step: int
+    """Optimizer steps that it was trained for."""
 
 
 def read_adapter(folder: Path) -> ExportedAdapter:
@@ -186,7 +188,13 @@ def read_adapter(folder: Path) -> ExportedAdapter:
         with safe_open(folder / name, framework="pt") as file:
             files[name] = {key: file.get_tensor(key) for key in file.keys()}
     return ExportedAdapter(
-        folder, settings.adapters, settings.encoders, document["identity"], document["models"], files
+        folder,
+        settings.adapters,
+        settings.encoders,
+        document["identity"],
+        document["models"],
+        files,
+        document["step"],
     )
 
 

@@ -1,15 +1,16 @@
-"""Methods on trial: lists of adapters on triplets of painted drawings, judged by those who know the truth.
+"""Methods on trial: lists of adapters on triplets of drawings, judged by those who know the truth.
 
-In come a family, its config and triplets of `data_tools.build` over style_folders.py; out come each method's pictures
-and scores for each triplet, with means, intervals and paired differences. A method is a list of adapters with its
-encoder settings, exported or without weights; it may be fed another triplet's references instead (shuffled).
+In come a family, its config and triplets of `data_tools.build` whose styles and contents its judges know; out come each
+method's pictures and scores for each triplet, with means, intervals and paired differences. A method is a list of
+adapters with its encoder settings, exported or without weights; it may be fed another triplet's references instead
+(shuffled).
 
 Legend: T triplets, S pixels of a side.
 """
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from ztrain.encoders import Encoders
 from ztrain.errors import InputError
 from ztrain.export import ExportedAdapter, adapt, check_identity, encoder_identities, read_adapter
 from ztrain.images import open_image
-from ztrain.metrics import copy_score
+from ztrain.metrics import copy_score, correct
 from ztrain.mini.exam import CONTENT_LOSS, RETRIEVAL_POOL, Card, Clusters, Judges, Scores, score_pictures
 from ztrain.mini.style_folders import read_name
 from ztrain.mini.subject import Subject
@@ -41,6 +42,30 @@ WEIGHTS = Path(__file__).parent / "weights"
 """The shipped family."""
 ADAPTERS = Path(__file__).parent / "adapters"
 """Adapters of it that were trained for longer, by the name of their experiment in configs/."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Truth:
+    """What a family's judges may be asked of its triplets, whose columns name style, content and reference_content.
+
+    contents: the judge's labels that say what is drawn, the one that tells of leaks first; `classes` gives theirs for
+    names of contents, each (T,) int64. style_classes: the judge's names of styles; none where styles are no classes.
+    drawn_by: the column whose equal values an interval draws together.
+    """
+
+    contents: tuple[str, ...]
+    classes: Callable[[Sequence[str]], dict[str, Tensor]]
+    style_classes: tuple[str, ...] = ()
+    drawn_by: Literal["style", "content"] = "style"
+
+
+def _painted_classes(names: Sequence[str]) -> dict[str, Tensor]:
+    contents = contents_of(torch.tensor([read_name(name) for name in names]))
+    return {name: getattr(contents, name) for name in CONTENT_CLASSES}
+
+
+PAINTED = Truth(contents=tuple(CONTENT_CLASSES), classes=_painted_classes)
+"""Of style_folders.py."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,27 +108,26 @@ class Outcome:
 class Trials:
     """Triplets of one split, and what was tried on them."""
 
-    contents = tuple(CONTENT_CLASSES)
-    """The labels that say what is drawn: kind, count, place."""
-
-    def __init__(self, subject: Subject, config: Config, triplets: Sequence[Triplet]) -> None:
-        self.subject, self.config, self.triplets = subject, config, list(triplets)
+    def __init__(self, subject: Subject, config: Config, triplets: Sequence[Triplet], truth: Truth = PAINTED) -> None:
+        self.subject, self.config, self.triplets, self.truth = subject, config, list(triplets), truth
+        self.contents = truth.contents
         self.judges = Judges(subject.folder / "judges", subject.device)
         self._order([_column(triplet, "style") for triplet in triplets])
         self.styles = [_column(triplet, "style") for triplet in self.triplets]
-        numbers = {style: number for number, style in enumerate(dict.fromkeys(self.styles))}
-        if len(numbers) < 2:
+        if len(set(self.styles)) < 2:
             raise InputError(f"{self.triplets[0].where}: all triplets are in one style; a trial needs several")
         if min(self.rounds) < 2:
             raise InputError(f"{self.triplets[-1].where}: its style has more triplets than any other; cut it")
         device = subject.device
-        self.clusters = Clusters(of="styles", numbers=torch.tensor([numbers[s] for s in self.styles], device=device))
+        drawn = [_column(triplet, truth.drawn_by) for triplet in self.triplets]
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(drawn))}
+        of_triplets = torch.tensor([numbers[name] for name in drawn], device=device)
+        self.clusters = Clusters(of=f"{truth.drawn_by}s", numbers=of_triplets)
         self.references = [open_image(triplet.references[0]) for triplet in self.triplets]
         self.targets = torch.stack([self._pixels(open_image(triplet.target)) for triplet in self.triplets]).to(device)
-        self.asked, self.shown = (
-            _labels([_column(triplet, column) for triplet in self.triplets], device)
-            for column in ("content", "reference_content")
-        )
+        self.asked, self.shown = (self._classes(column) for column in ("content", "reference_content"))
+        if unknown := sorted(set(self.styles) - set(truth.style_classes)) if truth.style_classes else []:
+            raise InputError(f"style {unknown[0]!r} is none that the judges know: {', '.join(truth.style_classes)}")
         self._true = self.judges.look(self.targets)
         self._encoders = Encoders(subject.text, subject.codec)
         self._states: dict[tuple[Any, ...], Encoded] = {}
@@ -122,6 +146,11 @@ class Trials:
         order = sorted(range(len(styles)), key=rounds.__getitem__)
         self.triplets = [self.triplets[row] for row in order]
         self.rounds = list(Counter(sorted(rounds)).values())
+
+    def _classes(self, column: str) -> dict[str, Tensor]:
+        """Of the contents that a column names, by label, each (T,)."""
+        found = self.truth.classes([_column(triplet, column) for triplet in self.triplets])
+        return {label: classes.to(self.subject.device) for label, classes in found.items()}
 
     def _pixels(self, image: Image.Image) -> Tensor:
         side = self.subject.size
@@ -153,7 +182,7 @@ class Trials:
         model.set_scales([method.scale] * len(method.adapters))
         settings = replace(self.subject.settings, image_guidance_scale=method.image_guidance_scale)
         images = replace(self.subject, settings=settings).render(model, encoded)
-        return Outcome(method, images, self._score(images))
+        return Outcome(method, images, self.score(images))
 
     def encode(self, method: Method) -> Encoded:
         """All triplets as the method reads them; each way to read them is encoded once."""
@@ -164,17 +193,20 @@ class Trials:
             self._encoders.add(self.config, reads, torch.float32, self.subject.device)
             rows = self._shuffled if is_shuffled else range(len(self))
             prompts = [triplet.prompt for triplet in self.triplets]
-            self._states[key] = self._encoders.encode(
-                prompts, [[self.references[row]] for row in rows], reads, method.encoders
-            )
+            states = self._encoders.encode(prompts, [[self.references[row]] for row in rows], reads, method.encoders)
+            self._states[key] = states.to(self.subject.device)
         encoded = self._states[key]
         encoded = encoded.without_reference() if method.sees == "none" else encoded
         return encoded if method.has_prompt else encoded.without_text()
 
-    def _score(self, images: Tensor) -> Scores:
+    def score(self, images: Tensor) -> Scores:
+        """Of pictures (T, 3, S, S) uint8, one for each triplet."""
         seen = self.judges.look(images)
         scores = score_pictures(images, seen, self._true, self.asked, self.shown, self.contents, pools=self.rounds)
         references = torch.stack([_bytes(image) for image in self.references]).to(images.device)
+        if known := self.truth.style_classes:
+            classes = torch.tensor([known.index(style) for style in self.styles], device=images.device)
+            scores["style_right"] = correct(seen.logits["style"].argmax(1), classes)
         return scores | {"copy": copy_score(images.float() / 255, references.float() / 255)}
 
     def figures(self, outcome: Outcome) -> Card:
@@ -221,6 +253,14 @@ def splice_settings(config: Config, layers: Sequence[int], strengths: Sequence[f
     ]
 
 
+def as_found(config: Config, best: Method) -> list[str]:
+    """Overrides by which a list that starts from the splice starts from its best setting."""
+    [splice] = best.adapters
+    composing = [place for place, adapter in enumerate(config.adapters) if adapter.composes_reference]
+    tokens = [word for place in composing for word in (f"--adapters.{place}.tokens", splice.tokens)]
+    return [*tokens, "--encoders.hidden_index", str(best.encoders.hidden_index)] if composing else []
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BestSplice:
     """The settings chosen on some triplets: the one with the largest style cosine, and the one with the largest of
@@ -248,11 +288,6 @@ def _column(triplet: Triplet, name: str) -> str:
     if name not in triplet.columns:
         raise InputError(f"{triplet.where}: no {name}; trials are of triplets of style folders")
     return str(triplet.columns[name])
-
-
-def _labels(names: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-    contents = contents_of(torch.tensor([read_name(name) for name in names]))
-    return {name: getattr(contents, name).to(device) for name in Trials.contents}
 
 
 def _bytes(image: Image.Image) -> Tensor:

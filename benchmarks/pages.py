@@ -1,0 +1,28 @@
+"""Where result files and pages lie, and how a table gets into a page: between two marks, never by hand."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGES = ROOT / "benchmarks" / "results" / "findings", ROOT / "docs" / "findings"
+MARKS = ("<!-- a command writes this -->", "<!-- to here -->")
+
+
+def cell(figure: Mapping[str, float]) -> str:
+    """A figure with its interval."""
+    return f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+
+
+def devices(machines: Sequence[Mapping[str, Any]]) -> str:
+    """Machines in words."""
+    return " and ".join(dict.fromkeys(f"{told['device']} (torch {told['torch']})" for told in machines))
+
+
+def write_page(page: Path, table: str) -> None:
+    """Puts a table into a page, where the page is there."""
+    if page.is_file():
+        marked, text = f"{MARKS[0]}\n{table}\n{MARKS[1]}", page.read_text(encoding="utf-8")
+        between = f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}"
+        page.write_text(re.sub(between, lambda _: marked, text, flags=re.DOTALL), encoding="utf-8")

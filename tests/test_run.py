@@ -319,6 +319,7 @@ def test_validation_and_previews_change_nothing_and_show_what_is_trained(place: 
     assert [row["step"] for row in validated] == [0, 2, 4]
     for row in validated:
         assert row["val/image_use"] == row["val/loss_shuffled"] - row["val/loss"] != 0
+        assert row["val/image_use_low"] <= row["val/image_use"] <= row["val/image_use_high"]
         sigmas = [row[f"val/loss_sigma_{s:g}"] for s in (0.1, 0.5, 0.9)]
         assert sum(sigmas) / 3 == pytest.approx(row["val/loss"], rel=1e-6)
         assert len({row["val/loss"], row["val/loss_shuffled"], row["val/loss_no_reference"]}) == 3

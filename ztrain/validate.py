@@ -25,6 +25,7 @@ from ztrain.encoders import LatentCodec
 from ztrain.flow import draw_noise, interpolate, sampler_noise, velocity_losses
 from ztrain.grid import draw_grid
 from ztrain.images import open_image
+from ztrain.metrics import paired_bootstrap
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype, identity
 from ztrain.sample import released_or, sample
@@ -34,6 +35,7 @@ from ztrain.together import together
 
 _EPOCH = 2**32 - 1  # of validation's noise: an epoch that no training reaches
 
+_RESAMPLES = 2000
 _LARGEST = 1024  # pixels of a side of the originals that are kept beside the previews
 
 VARIANTS = ("loss", "loss_shuffled", "loss_no_reference")
@@ -44,8 +46,9 @@ VARIANTS = ("loss", "loss_shuffled", "loss_no_reference")
 def validation_losses(
     model: AdaptedDiT, accelerator: Accelerator, config: Config, cache: Cache, samples: Samples
 ) -> dict[str, float]:
-    """`val/loss`, `val/loss_shuffled`, `val/loss_no_reference`, each also `_sigma_<s>`, and `val/image_use`:
-    shuffled minus right. Means over the held-out samples, the same for any number of processes."""
+    """`val/loss`, `val/loss_shuffled`, `val/loss_no_reference`, each also `_sigma_<s>`, and `val/image_use`: shuffled
+    minus right, with its paired 95 % interval `_low` and `_high` over samples (none for a single one, or where
+    a loss is no number). Means over the held-out samples, the same for any number of processes."""
     held_out, others = samples.held_out_pairs(config)
     sigmas = config.validation.sigmas
     table = torch.zeros((len(VARIANTS), len(held_out), len(sigmas)), dtype=torch.float64, device=accelerator.device)
@@ -65,6 +68,10 @@ def validation_losses(
     values = {f"val/{name}": float(table[v].mean()) for v, name in enumerate(VARIANTS)}
     for place, sigma in enumerate(sigmas):
         values |= {f"val/{name}_sigma_{sigma:g}": float(table[v, :, place].mean()) for v, name in enumerate(VARIANTS)}
+    right, shuffled = (table[VARIANTS.index(name)].mean(1) for name in ("loss", "loss_shuffled"))
+    if len(held_out) > 1 and bool(table.isfinite().all()):
+        use = paired_bootstrap(shuffled, right, resamples=_RESAMPLES)
+        values |= {"val/image_use_low": use.low, "val/image_use_high": use.high}
     return values | {"val/image_use": values["val/loss_shuffled"] - values["val/loss"]}
 
 
@@ -183,4 +190,9 @@ class Previews:
 def describe_losses(values: Mapping[str, float]) -> str:
     """One line for people."""
     right, other, none = (values[f"val/{name}"] for name in VARIANTS)
-    return f"validation loss {right:.5f}, with another's reference {other:.5f}, with none {none:.5f}"
+    use = [values[f"val/image_use{end}"] for end in ("", "_low", "_high") if f"val/image_use{end}" in values]
+    interval = f" [{use[1]:+.5f}, {use[2]:+.5f}]" if len(use) > 1 else ""
+    return (
+        f"validation loss {right:.5f}, with another's reference {other:.5f} ({use[0]:+.5f}{interval}),"
+        f" with none {none:.5f}"
+    )

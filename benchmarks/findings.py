@@ -60,7 +60,7 @@ def measure(laboratory: Laboratory, pages: Sequence[str], seeds: Sequence[int], 
     """Trains and judges what the pages need and is not there yet; seconds of a step for each list, or nothing."""
     due = dict.fromkeys(name for page in pages for name in BOOK[page].variants)
     variants = {name: VARIANTS[name] for name in due if name in VARIANTS}
-    laboratory.prepare(variants.values())
+    laboratory.prepare()
     seconds: dict[str, float] = {}
     if any(name not in VARIANTS for name in due):
         seconds = laboratory.seconds_per_step(timing, LISTS, min(TIMED_STEPS, laboratory.plan.steps))

@@ -31,9 +31,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from data_tools.build import main as build
+from ztrain.checkpoint import find as find_checkpoint
 from ztrain.config import Config, load_config
 from ztrain.data import read_triplets
 from ztrain.errors import InputError
+from ztrain.export import read_adapter
 from ztrain.mini.exam import Clusters, Scores
 from ztrain.mini.style_folders import paint_many_styles
 from ztrain.mini.subject import Subject, to_pictures
@@ -109,16 +111,21 @@ class Laboratory:
     drawings: Drawings = field(default_factory=Paintings)
     shown: int = 5
     """Pictures of each run that are kept."""
+    as_far_as_trained: bool = False
+    """Runs that were cut off are exported as they stood, instead of going on."""
 
     # --- the world --------------------------------------------------------------------------------------------------
 
-    def prepare(self, variants: Iterable[Variant]) -> None:
-        """Draws, pairs, and caches what these variants read."""
+    def prepare(self) -> None:
+        """Draws and pairs."""
         if not (self.out / "triplets").is_dir():
             self.drawings.lay_out(self.out / "drawings", self.plan)
             told = build(["--config", str(self.out / "drawings/build.yaml"), "--out", str(self.out / "triplets")])
             if told:
                 raise InputError(f"{self.out}: triplets cannot be built")
+
+    def cache(self, variants: Iterable[Variant]) -> None:
+        """Computes what these variants read."""
         for variant in self._reading_most(variants):
             # Several processes share the work: they claim shards.
             words = self._words(variant, 0)
@@ -203,6 +210,7 @@ class Laboratory:
                 self.judge(f"{name}-{seed}", method, ways.get(name, ("own",)), trained_on)
 
         due = [run for run in runs if not self._is_judged(f"{run[0]}-{run[2]}") and not self._is_trained(run)]
+        self.cache({name: variant for name, variant, _ in due}.values())
         commands = [
             ("ztrain.train", *self._words(variant, seed, self.folder(name, seed))) for name, variant, seed in due
         ]
@@ -214,9 +222,17 @@ class Laboratory:
             judge(run)
 
     def _is_trained(self, run: tuple[str, Variant, int]) -> bool:
+        """Whether there is its export, or, where that is enough, what its newest checkpoint gives."""
         name, variant, seed = run
-        exported = self.folder(name, seed) / "export" / "adapter_config.json"
-        return exported.is_file() and json.loads(exported.read_text())["step"] == self.plan.steps_of(variant)
+        exported = self.folder(name, seed) / "export"
+        if self.as_far_as_trained and not exported.is_dir():
+            newest, _ = find_checkpoint("latest", self.folder(name, seed) / "checkpoints")
+            if newest is None:
+                raise InputError(f"{self.folder(name, seed)} has no checkpoint to export; train it for a while")
+            words = (*self._words(variant, seed), "--checkpoint", str(newest.path), "--out", str(exported))
+            self._side_by_side([("ztrain.cli", "export", *words)], self.folder(name, seed) / "export.log")
+        told = read_adapter(exported).step if exported.is_dir() else None
+        return told is not None and (self.as_far_as_trained or told == self.plan.steps_of(variant))
 
     def _side_by_side(
         self, commands: Sequence[tuple[str, ...]], *logs: Path, then: Callable[[int], None] = lambda place: None
@@ -256,6 +272,7 @@ class Laboratory:
         one. Kept in a file, so that another machine may carry on: remove it to measure again."""
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))["seconds"]
+        self.cache(variants.values())
         alone = replace(self, plan=replace(self.plan, steps=steps), jobs=1)
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for attempt in range(2):

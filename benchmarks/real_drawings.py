@@ -190,7 +190,7 @@ def measure(
 ) -> dict[str, Variant]:
     """Trains and judges what is not there yet; the variants by name. Layers and strengths are the splice's, to choose
     from."""
-    laboratory.prepare(LISTS.values())
+    laboratory.prepare()
     laboratory.keep_truth()
     best = _best_splice(laboratory, layers, strengths)
     variants = {}

@@ -57,9 +57,13 @@ license: apache-2.0
 
 # Adapters of the miniature
 
-One of each kind, trained on painted style folders with `python -m benchmarks.shipped_adapters` for {steps} steps of
-batch {batch}; weights in bfloat16. `ztrain sample --config configs/<list>.yaml configs/miniature.yaml --adapter
-ztrain/mini/adapters/<list>` draws with one; `make demo` shows one beside its own.
+One of each kind, trained on painted style folders with `python -m benchmarks.shipped_adapters`: batch {batch}, a cosine
+schedule of {steps} steps; where the table names fewer, the machine's time was over before. bfloat16. To draw:
+
+```bash
+ztrain sample --config configs/<list>.yaml configs/miniature.yaml --adapter ztrain/mini/adapters/<list> \\
+  --prompt "two stars on the left" --reference reference.png --out drawing.png
+```
 
 {count} held-out triplets (contents and styles that were not trained on), 95 % intervals over styles. "Shuffled": the
 same adapter with a reference of another style.
@@ -72,9 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/shipped"))
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
     parser.add_argument("--measure", action="store_true", help="train and judge, collect nothing")
+    parser.add_argument(
+        "--as-far-as-trained", action="store_true", help="export and judge runs that were cut off, train nothing more"
+    )
     parser.add_argument("--smoke", action="store_true", help="shows that everything runs")
     options = parser.parse_args(arguments)
-    laboratory = Laboratory(options.out, SMOKE if options.smoke else PLAN, options.jobs, WAYS)
+    plan = SMOKE if options.smoke else PLAN
+    laboratory = Laboratory(options.out, plan, options.jobs, WAYS, as_far_as_trained=options.as_far_as_trained)
     try:
         measure(laboratory)
         if not options.measure:
@@ -89,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(laboratory: Laboratory) -> None:
     """Trains and judges what is not there yet."""
     runs = [(name, variant, 0) for name, variant in VARIANTS.items()]
-    laboratory.prepare(VARIANTS.values())
+    laboratory.prepare()
     laboratory.keep_truth()
     laboratory.carry_out(runs, {name: tuple(WAYS) for name in VARIANTS if name != "lora"})
     laboratory.judge("text", Method(label="text only"))
@@ -126,6 +134,7 @@ def result_of(laboratory: Laboratory) -> dict[str, Any]:
         rows[name] = {
             "label": told["label"],
             "weights": told["weights"],
+            "steps": told.get("steps"),
             "figures": {
                 way: {figure: clusters.figure(values, drop_nan=True) for figure, values in scores.items()}
                 for way, scores in ways.items()
@@ -156,12 +165,14 @@ def card(result: Mapping[str, Any]) -> str:
         return f"{figure['mean']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
     head = HEAD.format(steps=result["plan"]["steps"], batch=result["plan"]["batch"], count=result["triplets"])
-    lines = [f"| | {' | '.join(COLUMNS)} | style, shuffled | weights |", "|" + "---|" * (len(COLUMNS) + 3)]
+    lines = [f"| | {' | '.join(COLUMNS)} | style, shuffled | steps | weights |", "|" + "---|" * (len(COLUMNS) + 4)]
     for row in result["rows"].values():
         figures = row["figures"]
         shuffled = cell(figures["shuffled"]["style_cosine"]) if "shuffled" in figures else ""
         cells = [cell(figures["own"][figure]) for figure in COLUMNS.values()]
-        lines.append(f"| {row['label']} | {' | '.join(cells)} | {shuffled} | {row['weights']:,} |")
+        lines.append(
+            f"| {row['label']} | {' | '.join(cells)} | {shuffled} | {row['steps'] or ''} | {row['weights']:,} |"
+        )
     return head + "\n".join(lines) + "\n"
 
 

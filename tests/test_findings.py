@@ -20,7 +20,7 @@ EVERY = findings_book.VARIANTS | {f"shipped_{name}": variant for name, variant i
 @pytest.fixture(scope="module")
 def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
     laboratory = Laboratory(tmp_path_factory.mktemp("laboratory"), PLAN, 1, findings_book.WAYS)
-    laboratory.prepare([])
+    laboratory.prepare()
     laboratory.keep_truth()
     return laboratory
 
@@ -91,9 +91,9 @@ def test_ways_of_asking_are_kept_apart_and_nothing_is_judged_twice(laboratory: L
         longer.read("asked")
 
 
-def test_a_training_that_fails_names_its_log(tmp_path: Path) -> None:
+def test_a_process_that_fails_names_its_log(tmp_path: Path) -> None:
     laboratory = Laboratory(tmp_path, PLAN)
-    with pytest.raises(InputError, match=r"ztrain.train --config failed, see .*siglip-0/train.log: .*triplets"):
+    with pytest.raises(InputError, match=r"ztrain.cli cache failed, see .*cache-0.log: .*triplets"):
         laboratory.carry_out([("siglip", Variant(label="x", experiment="siglip"), 0)], {})
 
 

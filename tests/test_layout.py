@@ -55,8 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "checkpoint": {"config"},
     "meter": {"sampler", "version"},
     "validate": {
-        "adapters", "batches", "cache", "conditioning", "config", "encoders", "flow", "grid", "images", "model",
-        "models", "sample", "sampler", "samples", "together",
+        "adapters", "batches", "cache", "conditioning", "config", "encoders", "flow", "grid", "images",
+        "metrics", "model", "models", "sample", "sampler", "samples", "together",
     },
     "run": {
         "adapters", "cache", "checkpoint", "config", "dit", "encoders", "export", "meter", "model", "models",
@@ -66,6 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
         "batches", "checkpoint", "config", "flow", "interrupt", "meter", "run", "sampler", "samples", "stats",
         "together",
     },
+    "from_checkpoint": {"checkpoint", "config", "dit", "export", "models", "run"},
     "grid": set(),
     "compare": {
         "adapters", "conditioning", "config", "data", "dit", "encoders", "export", "flow", "grid", "images", "model",
@@ -75,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
         "config", "models", "images", "flow", "adapters", "dit", "encoders", "model", "sample", "export", "stats",
     },
     "stats": {"config", "models", "data", "images", "encoders", "adapters"},
-    "cli": {"config", "yamls", "prepare", "train", "compare", "stats", "render", "mini"},
+    "cli": {"config", "yamls", "prepare", "train", "from_checkpoint", "compare", "stats", "render", "mini"},
     "demo": {"adapters", "config", "data", "grid", "mini"},
     "mini": {
         "adapters", "conditioning", "config", "dit", "encoders", "export", "flow", "grid", "images", "metrics", "model",

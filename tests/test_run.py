@@ -20,6 +20,7 @@ from tests.test_tracking import mirrored, transaction_log
 from tests.triplets import ROOT, model_words, tiny_config, write_triplets
 from ztrain import checkpoint
 from ztrain.cache import Cache
+from ztrain.cli import main as cli
 from ztrain.prepare import cache_states
 from ztrain.samples import all_needs, read_samples
 from ztrain.store import Entry, workspace
@@ -461,3 +462,46 @@ def test_averaged_weights_are_what_is_exported(place: Place, tmp_path: Path) -> 
     for name, tensor in average.items():
         assert torch.allclose(exported_weights[name.replace("adapters.0.", "projector.")], tensor, atol=1e-6)
         assert not torch.equal(files[-1][name], tensor)
+
+
+def test_the_adapter_of_a_checkpoint_is_what_the_run_exports(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    more = ("--train.max_train_steps", "2", "--train.checkpointing_steps", "1", "--train.ema_decay", "0.5")
+    pissa = ("--adapters.1.init", "pissa")  # its export needs the base's own weights
+    words = place.words(run, *QUIET, *more, *pissa)
+    finish(ALONE, words)
+    first, last = checkpoint.checkpoints(run / "checkpoints")
+
+    def export(path: Path, out: Path, words: list[str]) -> int:
+        return cli(["export", *words, "--checkpoint", str(path), "--out", str(out)])
+
+    assert export(last, tmp_path / "last" / "export", words) == 0
+    assert exported(tmp_path / "last") == exported(run)
+    assert export(first, tmp_path / "first" / "export", words) == 0
+    earlier = exported(tmp_path / "first")
+    assert json.loads(earlier["adapter_config.json"])["step"] == 1
+    assert (
+        earlier.keys() == exported(run).keys()
+        and earlier["adapter.safetensors"] != exported(run)["adapter.safetensors"]
+    )
+    capsys.readouterr()
+    assert export(first, tmp_path / "last" / "export", words) == 2
+    assert "exists already; remove it or choose another --out" in capsys.readouterr().err
+    assert export(first, tmp_path / "other", [*words, "--adapters.1.rank", "3", "--train.learning_rate", "1"]) == 2
+    complaint = capsys.readouterr().err
+    assert "not the configuration of its run: adapters" in complaint and "rank" in complaint
+    assert "learning_rate" not in complaint and not (tmp_path / "other").exists()
+    assert (
+        export(
+            first,
+            tmp_path / "other",
+            place.words(run, *pissa, "--models.base.pretrained_model_name_or_path", str(place.family / "Z-Image")),
+        )
+        == 2
+    )
+    assert "the transformer: " in capsys.readouterr().err
+    (first / "trainable.safetensors").write_bytes(b"torn")
+    assert export(first, tmp_path / "other", words) == 2
+    assert "is missing or damaged" in capsys.readouterr().err

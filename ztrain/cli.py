@@ -3,6 +3,7 @@
 config show   prints the resolved experiment
 cache         computes every state that training reads; --verify checks what is there
 train         trains the adapter list in this process (accelerate launch -m ztrain.train for several)
+export        writes the adapter of a checkpoint: --checkpoint RUN/checkpoints/step-00000500 --out DIR
 compare       renders no image, splice and exported adapters into one labelled picture
 sample        renders one prompt with references
 stats         measures state statistics for the splice's scaling
@@ -28,6 +29,12 @@ def _cache(config: Config, options: argparse.Namespace) -> str:
     from ztrain.prepare import cache_states
 
     return cache_states(config, check=options.verify)
+
+
+def _export(config: Config, options: argparse.Namespace) -> str:
+    from ztrain.from_checkpoint import export_checkpoint
+
+    return str(export_checkpoint(config, options.checkpoint, options.out))
 
 
 def _compare(config: Config, options: argparse.Namespace) -> str:
@@ -74,6 +81,7 @@ def _mini(words: Sequence[str]) -> int:
 _VERBS = {
     "config show": _config_show,
     "cache": _cache,
+    "export": _export,
     "compare": _compare,
     "stats": _stats,
     "sample": _sample,
@@ -83,8 +91,10 @@ _VERBS = {
 def _parser(verb: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"ztrain {verb}", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="+", type=Path, default=[])
-    if verb in ("sample", "stats"):
+    if verb in ("export", "sample", "stats"):
         parser.add_argument("--out", type=Path, required=True)
+    if verb == "export":
+        parser.add_argument("--checkpoint", type=Path, required=True)
     if verb == "cache":
         parser.add_argument("--verify", action="store_true")
     if verb == "sample":

@@ -1,0 +1,44 @@
+"""`ztrain export`: the adapter as it stood at a checkpoint, for runs that were cut off or were better before their end.
+
+In: the configuration of the run and one of its checkpoints. Out: what the run itself exports at its last step.
+"""
+
+import json
+from pathlib import Path
+
+from ztrain import checkpoint
+from ztrain.config import Config
+from ztrain.dit import load_transformer
+from ztrain.errors import InputError
+from ztrain.export import save_adapter
+from ztrain.models import Source, base_dtype, identity
+from ztrain.run import make_model
+
+_DECIDING = ("adapters", "encoders", "seed")
+"""Of the configuration: what a list's weights mean. The models are compared by what they are, not where they lie."""
+
+
+def export_checkpoint(config: Config, path: Path, out: Path) -> Path:
+    """Writes `out`, which must not exist, with the averaged weights where the run keeps an average. Raises InputError,
+    also where the configuration or the transformer is not the run's."""
+    if out.exists():
+        raise InputError(f"{out} exists already; remove it or choose another --out")
+    found = checkpoint.read(path)
+    changed = [
+        words
+        for words in checkpoint.frozen_differences(found.state["config"], config)
+        if words.startswith(tuple(f"{key}{end}" for key in _DECIDING for end in (".", ":")))
+    ]
+    dit = load_transformer(Source.of(config.models.base), base_dtype(config.train.mixed_precision), "cpu")
+    known, here = found.state["identities"], identity(dit, "transformer")
+    if known["transformer"] != here:
+        changed.append(f"the transformer: {json.dumps(known['transformer'])} -> {json.dumps(here)}")
+    if changed:
+        raise InputError(f"{path}: this is not the configuration of its run: {'; '.join(changed)}")
+    model = make_model(config, dit)
+    weights = found.tensors.get("ema.safetensors", found.tensors["trainable.safetensors"])
+    model.load_trainable_state(weights, str(path))
+    writing = out.with_name(f".writing-{out.name}")
+    save_adapter(writing, model.eval(), config, known, step=found.step)
+    checkpoint.replace_folder(writing, out)
+    return out

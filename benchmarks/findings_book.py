@@ -39,11 +39,7 @@ VARIANTS = LISTS | {
         "three segments, blank latents",
         *("--adapters.0.layout", "stock_without_latents", "--adapters.0.token_order", "rows"),
     ),
-    "stock_latents": _siglip(
-        "three segments and the reference's latents",
-        *("--adapters.0.layout", "stock", "--adapters.0.token_order", "rows"),
-    ),
-    "stock": _siglip("the same in stock token order", "--adapters.0.layout", "stock"),
+    "stock": _siglip("three segments, reference's latents, stock order", "--adapters.0.layout", "stock"),
     "init_random": _siglip("random", "--adapters.0.init", "random"),
     "init_statistics": _siglip("statistics_matched", "--adapters.0.init", "statistics_matched"),
     "init_slice": _siglip("cap_embedder_slice", "--adapters.0.init", "cap_embedder_slice"),
@@ -56,7 +52,6 @@ VARIANTS = LISTS | {
     "drop_reference_20": _dropout("reference 0.20", reference=0.2),
     "drop_reference_50": _dropout("reference 0.50", reference=0.5),
     "drop_all_5": _dropout("each 0.05", reference=0.05, text=0.05, both=0.05),
-    "drop_text_30": _dropout("reference 0.05, prompt 0.30", text=0.3),
 }
 
 WAYS: Ways = {
@@ -82,7 +77,7 @@ UNTRAINED: dict[str, Callable[[Config], Method]] = {"text": lambda config: Metho
 }
 PROJECTED = {"projector": TEXT, "projector_all": IMAGE}
 """The kind of tokens of which the page says what the projector makes of them."""
-DROPOUTS = ("siglip_lora", "drop_none", "drop_reference_20", "drop_reference_50", "drop_all_5", "drop_text_30")
+DROPOUTS = ("siglip_lora", "drop_none", "drop_reference_20", "drop_reference_50", "drop_all_5")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +124,7 @@ EQUAL_SECONDS = {
 }
 BOOK: dict[str, Page] = {
     "token_order": Page(rows=_labels("stock_order", siglip="row order")),
-    "caption_segments": Page(rows=_labels("stock_segments", "stock_latents", "stock", siglip="one segment")),
+    "caption_segments": Page(rows=_labels("stock_segments", "stock", siglip="one segment")),
     "siglip_init": Page(rows=_labels("init_random", "init_statistics", "init_slice", siglip="context_refiner")),
     "adapter_lists": Page(
         rows=EQUAL_STEPS | EQUAL_SECONDS | {"splice-5-text-1": "the splice, untrained", "text": "text only"}

@@ -1,0 +1,75 @@
+"""The adapters that come with ztrain: they are what their figures are of, and good enough to be shown."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import shipped_adapters
+from data_tools.build import main as build
+from ztrain.config import load_config
+from ztrain.data import read_triplets
+from ztrain.mini.exam import CONTENT_LOSS
+from ztrain.mini.style_folders import paint_many_styles
+from ztrain.mini.subject import Subject
+from ztrain.mini.trials import ADAPTERS, WEIGHTS, Method, Trials
+
+RESULT = json.loads(shipped_adapters.RESULT.read_text(encoding="utf-8"))
+ROWS = RESULT["rows"]
+SEEING = ("siglip", "siglip_lora", "projector", "splice_lora")
+
+
+def figure(name: str, figure: str, way: str = "own") -> dict[str, float]:
+    return ROWS[name]["figures"][way][figure]
+
+
+def test_they_are_good_enough() -> None:
+    assert RESULT["triplets"] >= 1024
+    assert figure("siglip", "style_cosine")["mean"] >= 0.65
+    assert figure("siglip", "style_retrieval")["mean"] >= 0.60
+    for name in ("projector", "splice_lora"):
+        assert figure(name, "style_cosine")["mean"] >= 0.40
+    for name in SEEING:
+        for label in ("prompt_content", "prompt_kind", "prompt_count", "prompt_place"):
+            assert figure(name, label)["mean"] >= figure("text", label)["mean"] - CONTENT_LOSS, (name, label)
+        assert abs(figure(name, "leak_above_chance")["mean"]) <= 0.03
+        for other in ("shuffled", "lora"):
+            assert ROWS[name]["style_above"][other]["low"] > 0, (name, other)
+    means = {judge: [figure(name, f"{judge}_cosine")["mean"] for name in ROWS] for judge in ("style", "style_second")}
+    ranks = {judge: sorted(ROWS, key=dict(zip(ROWS, of_judge, strict=True)).get) for judge, of_judge in means.items()}
+    clear = [name for name in ROWS if name not in ("text", "lora")]  # those two see nothing: their order is noise
+    assert [n for n in ranks["style"] if n in clear] == [n for n in ranks["style_second"] if n in clear]
+    for judge in ranks:
+        assert set(ranks[judge][:2]) == {"text", "lora"}, "who sees nothing is behind all others"
+
+
+def test_they_are_the_ones_that_were_measured_and_small() -> None:
+    files = [path for path in ADAPTERS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 6_000_000
+    assert sorted(path.name for path in ADAPTERS.iterdir() if path.is_dir()) == sorted(shipped_adapters.VARIANTS)
+    for name in shipped_adapters.VARIANTS:
+        method = Method.of_folder(name, ADAPTERS / name)
+        assert method.exported is not None and method.exported.step == ROWS[name]["steps"]
+        weights = sum(tensor.numel() for tensors in method.exported.files.values() for tensor in tensors.values())
+        assert weights == ROWS[name]["weights"]
+    assert (ADAPTERS / "README.md").read_text(encoding="utf-8") == shipped_adapters.card(RESULT)
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_they_draw_in_the_style_of_their_reference(name: str, trials: Trials) -> None:
+    method = Method.of_folder(name, ADAPTERS / name)
+    own, shuffled = trials.run(method), trials.run(method.shuffled)
+    assert trials.difference("style_cosine", own, shuffled)["low"] > 0.1
+    assert own.mean("prompt_content") > 0.8
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Trials:
+    folder = tmp_path_factory.mktemp("shipped")
+    paint_many_styles(folder, {"train": (2, 2), "test": (12, 2)}, seed=5)
+    (folder / "build.yaml").write_text("{images: images, contents: contents.csv, splits: {train: train, test: test}}\n")
+    assert build(["--config", str(folder / "build.yaml"), "--out", str(folder / "triplets")]) == 0
+    config = load_config([Path("configs/siglip_lora.yaml"), Path("configs/miniature.yaml")])
+    subject = Subject.load(WEIGHTS, 64, 0, torch.device("cpu"), num_inference_steps=6)
+    return Trials(subject, config, read_triplets(str(folder / "triplets"), "test").triplets)

@@ -20,7 +20,7 @@ from ztrain.mini.splices import Setting, draw_triplets
 from ztrain.mini.subject import Subject
 
 ROOT = Path(__file__).parents[1]
-WEIGHTS = ROOT / "ztrain" / "mini" / "weights"
+WEIGHTS, ADAPTERS = (ROOT / "ztrain" / "mini" / name for name in ("weights", "adapters"))
 COUNT = 24
 
 
@@ -92,4 +92,4 @@ def test_the_card_is_what_the_result_files_say() -> None:
 def test_a_wheel_holds_every_file() -> None:
     package_data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["ztrain"]
     packed = {path for pattern in package_data for path in (ROOT / "ztrain").glob(pattern) if path.is_file()}
-    assert packed == {path for path in WEIGHTS.rglob("*") if path.is_file()}
+    assert packed == {path for folder in (WEIGHTS, ADAPTERS) for path in folder.rglob("*") if path.is_file()}

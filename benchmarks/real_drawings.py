@@ -35,7 +35,7 @@ from ztrain.mini.trials import Method, Truth, as_found, find_best_splice, splice
 
 NAME = "real_drawings"
 DATA, SIZE = Path("../shared/data/emoji_styles"), 128
-PLAN = Plan(painted={"train": (8, 4000), "validation": (8, 10), "test": (8, 48)}, steps=2500, batch=32)
+PLAN = Plan(painted={"train": (8, 4000), "validation": (8, 10), "test": (8, 48)}, steps=800, batch=16)
 SMOKE = Plan(painted={"train": (8, 12), "validation": (8, 2), "test": (8, 3)}, steps=2, batch=2)
 LEFT_OUT = "emojitwo_line"
 LAYERS, STRENGTHS = (4, 5, 6), (0.5, 1.0)

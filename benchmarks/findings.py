@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.drawings import Plan
 from benchmarks.findings_book import BOOK, DROPOUTS, LISTS, PROJECTED, UNTRAINED, VARIANTS, WAYS
-from benchmarks.laboratory import Laboratory, Plan
+from benchmarks.laboratory import Laboratory
 from benchmarks.pages import PAGES, RESULTS, cell, devices, write_page
 from benchmarks.state_gaps import mean_gaps, state_gaps
 from ztrain.errors import InputError

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.laboratory import Variant, Ways
+from benchmarks.drawings import Variant
+from benchmarks.laboratory import Ways
 from ztrain.conditioning import IMAGE, TEXT
 from ztrain.config import Config
 from ztrain.mini.trials import Method, splice_settings

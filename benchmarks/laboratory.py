@@ -14,22 +14,20 @@ Legend: T triplets, S pixels of a side.
 import json
 import os
 import platform
-import queue
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from benchmarks.drawings import Drawings, Paintings, Plan, Variant
+from benchmarks.side_by_side import run_modules
 from data_tools.build import main as build
 from ztrain.checkpoint import find as find_checkpoint
 from ztrain.config import Config, load_config
@@ -37,67 +35,11 @@ from ztrain.data import read_triplets
 from ztrain.errors import InputError
 from ztrain.export import read_adapter
 from ztrain.mini.exam import Clusters, Scores
-from ztrain.mini.style_folders import paint_many_styles
 from ztrain.mini.subject import Subject, to_pictures
-from ztrain.mini.trials import PAINTED, WEIGHTS, Method, Trials, Truth
+from ztrain.mini.trials import Method, Trials
 
 Ways = Mapping[str, Mapping[str, Any]]
 """By name, how a method is asked: changes to `Method`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Variant:
-    """One way to train. `experiment`: its file in configs/; `options`: overrides; `seeded`: options whose value is
-    the run's seed; `share`: of the plan's steps."""
-
-    label: str
-    experiment: str
-    options: tuple[str, ...] = ()
-    seeded: tuple[str, ...] = ()
-    share: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """How much of everything. `painted`: style folders of each split, and pictures in each."""
-
-    painted: Mapping[str, tuple[int, int]]
-    steps: int
-    batch: int
-    seed: int = 0
-
-    def steps_of(self, variant: Variant) -> int:
-        return max(1, round(self.steps * variant.share))
-
-
-class Drawings(Protocol):
-    """What a laboratory works on: drawings, and the family that was pretrained on such."""
-
-    @property
-    def family(self) -> Path: ...
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        """Overrides of configs/miniature.yaml that every run on this family needs."""
-
-    @property
-    def truth(self) -> Truth:
-        """What its judges may be asked."""
-
-    def lay_out(self, folder: Path, plan: Plan) -> None:
-        """Writes pictures and build.yaml, from which data_tools.build makes the triplets of train and test."""
-
-
-class Paintings:
-    """Painted style folders, and the shipped family."""
-
-    family, options, truth = WEIGHTS, (), PAINTED
-
-    def lay_out(self, folder: Path, plan: Plan) -> None:
-        paint_many_styles(folder, plan.painted, seed=plan.seed)
-        splits = ", ".join(f"{split}: {split}" for split in plan.painted)
-        text = f"{{images: images, contents: contents.csv, splits: {{{splits}}}, triplets_per_target: 2}}\n"
-        (folder / "build.yaml").write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -130,7 +72,7 @@ class Laboratory:
             # Several processes share the work: they claim shards.
             words = self._words(variant, 0)
             logs = [self.out / f"cache-{place}.log" for place in range(self.jobs)]
-            self._side_by_side([("ztrain.cli", "cache", *words)] * self.jobs, *logs)
+            run_modules([("ztrain.cli", "cache", *words)] * self.jobs, logs, self.jobs)
 
     def _reading_most(self, variants: Iterable[Variant]) -> list[Variant]:
         """Of the variants, those whose cache covers all others'."""
@@ -217,7 +159,7 @@ class Laboratory:
         for name, _, seed in due:
             self.folder(name, seed).mkdir(parents=True, exist_ok=True)
         logs = [self.folder(name, seed) / "train.log" for name, _, seed in due]
-        self._side_by_side(commands, *logs, then=lambda place: judge(due[place]))
+        run_modules(commands, logs, self.jobs, lambda place: judge(due[place]))
         for run in tqdm(runs, desc="judging the rest", unit="run", disable=None):
             judge(run)
 
@@ -230,42 +172,9 @@ class Laboratory:
             if newest is None:
                 raise InputError(f"{self.folder(name, seed)} has no checkpoint to export; train it for a while")
             words = (*self._words(variant, seed), "--checkpoint", str(newest.path), "--out", str(exported))
-            self._side_by_side([("ztrain.cli", "export", *words)], self.folder(name, seed) / "export.log")
+            run_modules([("ztrain.cli", "export", *words)], [self.folder(name, seed) / "export.log"], 1)
         told = read_adapter(exported).step if exported.is_dir() else None
         return told is not None and (self.as_far_as_trained or told == self.plan.steps_of(variant))
-
-    def _side_by_side(
-        self, commands: Sequence[tuple[str, ...]], *logs: Path, then: Callable[[int], None] = lambda place: None
-    ) -> None:
-        """Runs modules, each on the GPU with the fewest of them, and calls `then` with the place of each that is done;
-        the first that fails ends it all with its log's name and last lines."""
-        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
-        seats: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
-        for job in range(self.jobs):
-            seats.put(_gpu(job))
-
-        def run(place: int) -> None:
-            log, seat = logs[place], seats.get()
-            with log.open("ab") as file:
-                words, own = [sys.executable, "-m", *commands[place]], environment | seat
-                done = subprocess.run(words, check=False, env=own, stdout=file, stderr=subprocess.STDOUT)
-            seats.put(seat)
-            if done.returncode:
-                last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
-                raise InputError(f"{' '.join(commands[place][:2])} failed, see {log}: {' | '.join(last)}")
-
-        with ThreadPoolExecutor(self.jobs) as pool:
-            places = {pool.submit(run, place): place for place in range(len(commands))}
-            bar = tqdm(total=len(places), desc=commands[0][0] if commands else "", unit="process", disable=None)
-            try:
-                for future in as_completed(places):
-                    future.result()
-                    then(places[future])
-                    bar.update()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
 
     def seconds_per_step(self, path: Path, variants: Mapping[str, Variant], steps: int) -> dict[str, float]:
         """Of each variant alone on one machine, the median over the later half of so many steps; twice, the faster
@@ -280,7 +189,7 @@ class Laboratory:
                 folder = self.out / "timing" / f"{name}-{attempt}"
                 folder.mkdir(parents=True, exist_ok=True)
                 words = alone._words(replace(variant, share=1.0), 0, folder)
-                alone._side_by_side([("ztrain.train", *words)], folder / "train.log")
+                run_modules([("ztrain.train", *words)], [folder / "train.log"], 1)
                 rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
                 taken = [row["perf/step_seconds"] for row in rows if "perf/step_seconds" in row]
                 seconds[name].append(statistics.median(taken[len(taken) // 2 :]))
@@ -385,13 +294,6 @@ class Laboratory:
         strip = Image.open(self.out / "scores" / f"{run}.png")
         side = strip.height
         return [strip.crop((left, 0, left + side, side)) for left in range(0, strip.width, side)]
-
-
-def _gpu(job: int) -> dict[str, str]:
-    """The environment that shows job number so many one of the GPUs; as it is where there are less than two."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
-    return {"CUDA_VISIBLE_DEVICES": names[job % len(names)]} if len(names) > 1 else {}
 
 
 def _plain(scores: Scores) -> dict[str, list[float]]:

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks.laboratory import Laboratory, Plan, Variant, Ways
+from benchmarks.drawings import Plan, Variant
+from benchmarks.laboratory import Laboratory, Ways
 from benchmarks.pages import PAGES, RESULTS, cell, devices, write_page
-from ztrain.config import EncodersConfig
 from ztrain.errors import InputError
 from ztrain.grid import draw_grid
 from ztrain.mini.family import BASE, MARKER, SIGLIP, VISION_LANGUAGE
@@ -214,14 +214,17 @@ def _best_splice(laboratory: Laboratory, layers: Sequence[int], strengths: Seque
     if not path.is_file():
         settings = splice_settings(laboratory.config, layers, strengths)
         method = find_best_splice(laboratory.trials_of("validation"), settings).most_style.method
-        encoders = method.encoders.model_dump(mode="json")
-        told = {"label": method.label, "tokens": method.adapters[0].tokens, "scale": method.scale, "encoders": encoders}
+        told = {
+            "label": method.label,
+            "tokens": method.adapters[0].tokens,
+            "scale": method.scale,
+            "hidden_index": method.encoders.hidden_index,
+        }
         path.write_text(json.dumps(told) + "\n", encoding="utf-8")
     told = json.loads(path.read_text(encoding="utf-8"))
-    encoders = EncodersConfig.model_validate(told["encoders"])
     [method] = [
         setting
-        for setting in splice_settings(laboratory.config, [encoders.hidden_index], [told["scale"]])
+        for setting in splice_settings(laboratory.config, [told["hidden_index"]], [told["scale"]])
         if setting.adapters[0].tokens == told["tokens"]
     ]
     return method

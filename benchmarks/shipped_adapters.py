@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.laboratory import Laboratory, Plan, Variant, Ways
+from benchmarks.drawings import Plan, Variant
+from benchmarks.laboratory import Laboratory, Ways
 from ztrain.adapters.lora import COMFYUI_FILE
 from ztrain.errors import InputError
 from ztrain.export import CONFIG_FILE

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import findings, findings_book, shipped_adapters
-from benchmarks.laboratory import Laboratory, Plan, Variant
+from benchmarks.drawings import Plan, Variant
+from benchmarks.laboratory import Laboratory
 from benchmarks.pages import MARKS
 from ztrain.errors import InputError
 from ztrain.mini.trials import Method

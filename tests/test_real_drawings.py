@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import real_drawings
-from benchmarks.laboratory import Laboratory, Plan
+from benchmarks.drawings import Plan
+from benchmarks.laboratory import Laboratory
 from ztrain.data import read_triplets
 from ztrain.errors import InputError
 from ztrain.mini.family import MARKER

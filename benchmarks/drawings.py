@@ -1,0 +1,64 @@
+"""What a laboratory works on: how much of everything, and drawings with the family that was pretrained on such."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ztrain.mini.style_folders import paint_many_styles
+from ztrain.mini.trials import PAINTED, WEIGHTS, Truth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One way to train. `experiment`: its file in configs/; `options`: overrides; `seeded`: options whose value is
+    the run's seed; `share`: of the plan's steps."""
+
+    label: str
+    experiment: str
+    options: tuple[str, ...] = ()
+    seeded: tuple[str, ...] = ()
+    share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How much of everything. `painted`: style folders of each split, and pictures in each."""
+
+    painted: Mapping[str, tuple[int, int]]
+    steps: int
+    batch: int
+    seed: int = 0
+
+    def steps_of(self, variant: Variant) -> int:
+        return max(1, round(self.steps * variant.share))
+
+
+class Drawings(Protocol):
+    """What a laboratory works on: drawings, and the family that was pretrained on such."""
+
+    @property
+    def family(self) -> Path: ...
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Overrides of configs/miniature.yaml that every run on this family needs."""
+
+    @property
+    def truth(self) -> Truth:
+        """What its judges may be asked."""
+
+    def lay_out(self, folder: Path, plan: Plan) -> None:
+        """Writes pictures and build.yaml, from which data_tools.build makes the triplets of train and test."""
+
+
+class Paintings:
+    """Painted style folders, and the shipped family."""
+
+    family, options, truth = WEIGHTS, (), PAINTED
+
+    def lay_out(self, folder: Path, plan: Plan) -> None:
+        paint_many_styles(folder, plan.painted, seed=plan.seed)
+        splits = ", ".join(f"{split}: {split}" for split in plan.painted)
+        text = f"{{images: images, contents: contents.csv, splits: {{{splits}}}, triplets_per_target: 2}}\n"
+        (folder / "build.yaml").write_text(text, encoding="utf-8")

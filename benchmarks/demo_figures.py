@@ -24,7 +24,7 @@ NAMES = {
     "splice_keeping_content": "the splice where it keeps the content",
     "adapter": "the adapter",
     "adapter_shuffled": "the adapter, another style's reference",
-    "shipped": "the adapter as shipped",
+    "shipped": "the adapter as shipped: it knows most of these contents, none of the styles",
 }
 _HEADER = 24  # pixels of the labels, above the rows of which half are kept
 

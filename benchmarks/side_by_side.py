@@ -30,10 +30,10 @@ def run_modules(
     for job in range(jobs):
         seats.put(_gpu(job))
 
-    failed = threading.Event()
+    ended = threading.Event()
 
     def run(place: int) -> None:
-        if failed.is_set():  # this thread was given the next one before it could be cancelled
+        if ended.is_set():  # this thread was given the next one before it could be cancelled
             return
         log, seat = logs[place], seats.get()
         with log.open("ab") as file:
@@ -41,7 +41,7 @@ def run_modules(
             done = subprocess.run(words, check=False, env=own, stdout=file, stderr=subprocess.STDOUT)
         seats.put(seat)
         if done.returncode:
-            failed.set()
+            ended.set()
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
             raise InputError(f"{' '.join(commands[place][:2])} failed, see {log}: {' | '.join(last)}")
 
@@ -53,10 +53,9 @@ def run_modules(
                 future.result()
                 then(places[future])
                 bar.update()
-        except BaseException:
-            failed.set()
+        finally:  # after a failure nothing new begins
+            ended.set()
             pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _gpu(job: int) -> dict[str, str]:

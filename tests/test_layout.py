@@ -66,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
         "batches", "checkpoint", "config", "flow", "interrupt", "meter", "run", "sampler", "samples", "stats",
         "together",
     },
-    "from_checkpoint": {"checkpoint", "config", "dit", "export", "models", "run"},
+    "from_checkpoint": {"checkpoint", "config", "dit", "models", "run"},
     "grid": set(),
     "compare": {
         "adapters", "conditioning", "config", "data", "dit", "encoders", "export", "flow", "grid", "images", "model",

@@ -9,7 +9,7 @@ from data_tools.build import main as build
 from ztrain.demo import BUILD_CONFIG, CONFIGS, DEFAULT
 from ztrain.mini.style_folders import paint_many_styles
 
-STEPS = 84
+STEPS = 96
 
 
 def test_the_right_reference_lowers_the_loss_after_a_few_dozen_steps(tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 """The adapters that come with ztrain: they are what their figures are of, and good enough to be shown."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import shipped_adapters
 from data_tools.build import main as build
+from ztrain.cli import main as cli
 from ztrain.config import load_config
 from ztrain.data import read_triplets
 from ztrain.mini.exam import CONTENT_LOSS
@@ -62,6 +66,18 @@ def test_they_draw_in_the_style_of_their_reference(name: str, trials: Trials) ->
     own, shuffled = trials.run(method), trials.run(method.shuffled)
     assert trials.difference("style_cosine", own, shuffled)["low"] > 0.1
     assert own.mean("prompt_content") > 0.8
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_the_command_of_their_card_draws(name: str, trials: Trials, tmp_path: Path) -> None:
+    [block] = re.findall(r"```bash\n(.*?)```", (ADAPTERS / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    trials.references[0].save(tmp_path / "reference.png")
+    named = {"<list>": name, "reference.png": str(tmp_path / "reference.png"), "drawing.png": str(tmp_path / "new.png")}
+    for word, value in named.items():
+        block = block.replace(word, value)
+    program, *words = shlex.split(block.replace("\\\n", " "))
+    assert program == "ztrain" and cli(words) == 0
+    assert Image.open(tmp_path / "new.png").size == (64, 64)
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,9 @@ def demo(out: Path, plan: Plan) -> bool:
     ours = Method.of_folder(f"{listed}, {plan.steps} steps", out / "run" / "export")
     methods |= {"adapter": ours, "adapter_shuffled": ours.shuffled}
     if (shipped := ADAPTERS / plan.adapters).is_dir():
-        methods["shipped"] = Method.of_folder(f"{listed}, as shipped", shipped)
+        methods["shipped"] = Method.of_folder(
+            f"{listed}, as shipped: it knows most of these contents, no style", shipped
+        )
     else:
         print(f"no column for a shipped adapter: none comes with ztrain for {listed}")
     bar = tqdm(methods.items(), desc="judging", unit="method")

@@ -10,9 +10,8 @@ from ztrain import checkpoint
 from ztrain.config import Config
 from ztrain.dit import load_transformer
 from ztrain.errors import InputError
-from ztrain.export import save_adapter
 from ztrain.models import Source, base_dtype, identity
-from ztrain.run import make_model
+from ztrain.run import make_model, publish_adapter
 
 _DECIDING = ("adapters", "encoders", "seed")
 """Of the configuration: what a list's weights mean. The models are compared by what they are, not where they lie."""
@@ -38,7 +37,5 @@ def export_checkpoint(config: Config, path: Path, out: Path) -> Path:
     model = make_model(config, dit)
     weights = found.tensors.get("ema.safetensors", found.tensors["trainable.safetensors"])
     model.load_trainable_state(weights, str(path))
-    writing = out.with_name(f".writing-{out.name}")
-    save_adapter(writing, model.eval(), config, known, step=found.step)
-    checkpoint.replace_folder(writing, out)
+    publish_adapter(out, model, config, known, step=found.step)
     return out

@@ -29,7 +29,7 @@ from ztrain.config import Config, TrainConfig
 from ztrain.dit import load_transformer
 from ztrain.encoders import siglip_width
 from ztrain.errors import InputError
-from ztrain.export import save_adapter
+from ztrain.export import Identities, save_adapter
 from ztrain.flow import SigmaDensity, resolution_shift
 from ztrain.meter import environment
 from ztrain.model import AdaptedDiT
@@ -327,10 +327,16 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
 
 def export(run: Run) -> Path:
     """The adapter for others, with averaged weights where there is an average."""
-    exported, writing = run.folder / "export", run.folder / ".writing-export"
+    exported = run.folder / "export"
     with together(run.accelerator), _averaged(run):
         if run.accelerator.is_main_process:
-            shutil.rmtree(writing, ignore_errors=True)  # of an earlier life of the run
-            save_adapter(writing, run.model, run.config, run.identities, step=run.step)
-            checkpoint.replace_folder(writing, exported)
+            publish_adapter(exported, run.model, run.config, run.identities, step=run.step)
     return exported
+
+
+def publish_adapter(folder: Path, model: AdaptedDiT, config: Config, known: Identities, *, step: int) -> None:
+    """`save_adapter` into a folder that appears whole, in place of an older one."""
+    writing = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(writing, ignore_errors=True)  # of a life that was cut off
+    save_adapter(writing, model, config, known, step=step)
+    checkpoint.replace_folder(writing, folder)

@@ -190,9 +190,7 @@ class Previews:
 def describe_losses(values: Mapping[str, float]) -> str:
     """One line for people."""
     right, other, none = (values[f"val/{name}"] for name in VARIANTS)
-    use = [values[f"val/image_use{end}"] for end in ("", "_low", "_high") if f"val/image_use{end}" in values]
-    interval = f" [{use[1]:+.5f}, {use[2]:+.5f}]" if len(use) > 1 else ""
-    return (
-        f"validation loss {right:.5f}, with another's reference {other:.5f} ({use[0]:+.5f}{interval}),"
-        f" with none {none:.5f}"
-    )
+    use = f"{values['val/image_use']:+.5f}"
+    if "val/image_use_low" in values:
+        use += f" [{values['val/image_use_low']:+.5f}, {values['val/image_use_high']:+.5f}]"
+    return f"validation loss {right:.5f}, with another's reference {other:.5f} ({use}), with none {none:.5f}"

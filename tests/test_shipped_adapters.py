@@ -77,7 +77,8 @@ def test_the_command_of_their_card_draws(name: str, trials: Trials, tmp_path: Pa
         block = block.replace(word, value)
     program, *words = shlex.split(block.replace("\\\n", " "))
     assert program == "ztrain" and cli(words) == 0
-    assert Image.open(tmp_path / "new.png").size == (64, 64)
+    with Image.open(tmp_path / "new.png") as drawn:
+        assert drawn.size == (64, 64)
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,9 @@ class Variant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How much of everything. `painted`: style folders of each split, and pictures in each."""
+    """How much of everything. `counts`: of each split, styles and drawings of each."""
 
-    painted: Mapping[str, tuple[int, int]]
+    counts: Mapping[str, tuple[int, int]]
     steps: int
     batch: int
     seed: int = 0
@@ -58,7 +58,7 @@ class Paintings:
     family, options, truth = WEIGHTS, (), PAINTED
 
     def lay_out(self, folder: Path, plan: Plan) -> None:
-        paint_many_styles(folder, plan.painted, seed=plan.seed)
-        splits = ", ".join(f"{split}: {split}" for split in plan.painted)
+        paint_many_styles(folder, plan.counts, seed=plan.seed)
+        splits = ", ".join(f"{split}: {split}" for split in plan.counts)
         text = f"{{images: images, contents: contents.csv, splits: {{{splits}}}, triplets_per_target: 2}}\n"
         (folder / "build.yaml").write_text(text, encoding="utf-8")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.findings [PAGE ...] [--jobs N] [--out out/findings]
 
-Without a page, all of them. Out: benchmarks/results/findings/<page>.json, docs/findings/<page>.png, and the table of
+Without a page, all of them. Out: benchmarks/results/findings/<page>.json, its picture and the table of
 docs/findings/<page>.md between its two marks. Runs that several pages show are trained once; what is judged is kept in
 `--out`. `--smoke`: few pictures, steps and seeds, and nothing is written outside `--out`.
 """
@@ -25,8 +25,8 @@ from benchmarks.state_gaps import mean_gaps, state_gaps
 from ztrain.errors import InputError
 from ztrain.mini.trials import Method
 
-PLAN = Plan(painted={"train": (512, 8), "test": (128, 2)}, steps=800, batch=16)
-SMOKE = Plan(painted={"train": (6, 4), "test": (6, 2)}, steps=3, batch=4)
+PLAN = Plan(counts={"train": (512, 8), "test": (128, 2)}, steps=800, batch=16)
+SMOKE = Plan(counts={"train": (6, 4), "test": (6, 2)}, steps=3, batch=4)
 TIMED_STEPS = 40
 
 
@@ -124,7 +124,7 @@ def result_of(laboratory: Laboratory, name: str, seeds: Sequence[int], seconds: 
     return {
         "page": name,
         "machines": laboratory.machines(run for of_row in runs.values() for run in of_row),
-        "plan": {"steps": plan.steps, "batch": plan.batch, "painted": dict(plan.painted), "seeds": list(seeds)},
+        "plan": {"steps": plan.steps, "batch": plan.batch, "counts": dict(plan.counts), "seeds": list(seeds)},
         "triplets": len(clusters.numbers),
         "columns": [column.head for column in page.columns],
         "rows": rows,
@@ -147,7 +147,7 @@ def table(result: Mapping[str, Any]) -> str:
         for head, figure in zip(result["columns"], row["cells"], strict=True):
             known = not (place == 0 and head == "above the first row")
             cells.append(cell(figure) if known else "")
-        cells.append(" ".join(f"{value:.2f}" for value in row["style_cosine_by_seed"]))
+        cells.append(" ".join(f"{value:z.2f}" for value in row["style_cosine_by_seed"]))
         lines.append(f"| {' | '.join(cells)} |")
     plan = result["plan"]
     lines += [
@@ -179,21 +179,19 @@ def write(
     # Here, because a machine that only measures may lack matplotlib.
     from benchmarks.findings_pictures import draw_front, draw_sheet, draw_splice
 
-    picture = pages / f"{name}.png"
+    drawn = {"adapter_lists": draw_front, "splice_setting": draw_splice}.get(name)
+    picture = pages / f"{name}{'.webp' if drawn is None else '.png'}"
     if name == "splice_setting":
         gaps = json.loads((laboratory.out / "scores" / "gaps.json").read_text(encoding="utf-8"))
         result["gaps"] = mean_gaps(gaps)
     for folder in (results, pages):
         folder.mkdir(parents=True, exist_ok=True)
     (results / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    match name:
-        case "adapter_lists":
-            draw_front(picture, result)
-        case "splice_setting":
-            draw_splice(picture, result)
-        case _:
-            strips = {label: _runs_of(row, seeds)[0] for row, label in BOOK[name].rows.items()}
-            draw_sheet(picture, {"reference": "reference"} | strips | {"target": "target"}, laboratory)
+    if drawn is not None:
+        drawn(picture, result)
+    else:
+        strips = {label: _runs_of(row, seeds)[0] for row, label in BOOK[name].rows.items()}
+        draw_sheet(picture, {"reference": "reference"} | strips | {"target": "target"}, laboratory)
     write_page(pages / f"{name}.md", table(result))
     print(f"wrote {results / name}.json and {picture}")
 

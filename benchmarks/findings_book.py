@@ -37,10 +37,10 @@ LISTS = {
 VARIANTS = LISTS | {
     "stock_order": _siglip("stock order", "--adapters.0.token_order", "stock"),
     "stock_segments": _siglip(
-        "three segments, blank latents",
+        "three, blank latents",
         *("--adapters.0.layout", "stock_without_latents", "--adapters.0.token_order", "rows"),
     ),
-    "stock": _siglip("three segments, reference's latents, stock order", "--adapters.0.layout", "stock"),
+    "stock": _siglip("stock in everything", "--adapters.0.layout", "stock"),
     "init_random": _siglip("random", "--adapters.0.init", "random"),
     "init_statistics": _siglip("statistics_matched", "--adapters.0.init", "statistics_matched"),
     "init_slice": _siglip("cap_embedder_slice", "--adapters.0.init", "cap_embedder_slice"),
@@ -139,7 +139,7 @@ BOOK: dict[str, Page] = {
         extra=("projector_all",),
     ),
     "dropout": Page(
-        rows=_labels(*DROPOUTS[1:], siglip_lora="reference 0.05 (the miniature's default)"),
+        rows=_labels(*DROPOUTS[1:], siglip_lora="reference 0.05 (default)"),
         columns=(
             *COMMON[:3],
             Column(head="image guidance adds", figure="style_cosine", way="guided", against="own"),

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 
 from benchmarks.laboratory import Laboratory
+from benchmarks.pages import save_sheet
 from ztrain.grid import draw_grid
 
 matplotlib.use("Agg")
@@ -19,7 +20,7 @@ def draw_sheet(path: Path, columns: Mapping[str, str], laboratory: Laboratory) -
     """The first pictures of runs, by label."""
     drawn = [laboratory.pictures(run) for run in columns.values()]
     rows = [list(row) for row in zip(*drawn, strict=True)]
-    draw_grid(list(columns), laboratory.truth["prompts"], rows).save(path)
+    save_sheet(draw_grid(list(columns), laboratory.truth["prompts"], rows), path)
 
 
 def draw_front(path: Path, result: Mapping[str, Any]) -> None:

@@ -215,8 +215,8 @@ class Laboratory:
 
     def _plan_told(self) -> dict[str, Any]:
         """The plan as files of scores name it."""
-        painted = {split: list(numbers) for split, numbers in self.plan.painted.items()}
-        return {"steps": self.plan.steps, "batch": self.plan.batch, "seed": self.plan.seed, "painted": painted}
+        counts = {split: list(numbers) for split, numbers in self.plan.counts.items()}
+        return {"steps": self.plan.steps, "batch": self.plan.batch, "seed": self.plan.seed, "counts": counts}
 
     def judge(
         self, run: str, method: Method, ways: Sequence[str] = ("own",), trained_on: Mapping[str, Any] | None = None

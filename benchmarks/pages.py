@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGES = ROOT / "benchmarks" / "results" / "findings", ROOT / "docs" / "findings"
 MARKS = ("<!-- a command writes this -->", "<!-- to here -->")
@@ -12,7 +14,8 @@ MARKS = ("<!-- a command writes this -->", "<!-- to here -->")
 
 def cell(figure: Mapping[str, float]) -> str:
     """A figure with its interval."""
-    return f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+    mean, low, high = (f"{figure[name]:z.2f}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def devices(machines: Sequence[Mapping[str, Any]]) -> str:
@@ -26,3 +29,8 @@ def write_page(page: Path, table: str) -> None:
         marked, text = f"{MARKS[0]}\n{table}\n{MARKS[1]}", page.read_text(encoding="utf-8")
         between = f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}"
         page.write_text(re.sub(between, lambda _: marked, text, flags=re.DOTALL), encoding="utf-8")
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Saves a contact sheet as WebP, a tenth of a PNG's bytes; a palette would change colours, and they are style."""
+    sheet.save(path, quality=90, method=6)

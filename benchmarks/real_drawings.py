@@ -1,6 +1,6 @@
 """Real drawings: adapters of a family pretrained on style folders, judged on pairs that neither it nor they have seen.
 
-    ztrain mini pretrain --data ../shared/data/emoji_styles --out out/emoji_miniature          (23 minutes on an H200)
+    ztrain mini pretrain --data ../shared/data/emoji_styles --out out/emoji_miniature          (15 minutes on two H200)
     python -m benchmarks.real_drawings --family out/emoji_miniature/family [--data DIR] [--jobs N] [--out DIR]
 
 Targets are pairs of content and style that the family's training left out; references show contents that no model has
@@ -25,7 +25,7 @@ from PIL import Image
 
 from benchmarks.drawings import Plan, Variant
 from benchmarks.laboratory import Laboratory, Ways
-from benchmarks.pages import PAGES, RESULTS, cell, devices, write_page
+from benchmarks.pages import PAGES, RESULTS, cell, devices, save_sheet, write_page
 from ztrain.errors import InputError
 from ztrain.grid import draw_grid
 from ztrain.mini.family import BASE, MARKER, SIGLIP, VISION_LANGUAGE
@@ -35,8 +35,8 @@ from ztrain.mini.trials import Method, Truth, as_found, find_best_splice, splice
 
 NAME = "real_drawings"
 DATA, SIZE = Path("../shared/data/emoji_styles"), 128
-PLAN = Plan(painted={"train": (8, 4000), "validation": (8, 10), "test": (8, 48)}, steps=800, batch=16)
-SMOKE = Plan(painted={"train": (8, 12), "validation": (8, 2), "test": (8, 3)}, steps=2, batch=2)
+PLAN = Plan(counts={"train": (8, 4000), "validation": (8, 10), "test": (8, 48)}, steps=2000, batch=16)
+SMOKE = Plan(counts={"train": (8, 12), "validation": (8, 2), "test": (8, 3)}, steps=2, batch=2)
 LEFT_OUT = "emojitwo_line"
 LAYERS, STRENGTHS = (4, 5, 6), (0.5, 1.0)
 """Of the splice that are compared on validation triplets."""
@@ -57,7 +57,7 @@ COLUMNS = {"style right": "style_right", "content right": "prompt_content", "sty
 class RealDrawings:
     """Style folders, and the family that was pretrained on them. Raises InputError where these do not belong together.
 
-    A plan's `painted` says of each split how many styles, and drawings of each, are targets at most.
+    A plan's counts are of targets, at most.
     """
 
     family: Path
@@ -123,7 +123,7 @@ class RealDrawings:
     def _pairs(self, name: str, targets: Split, references: Split, plan: Plan, *, seed: int) -> Iterator[dict]:
         """Rows of one split in rounds, in each of which a style occurs once at most; training's pairs come four times,
         with other references."""
-        styles, drawings = plan.painted[name]
+        styles, drawings = plan.counts[name]
         chance = random.Random(f"{plan.seed} {seed}")
         of_style = {
             style: [self._of_style(split, style, chance) for split in (targets, references)]
@@ -258,7 +258,7 @@ def result_of(laboratory: Laboratory, variants: Mapping[str, Variant]) -> dict[s
     setting = json.loads((laboratory.out / "scores" / "splice_setting.json").read_text(encoding="utf-8"))
     return {
         "machines": laboratory.machines(f"{name}-0" for name in variants),
-        "plan": {"steps": plan.steps, "batch": plan.batch, "drawings": dict(plan.painted), "seed": plan.seed},
+        "plan": {"steps": plan.steps, "batch": plan.batch, "counts": dict(plan.counts), "seed": plan.seed},
         "left_out": drawings.left_out,
         "splice_setting": setting["label"],
         "triplets": {part: int(chosen.sum()) for part, chosen in parts.items()},
@@ -304,13 +304,13 @@ def write(laboratory: Laboratory, variants: Mapping[str, Variant], results: Path
     whole = {"text only": "text", "splice": "splice"} | {LISTS[name].label: f"{name}-0" for name in LISTS}
     without = {"text only": "text"} | {f"{LISTS[name].label} without": f"{name}{WITHOUT}-0" for name in LISTS}
     for path, columns, rows in (
-        (pages / f"{NAME}.png", whole, one_each),
-        (pages / f"{NAME}_left_out.png", without, left_out),
+        (pages / f"{NAME}.webp", whole, one_each),
+        (pages / f"{NAME}_left_out.webp", without, left_out),
     ):
         named = {"reference": "reference"} | columns | {"target": "target"}
         strips = [laboratory.pictures(run) for run in named.values()]
         prompts = [laboratory.truth["prompts"][row] for row in rows]
-        draw_grid(list(named), prompts, [[strip[row] for strip in strips] for row in rows]).save(path)
+        save_sheet(draw_grid(list(named), prompts, [[strip[row] for strip in strips] for row in rows]), path)
     write_page(pages / f"{NAME}.md", table(result))
     print(table(result))
 

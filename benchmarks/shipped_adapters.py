@@ -25,8 +25,8 @@ from ztrain.mini.trials import ADAPTERS, Method, splice_settings
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "shipped_adapters.json"
-PLAN = Plan(painted={"train": (2500, 8), "test": (512, 2)}, steps=8000, batch=64, seed=1)
-SMOKE = Plan(painted={"train": (6, 4), "test": (6, 2)}, steps=3, batch=4)
+PLAN = Plan(counts={"train": (2500, 8), "test": (512, 2)}, steps=8000, batch=64, seed=1)
+SMOKE = Plan(counts={"train": (6, 4), "test": (6, 2)}, steps=3, batch=4)
 
 _TEXT = ("--adapters.0.tokens", "text")
 _RANK = "16"
@@ -153,7 +153,7 @@ def result_of(laboratory: Laboratory) -> dict[str, Any]:
             }
     return {
         "machines": laboratory.machines(run for run in runs.values()),
-        "plan": {"steps": plan.steps, "batch": plan.batch, "painted": dict(plan.painted), "seed": plan.seed},
+        "plan": {"steps": plan.steps, "batch": plan.batch, "counts": dict(plan.counts), "seed": plan.seed},
         "triplets": len(clusters.numbers),
         "rows": rows,
     }

@@ -14,7 +14,7 @@ from benchmarks.pages import MARKS
 from ztrain.errors import InputError
 from ztrain.mini.trials import Method
 
-PLAN = Plan(painted={"train": (3, 3), "test": (4, 2)}, steps=2, batch=2)
+PLAN = Plan(counts={"train": (3, 3), "test": (4, 2)}, steps=2, batch=2)
 EVERY = findings_book.VARIANTS | {f"shipped_{name}": variant for name, variant in shipped_adapters.VARIANTS.items()}
 
 
@@ -73,7 +73,7 @@ def test_rows_are_means_over_seeds_and_differences_are_paired(laboratory: Labora
     findings.write(laboratory, "token_order", (0, 1), {}, tmp_path, tmp_path)
     assert findings.table(json.loads((tmp_path / "token_order.json").read_text())) in page.read_text()
     assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
-    assert (tmp_path / "token_order.png").is_file() and "old" not in page.read_text()
+    assert (tmp_path / "token_order.webp").is_file() and "old" not in page.read_text()
     with pytest.raises(InputError, match=r"siglip-2.json is missing: siglip-2 is not judged yet"):
         findings.result_of(laboratory, "token_order", (0, 1, 2), {})
 

@@ -16,7 +16,7 @@ from ztrain.mini.family import MARKER
 from ztrain.mini.folders import FolderWorld
 from ztrain.mini.style_folders import STYLES, paint_style_folders
 
-PLAN = Plan(painted={"train": (6, 40), "validation": (6, 2), "test": (6, 3)}, steps=2, batch=2)
+PLAN = Plan(counts={"train": (6, 40), "validation": (6, 2), "test": (6, 3)}, steps=2, batch=2)
 
 
 @pytest.fixture(scope="module")

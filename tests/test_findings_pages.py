@@ -1,0 +1,65 @@
+"""docs/findings: every page's table is its result file's, every figure in its words too, and its command is real."""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from benchmarks import findings, real_drawings
+from benchmarks.findings_book import BOOK
+from benchmarks.pages import MARKS, PAGES, RESULTS
+
+TABLES: dict[str, Callable[[Any], str]] = dict.fromkeys(BOOK, findings.table) | {
+    real_drawings.NAME: real_drawings.table
+}
+
+
+def _read(name: str) -> tuple[str, str, Any]:
+    """Words and table of a page, and its result."""
+    before, rest = (PAGES / f"{name}.md").read_text(encoding="utf-8").split(MARKS[0])
+    table, after = rest.split(MARKS[1])
+    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return before + after, table.strip(), result
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_of_the_committed_result(name: str) -> None:
+    _, table, result = _read(name)
+    assert table == TABLES[name](result), f"run: python -m benchmarks.findings {name}"
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_figures_in_words_are_in_the_table(name: str) -> None:
+    words, table, _ = _read(name)
+    figure = r"(?<![\d.])\d\.\d+(?!\.?\d)"  # without its sign, and no version, which has three parts
+    guessed = {"0.125"}  # one style of eight
+    assert set(re.findall(figure, words)) <= set(re.findall(figure, table)) | guessed
+
+
+@pytest.mark.parametrize("name", BOOK)
+def test_findings_rest_on_enough(name: str) -> None:
+    _, _, result = _read(name)
+    assert result["triplets"] >= 256 and len(result["plan"]["seeds"]) >= 3
+    assert [row["name"] for row in result["rows"]] == list(BOOK[name].rows)
+    assert [row["label"] for row in result["rows"]] == list(BOOK[name].rows.values())
+    plan = findings.PLAN
+    assert (result["plan"]["steps"], result["plan"]["batch"]) == (plan.steps, plan.batch)
+
+
+def test_every_page_has_its_pictures_and_its_command_and_is_in_the_index() -> None:
+    index = (PAGES / "README.md").read_text(encoding="utf-8")
+    assert {path.stem for path in PAGES.glob("*.md")} == {*TABLES, "README"}
+    shown = set()
+    for name in TABLES:
+        words, _, _ = _read(name)
+        assert f"({name}.md)" in index
+        command = f"python -m benchmarks.findings {name}" if name in BOOK else f"python -m benchmarks.{name} --family"
+        assert command in words
+        for picture in re.findall(r"!\[.*?\]\((.*?)\)", words):
+            Image.open(PAGES / picture).verify()
+            shown.add(picture)
+    assert shown == {path.name for path in PAGES.iterdir() if path.suffix != ".md"}
+    assert "python -m benchmarks.findings --jobs" in index

@@ -23,8 +23,8 @@ from tests.test_parity import (
     relative_error,
 )
 from ztrain.adapters.splice import SpliceConfig
+from ztrain.blocks import use_fast_blocks
 from ztrain.conditioning import Encoded
-from ztrain.dit import use_real_rotary
 from ztrain.encoders import Encoders
 from ztrain.errors import InputError
 from ztrain.flow import SigmaDensity, draw_sigma, draw_sigmas, loss_weight, velocity_losses
@@ -99,7 +99,7 @@ def test_real_rotary_products_are_diffusers_complex_ones(family: Path) -> None:
     """Gradients of mixed sizes, captions and references, and diffusers' own forward on the same models."""
     states, noisy = mixed(), noise_like((8, 8), (8, 8), (12, 6), (4, 10), (8, 8))
     models = [make_model(family, [SIGLIP]).requires_grad_(True) for _ in range(2)]
-    use_real_rotary(models[1].dit)
+    use_fast_blocks(models[1].dit, real_rotary=True)
     expected, found = (gradients(model, noisy, SIGMA, states) for model in models)
     for name, gradient in expected.items():
         other = found[name]

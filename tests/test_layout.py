@@ -32,8 +32,9 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "models": {"config"},
     "vision_language": {"config", "models", "conditioning"},
     "encoders": {"config", "models", "conditioning", "vision_language"},
-    "dit": {"models"},
-    "model": {"conditioning", "adapters", "dit"},
+    "blocks": set(),
+    "dit": {"blocks", "models"},
+    "model": {"conditioning", "adapters", "blocks", "dit"},
     "sample": {"flow", "conditioning", "config", "models"},
     "export": {
         "config", "models", "conditioning", "adapters", "model", "encoders", "vision_language", "sample", "flow",
@@ -59,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
         "metrics", "model", "models", "sample", "sampler", "samples", "together",
     },
     "run": {
-        "adapters", "cache", "checkpoint", "config", "dit", "encoders", "export", "meter", "model", "models",
+        "adapters", "blocks", "cache", "checkpoint", "config", "dit", "encoders", "export", "meter", "model", "models",
         "flow", "prepare", "samples", "together", "tracking", "validate", "yamls",
     },
     "train": {
@@ -79,8 +80,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "cli": {"config", "yamls", "prepare", "train", "from_checkpoint", "compare", "stats", "render", "mini"},
     "demo": {"adapters", "config", "data", "grid", "mini"},
     "mini": {
-        "adapters", "conditioning", "config", "dit", "encoders", "export", "flow", "grid", "images", "metrics", "model",
-        "models", "rows", "sample", "vision_language",
+        "adapters", "blocks", "conditioning", "config", "dit", "encoders", "export", "flow", "grid", "images",
+        "metrics", "model", "models", "rows", "sample", "vision_language",
     },
     "data_tools": {"data", "images", "rows", "tars", "yamls"},
     "ztrain/__init__": {"export", "version"},

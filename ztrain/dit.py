@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ztrain.blocks import prepare, rotary_factors
 from ztrain.errors import InputError
 from ztrain.models import Source, load_part
 
@@ -29,66 +30,6 @@ REAL_CONFIG: dict[str, Any] = {"axes_lens": [1536, 512, 512]}
 
 Samples: TypeAlias = Sequence[Tensor] | Tensor
 """B x (C, H, W): a list, whose sizes may differ, or one tensor (B, C, H, W)."""
-
-
-class RealRotary:
-    """diffusers' ZSingleStreamAttnProcessor with the rotary product in real arithmetic: same numbers, compiles whole.
-
-    Inductor leaves complex products to eager kernels. `use_real_rotary` installs it; `forward` then hands the blocks
-    real factors, (B, N, d_head / 2, 2) of cosine and sine. What diffusers' own forward hands them stays complex, and is
-    turned here.
-    """
-
-    _attention_backend = None  # both are set by diffusers' set_attention_backend and enable_parallelism
-    _parallel_config = None
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: None = None,
-        attention_mask: Tensor | None = None,
-        freqs_cis: Tensor | None = None,
-    ) -> Tensor:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)))  # (B, N, heads, d_head)
-        key = attn.norm_k(attn.to_k(hidden_states).unflatten(-1, (attn.heads, -1)))
-        value = attn.to_v(hidden_states).unflatten(-1, (attn.heads, -1))
-        if freqs_cis is not None:
-            factors = torch.view_as_real(freqs_cis) if freqs_cis.is_complex() else freqs_cis
-            cos, sin = factors.unsqueeze(2).unbind(-1)
-            query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
-        if attention_mask is not None and attention_mask.ndim == 2:
-            attention_mask = attention_mask[:, None, None, :]
-        attended = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        return attn.to_out[0](attended.flatten(2, 3).to(query.dtype))
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs of neighbours of (B, N, heads, d_head) turned in float32; cos and sin (B, N, 1, d_head / 2)."""
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
-    return turned.flatten(-2).type_as(x)
-
-
-def use_real_rotary(dit: Any) -> None:
-    """Installs RealRotary in every block."""
-    for block in (*dit.noise_refiner, *dit.context_refiner, *(dit.siglip_refiner or ()), *dit.layers):
-        block.attention.set_processor(RealRotary())
-
-
-def _rotary_factors(dit: Any, positions: Tensor) -> Tensor:
-    """As the blocks' attention reads them: (N, d_head / 2) complex, or (N, d_head / 2, 2) for RealRotary."""
-    factors = dit.rope_embedder(positions)
-    return torch.view_as_real(factors) if isinstance(dit.layers[0].attention.processor, RealRotary) else factors
 
 
 def load_transformer(source: Source, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -194,8 +135,8 @@ def forward(
         blocks.append(_siglip_block(dit, siglip, grids, dtype))
 
     sequence = _with_scales(_join(blocks), blocks, caption_scale, siglip_scale)
-    states = _run(dit, dit.layers, sequence, modulation).states
     longest = max(height * width for height, width in sides)
+    states = _run(dit, dit.layers, sequence, modulation, kept=longest).states
     output = dit.all_final_layer[f"{PATCH}-1"](states[:, :longest], c=modulation)  # (B, N, 4 C)
     parts = zip(output.split([len(samples) for samples in stacked]), stacked, strict=True)
     return [_unpatchify(tokens, samples) for tokens, samples in parts]
@@ -282,7 +223,7 @@ def _line_freqs(dit: Any, length: int, device: torch.device) -> Tensor:
     """Rotary factors of captions, (1, length, d_head / 2): positions 1, 2, ... on the first axis, pads count on."""
     positions = torch.zeros((length, 3), dtype=torch.int64, device=device)
     positions[:, 0] = torch.arange(1, length + 1, device=device)
-    return _rotary_factors(dit, positions).unsqueeze(0)
+    return rotary_factors(dit, positions).unsqueeze(0)
 
 
 def _grid_freqs(dit: Any, grids: Sequence[Sequence[Grid]], length: int, device: torch.device) -> Tensor:
@@ -290,7 +231,7 @@ def _grid_freqs(dit: Any, grids: Sequence[Sequence[Grid]], length: int, device: 
     layouts = [tuple(sample) for sample in grids]
     distinct = {layout: i for i, layout in enumerate(dict.fromkeys(layouts))}
     positions = torch.stack([_positions(layout, length) for layout in distinct]).to(device, non_blocking=True)
-    freqs = _rotary_factors(dit, positions.flatten(0, 1)).unflatten(0, (len(distinct), length))
+    freqs = rotary_factors(dit, positions.flatten(0, 1)).unflatten(0, (len(distinct), length))
     return freqs if len(distinct) == 1 else freqs[_to([distinct[layout] for layout in layouts], device)]
 
 
@@ -338,12 +279,13 @@ def _with_scales(
     return sequence._replace(mask=bias.to(sequence.states.dtype)[:, None, None, :])
 
 
-def _run(dit: Any, layers: nn.ModuleList, block: _Block, modulation: Tensor | None) -> _Block:
-    """The block after these layers."""
+def _run(dit: Any, layers: nn.ModuleList, block: _Block, modulation: Tensor | None, kept: int | None = None) -> _Block:
+    """The block after these layers. kept: tokens of the result that are read, from the first on."""
     states, freqs, mask = block
-    for layer in layers:
+    for place, layer in enumerate(layers, 1):
+        prepared = prepare(layer, modulation, kept if place == len(layers) else None)
         if torch.is_grad_enabled() and dit.gradient_checkpointing:
-            states = dit._gradient_checkpointing_func(layer, states, mask, freqs, modulation)
+            states = dit._gradient_checkpointing_func(layer, states, mask, freqs, prepared)
         else:
-            states = layer(states, mask, freqs, modulation)
+            states = layer(states, mask, freqs, prepared)
     return _Block(states, freqs, mask)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ztrain import dit as transformer
 from ztrain.adapters import Adapter
+from ztrain.blocks import use_fast_blocks
 from ztrain.conditioning import Conditioning, Encoded, StockOmni, text_conditioning
 from ztrain.errors import InputError
 
@@ -36,6 +37,7 @@ class AdaptedDiT(nn.Module):
             own = [f"adapters.{index}.{name}" for name, _ in adapter.named_parameters()]
             self.weights_of.append([f"dit.{name}" for name in woken] + own)
             adapter.to(dit.layers[0].attention_norm1.weight.device)
+        use_fast_blocks(dit)
 
     def forward(self, noisy: transformer.Samples, sigma: Tensor, encoded: Encoded) -> Any:
         """Velocities, B x (C, H, W) in the base's dtype: a list for a list, one tensor for one tensor.

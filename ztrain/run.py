@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from ztrain import checkpoint
 from ztrain.adapters import build_adapters, describe_list
+from ztrain.blocks import slow_because
 from ztrain.cache import Cache
 from ztrain.config import Config, TrainConfig
 from ztrain.dit import load_transformer
@@ -191,6 +192,8 @@ def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoi
         previews=previews,
     )
     accelerator.print(f"training {sum(p.numel() for p in trained):,} weights of {describe_list(config.adapters)}")
+    if reason := slow_because(dit):
+        accelerator.print(f"blocks run as diffusers wrote them: {reason}")
     with together(accelerator):
         if resumed is not None:
             _restore(run, resumed)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ztrain.blocks import use_fast_blocks
 from ztrain.conditioning import Encoded
-from ztrain.dit import use_real_rotary
 from ztrain.encoders import LatentCodec, TextEncoder
 from ztrain.flow import SigmaDensity, draw_sigmas, interpolate, velocity_losses
 from ztrain.mini.fit import Draws, Fitted, Partial, Plan, fit, mixed_precision, training
@@ -91,7 +91,7 @@ def compile_blocks(dit: Any, gradients: Callable[[], dict[str, Tensor]]) -> None
     measured on an H200 at batch 512, while 64 was right. With real rotary products and its own options it was right.
     """
     blocks = (*dit.noise_refiner, *dit.context_refiner, *dit.layers)
-    use_real_rotary(dit)
+    use_fast_blocks(dit, real_rotary=True)
     true = gradients()
     for block in blocks:
         block.compile()

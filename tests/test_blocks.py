@@ -1,0 +1,168 @@
+"""The fast forward of a block against diffusers' own on the same modules: numbers, work, and when it steps back."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.test_batched import Dispatched, gradients, mixed, uniform
+from tests.test_parity import LORA, PROJECTOR, SIGLIP, make_model, noise_like
+from ztrain.adapters.lora import LoraAdapterConfig
+from ztrain.adapters.splice import SpliceConfig
+from ztrain.blocks import slow_because, use_fast_blocks
+from ztrain.conditioning import IMAGE, TEXT, Encoded, TokenStates
+from ztrain.model import AdaptedDiT
+
+SIGMA = torch.tensor([0.9, 0.4, 0.65, 0.2, 0.5])
+SIZES = ((8, 8), (8, 8), (12, 6), (4, 10), (8, 8))
+EVERYWHERE = LoraAdapterConfig(rank=3, alpha=6.0, target_modules=r".*\.(to_[qkv]|to_out\.0|w[123])")
+LISTS = {
+    "lora": [SpliceConfig(), LORA],
+    "everywhere": [EVERYWHERE],
+    "projector": [PROJECTOR],
+    "siglip": [SIGLIP],
+    "siglip_lora": [SIGLIP, EVERYWHERE],
+}
+
+
+FLOPS, MATMULS, OPERATIONS = 187_165_440, 288, 1756
+"""Of a step on the CPU, where an RMSNorm is many operations."""
+
+
+def with_references(states: Encoded) -> Encoded:
+    """References for the splice too: nine states, a third of them text's."""
+    kinds = torch.tensor([TEXT, IMAGE, IMAGE] * 3)
+    read = [None if i == 1 else TokenStates(x.flip(0)[:7].repeat(2, 1)[:9], kinds) for i, x in enumerate(states.text)]
+    return replace(states, reference=read, fused=read)
+
+
+def make(family: Path, adapters: list[Any]) -> AdaptedDiT:
+    """With adapter weights that are not zero."""
+    model = make_model(family, adapters).train()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def stock(model: AdaptedDiT) -> AdaptedDiT:
+    for block in (*model.dit.layers, *model.dit.noise_refiner, *model.dit.context_refiner):
+        del block.forward
+    for block in model.dit.siglip_refiner or ():
+        del block.forward
+    return model
+
+
+def distance(found: list[Tensor], true: list[Tensor]) -> float:
+    """Norm of the difference over the norm of the true one, over all tensors at once."""
+    ours, theirs = (torch.cat([tensor.detach().double().flatten() for tensor in each]) for each in (found, true))
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["keep", "recompute"])
+@pytest.mark.parametrize("name", LISTS)
+def test_outputs_and_gradients_are_diffusers_own(family: Path, name: str, checkpointing: bool) -> None:
+    """Mixed sizes, captions and numbers of references; every trained weight, and the base's when all of it trains."""
+    noisy, states = noise_like(*SIZES), with_references(mixed())
+    models = [make(family, LISTS[name]), stock(make(family, LISTS[name]))]
+    assert slow_because(models[0].dit) is None
+    found, true = [], []
+    for model, kept in zip(models, (found, true), strict=True):
+        if checkpointing:
+            model.dit.enable_gradient_checkpointing()
+        kept += [torch.cat([v.flatten() for v in model(noisy, SIGMA, states)]).detach()]
+        kept += [gradients(model, noisy, SIGMA, states)]
+    assert distance(found[:1], true[:1]) <= 1e-5
+    trained = {key for key, p in models[0].named_parameters() if p.requires_grad}
+    assert trained
+    for key in trained:
+        assert distance([found[1][key]], [true[1][key]]) <= 1e-4, key
+
+
+def test_gradients_of_the_base_are_diffusers_own(family: Path) -> None:
+    """The miniature's transformer is trained whole, through the same blocks."""
+    noisy, states = noise_like(*SIZES), mixed()
+    models = [make_model(family, [SIGLIP]).requires_grad_(True) for _ in range(2)]
+    found, true = (gradients(model, noisy, SIGMA, states) for model in (models[0], stock(models[1])))
+    for key, gradient in true.items():
+        assert gradient is not None and distance([found[key]], [gradient]) <= 1e-4, key
+
+
+@pytest.mark.parametrize("name", ["everywhere", "siglip_lora"])
+def test_bfloat16_is_as_near_to_float32_as_diffusers_bfloat16(family: Path, name: str) -> None:
+    noisy, states = noise_like(*SIZES), with_references(mixed())
+    with torch.no_grad():
+        true = stock(make(family, LISTS[name]))(noisy, SIGMA, states)
+        errors = []
+        for model in (make(family, LISTS[name]), stock(make(family, LISTS[name]))):
+            trained = {id(p) for p in model.parameters() if p.requires_grad}
+            for parameter in model.dit.parameters():
+                if id(parameter) not in trained:
+                    parameter.data = parameter.data.bfloat16()
+            model.base_dtype = torch.bfloat16
+            found = model(noisy, SIGMA, states)
+            assert found[0].dtype == torch.bfloat16
+            errors.append(distance(found, true))
+    assert 1e-4 < errors[0] <= 1.2 * errors[1], errors
+
+
+def _work(model: AdaptedDiT, states: Encoded) -> tuple[int, int, int]:
+    """Matmul FLOPs, matmuls and all operations of a step."""
+    noisy = noise_like(*[(8, 8)] * 4)
+    with FlopCounterMode(display=False) as flops, Dispatched() as operations:
+        gradients(model, noisy, SIGMA[:4], states)
+    matmuls = sum(operations.counts[f"aten.{name}.default"] for name in ("mm", "addmm", "bmm"))
+    return flops.get_total_flops(), matmuls, operations.counts.total()
+
+
+def test_a_step_does_no_more_work_than_is_written_here(family: Path) -> None:
+    """The tiny model, batch 4, LoRA everywhere. Smaller figures are welcome: write them above."""
+    models = [make(family, [EVERYWHERE]), stock(make(family, [EVERYWHERE]))]
+    (flops, matmuls, operations), (flops_before, matmuls_before, operations_before) = (
+        _work(model, uniform(4, 0)) for model in models
+    )
+    assert flops < flops_before and matmuls < matmuls_before and operations < operations_before
+    assert flops <= FLOPS and matmuls <= MATMULS and operations <= OPERATIONS, (flops, matmuls, operations)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "said"),
+    [
+        ([LoraAdapterConfig(rank=2, peft={"use_dora": True})], "another kind"),
+        ([LoraAdapterConfig(rank=2, dropout=0.5)], "drops out"),
+    ],
+    ids=["dora", "dropout"],
+)
+def test_what_it_does_not_compute_runs_as_diffusers_wrote_it_and_is_named(
+    family: Path, adapters: list[Any], said: str
+) -> None:
+    model, other = make(family, adapters), stock(make(family, adapters))
+    reason = slow_because(model.dit)
+    assert reason is not None and said in reason and "main block 0" in reason
+    noisy, states = noise_like(*SIZES), mixed()
+    results = []
+    for each in (model, other):
+        torch.manual_seed(0)  # of dropout
+        results.append(torch.cat([v.flatten() for v in each(noisy, SIGMA, states)]))
+    assert distance(results[:1], results[1:]) < 1e-6  # the refiners have no LoRA and are fast
+    assert slow_because(model.eval().dit) is None or said == "another kind"
+
+
+def test_a_chosen_attention_backend_and_foreign_layers_are_named(family: Path) -> None:
+    class Other(torch.nn.Linear):
+        pass
+
+    dit = make_model(family, []).dit
+    assert slow_because(dit) is None
+    dit.layers[1].feed_forward.w2 = Other(8, 8)
+    assert "main block 1: feed_forward.w2 is Other" in str(slow_because(dit))
+    dit.noise_refiner[0].attention.processor._attention_backend = "native"
+    dit.layers[1].feed_forward.w2 = torch.nn.Linear(8, 8, bias=False)
+    assert "attention backend" in str(slow_because(dit))
+    use_fast_blocks(dit)

@@ -9,7 +9,7 @@ apply, diffusers' forward runs, and `slow_because` says why. Names, state dict a
 Legend: B batch, N tokens, d model width, r LoRA rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,37 +28,72 @@ class Factors(NamedTuple):
     """Tokens whose new states anybody reads, from the first on: the others are attended to and go no further."""
 
 
+class _Lora(NamedTuple):
+    a: Tensor  # (r, inputs)
+    b: Tensor  # (outputs, r)
+    scale: float
+
+
+class _Linear(NamedTuple):
+    weight: Tensor  # (outputs, inputs)
+    lora: _Lora | None
+
+
+class _Norm(NamedTuple):
+    weight: Tensor
+    eps: float
+
+
+class _Weights(NamedTuple):
+    """What a block computes with: tensors and numbers alone, so that one compiled function serves all blocks."""
+
+    qkv: tuple[_Linear, _Linear, _Linear]
+    out: _Linear
+    w1_w3: tuple[_Linear, _Linear]
+    w2: _Linear
+    norm_q: _Norm
+    norm_k: _Norm
+    heads: int
+    eps: tuple[float, float, float, float]
+    """Of the norms before and after attention, before and after the feed-forward."""
+
+
 class FastForward:
     """The forward of one block: ours for `Factors`, diffusers' for whatever diffusers gives it."""
 
-    def __init__(self, block: Any, real_rotary: bool) -> None:
-        self.block, self.real_rotary = block, real_rotary
+    def __init__(self, block: Any, compute: Callable[..., Tensor], is_compiled: bool) -> None:
+        self.block, self.compute, self.is_compiled = block, compute, is_compiled
 
     def __call__(self, x: Tensor, mask: Tensor | None, freqs: Tensor, modulation: Any = None, *rest: Any) -> Tensor:
         if isinstance(modulation, Factors):
             kind = x.device.type
             products = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            if mask is not None and mask.ndim == 2:
+                mask = mask[:, None, None, :]
             with torch.autocast(kind, enabled=False):
-                return _forward(self.block, x.to(modulation[0].dtype), mask, freqs, modulation, products)
+                x = x.to(modulation.into_attention.dtype)
+                return self.compute(_weights_of(self.block), x, mask, freqs, modulation, products)
         if not freqs.is_complex():
             freqs = torch.view_as_complex(freqs)
         return type(self.block).forward(self.block, x, mask, freqs, modulation, *rest)
 
 
-def use_fast_blocks(dit: Any, real_rotary: bool = False) -> None:
+def use_fast_blocks(dit: Any, backend: str | None = None) -> None:
     """Installs FastForward in every block of a transformer, also again.
 
-    real_rotary: rotary products in real arithmetic, which Inductor compiles; eager, complex ones are fewer kernels.
+    backend: of torch.compile, one compiled function for all blocks; None runs them eagerly.
     """
+    compute = _compute if backend is None else torch.compile(_compute, backend=backend, fullgraph=True)
     for block in _blocks(dit):
-        block.forward = FastForward(block, real_rotary)
+        block.forward = FastForward(block, compute, backend is not None)
 
 
 def rotary_factors(dit: Any, positions: Tensor) -> Tensor:
     """Of positions (N, 3), as the blocks read them: (N, d_head / 2) complex, or (N, d_head / 2, 2), cosine and sine."""
     factors = dit.rope_embedder(positions)
     forward = dit.layers[0].forward
-    is_real = isinstance(forward, FastForward) and forward.real_rotary
+    # Inductor leaves complex products to eager kernels; eagerly, they are fewer kernels than real ones.
+    is_real = isinstance(forward, FastForward) and forward.is_compiled
     return torch.view_as_real(factors) if is_real else factors
 
 
@@ -92,46 +127,69 @@ def _blocks(dit: Any) -> list[Any]:
     return [*dit.noise_refiner, *dit.context_refiner, *(dit.siglip_refiner or ()), *dit.layers]
 
 
-def _forward(
-    block: Any, x: Tensor, mask: Tensor | None, freqs: Tensor, factors: Factors, products: torch.dtype
-) -> Tensor:
-    """(B, N, d) -> (B, kept or N, d) in the dtype of x. mask: (B, N) of what is attended to, or a bias that broadcasts
-    to (B, heads, N, N); products: dtype of the matrix products and of attention."""
+def _weights_of(block: Any) -> _Weights:
     attention, feed_forward = block.attention, block.feed_forward
-    states = (_normalised(x, block.attention_norm1.eps) * factors.into_attention).to(products)
+    norms = (block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2)
+    return _Weights(
+        (_linear_of(attention.to_q), _linear_of(attention.to_k), _linear_of(attention.to_v)),
+        _linear_of(attention.to_out[0]),
+        (_linear_of(feed_forward.w1), _linear_of(feed_forward.w3)),
+        _linear_of(feed_forward.w2),
+        _Norm(attention.norm_q.weight, attention.norm_q.eps),
+        _Norm(attention.norm_k.weight, attention.norm_k.eps),
+        attention.heads,
+        (norms[0].eps, norms[1].eps, norms[2].eps, norms[3].eps),
+    )
+
+
+def _linear_of(layer: Any) -> _Linear:
+    """A layer's weight, and the one LoRA that peft has put on it and that is switched on."""
+    if type(layer) is nn.Linear:
+        return _Linear(layer.weight, None)
+    if layer.disable_adapters:
+        return _Linear(layer.base_layer.weight, None)
+    (name,) = layer.active_adapters
+    lora = _Lora(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+    return _Linear(layer.base_layer.weight, lora)
+
+
+# --- what a block computes --------------------------------------------------------------------------------------------
+
+
+def _compute(
+    weights: _Weights, x: Tensor, mask: Tensor | None, freqs: Tensor, factors: Factors, products: torch.dtype
+) -> Tensor:
+    """(B, N, d) -> (B, kept or N, d) in the dtype of x. mask: what is attended to, or a bias, as it broadcasts to
+    (B, heads, N, N); products: dtype of the matrix products and of attention."""
+    states = (_normalised(x, weights.eps[0]) * factors.into_attention).to(products)
     if factors.kept is None:
-        query, key, value = _project((attention.to_q, attention.to_k, attention.to_v), states)
+        query, key, value = _project(weights.qkv, states)
     else:
         x = x[:, : factors.kept]
-        (query,) = _project((attention.to_q,), states[:, : factors.kept])
-        key, value = _project((attention.to_k, attention.to_v), states)
-    query = _normed_heads(query, attention.norm_q, attention.heads)
-    query = _turned(query, freqs[:, : factors.kept]).to(products)
-    key = _turned(_normed_heads(key, attention.norm_k, attention.heads), freqs).to(products)
-    if mask is not None and mask.ndim == 2:
-        mask = mask[:, None, None, :]
-    value = value.unflatten(-1, (attention.heads, -1))
+        (query,) = _project(weights.qkv[:1], states[:, : factors.kept])
+        key, value = _project(weights.qkv[1:], states)
+    query, key, value = (projected.unflatten(-1, (weights.heads, -1)) for projected in (query, key, value))
+    query = _turned(_normed_heads(query, weights.norm_q), freqs[:, : factors.kept]).to(products)
+    key = _turned(_normed_heads(key, weights.norm_k), freqs).to(products)
     states = F.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
     )
-    states = states.transpose(1, 2).flatten(2)
-    (states,) = _project((attention.to_out[0],), states)
-    x = torch.addcmul(x, factors.out_of_attention, _normalised(states.to(x.dtype), block.attention_norm2.eps))
+    (states,) = _project((weights.out,), states.transpose(1, 2).flatten(2))
+    x = torch.addcmul(x, factors.out_of_attention, _normalised(states.to(x.dtype), weights.eps[1]))
 
-    states = (_normalised(x, block.ffn_norm1.eps) * factors.into_feed_forward).to(products)
-    gate, up = _project((feed_forward.w1, feed_forward.w3), states)
-    (states,) = _project((feed_forward.w2,), F.silu(gate) * up)
-    return torch.addcmul(x, factors.out_of_feed_forward, _normalised(states.to(x.dtype), block.ffn_norm2.eps))
+    states = (_normalised(x, weights.eps[2]) * factors.into_feed_forward).to(products)
+    gate, up = _project(weights.w1_w3, states)
+    (states,) = _project((weights.w2,), F.silu(gate) * up)
+    return torch.addcmul(x, factors.out_of_feed_forward, _normalised(states.to(x.dtype), weights.eps[3]))
 
 
 def _normalised(x: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
-def _normed_heads(x: Tensor, norm: Any, heads: int) -> Tensor:
-    """(B, N, d) -> (B, N, heads, d_head) in the dtype of the norm's weight."""
-    x = x.unflatten(-1, (heads, -1)).to(norm.weight.dtype)
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+def _normed_heads(x: Tensor, norm: _Norm) -> Tensor:
+    """(B, N, heads, d_head) in the dtype of the norm's weight."""
+    return F.rms_norm(x.to(norm.weight.dtype), x.shape[-1:], norm.weight, norm.eps)
 
 
 def _turned(x: Tensor, freqs: Tensor) -> Tensor:
@@ -145,37 +203,23 @@ def _turned(x: Tensor, freqs: Tensor) -> Tensor:
     return turned.flatten(-2).type_as(x)
 
 
-# --- linear layers, with and without a LoRA ---------------------------------------------------------------------------
-
-
-class _Lora(NamedTuple):
-    a: Tensor  # (r, inputs)
-    b: Tensor  # (outputs, r)
-    scale: float
-
-
-def _project(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
+def _project(layers: Sequence[_Linear], x: Tensor) -> list[Tensor]:
     """Each layer's output for the same x, (B, N, inputs) -> (B, N, outputs)."""
     outputs = [F.linear(x, layer.weight.to(x.dtype)) for layer in layers]
-    loras = {place: lora for place, layer in enumerate(layers) if (lora := _lora_of(layer)) is not None}
+    loras = [(place, layer.lora) for place, layer in enumerate(layers) if layer.lora is not None]
     if not loras:
         return outputs
     # peft trains float32 weights on a bfloat16 base.
-    narrow = F.linear(x, torch.cat([lora.a for lora in loras.values()]).to(x.dtype)).flatten(0, 1)
-    parts = narrow.split([len(lora.a) for lora in loras.values()], dim=1)
-    for (place, lora), part in zip(loras.items(), parts, strict=True):
+    narrow = F.linear(x, torch.cat([lora.a for _, lora in loras]).to(x.dtype)).flatten(0, 1)
+    parts = narrow.split([len(lora.a) for _, lora in loras], dim=1)
+    for (place, lora), part in zip(loras, parts, strict=True):
         output = outputs[place]
         added = torch.addmm(output.flatten(0, 1), part, lora.b.to(x.dtype).t(), alpha=lora.scale)
         outputs[place] = added.view_as(output)
     return outputs
 
 
-def _lora_of(layer: Any) -> _Lora | None:
-    """The one LoRA that peft has put on a layer and that is switched on."""
-    if type(layer) is nn.Linear or layer.disable_adapters:
-        return None
-    (name,) = layer.active_adapters
-    return _Lora(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+# --- where it does not apply ------------------------------------------------------------------------------------------
 
 
 def _objection(block: Any) -> str | None:

@@ -45,11 +45,8 @@ class AdaptedDiT(nn.Module):
         noisy: B x (C, H, W), any dtype, sizes may differ in a list, sides even; sigma: (B,) in [0, 1], 1 = noise.
         Adapter weights are float32 on a bf16 base: their products run in the base's dtype by autocast.
         """
-        with self._precision(noisy[0].device):
-            conditioning = text_conditioning(encoded)
-            for adapter in self.adapters:
-                if adapter.scale != 0:
-                    conditioning = adapter(conditioning, encoded)
+        with self.precision(noisy[0].device):
+            conditioning = self.conditioning(encoded)
             t = 1 - sigma.float().to(noisy[0].device)  # stays float32: bf16 would round 0.9013 to 0.904
             if conditioning.omni is None:
                 output = transformer.forward(
@@ -68,6 +65,14 @@ class AdaptedDiT(nn.Module):
         if isinstance(noisy, Tensor):
             return -output[0]
         return [velocity for samples in output for velocity in (-samples).unbind()]
+
+    def conditioning(self, encoded: Encoded) -> Conditioning:
+        """What the transformer reads of a batch, after all adapters in their order."""
+        conditioning = text_conditioning(encoded)
+        for adapter in self.adapters:
+            if adapter.scale != 0:
+                conditioning = adapter(conditioning, encoded)
+        return conditioning
 
     def _tied(self, output: Tensor) -> Tensor:
         """`output` with zero gradients to weights that nothing used: without a reference, what reads one is idle.
@@ -89,7 +94,8 @@ class AdaptedDiT(nn.Module):
         finally:
             self.set_scales(scales)
 
-    def _precision(self, device: torch.device) -> AbstractContextManager:
+    def precision(self, device: torch.device) -> AbstractContextManager:
+        """The base's dtype for products of float32 adapter weights."""
         if self.base_dtype == torch.float32:
             return nullcontext()
         return torch.autocast(device.type, dtype=self.base_dtype)

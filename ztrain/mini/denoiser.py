@@ -84,25 +84,21 @@ def encode_captions(encoder: TextEncoder, captions: Sequence[str]) -> States:
 
 
 def compile_blocks(dit: Any, gradients: Callable[[], dict[str, Tensor]]) -> None:
-    """Compiles every block on its own, by inductor if its gradients are those of the blocks as they are, and says so.
+    """Compiles the blocks, by inductor if its gradients are those of the blocks as they are, and says so.
 
     `gradients`: of one batch, by parameter. Checked because inductor of torch 2.10 and 2.11 computes some reductions of
     these blocks silently wrong, by factors of 1e4, whether it may mix their orders (pytorch/pytorch#193061) or not:
     measured on an H200 at batch 512, while 64 was right. With real rotary products and its own options it was right.
     """
-    blocks = (*dit.noise_refiner, *dit.context_refiner, *dit.layers)
-    use_fast_blocks(dit, real_rotary=True)
     true = gradients()
-    for block in blocks:
-        block.compile()
+    use_fast_blocks(dit, backend="inductor")
     errors = [relative_error(gradients(), true) for _ in range(_CHECKS)]
     found = ", ".join(f"{error:.2g}" for error in errors)
     if all(error < _GRADIENT_TOLERANCE for error in errors):  # which no NaN is
         print(f"blocks compiled by inductor: gradients differ by {found} from those before", flush=True)
         return
     torch.compiler.reset()
-    for block in blocks:
-        block.compile(backend="aot_eager")
+    use_fast_blocks(dit, backend="aot_eager")
     print(f"inductor's gradients differ by {found}: blocks run without its kernels, at half the speed", flush=True)
 
 

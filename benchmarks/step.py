@@ -1,0 +1,305 @@
+"""One training step of the transformer, ours beside diffusers and peft in the same run: time, memory, FLOPs, ceilings.
+
+    python -m benchmarks.step [CASE ...] [--out DIR] [--tiny]
+
+Random bf16 weights of the real size on one GPU: forward, backward and an AdamW step of the trained weights. Every case
+is run by each way of WAYS, one after the other on an empty card, with the same weights, noise and prompts.
+Out: step_<gpu>.json, {"command", "machine", "versions", "date", "ceilings", "rows"}; a row: case, way, ms (median of
+STEPS after WARM_UPS), spread (their range), peak_gib, mfu (FLOPs that a step needs), hfu (FLOPs that were launched,
+recomputed ones too), and, for ours, reference (the fastest other way) and ratio (ours / reference). FLOPs are of matrix
+products and attention, counted, not estimated. `--tiny`: a small model in float32 on the CPU: does everything run?
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import peft
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.laboratory import machine
+from ztrain.adapters import build_adapters
+from ztrain.adapters.base import AdapterConfig
+from ztrain.adapters.lora import LoraAdapterConfig
+from ztrain.adapters.projector import ProjectorConfig
+from ztrain.adapters.siglip import SiglipConfig
+from ztrain.adapters.splice import SpliceConfig
+from ztrain.blocks import slow_because, use_fast_blocks
+from ztrain.conditioning import IMAGE, Encoded, TokenStates
+from ztrain.dit import REAL_CONFIG
+from ztrain.model import AdaptedDiT
+
+RESULTS = Path(__file__).parent / "results"
+WARM_UPS, STEPS = 3, 10
+ATTENTION = r"^layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)$"
+TINY: dict[str, Any] = {
+    "dim": 64, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 48,
+    "axes_dims": [8, 12, 12], "axes_lens": [1536, 64, 64],
+}  # fmt: skip
+
+
+def _lora(rank: int, **settings: Any) -> LoraAdapterConfig:
+    return LoraAdapterConfig(rank=rank, **settings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """adapters: of a feature width; side: pixels; captions: tokens of each sample, and so the batch."""
+
+    adapters: Callable[[int], Sequence[AdapterConfig]]
+    side: int = 1024
+    captions: tuple[int, ...] = (128,)
+    recompute: bool = True
+
+
+def _attention_lora(width: int) -> Sequence[AdapterConfig]:
+    return [_lora(16, target_modules=ATTENTION)]
+
+
+CASES = {
+    "lora_1024_b1_full_recompute": Case(adapters=_attention_lora),
+    "lora_1024_b1_no_recompute": Case(adapters=_attention_lora, recompute=False),
+    "lora_1024_b4": Case(adapters=_attention_lora, captions=(128,) * 4),
+    "lora_512_b1": Case(adapters=_attention_lora, side=512, recompute=False),
+    "lora_default_1024_b1": Case(adapters=lambda width: [SpliceConfig(), _lora(32)]),
+    "siglip_1024_b1": Case(adapters=lambda width: [SiglipConfig(feature_dim=width)]),
+    "siglip_lora_1024_b1": Case(adapters=lambda width: [SiglipConfig(feature_dim=width), _lora(32)]),
+    "projector_1024_b1": Case(adapters=lambda width: [ProjectorConfig()]),
+    "mixed_captions_b4": Case(adapters=_attention_lora, captions=(32, 64, 128, 256)),
+}
+
+
+def _as_diffusers(model: AdaptedDiT) -> None:
+    for block in _blocks(model.dit):
+        block.__dict__.pop("forward", None)
+
+
+def _as_diffusers_compiled(model: AdaptedDiT) -> None:
+    _as_diffusers(model)
+    for block in model.dit.layers:
+        block.compile()
+
+
+WAYS: dict[str, Callable[[AdaptedDiT], None]] = {
+    "diffusers": _as_diffusers,
+    "diffusers_compiled": _as_diffusers_compiled,
+    "ztrain": lambda model: None,
+    "ztrain_compiled": lambda model: use_fast_blocks(model.dit, backend="inductor"),
+}
+"""diffusers: its blocks, and its whole forward too where a case has no SigLIP tokens, which that cannot lay out as ours
+does. compiled: each block on its own, around which it is recomputed."""
+
+
+def _blocks(dit: Any) -> list[Any]:
+    return [*dit.noise_refiner, *dit.context_refiner, *(dit.siglip_refiner or ()), *dit.layers]
+
+
+# --- one step ---------------------------------------------------------------------------------------------------------
+
+
+class Step:
+    """A model and the inputs of a case, ready to be stepped."""
+
+    def __init__(self, case: Case, way: str, is_tiny: bool, device: torch.device) -> None:
+        width, dtype = (32, torch.float32) if is_tiny else (1152, torch.bfloat16)
+        side = case.side // 64 if is_tiny else case.side // 8
+        dit = _random_transformer(TINY if is_tiny else REAL_CONFIG, dtype, device)
+        torch.manual_seed(1)
+        self.model = AdaptedDiT(dit, build_adapters(list(case.adapters(width)))).to(device).train()
+        if case.recompute:
+            dit.enable_gradient_checkpointing()
+        WAYS[way](self.model)
+        self.calls_dit = way.startswith("diffusers") and dit.siglip_refiner is None
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        # Foreach is the default; a fused optimizer step would be the same for every way.
+        self.optimizer = torch.optim.AdamW(self.trained, 1e-4)
+        features, batch = dit.config.cap_feat_dim, len(case.captions)
+        generator = torch.Generator(device).manual_seed(2)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+        text = [normal(length, features) for length in case.captions]
+        reads_image = any(adapter.config.reads & {"reference", "fused"} for adapter in self.model.adapters)
+        states = TokenStates(normal(64, features), torch.full((64,), IMAGE, device=device)) if reads_image else None
+        siglip = [[normal(16, 16, width)] if dit.siglip_refiner is not None else [] for _ in range(batch)]
+        self.encoded = Encoded(
+            text=text, null_text=text[0], reference=[states] * batch, fused=[states] * batch, siglip=siglip
+        )
+        self.noisy, self.target = normal(batch, 16, side, side), normal(batch, 16, side, side)
+        self.sigma = torch.linspace(0.3, 0.7, batch, device=device)
+
+    def velocity(self) -> Tensor:
+        if not self.calls_dit:
+            return self.model(self.noisy, self.sigma, self.encoded)
+        # As the pipeline calls it; adapters that change captions have done so before.
+        conditioning = self.model.conditioning(self.encoded)
+        with self.model.precision(self.noisy.device):
+            output = self.model.dit(
+                list(self.noisy.unsqueeze(2)), 1 - self.sigma, conditioning.caption, return_dict=False
+            )[0]
+        return -torch.stack([sample.squeeze(1) for sample in output])
+
+    def run(self) -> float:
+        """Milliseconds of one whole step."""
+        _wait()
+        start = time.perf_counter()
+        loss = F.mse_loss(self.velocity().float(), self.target.float())
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        _wait()
+        return (time.perf_counter() - start) * 1e3
+
+
+def _random_transformer(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            dit = diffusers.ZImageTransformer2DModel(**config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for parameter in dit.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.02)
+    return dit
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(name: str, way: str, is_tiny: bool, device: torch.device) -> dict[str, Any]:
+    """One row, without what needs the other ways."""
+    gc.collect()
+    torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    step = Step(CASES[name], way, is_tiny, device)
+    taken = [step.run() for _ in range(WARM_UPS + STEPS)][WARM_UPS:]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    row: dict[str, Any] = {"case": name, "way": way, "ms": statistics.median(taken), "spread": max(taken) - min(taken)}
+    row |= {"peak_gib": peak, "slow_because": slow_because(step.model.dit) if way.startswith("ztrain") else None}
+    return row
+
+
+def count_flops(name: str, is_tiny: bool, device: torch.device) -> dict[str, int]:
+    """FLOPs that a step of this case needs, and those that it launches, by diffusers' blocks without a compiler."""
+    counted = {}
+    for kind, recompute in (("needed", False), ("launched", CASES[name].recompute)):
+        gc.collect()
+        if recompute or kind == "needed":
+            step = Step(CASES[name], "diffusers", is_tiny, device)
+            if not recompute:
+                step.model.dit.disable_gradient_checkpointing()
+            with FlopCounterMode(display=False) as flops:
+                F.mse_loss(step.velocity().float(), step.target.float()).backward()
+            counted[kind] = flops.get_total_flops()
+            del step
+        else:
+            counted[kind] = counted["needed"]
+    return counted
+
+
+def ceilings(is_tiny: bool, device: torch.device) -> dict[str, float]:
+    """TFLOP/s of this card's matrix product and attention at the shapes of a 1024 x 1024 step, each by itself."""
+    tokens, dim, heads = (64, 64, 2) if is_tiny else (4224, 3840, 30)
+    dtype = torch.float32 if is_tiny else torch.bfloat16
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    x, qkv, w13 = normal(tokens, dim), normal(3 * dim, dim), normal(int(dim / 3 * 8) * 2, dim)
+    query = normal(1, heads, tokens, dim // heads)
+    work = {
+        "one_projection": (lambda: F.linear(x, qkv[:dim]), 2 * tokens * dim * dim),
+        "fused_qkv": (lambda: F.linear(x, qkv), 2 * tokens * dim * 3 * dim),
+        "fused_w1_w3": (lambda: F.linear(x, w13), 2 * tokens * dim * len(w13)),
+        "attention": (lambda: F.scaled_dot_product_attention(query, query, query), 4 * tokens * tokens * dim),
+    }
+    found = {}
+    for name, (run, flops) in work.items():
+        for _ in range(WARM_UPS):
+            run()
+        _wait()
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            run()
+        _wait()
+        found[name] = flops * STEPS / (time.perf_counter() - start) / 1e12
+    return found
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.step", description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all if none is named")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--tiny", action="store_true", help="a small model on the CPU, a rehearsal; needs --out")
+    options = parser.parse_args(arguments)
+    if unknown := sorted(set(options.cases) - set(CASES)):
+        parser.error(f"no case {unknown[0]!r}; there are {', '.join(CASES)}")
+    if options.tiny and options.out == RESULTS:
+        parser.error("--tiny needs --out: its figures are no results")
+    if not options.tiny and not torch.cuda.is_available():
+        parser.error("the real size needs a CUDA GPU; --tiny runs here")
+    device = torch.device("cpu" if options.tiny else "cuda")
+    known = ceilings(options.tiny, device)
+    document: dict[str, Any] = {
+        "command": "python -m benchmarks.step",
+        "machine": machine(),
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "peft": peft.__version__},
+        "date": datetime.now(UTC).date().isoformat(),
+        "ceilings_tflops": {name: round(value, 3) for name, value in known.items()},
+        "rows": [],
+    }
+    gpu = document["machine"]["device"].lower().replace(" ", "_")
+    path = options.out / f"step_{gpu}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name in options.cases or CASES:
+        document["rows"] += compare(name, options.ways, options.tiny, device, max(known.values()))
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+    return 0
+
+
+def compare(
+    name: str, ways: Sequence[str], is_tiny: bool, device: torch.device, ceiling: float
+) -> list[dict[str, Any]]:
+    """The rows of one case, printed as they come. ceiling: TFLOP/s that count as the whole card."""
+    flops = count_flops(name, is_tiny, device)
+    rows: list[dict[str, Any]] = []
+    for way in ways:
+        row = measure(name, way, is_tiny, device)
+        seconds = row["ms"] / 1e3
+        row |= {"mfu": flops["needed"] / seconds / 1e12 / ceiling, "hfu": flops["launched"] / seconds / 1e12 / ceiling}
+        row["tflop_needed"] = flops["needed"] / 1e12
+        others = [other for other in rows if other["way"].startswith("diffusers")]
+        if way.startswith("ztrain") and others:
+            best = min(others, key=lambda other: other["ms"])
+            row |= {"reference": best["way"], "ratio": row["ms"] / best["ms"]}
+        rows.append({key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""benchmarks/step.py at its tiny size: every way computes the same velocities, and a whole run writes its rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from benchmarks import step
+from tests.test_blocks import distance
+from ztrain.blocks import use_fast_blocks
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", step.CASES)
+def test_all_ways_of_a_case_compute_the_same(name: str) -> None:
+    with torch.no_grad():
+        theirs, ours = (step.Step(step.CASES[name], way, True, CPU).velocity() for way in ("diffusers", "ztrain"))
+    assert distance([ours], [theirs]) < 1e-5
+
+
+def test_rows_have_their_reference_and_figures_are_not_taken_for_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["mixed_captions_b4", "siglip_1024_b1", "--tiny", "--ways", "diffusers", "ztrain"]
+    assert step.main([*words, "--out", str(tmp_path)]) == 0
+    [path] = tmp_path.iterdir()
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [(row["case"], row["way"]) for row in rows] == [
+        (case, way) for case in ("mixed_captions_b4", "siglip_1024_b1") for way in ("diffusers", "ztrain")
+    ]
+    for row in rows:
+        assert 0 < row["mfu"] < row["hfu"] and row["slow_because"] is None
+        assert ("ratio" in row) == (row["way"] == "ztrain")
+    with pytest.raises(SystemExit):
+        step.main(words)
+    assert "no results" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo asks for it
+def test_one_compiled_function_serves_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five graphs for ten blocks: caption and image refiner, the first main block, whose input needs no gradient, the
+    last, and all between. A break in one would be an error."""
+    monkeypatch.setitem(step.TINY, "n_layers", 8)
+    torch.compiler.reset()
+    steps = [step.Step(step.CASES["lora_1024_b1_full_recompute"], "ztrain", True, CPU) for _ in range(2)]
+    use_fast_blocks(steps[1].model.dit, backend="aot_eager")
+    counters.clear()
+    true, found = [], []
+    for each, kept in zip(steps, (true, found), strict=True):
+        for parameter in each.trained:
+            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+        each.velocity().square().mean().backward()
+        kept += [parameter.grad for parameter in each.trained]
+    assert counters["stats"]["unique_graphs"] == 5
+    assert distance(found, true) <= 1e-4

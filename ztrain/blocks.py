@@ -98,11 +98,11 @@ def rotary_factors(dit: Any, positions: Tensor) -> Tensor:
 
 
 def slow_because(dit: Any) -> str | None:
-    """Why some blocks run as diffusers wrote them, in words; None where all are fast."""
-    for name, layers in (("main", dit.layers), ("noise", dit.noise_refiner), ("context", dit.context_refiner)):
-        for block in layers:
+    """Why some blocks run as diffusers wrote them, in words that begin with a module; None where all are fast."""
+    for name in ("layers", "noise_refiner", "context_refiner", "siglip_refiner"):
+        for place, block in enumerate(getattr(dit, name) or ()):
             if reason := _objection(block):
-                return f"{name} block {block.layer_id}: {reason}"
+                return f"{name}.{place}.{reason}"
     return None
 
 
@@ -226,9 +226,9 @@ def _objection(block: Any) -> str | None:
     """What is in the way of the fast forward, or None."""
     attention, feed_forward = block.attention, block.feed_forward
     if attention.norm_q is None:
-        return "attention without norms of query and key"
+        return "attention has no norms of query and key"
     if getattr(attention.processor, "_attention_backend", None) is not None:
-        return "an attention backend was chosen by name"
+        return "attention has a backend of its own"
     layers = {
         **{f"attention.{name}": getattr(attention, name) for name in ("to_q", "to_k", "to_v")},
         "attention.to_out.0": attention.to_out[0],
@@ -252,7 +252,7 @@ def _objection_to_linear(layer: Any) -> str | None:
         return "has a merged LoRA"
     if layer.disable_adapters:
         return None
-    if len(layer.active_adapters) != 1:
+    if len(layer.active_adapters) != 1 or layer.active_adapters[0] not in layer.lora_A:
         return "has several LoRAs"
     [name] = layer.active_adapters
     if name in layer.lora_variant:

@@ -133,7 +133,7 @@ class Step:
 
         text = [normal(length, features) for length in case.captions]
         reads_image = any(adapter.config.reads & {"reference", "fused"} for adapter in self.model.adapters)
-        states = TokenStates(normal(64, features), torch.full((64,), IMAGE, device=device)) if reads_image else None
+        states = TokenStates(normal(64, features), torch.full((64,), IMAGE)) if reads_image else None
         siglip = [[normal(16, 16, width)] if dit.siglip_refiner is not None else [] for _ in range(batch)]
         self.encoded = Encoded(
             text=text, null_text=text[0], reference=[states] * batch, fused=[states] * batch, siglip=siglip

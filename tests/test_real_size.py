@@ -133,7 +133,7 @@ def test_one_training_step_of_each_kind_at_1024() -> None:
         encoded = Encoded(
             text=[torch.randn((96, 2560), device=device)],
             null_text=torch.randn((8, 2560), device=device),
-            reference=[TokenStates(torch.randn((256, 2560), device=device), torch.full((256,), IMAGE, device=device))],
+            reference=[TokenStates(torch.randn((256, 2560), device=device), torch.full((256,), IMAGE))],
             fused=[None],
             siglip=[[torch.randn((16, 16, 1152), device=device)]],
         )

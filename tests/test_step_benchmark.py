@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from benchmarks import step
 from tests.test_blocks import distance
 from ztrain.blocks import use_fast_blocks
+from ztrain.flow import velocity_losses
 
 CPU = torch.device("cpu")
 
@@ -20,6 +21,17 @@ def test_all_ways_of_a_case_compute_the_same(name: str) -> None:
     with torch.no_grad():
         theirs, ours = (step.Step(step.CASES[name], way, True, CPU).velocity() for way in ("diffusers", "ztrain"))
     assert distance([ours], [theirs]) < 1e-5
+
+
+@pytest.mark.parametrize("name", step.CASES)
+def test_no_step_waits_for_its_device(name: str) -> None:
+    """On the meta device a tensor has nothing but its shape: what would wait for a GPU is an error there."""
+    meta, each = torch.device("meta"), step.Step(step.CASES[name], "ztrain", True, CPU)
+    each.model.to(meta)
+    velocity = each.model(each.noisy.to(meta), each.sigma.to(meta), each.encoded.to(meta))
+    velocity_losses(velocity, each.noisy.to(meta), each.target.to(meta), each.sigma.to(meta)).mean().backward()
+    trained = [parameter for parameter in each.model.parameters() if parameter.requires_grad]
+    assert trained and all(parameter.grad is not None and parameter.grad.is_meta for parameter in trained)
 
 
 def test_rows_have_their_reference_and_figures_are_not_taken_for_results(

@@ -66,12 +66,14 @@ class FastForward:
 
     def __call__(self, x: Tensor, mask: Tensor | None, freqs: Tensor, modulation: Any = None, *rest: Any) -> Tensor:
         if isinstance(modulation, Factors):
-            kind = x.device.type
-            products = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            x = x.to(modulation.into_attention.dtype)
             if mask is not None and mask.ndim == 2:
                 mask = mask[:, None, None, :]
+            kind = x.device.type
+            if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+                return self.compute(_weights_of(self.block), x, mask, freqs, modulation, x.dtype)
+            products = torch.get_autocast_dtype(kind)
             with torch.autocast(kind, enabled=False):
-                x = x.to(modulation.into_attention.dtype)
                 return self.compute(_weights_of(self.block), x, mask, freqs, modulation, products)
         if not freqs.is_complex():
             freqs = torch.view_as_complex(freqs)

@@ -19,14 +19,19 @@ TEXT, IMAGE, MARKER = 0, 1, 2
 
 @dataclass(frozen=True, slots=True)
 class TokenStates:
-    """Hidden states of one sequence with what each token is: `states` (L, D), `kinds` (L,) of TEXT, IMAGE, MARKER."""
+    """Hidden states of one sequence with what each token is: `states` (L, D), `kinds` (L,) of TEXT, IMAGE, MARKER.
+
+    `kinds` is on the host: how many tokens a selection leaves must be known there, and asking a device would wait for
+    all the work it has been given.
+    """
 
     states: Tensor
     kinds: Tensor
 
     def select(self, kinds: Sequence[int]) -> "TokenStates":
-        keep = torch.isin(self.kinds, torch.tensor(list(kinds), device=self.kinds.device))
-        return TokenStates(self.states[keep], self.kinds[keep])
+        places = torch.isin(self.kinds, torch.tensor(list(kinds))).nonzero().squeeze(1)
+        there = places.to(self.states.device, non_blocking=True)
+        return TokenStates(self.states.index_select(0, there), self.kinds[places])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +123,8 @@ class Encoded:
 
 def _moved(value: Any, device: torch.device) -> Any:
     """Any nesting of lists and records of tensors, on `device`."""
+    if isinstance(value, TokenStates):
+        return replace(value, states=_moved(value.states, device))
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, list):

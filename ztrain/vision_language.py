@@ -122,7 +122,7 @@ class SplicedModel:
         kinds = torch.full_like(ids[0], TEXT, dtype=torch.uint8)
         kinds[is_image[0]] = IMAGE
         kinds[(ids[0] == self.ids[VISION_START]) | (ids[0] == self.ids[VISION_END])] = MARKER
-        return TokenStates(states, kinds)
+        return TokenStates(states, kinds.cpu())
 
     def decode(
         self,

@@ -103,7 +103,7 @@ def match_statistics(states: TokenStates, statistics: dict[str, Tensor], scaling
     table = {name: tensor.to(states.states.device, torch.float32) for name, tensor in statistics.items()}
     matched = states.states.float()
     for name, kind in STATISTICS_KINDS.items():
-        rows = (states.kinds == kind).unsqueeze(-1)  # (L, 1)
+        rows = (states.kinds == kind).to(matched.device, non_blocking=True).unsqueeze(-1)  # (L, 1)
         mean, std = table[f"{name}_mean"], table[f"{name}_std"]
         if scaling == "global":
             scaled = matched * (table["prompt_std"].square().mean().sqrt() / std.square().mean().sqrt())

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.test_batched import Dispatched, gradients, mixed, uniform
 from tests.test_parity import LORA, PROJECTOR, SIGLIP, make_model, noise_like
+from ztrain import blocks
 from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.blocks import slow_because
@@ -129,6 +130,20 @@ def test_a_step_does_no_more_work_than_is_written_here(family: Path) -> None:
     )
     assert flops < flops_before and matmuls < matmuls_before and operations < operations_before
     assert flops <= FLOPS and matmuls <= MATMULS and operations <= OPERATIONS, (flops, matmuls, operations)
+
+
+@pytest.mark.parametrize("name", ["lora", "siglip"])
+def test_what_needs_no_gradient_is_computed_once(family: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With recomputation: the frozen refiners in front of what is trained once, everything after it twice."""
+    computed: list[int] = []
+    plain = blocks._compute
+    monkeypatch.setattr(blocks, "_compute", lambda weights, *rest: computed.append(0) or plain(weights, *rest))
+    model = make(family, LISTS[name])
+    model.dit.enable_gradient_checkpointing()
+    gradients(model, noise_like(*SIZES), SIGMA, with_references(mixed()))
+    dit = model.dit
+    once = len(dit.noise_refiner) + len(dit.context_refiner)
+    assert len(computed) == once + 2 * (len(dit.layers) + len(dit.siglip_refiner or ()))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tests.test_parity import LORA, PROJECTOR, SIGLIP, make_model, noise_like
 from ztrain import blocks
 from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.splice import SpliceConfig
-from ztrain.blocks import slow_because
+from ztrain.blocks import slow_because, use_stock_blocks
 from ztrain.conditioning import IMAGE, TEXT, Encoded, TokenStates
 from ztrain.model import AdaptedDiT
 
@@ -53,10 +53,7 @@ def make(family: Path, adapters: list[Any]) -> AdaptedDiT:
 
 
 def stock(model: AdaptedDiT) -> AdaptedDiT:
-    for block in (*model.dit.layers, *model.dit.noise_refiner, *model.dit.context_refiner):
-        del block.forward
-    for block in model.dit.siglip_refiner or ():
-        del block.forward
+    use_stock_blocks(model.dit)
     return model
 
 

@@ -90,6 +90,12 @@ def use_fast_blocks(dit: Any, backend: str | None = None) -> None:
         block.forward = FastForward(block, compute, backend is not None)
 
 
+def use_stock_blocks(dit: Any) -> None:
+    """Takes it out again: every block runs as diffusers wrote it."""
+    for block in _blocks(dit):
+        block.__dict__.pop("forward", None)
+
+
 def rotary_factors(dit: Any, positions: Tensor) -> Tensor:
     """Of positions (N, 3), as the blocks read them: (N, d_head / 2) complex, or (N, d_head / 2, 2), cosine and sine."""
     factors = dit.rope_embedder(positions)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.test_batched import Dispatched, gradients, mixed, uniform
 from tests.test_parity import LORA, PROJECTOR, SIGLIP, make_model, noise_like
-from ztrain import blocks
+from ztrain import block
 from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.blocks import slow_because, use_stock_blocks
@@ -133,8 +133,8 @@ def test_a_step_does_no_more_work_than_is_written_here(family: Path) -> None:
 def test_what_needs_no_gradient_is_computed_once(family: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With recomputation: the frozen refiners in front of what is trained once, everything after it twice."""
     computed: list[int] = []
-    plain = blocks._compute
-    monkeypatch.setattr(blocks, "_compute", lambda weights, *rest: computed.append(0) or plain(weights, *rest))
+    plain = block.compute
+    monkeypatch.setattr(block, "compute", lambda weights, *rest: computed.append(0) or plain(weights, *rest))
     model = make(family, LISTS[name])
     model.dit.enable_gradient_checkpointing()
     gradients(model, noise_like(*SIZES), SIGMA, with_references(mixed()))

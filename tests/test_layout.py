@@ -32,8 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "models": {"config"},
     "vision_language": {"config", "models", "conditioning"},
     "encoders": {"config", "models", "conditioning", "vision_language"},
-    "blocks": set(),
-    "dit": {"blocks", "models"},
+    "storage": set(),
+    "block": set(),
+    "blocks": {"block", "storage"},
+    "dit": {"block", "blocks", "models"},
     "model": {"conditioning", "adapters", "blocks", "dit"},
     "sample": {"flow", "conditioning", "config", "models"},
     "export": {

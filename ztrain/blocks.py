@@ -1,61 +1,21 @@
-"""A block of the transformer in fewer kernels, over the same modules and weights as diffusers' own.
+"""The fast forward of block.py put in the place of each block's own, over the same modules and weights.
 
-`use_fast_blocks` puts this forward in the place of each block's. It computes what ZImageTransformerBlock.forward does
-in basic mode (transformer_z_image.py, diffusers 0.42.1) with less traffic: RMSNorm is one kernel; a norm's weight and
-what modulates or gates it are one factor, made before the block and so never recomputed; LoRAs that share their input
-share one product with it, and each adds itself to its base's output inside its second product. Where that does not
-apply, diffusers' forward runs, and `slow_because` says why. Names, state dict and export stay diffusers'.
-
-Legend: B batch, N tokens, d model width, r LoRA rank.
+Where it does not apply (LoRAs of other kinds, quantized layers), diffusers' forward runs, and `slow_because` says why.
+Names, state dict and export stay diffusers'. Legend: B batch, N tokens, d model width.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from ztrain.block import Factors, Keep, Linears, Lora, Norm, Weights, compute_keeping
+from ztrain.storage import share_storage, whole_of
 
-class Factors(NamedTuple):
-    """What the four norms' outputs are multiplied with, (B or 1, 1, d): weight times modulation or gate."""
-
-    into_attention: Tensor
-    out_of_attention: Tensor
-    into_feed_forward: Tensor
-    out_of_feed_forward: Tensor
-    kept: int | None = None
-    """Tokens whose new states anybody reads, from the first on: the others are attended to and go no further."""
-
-
-class _Lora(NamedTuple):
-    a: Tensor  # (r, inputs)
-    b: Tensor  # (outputs, r)
-    scale: float
-
-
-class _Linear(NamedTuple):
-    weight: Tensor  # (outputs, inputs)
-    lora: _Lora | None
-
-
-class _Norm(NamedTuple):
-    weight: Tensor
-    eps: float
-
-
-class _Weights(NamedTuple):
-    """What a block computes with: tensors and numbers alone, so that one compiled function serves all blocks."""
-
-    qkv: tuple[_Linear, _Linear, _Linear]
-    out: _Linear
-    w1_w3: tuple[_Linear, _Linear]
-    w2: _Linear
-    norm_q: _Norm
-    norm_k: _Norm
-    heads: int
-    eps: tuple[float, float, float, float]
-    """Of the norms before and after attention, before and after the feed-forward."""
+_RECOMPILATIONS = 64
+"""Of one compiled function at most: by kind of block, Keep, mask and gradients, each also for any number of tokens."""
 
 
 class FastForward:
@@ -64,20 +24,36 @@ class FastForward:
     def __init__(self, block: Any, compute: Callable[..., Tensor], is_compiled: bool) -> None:
         self.block, self.compute, self.is_compiled = block, compute, is_compiled
 
-    def __call__(self, x: Tensor, mask: Tensor | None, freqs: Tensor, modulation: Any = None, *rest: Any) -> Tensor:
-        if isinstance(modulation, Factors):
-            x = x.to(modulation.into_attention.dtype)
-            if mask is not None and mask.ndim == 2:
-                mask = mask[:, None, None, :]
-            kind = x.device.type
-            if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-                return self.compute(_weights_of(self.block), x, mask, freqs, modulation, x.dtype)
-            products = torch.get_autocast_dtype(kind)
-            with torch.autocast(kind, enabled=False):
-                return self.compute(_weights_of(self.block), x, mask, freqs, modulation, products)
-        if not freqs.is_complex():
-            freqs = torch.view_as_complex(freqs)
-        return type(self.block).forward(self.block, x, mask, freqs, modulation, *rest)
+    def __call__(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        freqs: Tensor,
+        modulation: Any = None,
+        *rest: Any,
+        read: int | None = None,
+        keep: Keep = Keep.EVERYTHING,
+    ) -> Tensor:
+        """read, keep: of block.py's `compute_keeping`; read None: all tokens."""
+        if not isinstance(modulation, Factors):
+            if not freqs.is_complex():
+                freqs = torch.view_as_complex(freqs)
+            return type(self.block).forward(self.block, x, mask, freqs, modulation, *rest)
+        x = x.to(modulation.into_attention.dtype)
+        if mask is not None and mask.ndim == 2:
+            mask = mask[:, None, None, :]
+        if self.is_compiled:
+            # Not one function for each size of picture and length of caption: the second would be compiled anew.
+            for tensor, axis in ((x, 1), (freqs, 1), *(((mask, -1),) if mask is not None else ())):
+                torch._dynamo.maybe_mark_dynamic(tensor, axis % tensor.ndim)
+        weights, part, kind = _weights_of(self.block), x[:, :read], x.device.type
+        if not _needs_gradient(x, modulation, weights):
+            keep = Keep.EVERYTHING  # which is nothing
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return self.compute(weights, x, part, mask, freqs, modulation, x.dtype, int(keep))
+        products = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            return self.compute(weights, x, part, mask, freqs, modulation, products, int(keep))
 
 
 def use_fast_blocks(dit: Any, backend: str | None = None) -> None:
@@ -85,15 +61,42 @@ def use_fast_blocks(dit: Any, backend: str | None = None) -> None:
 
     backend: of torch.compile, one compiled function for all blocks; None runs them eagerly.
     """
-    compute = _compute if backend is None else torch.compile(_compute, backend=backend, fullgraph=True)
+    compute: Callable[..., Tensor] = compute_keeping
+    if backend is not None:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILATIONS)
+        compute = torch.compile(compute_keeping, backend=backend, fullgraph=True)
     for block in _blocks(dit):
         block.forward = FastForward(block, compute, backend is not None)
+    _lay_side_by_side(dit, backend is not None)
 
 
 def use_stock_blocks(dit: Any) -> None:
     """Takes it out again: every block runs as diffusers wrote it."""
     for block in _blocks(dit):
         block.__dict__.pop("forward", None)
+
+
+def run(
+    layers: nn.ModuleList,
+    x: Tensor,
+    mask: Tensor | None,
+    freqs: Tensor,
+    modulation: Tensor | None,
+    keeps: Sequence[Keep],
+    read: int | None = None,
+) -> Tensor:
+    """(B, N, d) -> (B, N, d) through blocks of one kind, or (B, read or N, d).
+
+    modulation: (B, 256) or None; keeps: of each block; read: tokens of the result that are read, from the first on.
+    """
+    for place, (layer, factors, keep) in enumerate(zip(layers, _factors(layers, modulation), keeps, strict=True), 1):
+        if factors is not None:
+            x = layer(x, mask, freqs, factors, read=read if place == len(layers) else None, keep=keep)
+        elif torch.is_grad_enabled() and keep != Keep.EVERYTHING:
+            x = checkpoint(layer, x, mask, freqs, modulation, use_reentrant=False)
+        else:
+            x = layer(x, mask, freqs, modulation)
+    return x
 
 
 def rotary_factors(dit: Any, positions: Tensor) -> Tensor:
@@ -114,117 +117,111 @@ def slow_because(dit: Any) -> str | None:
     return None
 
 
-def prepare(block: Any, modulation: Tensor | None, kept: int | None = None) -> Any:
-    """What a block is handed beside its tokens: factors where the fast forward applies, else `modulation`, (B, 256).
-
-    kept: tokens that the block may return alone, because the rest of its output is not read.
-    """
-    if not isinstance(block.forward, FastForward) or _objection(block) is not None:
-        return modulation
-    norms = (block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2)
-    factors = [norm.weight[None, None] for norm in norms]
-    if block.modulation:
-        scale_a, gate_a, scale_f, gate_f = block.adaLN_modulation(modulation).unsqueeze(1).chunk(4, dim=2)  # (B, 1, d)
-        modulations = (1.0 + scale_a, gate_a.tanh(), 1.0 + scale_f, gate_f.tanh())
-        factors = [weight * factor for weight, factor in zip(factors, modulations, strict=True)]
-    before, after, before_feed_forward, after_feed_forward = factors
-    return Factors(before, after, before_feed_forward, after_feed_forward, kept)
-
-
 def _blocks(dit: Any) -> list[Any]:
     return [*dit.noise_refiner, *dit.context_refiner, *(dit.siglip_refiner or ()), *dit.layers]
 
 
-def _weights_of(block: Any) -> _Weights:
-    attention, feed_forward = block.attention, block.feed_forward
-    norms = (block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2)
-    return _Weights(
-        (_linear_of(attention.to_q), _linear_of(attention.to_k), _linear_of(attention.to_v)),
-        _linear_of(attention.to_out[0]),
-        (_linear_of(feed_forward.w1), _linear_of(feed_forward.w3)),
-        _linear_of(feed_forward.w2),
-        _Norm(attention.norm_q.weight, attention.norm_q.eps),
-        _Norm(attention.norm_k.weight, attention.norm_k.eps),
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def _lay_side_by_side(dit: Any, is_compiled: bool) -> None:
+    """What one product can serve, where it is frozen: of all blocks of a kind their modulations, whatever adapters
+    stand on them; of each block q, k and v, w1 and w3. This only for a compiler, which fuses what comes after: else
+    results would lie apart or together with and without LoRAs, and differ in their last bits."""
+    for layers in (dit.noise_refiner, dit.context_refiner, dit.siglip_refiner or (), dit.layers):
+        for block in layers if is_compiled else ():
+            attention, feed_forward = block.attention, block.feed_forward
+            _share("weight", attention.to_q, attention.to_k, attention.to_v)
+            _share("weight", feed_forward.w1, feed_forward.w3)
+        share_storage([norm.weight for block in layers for norm in _norms(block)])
+        modulations = [block.adaLN_modulation[0] for block in layers if block.modulation]
+        _share("weight", *modulations)
+        _share("bias", *modulations)
+
+
+def _share(name: str, *layers: Any) -> None:
+    if all(type(_base(layer)) is nn.Linear for layer in layers):
+        share_storage([getattr(_base(layer), name) for layer in layers])
+
+
+def _base(layer: Any) -> Any:
+    return getattr(layer, "base_layer", layer)
+
+
+def _norms(block: Any) -> tuple[Any, Any, Any, Any]:
+    return block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2
+
+
+def _factors(layers: nn.ModuleList, modulation: Tensor | None) -> list[Factors | None]:
+    """Of each block; None for one whose forward is diffusers'."""
+    is_fast = [isinstance(block.forward, FastForward) and _objection(block) is None for block in layers]
+    if all(is_fast) and (together := _factors_together(layers, modulation)) is not None:
+        return together
+    return [_factors_of(block, modulation) if fast else None for block, fast in zip(layers, is_fast, strict=True)]
+
+
+def _factors_together(layers: nn.ModuleList, modulation: Tensor | None) -> list[Factors | None] | None:
+    """With one product for all blocks, where their weights lie side by side."""
+    norms = whole_of([norm.weight for block in layers for norm in _norms(block)])
+    if norms is None:
+        return None
+    norms = norms.unflatten(0, (len(layers), 4, -1)).unsqueeze(0)  # (1, blocks, 4, d)
+    if not any(block.modulation for block in layers):
+        return [Factors(*four.unbind(1)) for four in norms.unbind(1)]
+    linears = [block.adaLN_modulation[0] for block in layers]
+    if not all(type(linear) is nn.Linear for linear in linears):
+        return None
+    weight, bias = whole_of([linear.weight for linear in linears]), whole_of([linear.bias for linear in linears])
+    if weight is None or bias is None or modulation is None:
+        return None
+    factors = nn.functional.linear(modulation, weight, bias).unflatten(1, (len(layers), 4, -1))
+    scales = norms[:, :, 0::2] * (1.0 + factors[:, :, 0::2])  # (B, blocks, 2, d), into attention and feed-forward
+    gates = norms[:, :, 1::2] * factors[:, :, 1::2].tanh()
+    return [Factors(*(each[:, i, j : j + 1] for j in range(2) for each in (scales, gates))) for i in range(len(layers))]
+
+
+def _factors_of(block: Any, modulation: Tensor | None) -> Factors:
+    factors = [norm.weight[None, None] for norm in _norms(block)]
+    if block.modulation:
+        scale_a, gate_a, scale_f, gate_f = block.adaLN_modulation(modulation).unsqueeze(1).chunk(4, dim=2)  # (B, 1, d)
+        modulations = (1.0 + scale_a, gate_a.tanh(), 1.0 + scale_f, gate_f.tanh())
+        factors = [weight * factor for weight, factor in zip(factors, modulations, strict=True)]
+    return Factors(*factors)
+
+
+def _weights_of(block: Any) -> Weights:
+    attention, feed_forward, norms = block.attention, block.feed_forward, _norms(block)
+    return Weights(
+        _linears_of(attention.to_q, attention.to_k, attention.to_v),
+        _linears_of(attention.to_out[0]),
+        _linears_of(feed_forward.w1, feed_forward.w3),
+        _linears_of(feed_forward.w2),
+        Norm(attention.norm_q.weight, attention.norm_q.eps),
+        Norm(attention.norm_k.weight, attention.norm_k.eps),
         attention.heads,
         (norms[0].eps, norms[1].eps, norms[2].eps, norms[3].eps),
     )
 
 
-def _linear_of(layer: Any) -> _Linear:
-    """A layer's weight, and the one LoRA that peft has put on it and that is switched on."""
-    if type(layer) is nn.Linear:
-        return _Linear(layer.weight, None)
-    if layer.disable_adapters:
-        return _Linear(layer.base_layer.weight, None)
-    (name,) = layer.active_adapters
-    lora = _Lora(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
-    return _Linear(layer.base_layer.weight, lora)
+def _linears_of(*layers: Any) -> Linears:
+    weights = [_base(layer).weight for layer in layers]
+    whole = whole_of(weights) if len(weights) > 1 else None
+    return Linears(tuple(weights) if whole is None else (whole,), tuple(_lora_of(layer) for layer in layers))
 
 
-# --- what a block computes --------------------------------------------------------------------------------------------
-
-
-def _compute(
-    weights: _Weights, x: Tensor, mask: Tensor | None, freqs: Tensor, factors: Factors, products: torch.dtype
-) -> Tensor:
-    """(B, N, d) -> (B, kept or N, d) in the dtype of x. mask: what is attended to, or a bias, as it broadcasts to
-    (B, heads, N, N); products: dtype of the matrix products and of attention."""
-    states = (_normalised(x, weights.eps[0]) * factors.into_attention).to(products)
-    if factors.kept is None:
-        query, key, value = _project(weights.qkv, states)
-    else:
-        x = x[:, : factors.kept]
-        (query,) = _project(weights.qkv[:1], states[:, : factors.kept])
-        key, value = _project(weights.qkv[1:], states)
-    query, key, value = (projected.unflatten(-1, (weights.heads, -1)) for projected in (query, key, value))
-    query = _turned(_normed_heads(query, weights.norm_q), freqs[:, : factors.kept]).to(products)
-    key = _turned(_normed_heads(key, weights.norm_k), freqs).to(products)
-    states = F.scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
+def _needs_gradient(*values: Any) -> bool:
+    return any(
+        value.requires_grad if isinstance(value, Tensor) else isinstance(value, tuple) and _needs_gradient(*value)
+        for value in values
     )
-    (states,) = _project((weights.out,), states.transpose(1, 2).flatten(2))
-    x = torch.addcmul(x, factors.out_of_attention, _normalised(states.to(x.dtype), weights.eps[1]))
-
-    states = (_normalised(x, weights.eps[2]) * factors.into_feed_forward).to(products)
-    gate, up = _project(weights.w1_w3, states)
-    (states,) = _project((weights.w2,), F.silu(gate) * up)
-    return torch.addcmul(x, factors.out_of_feed_forward, _normalised(states.to(x.dtype), weights.eps[3]))
 
 
-def _normalised(x: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], eps=eps)
-
-
-def _normed_heads(x: Tensor, norm: _Norm) -> Tensor:
-    """(B, N, heads, d_head) in the dtype of the norm's weight."""
-    return F.rms_norm(x.to(norm.weight.dtype), x.shape[-1:], norm.weight, norm.eps)
-
-
-def _turned(x: Tensor, freqs: Tensor) -> Tensor:
-    """Pairs of neighbours of (B, N, heads, d_head) turned in float32."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    freqs = freqs.unsqueeze(2)
-    if freqs.is_complex():
-        return torch.view_as_real(torch.view_as_complex(pairs) * freqs).flatten(-2).type_as(x)
-    (first, second), (cos, sin) = pairs.unbind(-1), freqs.unbind(-1)
-    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
-    return turned.flatten(-2).type_as(x)
-
-
-def _project(layers: Sequence[_Linear], x: Tensor) -> list[Tensor]:
-    """Each layer's output for the same x, (B, N, inputs) -> (B, N, outputs)."""
-    outputs = [F.linear(x, layer.weight.to(x.dtype)) for layer in layers]
-    loras = [(place, layer.lora) for place, layer in enumerate(layers) if layer.lora is not None]
-    if not loras:
-        return outputs
-    # peft trains float32 weights on a bfloat16 base.
-    narrow = F.linear(x, torch.cat([lora.a for _, lora in loras]).to(x.dtype)).flatten(0, 1)
-    parts = narrow.split([len(lora.a) for _, lora in loras], dim=1)
-    for (place, lora), part in zip(loras, parts, strict=True):
-        output = outputs[place]
-        added = torch.addmm(output.flatten(0, 1), part, lora.b.to(x.dtype).t(), alpha=lora.scale)
-        outputs[place] = added.view_as(output)
-    return outputs
+def _lora_of(layer: Any) -> Lora | None:
+    """The one LoRA that peft has put on a layer and that is switched on."""
+    if type(layer) is nn.Linear or layer.disable_adapters:
+        return None
+    (name,) = layer.active_adapters
+    return Lora(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
 
 
 # --- where it does not apply ------------------------------------------------------------------------------------------

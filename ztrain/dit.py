@@ -10,14 +10,15 @@ Legend: B batch, C latent channels, H and W latent sides, L caption tokens, S Si
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ztrain.blocks import prepare, rotary_factors
+from ztrain.block import Keep
+from ztrain.blocks import rotary_factors, run
 from ztrain.errors import InputError
 from ztrain.models import Source, load_part
 
@@ -30,6 +31,19 @@ REAL_CONFIG: dict[str, Any] = {"axes_lens": [1536, 512, 512]}
 
 Samples: TypeAlias = Sequence[Tensor] | Tensor
 """B x (C, H, W): a list, whose sizes may differ, or one tensor (B, C, H, W)."""
+
+
+Keeping: TypeAlias = Callable[[int, int], Sequence[Keep]]
+"""What each block keeps of its activations, of the tokens of a batch and the number of blocks."""
+
+
+def everything(_: int, blocks: int) -> Sequence[Keep]:
+    return [Keep.EVERYTHING] * blocks
+
+
+def nothing(_: int, blocks: int) -> Sequence[Keep]:
+    """What diffusers calls gradient checkpointing."""
+    return [Keep.NOTHING] * blocks
 
 
 def load_transformer(source: Source, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -101,12 +115,13 @@ def forward(
     siglip: Sequence[Sequence[Tensor]],
     caption_scale: Sequence[Tensor | None],
     siglip_scale: float = 1.0,
+    keeping: Keeping = everything,
 ) -> list[Tensor]:
     """The transformer's raw output, B x (C, H, W) as one tensor for each run of neighbours of one shape (see `stacks`).
 
     noisy: B x (C, H, W), a list or one tensor; captions: B x (L, cap_feat_dim); siglip: B x R x (h, w, S); all three
     in any dtype. t: (B,) float32 in [0, 1], the transformer's own time; caption_scale: B x (L,) or None, siglip_scale:
-    factors on the attention that these tokens get in the main layers.
+    factors on the attention that these tokens get in the main layers; keeping: of activations, for the backward pass.
     """
     check_room(dit, captions, siglip, noisy)
     dtype, device = dit.x_pad_token.dtype, t.device
@@ -119,12 +134,12 @@ def forward(
     grids = [[(place, *side, *side)] for place, side in zip(places, sides, strict=True)]
     rows = _Rows([[height * width] for height, width in sides], device)
     image = rows.block(patches, dit.x_pad_token, _grid_freqs(dit, grids, rows.length, device))
-    blocks = [_run(dit, dit.noise_refiner, image, modulation)]
+    blocks = [_refined(dit.noise_refiner, image, modulation, keeping)]
 
     tokens = dit.cap_embedder(torch.cat(list(captions)).to(dtype))
     rows = _Rows([[len(caption)] for caption in captions], device)
     caption = rows.block(tokens, dit.cap_pad_token, _line_freqs(dit, rows.length, device))
-    blocks.append(_run(dit, dit.context_refiner, caption, None))
+    blocks.append(_refined(dit.context_refiner, caption, None, keeping))
 
     if any(siglip):
         # Each reference is spread over the target's grid and has its own place on the first axis.
@@ -132,11 +147,12 @@ def forward(
             [(place + 1 + r, *grid.shape[:2], *side) for r, grid in enumerate(references)]
             for place, references, side in zip(places, siglip, sides, strict=True)
         ]
-        blocks.append(_siglip_block(dit, siglip, grids, dtype))
+        blocks.append(_siglip_block(dit, siglip, grids, dtype, keeping))
 
     sequence = _with_scales(_join(blocks), blocks, caption_scale, siglip_scale)
     longest = max(height * width for height, width in sides)
-    states = _run(dit, dit.layers, sequence, modulation, kept=longest).states
+    keeps = keeping(sequence.states.shape[0] * sequence.states.shape[1], len(dit.layers))
+    states = run(dit.layers, *sequence.tensors, modulation, keeps, read=longest)
     output = dit.all_final_layer[f"{PATCH}-1"](states[:, :longest], c=modulation)  # (B, N, 4 C)
     parts = zip(output.split([len(samples) for samples in stacked]), stacked, strict=True)
     return [_unpatchify(tokens, samples) for tokens, samples in parts]
@@ -149,6 +165,11 @@ class _Block(NamedTuple):
     states: Tensor
     freqs: Tensor
     mask: Tensor | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """In the order that blocks take them."""
+        return self.states, self.mask, self.freqs
 
 
 class _Rows:
@@ -189,7 +210,11 @@ Grid = tuple[int, int, int, int, int]  # place on the first axis, height, width,
 
 
 def _siglip_block(
-    dit: Any, siglip: Sequence[Sequence[Tensor]], grids: Sequence[Sequence[Grid]], dtype: torch.dtype
+    dit: Any,
+    siglip: Sequence[Sequence[Tensor]],
+    grids: Sequence[Sequence[Grid]],
+    dtype: torch.dtype,
+    keeping: Keeping,
 ) -> _Block:
     """Refined SigLIP tokens of a batch in which any sample has a reference."""
     references = stacks([reference for sample in siglip for reference in sample])
@@ -199,7 +224,7 @@ def _siglip_block(
     block = rows.block(tokens, dit.siglip_pad_token, _grid_freqs(dit, grids, rows.length, device))
     # In the refiner a sample without references sees its own padding: seeing nothing would be NaN. Later nobody does.
     seen = None if rows.mask is None else rows.mask | ~rows.mask[:, :1]
-    states = _run(dit, dit.siglip_refiner, block._replace(mask=seen), None).states
+    states = _refined(dit.siglip_refiner, block._replace(mask=seen), None, keeping).states
     # Float32 weights in a bf16 base make float32 tokens, which would promote the whole sequence.
     return block._replace(states=states.to(dtype))
 
@@ -279,13 +304,6 @@ def _with_scales(
     return sequence._replace(mask=bias.to(sequence.states.dtype)[:, None, None, :])
 
 
-def _run(dit: Any, layers: nn.ModuleList, block: _Block, modulation: Tensor | None, kept: int | None = None) -> _Block:
-    """The block after these layers. kept: tokens of the result that are read, from the first on."""
-    states, freqs, mask = block
-    for place, layer in enumerate(layers, 1):
-        prepared = prepare(layer, modulation, kept if place == len(layers) else None)
-        if torch.is_grad_enabled() and dit.gradient_checkpointing:
-            states = dit._gradient_checkpointing_func(layer, states, mask, freqs, prepared)
-        else:
-            states = layer(states, mask, freqs, prepared)
-    return _Block(states, freqs, mask)
+def _refined(layers: nn.ModuleList, block: _Block, modulation: Tensor | None, keeping: Keeping) -> _Block:
+    keeps = keeping(block.states.shape[0] * block.states.shape[1], len(layers))
+    return block._replace(states=run(layers, *block.tensors, modulation, keeps))

@@ -21,6 +21,7 @@ from ztrain.errors import InputError
 class AdaptedDiT(nn.Module):
     """velocity = model(noisy, sigma, encoded). Only the adapters' parameters require gradients.
 
+    `keeping`: of activations for the backward pass; None: as the transformer's `gradient_checkpointing` says.
     `weights_of[i]`: names, in `named_parameters`, of the weights that adapter i brought or woke.
     """
 
@@ -29,6 +30,7 @@ class AdaptedDiT(nn.Module):
         self.dit = dit.requires_grad_(False)
         self.base_dtype = dit.layers[0].attention.to_q.weight.dtype
         self.adapters = nn.ModuleList(adapters)
+        self.keeping: transformer.Keeping | None = None
         self.weights_of: list[list[str]] = []
         for index, adapter in enumerate(adapters):
             before = {name for name, p in dit.named_parameters() if p.requires_grad}
@@ -57,6 +59,8 @@ class AdaptedDiT(nn.Module):
                     conditioning.siglip,
                     conditioning.caption_scale,
                     conditioning.siglip_scale,
+                    self.keeping
+                    or (transformer.nothing if self.dit.gradient_checkpointing else transformer.everything),
                 )
             else:
                 output = transformer.stacks(self._stock_omni(list(noisy), t, conditioning, conditioning.omni))
@@ -172,3 +176,7 @@ def _copy_into(own: dict[str, Tensor], weights: dict[str, Tensor], source: str) 
 
 def _short(name: str, index: int) -> str:
     return name.removeprefix("dit.").removeprefix(f"adapters.{index}.")
+
+
+def _as_diffusers_says(dit: Any) -> transformer.Keeping:
+    return transformer.nothing if dit.gradient_checkpointing else transformer.everything

@@ -1,0 +1,198 @@
+"""What one block of the transformer computes, in few kernels, and what of it is kept for its backward pass.
+
+`compute` is ZImageTransformerBlock.forward in basic mode (transformer_z_image.py, diffusers 0.42.1) with less traffic:
+RMSNorm is one kernel; a norm's weight and what modulates or gates it are one factor, made before the block; matrices
+that share their input are one product where they lie side by side (storage.py); LoRAs that share their input share one
+product with it. It takes tensors and numbers alone, so that one compiled function serves all blocks.
+
+Legend: B batch, N tokens, d model width, r LoRA rank.
+"""
+
+import functools
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+
+class Keep(IntEnum):
+    """What a block keeps of its forward pass besides its input; the rest is computed again for the backward pass."""
+
+    NOTHING = 0
+    COSTLY = 1
+    """What takes most FLOPs for its bytes: attention, and products that sum over more than the model's width."""
+    EVERYTHING = 2
+
+
+class Factors(NamedTuple):
+    """What the four norms' outputs are multiplied with, (B or 1, 1, d): weight times modulation or gate."""
+
+    into_attention: Tensor
+    out_of_attention: Tensor
+    into_feed_forward: Tensor
+    out_of_feed_forward: Tensor
+
+
+class Lora(NamedTuple):
+    a: Tensor  # (r, inputs)
+    b: Tensor  # (outputs, r)
+    scale: float
+
+
+class Linears(NamedTuple):
+    """Layers that read the same: each one's matrix (outputs, inputs), or one matrix of all; each one's LoRA."""
+
+    weights: tuple[Tensor, ...]
+    loras: tuple[Lora | None, ...]
+
+
+class Norm(NamedTuple):
+    weight: Tensor
+    eps: float
+
+
+class Weights(NamedTuple):
+    """Of one block."""
+
+    qkv: Linears
+    out: Linears
+    w1_w3: Linears
+    w2: Linears
+    norm_q: Norm
+    norm_k: Norm
+    heads: int
+    eps: tuple[float, float, float, float]
+    """Of the norms before and after attention, before and after the feed-forward."""
+
+
+def compute_keeping(
+    weights: Weights,
+    x: Tensor,
+    read: Tensor,
+    mask: Tensor | None,
+    freqs: Tensor,
+    factors: Factors,
+    products: torch.dtype,
+    keep: int,
+) -> Tensor:
+    """`compute`, of which no more is kept for the backward pass than `keep` says."""
+    if keep == Keep.EVERYTHING or not torch.is_grad_enabled():
+        return compute(weights, x, read, mask, freqs, factors, products)
+
+    def again(x: Tensor, read: Tensor) -> Tensor:
+        return compute(weights, x, read, mask, freqs, factors, products)
+
+    if keep == Keep.NOTHING:
+        return checkpoint(again, x, read, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(again, x, read, use_reentrant=False, preserve_rng_state=False, context_fn=_keeping_costly)
+
+
+def compute(
+    weights: Weights,
+    x: Tensor,
+    read: Tensor,
+    mask: Tensor | None,
+    freqs: Tensor,
+    factors: Factors,
+    products: torch.dtype,
+) -> Tensor:
+    """(B, N, d) -> (B, M, d) in the dtype of x.
+
+    read: the first M tokens of x, whose new states anybody reads: the others are attended to and go no further;
+    mask: what is attended to, or a bias, as it broadcasts to (B, heads, N, N); freqs: as `turned` reads them;
+    products: dtype of the matrix products and of attention.
+    """
+    states = (_normalised(x, weights.eps[0]) * factors.into_attention).to(products)
+    count = read.shape[1]
+    if count == x.shape[1]:
+        query, key, value = _project(weights.qkv, states)
+    else:
+        queries, others = _apart(weights.qkv)
+        (query,), (key, value) = _project(queries, states[:, :count]), _project(others, states)
+    query, key, value = (projected.unflatten(-1, (weights.heads, -1)) for projected in (query, key, value))
+    query = _turned(_normed_heads(query, weights.norm_q), freqs[:, :count]).to(products)
+    key = _turned(_normed_heads(key, weights.norm_k), freqs).to(products)
+    states = F.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
+    )
+    (states,) = _project(weights.out, states.transpose(1, 2).flatten(2))
+    x = torch.addcmul(read, factors.out_of_attention, _normalised(states.to(x.dtype), weights.eps[1]))
+
+    states = (_normalised(x, weights.eps[2]) * factors.into_feed_forward).to(products)
+    gate, up = _project(weights.w1_w3, states)
+    (states,) = _project(weights.w2, F.silu(gate) * up)
+    return torch.addcmul(x, factors.out_of_feed_forward, _normalised(states.to(x.dtype), weights.eps[3]))
+
+
+def _normalised(x: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def _normed_heads(x: Tensor, norm: Norm) -> Tensor:
+    """(B, N, heads, d_head) in the dtype of the norm's weight."""
+    return F.rms_norm(x.to(norm.weight.dtype), x.shape[-1:], norm.weight, norm.eps)
+
+
+def _turned(x: Tensor, freqs: Tensor) -> Tensor:
+    """Pairs of neighbours of (B, N, heads, d_head) turned in float32 by (B or 1, N, d_head / 2), complex, or
+    (B or 1, N, d_head / 2, 2), cosine and sine."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    freqs = freqs.unsqueeze(2)
+    if freqs.is_complex():
+        return torch.view_as_real(torch.view_as_complex(pairs) * freqs).flatten(-2).type_as(x)
+    (first, second), (cos, sin) = pairs.unbind(-1), freqs.unbind(-1)
+    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+def _apart(linears: Linears) -> tuple[Linears, Linears]:
+    """The first layer, and the others."""
+    (first, *others), loras = linears.weights, linears.loras
+    if not others and len(loras) > 1:
+        rows = len(first) // len(loras)
+        first, others = first[:rows], [first[rows:]]
+    return Linears((first,), loras[:1]), Linears(tuple(others), loras[1:])
+
+
+def _project(linears: Linears, x: Tensor) -> list[Tensor]:
+    """Each layer's output for the same x, (B, N, inputs) -> (B, N, outputs)."""
+    products = [F.linear(x, weight.to(x.dtype)) for weight in linears.weights]
+    outputs = products if len(products) == len(linears.loras) else list(products[0].chunk(len(linears.loras), dim=-1))
+    loras = [(place, lora) for place, lora in enumerate(linears.loras) if lora is not None]
+    if not loras:
+        return outputs
+    # peft trains float32 weights on a bfloat16 base.
+    narrow = F.linear(x, torch.cat([lora.a for _, lora in loras]).to(x.dtype)).flatten(0, 1)
+    parts = narrow.split([len(lora.a) for _, lora in loras], dim=1)
+    for (place, lora), part in zip(loras, parts, strict=True):
+        output = outputs[place]
+        added = torch.addmm(output.flatten(0, 1), part, lora.b.to(x.dtype).t(), alpha=lora.scale)
+        outputs[place] = added.view(output.shape)
+    return outputs
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def _policy(_: Any, operation: Any, *arguments: Any, **__: Any) -> CheckpointPolicy:
+    if operation in _ATTENTION:
+        return CheckpointPolicy.MUST_SAVE
+    if operation is torch.ops.aten.mm.default:
+        # For each number of the result an inner length of FLOPs: of these products only the last one's exceeds d.
+        (_, inner), (_, outputs) = arguments[0].shape, arguments[1].shape
+        if inner > outputs:
+            return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keeping_costly = functools.partial(create_selective_checkpoint_contexts, _policy)

@@ -18,7 +18,8 @@ from ztrain.adapters.siglip import SiglipConfig
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.conditioning import IMAGE, Encoded, TokenStates
 from ztrain.config import load_config
-from ztrain.dit import REAL_CONFIG, padded
+from ztrain.dit import REAL_CONFIG
+from ztrain.layout import padded
 from ztrain.model import AdaptedDiT
 
 EVERYWHERE = (

@@ -102,10 +102,13 @@ def run(
 def rotary_factors(dit: Any, positions: Tensor) -> Tensor:
     """Of positions (N, 3), as the blocks read them: (N, d_head / 2) complex, or (N, d_head / 2, 2), cosine and sine."""
     factors = dit.rope_embedder(positions)
+    return torch.view_as_real(factors) if reads_real(dit) else factors
+
+
+def reads_real(dit: Any) -> bool:
+    """Inductor leaves complex products to eager kernels; eagerly, they are fewer kernels than real ones."""
     forward = dit.layers[0].forward
-    # Inductor leaves complex products to eager kernels; eagerly, they are fewer kernels than real ones.
-    is_real = isinstance(forward, FastForward) and forward.is_compiled
-    return torch.view_as_real(factors) if is_real else factors
+    return isinstance(forward, FastForward) and forward.is_compiled
 
 
 def slow_because(dit: Any) -> str | None:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ztrain.block import Keep
-from ztrain.blocks import rotary_factors, run
+from ztrain.blocks import run
 from ztrain.errors import InputError
+from ztrain.layout import MULTIPLE, Layouts, Rows, padded
 from ztrain.models import Source, load_part
 
 PATCH = 2  # all_patch_size of the released transformer/config.json
-MULTIPLE = 32  # SEQ_MULTI_OF in diffusers' transformer_z_image.py: every part is padded to this many tokens
 
 REAL_CONFIG: dict[str, Any] = {"axes_lens": [1536, 512, 512]}
 """Constructor arguments of the released transformer that differ from diffusers' defaults (Z-Image/src/config)."""
@@ -34,7 +34,7 @@ Samples: TypeAlias = Sequence[Tensor] | Tensor
 
 
 Keeping: TypeAlias = Callable[[int, int], Sequence[Keep]]
-"""What each block keeps of its activations, of the tokens of a batch and the number of blocks."""
+"""What each main block keeps of its activations, from the tokens of a batch and the number of these blocks."""
 
 
 def everything(_: int, blocks: int) -> Sequence[Keep]:
@@ -51,10 +51,6 @@ def load_transformer(source: Source, dtype: torch.dtype, device: torch.device | 
     from diffusers import ZImageTransformer2DModel
 
     return load_part(ZImageTransformer2DModel, source, "transformer", device, torch_dtype=dtype)
-
-
-def padded(length: int) -> int:
-    return length + (-length) % MULTIPLE
 
 
 def check_room(dit: Any, captions: Sequence[Tensor], siglip: Sequence[Sequence[Tensor]], noisy: Samples) -> None:
@@ -114,8 +110,9 @@ def forward(
     captions: Sequence[Tensor],
     siglip: Sequence[Sequence[Tensor]],
     caption_scale: Sequence[Tensor | None],
-    siglip_scale: float = 1.0,
-    keeping: Keeping = everything,
+    siglip_scale: float,
+    layouts: Layouts,
+    keeping: Keeping,
 ) -> list[Tensor]:
     """The transformer's raw output, B x (C, H, W) as one tensor for each run of neighbours of one shape (see `stacks`).
 
@@ -128,39 +125,49 @@ def forward(
     modulation = dit.t_embedder(t * dit.t_scale).to(dtype)  # (B, 256)
     sides = [(height // PATCH, width // PATCH) for height, width in _sides(noisy)]
     places = [padded(len(caption)) + 1 for caption in captions]  # of each image on the first axis
+    image_rows = layouts.rows([[height * width] for height, width in sides], device)
+    caption_rows = layouts.rows([[len(caption)] for caption in captions], device)
+    references, reference_rows, parts = None, None, [image_rows, caption_rows]
+    if any(siglip):
+        # Each is spread over the target's grid and has its own place on the first axis.
+        references = [
+            [(place + 1 + r, *grid.shape[:2], *side) for r, grid in enumerate(each)]
+            for place, each, side in zip(places, siglip, sides, strict=True)
+        ]
+        reference_rows = layouts.rows(
+            [[height * width for _, height, width, *_ in each] for each in references], device
+        )
+        parts.append(reference_rows)
+    keeps = keeping(image_rows.batch * sum(rows.length for rows in parts), len(dit.layers))
+    refined = Keep.NOTHING if Keep.NOTHING in keeps else Keep.EVERYTHING
 
     stacked = stacks(noisy)
     patches = dit.all_x_embedder[f"{PATCH}-1"](torch.cat([_patchify(samples) for samples in stacked]).to(dtype))
     grids = [[(place, *side, *side)] for place, side in zip(places, sides, strict=True)]
-    rows = _Rows([[height * width] for height, width in sides], device)
-    image = rows.block(patches, dit.x_pad_token, _grid_freqs(dit, grids, rows.length, device))
-    blocks = [_refined(dit.noise_refiner, image, modulation, keeping)]
+    freqs = layouts.grids(grids, image_rows.length, device)
+    image = _Block(image_rows.fill(patches, dit.x_pad_token), freqs, image_rows.mask)
+    blocks = [_refined(dit.noise_refiner, image, modulation, refined)]
 
     tokens = dit.cap_embedder(torch.cat(list(captions)).to(dtype))
-    rows = _Rows([[len(caption)] for caption in captions], device)
-    caption = rows.block(tokens, dit.cap_pad_token, _line_freqs(dit, rows.length, device))
-    blocks.append(_refined(dit.context_refiner, caption, None, keeping))
+    freqs = layouts.line(caption_rows.length, device)
+    caption = _Block(caption_rows.fill(tokens, dit.cap_pad_token), freqs, caption_rows.mask)
+    blocks.append(_refined(dit.context_refiner, caption, None, refined))
 
-    if any(siglip):
-        # Each reference is spread over the target's grid and has its own place on the first axis.
-        grids = [
-            [(place + 1 + r, *grid.shape[:2], *side) for r, grid in enumerate(references)]
-            for place, references, side in zip(places, siglip, sides, strict=True)
-        ]
-        blocks.append(_siglip_block(dit, siglip, grids, dtype, keeping))
+    if references is not None and reference_rows is not None:
+        freqs = layouts.grids(references, reference_rows.length, device)
+        blocks.append(_siglip_block(dit, siglip, reference_rows, freqs, dtype, refined))
 
     sequence = _with_scales(_join(blocks), blocks, caption_scale, siglip_scale)
     longest = max(height * width for height, width in sides)
-    keeps = keeping(sequence.states.shape[0] * sequence.states.shape[1], len(dit.layers))
     states = run(dit.layers, *sequence.tensors, modulation, keeps, read=longest)
     output = dit.all_final_layer[f"{PATCH}-1"](states[:, :longest], c=modulation)  # (B, N, 4 C)
-    parts = zip(output.split([len(samples) for samples in stacked]), stacked, strict=True)
-    return [_unpatchify(tokens, samples) for tokens, samples in parts]
+    of_samples = output.split([len(samples) for samples in stacked])
+    return [_unpatchify(tokens, samples) for tokens, samples in zip(of_samples, stacked, strict=True)]
 
 
 class _Block(NamedTuple):
-    """Tokens of one kind: states (B, N, d); rotary factors (B, N, d_head / 2), one row if all samples share it; mask
-    (B, N) of what is attended to, or a bias; None where that is everything, because masks turn fast kernels off."""
+    """Tokens of one kind: states (B, N, d); rotary factors (B, N, d_head / 2), one row if all samples share it; mask of
+    Rows, or a bias."""
 
     states: Tensor
     freqs: Tensor
@@ -172,61 +179,21 @@ class _Block(NamedTuple):
         return self.states, self.mask, self.freqs
 
 
-class _Rows:
-    """Rows of one length for samples of one or more pieces, each padded to a multiple of 32.
-
-    This padding is attended to, as in the released model; what comes after a sample's last piece is not (`mask`).
-    """
-
-    def __init__(self, lengths: Sequence[Sequence[int]], device: torch.device) -> None:
-        ends = [sum(padded(length) for length in pieces) for pieces in lengths]
-        self.batch, self.length = len(lengths), max(ends)
-        counts, shifts, total = [], [], 0
-        for i, pieces in enumerate(lengths):
-            start = i * self.length
-            for count in pieces:
-                counts.append(count)
-                shifts.append(start - total)
-                start, total = start + padded(count), total + count
-        shift, count = _to([shifts, counts], device)
-        self.places = torch.arange(total, device=device) + shift.repeat_interleave(count, output_size=total)
-        self.mask: Tensor | None = None
-        if len(set(ends)) > 1:
-            self.mask = torch.arange(self.length, device=device) < _to(ends, device).unsqueeze(1)
-
-    def block(self, tokens: Tensor, pad_token: Tensor, freqs: Tensor) -> _Block:
-        """Of all pieces one after the other, (total, d). The pad token always gets a gradient, be it zero."""
-        pads = pad_token.to(tokens.dtype).expand(self.batch * self.length, -1)
-        states = pads.index_copy(0, self.places, tokens).unflatten(0, (self.batch, self.length))
-        return _Block(states, freqs, self.mask)
-
-
-def _to(values: Sequence[Any], device: torch.device) -> Tensor:
-    """Integers on the device, without waiting for it."""
-    return torch.tensor(values).to(device, non_blocking=True)
-
-
-Grid = tuple[int, int, int, int, int]  # place on the first axis, height, width, and the sides that it is spread over
+def _refined(layers: nn.ModuleList, block: _Block, modulation: Tensor | None, keep: Keep) -> _Block:
+    return block._replace(states=run(layers, *block.tensors, modulation, [keep] * len(layers)))
 
 
 def _siglip_block(
-    dit: Any,
-    siglip: Sequence[Sequence[Tensor]],
-    grids: Sequence[Sequence[Grid]],
-    dtype: torch.dtype,
-    keeping: Keeping,
+    dit: Any, siglip: Sequence[Sequence[Tensor]], rows: Rows, freqs: Tensor, dtype: torch.dtype, keep: Keep
 ) -> _Block:
     """Refined SigLIP tokens of a batch in which any sample has a reference."""
     references = stacks([reference for sample in siglip for reference in sample])
-    device = references[0].device
-    rows = _Rows([[height * width for _, height, width, *_ in sample] for sample in grids], device)
     tokens = dit.siglip_embedder(torch.cat([batch.flatten(0, 2) for batch in references]).to(dtype))
-    block = rows.block(tokens, dit.siglip_pad_token, _grid_freqs(dit, grids, rows.length, device))
     # In the refiner a sample without references sees its own padding: seeing nothing would be NaN. Later nobody does.
     seen = None if rows.mask is None else rows.mask | ~rows.mask[:, :1]
-    states = _refined(dit.siglip_refiner, block._replace(mask=seen), None, keeping).states
+    block = _refined(dit.siglip_refiner, _Block(rows.fill(tokens, dit.siglip_pad_token), freqs, seen), None, keep)
     # Float32 weights in a bf16 base make float32 tokens, which would promote the whole sequence.
-    return block._replace(states=states.to(dtype))
+    return block._replace(states=block.states.to(dtype), mask=rows.mask)
 
 
 def _patchify(samples: Tensor) -> Tensor:
@@ -242,37 +209,6 @@ def _unpatchify(tokens: Tensor, like: Tensor) -> Tensor:
     rows, columns = height // PATCH, width // PATCH
     blocks = tokens[:, : rows * columns].view(batch, rows, columns, PATCH, PATCH, channels)
     return blocks.permute(0, 5, 1, 3, 2, 4).reshape(like.shape)
-
-
-def _line_freqs(dit: Any, length: int, device: torch.device) -> Tensor:
-    """Rotary factors of captions, (1, length, d_head / 2): positions 1, 2, ... on the first axis, pads count on."""
-    positions = torch.zeros((length, 3), dtype=torch.int64, device=device)
-    positions[:, 0] = torch.arange(1, length + 1, device=device)
-    return rotary_factors(dit, positions).unsqueeze(0)
-
-
-def _grid_freqs(dit: Any, grids: Sequence[Sequence[Grid]], length: int, device: torch.device) -> Tensor:
-    """Rotary factors of each sample's grids, (B, length, d_head / 2), or one row if all have the same."""
-    layouts = [tuple(sample) for sample in grids]
-    distinct = {layout: i for i, layout in enumerate(dict.fromkeys(layouts))}
-    positions = torch.stack([_positions(layout, length) for layout in distinct]).to(device, non_blocking=True)
-    freqs = rotary_factors(dit, positions.flatten(0, 1)).unflatten(0, (len(distinct), length))
-    return freqs if len(distinct) == 1 else freqs[_to([distinct[layout] for layout in layouts], device)]
-
-
-def _positions(grids: Sequence[Grid], length: int) -> Tensor:
-    """Positions of grids in row order, (length, 3), on the host; padding sits at the origin."""
-
-    def axis(steps: int, target: int) -> Tensor:
-        return (torch.arange(steps) * (target - 1) / max(steps - 1, 1)).round().long()
-
-    positions, start = torch.zeros((length, 3), dtype=torch.int64), 0
-    for place, height, width, to_height, to_width in grids:
-        rows, columns = torch.meshgrid(axis(height, to_height), axis(width, to_width), indexing="ij")
-        grid = torch.stack([torch.full_like(rows, place), rows, columns], dim=-1).flatten(0, 1)
-        positions[start : start + len(grid)] = grid
-        start += padded(len(grid))
-    return positions
 
 
 def _join(blocks: Sequence[_Block]) -> _Block:
@@ -302,8 +238,3 @@ def _with_scales(
     if sequence.mask is not None:
         bias = bias.masked_fill(~sequence.mask, -math.inf)
     return sequence._replace(mask=bias.to(sequence.states.dtype)[:, None, None, :])
-
-
-def _refined(layers: nn.ModuleList, block: _Block, modulation: Tensor | None, keeping: Keeping) -> _Block:
-    keeps = keeping(block.states.shape[0] * block.states.shape[1], len(layers))
-    return block._replace(states=run(layers, *block.tensors, modulation, keeps))

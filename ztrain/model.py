@@ -16,6 +16,7 @@ from ztrain.adapters import Adapter
 from ztrain.blocks import use_fast_blocks
 from ztrain.conditioning import Conditioning, Encoded, StockOmni, text_conditioning
 from ztrain.errors import InputError
+from ztrain.layout import Layouts
 
 
 class AdaptedDiT(nn.Module):
@@ -31,6 +32,7 @@ class AdaptedDiT(nn.Module):
         self.base_dtype = dit.layers[0].attention.to_q.weight.dtype
         self.adapters = nn.ModuleList(adapters)
         self.keeping: transformer.Keeping | None = None
+        self.layouts = Layouts(dit)
         self.weights_of: list[list[str]] = []
         for index, adapter in enumerate(adapters):
             before = {name for name, p in dit.named_parameters() if p.requires_grad}
@@ -59,8 +61,8 @@ class AdaptedDiT(nn.Module):
                     conditioning.siglip,
                     conditioning.caption_scale,
                     conditioning.siglip_scale,
-                    self.keeping
-                    or (transformer.nothing if self.dit.gradient_checkpointing else transformer.everything),
+                    self.layouts,
+                    self.keeping or _as_diffusers_says(self.dit),
                 )
             else:
                 output = transformer.stacks(self._stock_omni(list(noisy), t, conditioning, conditioning.omni))

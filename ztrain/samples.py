@@ -15,10 +15,10 @@ from ztrain.cache import Cache, Needs, digest_json
 from ztrain.config import Config
 from ztrain.data import read_triplets
 from ztrain.digests import Known
-from ztrain.dit import padded
 from ztrain.encoders import assemble
 from ztrain.errors import InputError
 from ztrain.images import Bucket, check_reference, pick_bucket, target_buckets
+from ztrain.layout import padded
 from ztrain.rows import Triplet
 from ztrain.sampler import spread
 

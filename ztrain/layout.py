@@ -1,0 +1,119 @@
+"""Where the tokens of a batch go: rows of one length for samples of any size, and rotary factors of their positions.
+
+All of it follows from sizes alone, so `Layouts` makes it once for each: a step of known sizes moves none of it to its
+device. Legend: B batch, N tokens, d model width.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from ztrain.blocks import reads_real, rotary_factors
+
+MULTIPLE = 32  # SEQ_MULTI_OF in diffusers' transformer_z_image.py: every part is padded to this many tokens
+_LAYOUTS = 64  # a picture of 1024 x 1024 has 2 MiB of rotary factors
+
+Grid: TypeAlias = tuple[int, int, int, int, int]
+"""Place on the first axis, height, width, and the sides that it is spread over."""
+MadeT = TypeVar("MadeT")
+
+
+def padded(length: int) -> int:
+    return length + (-length) % MULTIPLE
+
+
+class Rows:
+    """Rows of one length for samples of one or more pieces, each padded to a multiple of 32.
+
+    This padding is attended to, as in the released model; what comes after a sample's last piece is not: `mask`, (B, N)
+    of what is attended to, None where that is everything, because masks turn fast kernels off.
+    """
+
+    def __init__(self, lengths: Sequence[Sequence[int]], device: torch.device) -> None:
+        ends = [sum(padded(length) for length in pieces) for pieces in lengths]
+        self.batch, self.length = len(lengths), max(ends)
+        counts, shifts, total = [], [], 0
+        for i, pieces in enumerate(lengths):
+            start = i * self.length
+            for count in pieces:
+                counts.append(count)
+                shifts.append(start - total)
+                start, total = start + padded(count), total + count
+        shift, count = _to([shifts, counts], device)
+        self.places = torch.arange(total, device=device) + shift.repeat_interleave(count, output_size=total)
+        self.mask: Tensor | None = None
+        if len(set(ends)) > 1:
+            self.mask = torch.arange(self.length, device=device) < _to(ends, device).unsqueeze(1)
+
+    def fill(self, tokens: Tensor, pad_token: Tensor) -> Tensor:
+        """All pieces one after the other, (total, d) -> (B, N, d). The pad token always gets a gradient, be it zero."""
+        pads = pad_token.to(tokens.dtype).expand(self.batch * self.length, -1)
+        return pads.index_copy(0, self.places, tokens).unflatten(0, (self.batch, self.length))
+
+
+class Layouts:
+    """The layouts of one transformer, the last used of them at hand."""
+
+    def __init__(self, dit: Any) -> None:
+        self._dit = dit
+        self._made: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+
+    def rows(self, lengths: Sequence[Sequence[int]], device: torch.device) -> Rows:
+        key = tuple(tuple(pieces) for pieces in lengths)
+        return self._once(("rows", key, device), lambda: Rows(key, device))
+
+    def line(self, length: int, device: torch.device) -> Tensor:
+        """Rotary factors of captions, (1, length, d_head / 2): positions 1, 2, ... on the first axis, pads count on."""
+
+        def make() -> Tensor:
+            positions = torch.zeros((length, 3), dtype=torch.int64, device=device)
+            positions[:, 0] = torch.arange(1, length + 1, device=device)
+            return rotary_factors(self._dit, positions).unsqueeze(0)
+
+        return self._once(("line", length, device), make)
+
+    def grids(self, grids: Sequence[Sequence[Grid]], length: int, device: torch.device) -> Tensor:
+        """Rotary factors of each sample's grids, (B, length, d_head / 2), or one row if all have the same."""
+        layouts = tuple(tuple(sample) for sample in grids)
+        distinct = {layout: i for i, layout in enumerate(dict.fromkeys(layouts))}
+
+        def make() -> Tensor:
+            positions = torch.stack([_positions(layout, length) for layout in distinct])
+            positions = positions.to(device, non_blocking=True).flatten(0, 1)
+            freqs = rotary_factors(self._dit, positions).unflatten(0, (len(distinct), length))
+            return freqs if len(distinct) == 1 else freqs[_to([distinct[layout] for layout in layouts], device)]
+
+        key = layouts if len(distinct) > 1 else layouts[:1]
+        return self._once(("grids", key, length, device), make)
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], MadeT]) -> MadeT:
+        key = (*key, reads_real(self._dit))
+        if key not in self._made:
+            self._made[key] = make()
+            if len(self._made) > _LAYOUTS:
+                self._made.popitem(last=False)
+        self._made.move_to_end(key)
+        return self._made[key]
+
+
+def _to(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Integers on the device, without waiting for it."""
+    return torch.tensor(values).to(device, non_blocking=True)
+
+
+def _positions(grids: Sequence[Grid], length: int) -> Tensor:
+    """Positions of grids in row order, (length, 3), on the host; padding sits at the origin."""
+
+    def axis(steps: int, target: int) -> Tensor:
+        return (torch.arange(steps) * (target - 1) / max(steps - 1, 1)).round().long()
+
+    positions, start = torch.zeros((length, 3), dtype=torch.int64), 0
+    for place, height, width, to_height, to_width in grids:
+        rows, columns = torch.meshgrid(axis(height, to_height), axis(width, to_width), indexing="ij")
+        grid = torch.stack([torch.full_like(rows, place), rows, columns], dim=-1).flatten(0, 1)
+        positions[start : start + len(grid)] = grid
+        start += padded(len(grid))
+    return positions

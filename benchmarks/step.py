@@ -1,14 +1,15 @@
 """One training step of the transformer, ours beside diffusers and peft in the same run: time, memory, FLOPs, ceilings.
 
-    python -m benchmarks.step [CASE ...] [--out DIR] [--tiny]
+    python -m benchmarks.step [CASE ...] [--ways WAY ...] [--profile] [--out DIR] [--tiny]
 
 Random bf16 weights of the real size on one GPU: forward, backward and an AdamW step of the trained weights. Every case
 is run by each way of WAYS, one after the other on an empty card, with the same weights, noise and prompts.
 Out: step_<gpu>.json, {"command", "machine", "versions", "date", "ceilings_tflops", "rows"}; a row: case, way, ms
-(median of STEPS after WARM_UPS), spread (their range), peak_gib, mfu (FLOPs that a step needs), hfu (FLOPs that were
-launched, recomputed ones too), and, for ours, reference (the fastest other way) and ratio (ours / reference). FLOPs are
-of matrix products and attention, counted, not estimated, with diffusers' blocks: ours launch a few less, because the
-last one leaves out what nobody reads. `--tiny`: a small model in float32 on the CPU: does everything run?
+(median of STEPS after WARM_UPS, from CUDA events between steps that follow each other without a pause), spread (their
+range), peak_gib, mfu (FLOPs that a step needs), hfu (FLOPs with what diffusers computes again), and, for ours, kept
+(blocks by what they keep), kernels (with --profile: milliseconds of the card by kind), reference (the fastest other
+way) and ratio (ours / reference). FLOPs are of matrix products and attention, counted with diffusers' blocks, not
+estimated. `--tiny`: a small model in float32 on the CPU: does everything run?
 """
 
 import argparse
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.kernels import kernel_times
 from benchmarks.laboratory import machine
 from ztrain.adapters import build_adapters
 from ztrain.adapters.base import AdapterConfig
@@ -37,11 +40,16 @@ from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.projector import ProjectorConfig
 from ztrain.adapters.siglip import SiglipConfig
 from ztrain.adapters.splice import SpliceConfig
+from ztrain.block import Keep
 from ztrain.blocks import slow_because, use_fast_blocks, use_stock_blocks
 from ztrain.conditioning import IMAGE, Encoded, TokenStates
-from ztrain.dit import REAL_CONFIG
+from ztrain.dit import REAL_CONFIG, Keeping
+from ztrain.graphs import Replays
+from ztrain.memory import Budget, available_bytes, measure
 from ztrain.model import AdaptedDiT
+from ztrain.tune import REPLAYED_TOKENS
 
+_CARD_GIB = 24.0
 RESULTS = Path(__file__).parent / "results"
 WARM_UPS, STEPS = 3, 10
 ATTENTION = r"^layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)$"
@@ -57,12 +65,13 @@ def _lora(rank: int, **settings: Any) -> LoraAdapterConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """adapters: of a feature width; side: pixels; captions: tokens of each sample, and so the batch."""
+    """adapters: of a feature width; side: pixels; captions: tokens of each sample, and so the batch; keeps: of each
+    block, or what fits into so many GiB. diffusers recomputes every block, or none where EVERYTHING is kept."""
 
     adapters: Callable[[int], Sequence[AdapterConfig]]
     side: int = 1024
     captions: tuple[int, ...] = (128,)
-    recompute: bool = True
+    keeps: Keep | float = _CARD_GIB
 
 
 def _attention_lora(width: int) -> Sequence[AdapterConfig]:
@@ -70,15 +79,17 @@ def _attention_lora(width: int) -> Sequence[AdapterConfig]:
 
 
 CASES = {
-    "lora_1024_b1_full_recompute": Case(adapters=_attention_lora),
-    "lora_1024_b1_no_recompute": Case(adapters=_attention_lora, recompute=False),
-    "lora_1024_b4": Case(adapters=_attention_lora, captions=(128,) * 4),
-    "lora_512_b1": Case(adapters=_attention_lora, side=512, recompute=False),
-    "lora_default_1024_b1": Case(adapters=lambda width: [SpliceConfig(), _lora(32)]),
-    "siglip_1024_b1": Case(adapters=lambda width: [SiglipConfig(feature_dim=width)]),
-    "siglip_lora_1024_b1": Case(adapters=lambda width: [SiglipConfig(feature_dim=width), _lora(32)]),
-    "projector_1024_b1": Case(adapters=lambda width: [ProjectorConfig()]),
-    "mixed_captions_b4": Case(adapters=_attention_lora, captions=(32, 64, 128, 256)),
+    "lora_1024_b1_full_recompute": Case(adapters=_attention_lora, keeps=Keep.NOTHING),
+    "lora_1024_b1_costly_kept": Case(adapters=_attention_lora, keeps=Keep.COSTLY),
+    "lora_1024_b1_24gib": Case(adapters=_attention_lora),
+    "lora_1024_b1_no_recompute": Case(adapters=_attention_lora, keeps=Keep.EVERYTHING),
+    "lora_512_b1": Case(adapters=_attention_lora, side=512, keeps=Keep.EVERYTHING),
+    "lora_default_1024_b1_24gib": Case(adapters=lambda width: [SpliceConfig(), _lora(32)]),
+    "siglip_1024_b1_24gib": Case(adapters=lambda width: [SiglipConfig(feature_dim=width)]),
+    "siglip_lora_1024_b1_24gib": Case(adapters=lambda width: [SiglipConfig(feature_dim=width), _lora(32)]),
+    "projector_1024_b1_24gib": Case(adapters=lambda width: [ProjectorConfig()]),
+    "lora_1024_b4": Case(adapters=_attention_lora, captions=(128,) * 4, keeps=Keep.EVERYTHING),
+    "mixed_captions_b4": Case(adapters=_attention_lora, captions=(32, 64, 128, 256), keeps=Keep.EVERYTHING),
 }
 
 
@@ -88,14 +99,21 @@ def _compile_stock(model: AdaptedDiT) -> None:
         block.compile()
 
 
+def _compile_ours(model: AdaptedDiT) -> None:
+    use_fast_blocks(model.dit, backend="inductor")
+    if torch.cuda.is_available():
+        model.execution.run = Replays(REPLAYED_TOKENS)
+
+
 WAYS: dict[str, Callable[[AdaptedDiT], None]] = {
     "diffusers": lambda model: use_stock_blocks(model.dit),
     "diffusers_compiled": _compile_stock,
-    "ztrain": lambda model: None,
-    "ztrain_compiled": lambda model: use_fast_blocks(model.dit, backend="inductor"),
+    "ztrain_eager": lambda model: None,
+    "ztrain": _compile_ours,
 }
 """diffusers: its blocks, and its whole forward too where a case has no SigLIP tokens, which that cannot lay out as ours
 does. compiled: each block on its own, inside its recomputation; of diffusers' the main ones."""
+SHOWN = ("diffusers", "diffusers_compiled", "ztrain")
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------
@@ -110,18 +128,19 @@ class Step:
         dit = _random_transformer(TINY if is_tiny else REAL_CONFIG, dtype, device)
         torch.manual_seed(1)
         self.model = AdaptedDiT(dit, build_adapters(list(case.adapters(width)))).to(device).train()
-        if case.recompute:
+        if case.keeps != Keep.EVERYTHING:
             dit.enable_gradient_checkpointing()
         WAYS[way](self.model)
+        self.kept: list[Keep] = []
         self.calls_dit = way.startswith("diffusers") and dit.siglip_refiner is None
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         # Foreach is the default; a fused optimizer step would be the same for every way.
         self.optimizer = torch.optim.AdamW(self.trained, 1e-4)
         features, batch = dit.config.cap_feat_dim, len(case.captions)
-        generator = torch.Generator(device).manual_seed(2)
+        generator = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(2)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+            return torch.randn(shape, generator=generator, device=generator.device, dtype=dtype).to(device)
 
         text = [normal(length, features) for length in case.captions]
         reads_image = any(adapter.config.reads & {"reference", "fused"} for adapter in self.model.adapters)
@@ -132,6 +151,35 @@ class Step:
         )
         self.noisy, self.target = normal(batch, 16, side, side), normal(batch, 16, side, side)
         self.sigma = torch.linspace(0.3, 0.7, batch, device=device)
+        if way.startswith("ztrain"):
+            self._keep(case.keeps, device)
+
+    def _keep(self, keeps: Keep | float, device: torch.device) -> None:
+        """As the case says, written down in `kept`."""
+        budget: Budget | None = None
+        if not isinstance(keeps, Keep) and device.type == "cuda":
+            pending = 12 * sum(p.numel() for p in self.trained)  # gradients and moments
+            available = available_bytes(device, keeps, pending)
+            budget = Budget(measure(self._probe, len(self.model.dit.layers), device), available)
+            self.model.zero_grad()
+
+        def decide(tokens: int, blocks: int) -> Sequence[Keep]:
+            if isinstance(keeps, Keep):
+                return [keeps] * blocks
+            # On a CPU nothing is measured: a bit of each, for the rehearsal.
+            return budget(tokens, blocks) if budget else [Keep(i * 3 // blocks) for i in range(blocks)]
+
+        def keeping(tokens: int, blocks: int) -> Sequence[Keep]:
+            self.kept = list(decide(tokens, blocks))
+            return self.kept
+
+        self.model.execution.keeping = keeping
+
+    def _probe(self, keeping: Keeping, is_larger: bool) -> Tensor:
+        self.model.execution.keeping = keeping
+        side = self.noisy.shape[-1] * (5 if is_larger else 3) // 16 * 2
+        noisy, target = (each[..., :side, :side].contiguous() for each in (self.noisy, self.target))
+        return F.mse_loss(self.model(noisy, self.sigma, self.encoded).float(), target.float())
 
     def velocity(self) -> Tensor:
         if not self.calls_dit:
@@ -144,16 +192,28 @@ class Step:
             )[0]
         return -torch.stack([sample.squeeze(1) for sample in output])
 
-    def run(self) -> float:
-        """Milliseconds of one whole step."""
-        _wait()
-        start = time.perf_counter()
-        loss = F.mse_loss(self.velocity().float(), self.target.float())
-        loss.backward()
+    def run(self) -> None:
+        F.mse_loss(self.velocity().float(), self.target.float()).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def timed(self) -> list[float]:
+        """Milliseconds of STEPS steps that follow each other."""
+        for _ in range(WARM_UPS):
+            self.run()
+        marks: list[Any] = []
+        for _ in range(STEPS + 1):
+            if torch.cuda.is_available():
+                marks.append(torch.cuda.Event(enable_timing=True))
+                marks[-1].record()
+            else:
+                marks.append(time.perf_counter())
+            if len(marks) <= STEPS:
+                self.run()
         _wait()
-        return (time.perf_counter() - start) * 1e3
+        if torch.cuda.is_available():
+            return [start.elapsed_time(end) for start, end in pairwise(marks)]
+        return [(end - start) * 1e3 for start, end in pairwise(marks)]
 
 
 def _random_transformer(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
@@ -175,36 +235,45 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def measure(name: str, way: str, is_tiny: bool, device: torch.device) -> dict[str, Any]:
+def row_of(name: str, way: str, is_tiny: bool, device: torch.device, profiles: bool) -> dict[str, Any]:
     """One row, without what needs the other ways."""
     gc.collect()
     torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_per_process_memory_fraction(1.0)
     step = Step(CASES[name], way, is_tiny, device)
-    taken = [step.run() for _ in range(WARM_UPS + STEPS)][WARM_UPS:]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    step.run()
+    _wait()
+    first = time.perf_counter() - start
+    taken = step.timed()
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     row: dict[str, Any] = {"case": name, "way": way, "ms": statistics.median(taken), "spread": max(taken) - min(taken)}
-    row |= {"peak_gib": peak, "slow_because": slow_because(step.model.dit) if way.startswith("ztrain") else None}
+    row |= {"peak_gib": peak, "first_step_s": first}
+    if way.startswith("ztrain"):
+        row["slow_because"] = slow_because(step.model.dit)
+        row["kept"] = {keep.name.lower(): step.kept.count(keep) for keep in Keep if keep in step.kept}
+    if profiles:
+        row["kernels"] = {kind: round(ms, 2) for kind, ms in kernel_times(step.run, steps=2).items()}
     return row
 
 
-def count_flops(name: str, is_tiny: bool, device: torch.device) -> dict[str, int]:
-    """FLOPs that a step of this case needs, and those that it launches, by diffusers' blocks without a compiler."""
+def count_flops(name: str, is_tiny: bool) -> dict[str, int]:
+    """FLOPs that a step of this case needs, and those that it launches, by diffusers' blocks without a compiler.
+
+    On the meta device, where a step of the real size takes no memory and no time.
+    """
     counted = {}
-    for kind, recompute in (("needed", False), ("launched", CASES[name].recompute)):
-        gc.collect()
-        if recompute or kind == "needed":
-            step = Step(CASES[name], "diffusers", is_tiny, device)
-            if not recompute:
-                step.model.dit.disable_gradient_checkpointing()
-            with FlopCounterMode(display=False) as flops:
-                F.mse_loss(step.velocity().float(), step.target.float()).backward()
-            counted[kind] = flops.get_total_flops()
-            del step
-        else:
-            counted[kind] = counted["needed"]
+    step = Step(CASES[name], "diffusers", is_tiny, torch.device("meta"))
+    step.calls_dit = False  # diffusers' forward asks tensors for their values
+    for kind, again in (("needed", False), ("launched", CASES[name].keeps != Keep.EVERYTHING)):
+        step.model.dit.gradient_checkpointing = again
+        with FlopCounterMode(display=False) as flops:
+            F.mse_loss(step.velocity().float(), step.target.float()).backward()
+        counted[kind] = flops.get_total_flops()
     return counted
 
 
@@ -243,7 +312,8 @@ def ceilings(is_tiny: bool, device: torch.device) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.step", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all if none is named")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(SHOWN))
+    parser.add_argument("--profile", action="store_true", help="kernels by kind, of every row of ours")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU, a rehearsal; needs --out")
     options = parser.parse_args(arguments)
@@ -267,20 +337,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.out / f"step_{gpu}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in options.cases or CASES:
-        document["rows"] += compare(name, options.ways, options.tiny, device, max(known.values()))
+        document["rows"] += compare(name, options.ways, options.tiny, device, max(known.values()), options.profile)
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
     return 0
 
 
 def compare(
-    name: str, ways: Sequence[str], is_tiny: bool, device: torch.device, ceiling: float
+    name: str, ways: Sequence[str], is_tiny: bool, device: torch.device, ceiling: float, profiles: bool
 ) -> list[dict[str, Any]]:
     """The rows of one case, printed as they come. ceiling: TFLOP/s that count as the whole card."""
-    flops = count_flops(name, is_tiny, device)
+    flops = count_flops(name, is_tiny)
     rows: list[dict[str, Any]] = []
     for way in ways:
-        row = measure(name, way, is_tiny, device)
+        row = row_of(name, way, is_tiny, device, profiles and way.startswith("ztrain"))
         seconds = row["ms"] / 1e3
         row |= {"mfu": flops["needed"] / seconds / 1e12 / ceiling, "hfu": flops["launched"] / seconds / 1e12 / ceiling}
         row["tflop_needed"] = flops["needed"] / 1e12

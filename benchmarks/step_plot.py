@@ -20,7 +20,7 @@ from matplotlib.patheffects import withStroke
 
 from ztrain.errors import InputError
 
-COLOURS = {"diffusers": "#E69F00", "diffusers_compiled": "#D55E00", "ztrain": "#56B4E9", "ztrain_compiled": "#0072B2"}
+COLOURS = {"diffusers": "#E69F00", "diffusers_compiled": "#D55E00", "ztrain_eager": "#56B4E9", "ztrain": "#0072B2"}
 """Okabe and Ito's, told apart by colour-blind eyes: a hue for whose blocks, the darker where they are compiled."""
 _UNKNOWN = "#999999"
 _EDGE = withStroke(linewidth=3.5, foreground="white")

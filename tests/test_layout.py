@@ -35,6 +35,9 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "storage": set(),
     "block": set(),
     "blocks": {"block", "storage"},
+    "compiling": {"blocks"},
+    "graphs": {"block", "blocks"},
+    "memory": {"block"},
     "layout": {"blocks"},
     "dit": {"block", "blocks", "layout", "models"},
     "model": {"conditioning", "adapters", "blocks", "dit", "layout"},
@@ -62,9 +65,13 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
         "adapters", "batches", "cache", "conditioning", "config", "encoders", "flow", "grid", "images",
         "metrics", "model", "models", "sample", "sampler", "samples", "together",
     },
+    "tune": {
+        "batches", "block", "blocks", "cache", "compiling", "config", "dit", "flow", "graphs", "memory", "model",
+        "sampler", "samples",
+    },
     "run": {
         "adapters", "blocks", "cache", "checkpoint", "config", "dit", "encoders", "export", "meter", "model", "models",
-        "flow", "prepare", "samples", "together", "tracking", "validate", "yamls",
+        "flow", "prepare", "samples", "together", "tracking", "tune", "validate", "yamls",
     },
     "train": {
         "batches", "checkpoint", "config", "flow", "interrupt", "meter", "run", "sampler", "samples", "stats",
@@ -83,7 +90,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "cli": {"config", "yamls", "prepare", "train", "from_checkpoint", "compare", "stats", "render", "mini"},
     "demo": {"adapters", "config", "data", "grid", "mini"},
     "mini": {
-        "adapters", "blocks", "conditioning", "config", "dit", "encoders", "export", "flow", "grid", "images",
+        "adapters", "compiling", "conditioning", "config", "dit", "encoders", "export", "flow", "grid", "images",
         "metrics", "model", "models", "rows", "sample", "vision_language",
     },
     "data_tools": {"data", "images", "rows", "tars", "yamls"},

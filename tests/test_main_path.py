@@ -191,7 +191,7 @@ def test_run_folder_is_enough_to_repeat_it(family: Path, paintings: Path, tmp_pa
 
 def test_bf16_base_trains_float32_weights(family: Path, paintings: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    words = ("--train.max_train_steps", "3", "--train.mixed_precision", "bf16", "--train.gradient_checkpointing")
+    words = ("--train.max_train_steps", "3", "--train.mixed_precision", "bf16", "--train.gradient_checkpointing", "on")
     train(family, paintings, out, "siglip_lora", *words)
     exported = read_adapter(out / "export")
     assert {t.dtype for file in exported.files.values() for t in file.values()} == {torch.float32}

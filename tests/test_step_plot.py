@@ -13,7 +13,7 @@ from benchmarks import step, step_plot
 
 ROWS: list[dict[str, Any]] = [
     {"case": "lora_1024_b1", "way": "diffusers", "ms": 540.12, "peak_gib": 31.24, "mfu": 0.31, "hfu": 0.4},
-    {"case": "lora_1024_b1", "way": "ztrain_compiled", "ms": 312.4, "peak_gib": 28.5, "mfu": 0.53597, "ratio": 0.58},
+    {"case": "lora_1024_b1", "way": "ztrain", "ms": 312.4, "peak_gib": 28.5, "mfu": 0.53597, "ratio": 0.58},
     {"case": "a<b & $c$_\"d\"", "way": "ztrain", "ms": 55.54, "peak_gib": None, "mfu": None, "slow_because": None},
     {"case": "a<b & $c$_\"d\"", "way": "next & best", "ms": None},
 ]  # fmt: skip

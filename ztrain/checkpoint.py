@@ -45,6 +45,8 @@ FREE_ON_RESUME = (
     "train.train_batch_size",  # together: the global batch size is compared
     "train.gradient_accumulation_steps",
     "train.gradient_checkpointing",
+    "train.compile",
+    "memory",
     "train.max_train_steps",  # unless the learning rate depends on it
     "train.logging_steps",
     "train.checkpointing_steps",

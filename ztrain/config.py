@@ -7,10 +7,10 @@ overrides win over files. Unknown keys, wrong types and impossible combinations 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ztrain.adapters import AnyAdapterConfig, describe_list
 from ztrain.adapters.splice import SpliceConfig
@@ -139,6 +139,14 @@ class FlowConfig(_Section):
         return self
 
 
+def _on_or_off(value: Any) -> Any:
+    """YAML reads a plain on or off as a truth value."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+_word = BeforeValidator(_on_or_off)
+
+
 class TrainConfig(_Section):
     learning_rate: float = Field(default=1e-4, gt=0.0)
     train_batch_size: int = Field(default=1, ge=1)
@@ -146,7 +154,13 @@ class TrainConfig(_Section):
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     max_train_steps: int = Field(default=2000, ge=1)
     """Optimizer steps."""
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: Annotated[Literal["on", "off", "budget"], _word] = "budget"
+    """What is computed again in the backward pass to save memory. on: every block; off: nothing; budget: what does not
+    fit into memory.budget_gib, measured before the first step (on a CPU: nothing)."""
+    compile: Annotated[Literal["auto", "on", "off"], _word] = "auto"
+    """Whether the blocks are compiled (torch.compile), which takes a minute or two at the start; their gradients are
+    compared with the blocks' as they are. auto: on a GPU, and without where they differ; on: also on a CPU, and an
+    error where they differ."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """Precision of the frozen models and of the products; trained weights are float32 either way."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
@@ -191,6 +205,12 @@ class TrainConfig(_Section):
         if total > 1:
             raise ValueError(f"dropout_text + dropout_reference + dropout_both is {total:g}, more than 1")
         return self
+
+
+class MemoryConfig(_Section):
+    budget_gib: float | None = Field(default=None, gt=0.0)
+    """GiB of the GPU that each process may take, all counted (weights, optimizer, activations, CUDA itself); None: what
+    is free when training starts. For train.gradient_checkpointing budget."""
 
 
 class ValidationConfig(_Section):
@@ -293,6 +313,7 @@ class Config(_Section):
     cache: CacheConfig = CacheConfig()
     flow: FlowConfig = FlowConfig()
     train: TrainConfig = TrainConfig()
+    memory: MemoryConfig = MemoryConfig()
     validation: ValidationConfig = ValidationConfig()
     tracking: TrackingConfig = TrackingConfig()
     sample: SampleConfig = SampleConfig()

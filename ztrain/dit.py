@@ -11,6 +11,7 @@ Legend: B batch, C latent channels, H and W latent sides, L caption tokens, S Si
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple, TypeAlias
 
@@ -44,6 +45,19 @@ def everything(_: int, blocks: int) -> Sequence[Keep]:
 def nothing(_: int, blocks: int) -> Sequence[Keep]:
     """What diffusers calls gradient checkpointing."""
     return [Keep.NOTHING] * blocks
+
+
+@dataclass(slots=True)
+class Execution:
+    """How forward passes are carried out; no number depends on it but for rounding.
+
+    keeping: of activations for the backward pass; None: as the transformer's `gradient_checkpointing` says; run: of the
+    main blocks.
+    """
+
+    layouts: Layouts
+    keeping: Keeping | None = None
+    run: Callable[..., Tensor] = run
 
 
 def load_transformer(source: Source, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -111,16 +125,16 @@ def forward(
     siglip: Sequence[Sequence[Tensor]],
     caption_scale: Sequence[Tensor | None],
     siglip_scale: float,
-    layouts: Layouts,
-    keeping: Keeping,
+    execution: Execution,
 ) -> list[Tensor]:
     """The transformer's raw output, B x (C, H, W) as one tensor for each run of neighbours of one shape (see `stacks`).
 
     noisy: B x (C, H, W), a list or one tensor; captions: B x (L, cap_feat_dim); siglip: B x R x (h, w, S); all three
     in any dtype. t: (B,) float32 in [0, 1], the transformer's own time; caption_scale: B x (L,) or None, siglip_scale:
-    factors on the attention that these tokens get in the main layers; keeping: of activations, for the backward pass.
+    factors on the attention that these tokens get in the main layers.
     """
     check_room(dit, captions, siglip, noisy)
+    layouts, keeping = execution.layouts, execution.keeping or (nothing if dit.gradient_checkpointing else everything)
     dtype, device = dit.x_pad_token.dtype, t.device
     modulation = dit.t_embedder(t * dit.t_scale).to(dtype)  # (B, 256)
     sides = [(height // PATCH, width // PATCH) for height, width in _sides(noisy)]
@@ -159,7 +173,7 @@ def forward(
 
     sequence = _with_scales(_join(blocks), blocks, caption_scale, siglip_scale)
     longest = max(height * width for height, width in sides)
-    states = run(dit.layers, *sequence.tensors, modulation, keeps, read=longest)
+    states = execution.run(dit.layers, *sequence.tensors, modulation, keeps, read=longest)
     output = dit.all_final_layer[f"{PATCH}-1"](states[:, :longest], c=modulation)  # (B, N, 4 C)
     of_samples = output.split([len(samples) for samples in stacked])
     return [_unpatchify(tokens, samples) for tokens, samples in zip(of_samples, stacked, strict=True)]

@@ -4,6 +4,7 @@ The only caller of the transformer, and the only place that knows its convention
 (it predicts latents - noise). Legend: B batch, C latent channels, H and W latent sides.
 """
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -22,7 +23,6 @@ from ztrain.layout import Layouts
 class AdaptedDiT(nn.Module):
     """velocity = model(noisy, sigma, encoded). Only the adapters' parameters require gradients.
 
-    `keeping`: of activations for the backward pass; None: as the transformer's `gradient_checkpointing` says.
     `weights_of[i]`: names, in `named_parameters`, of the weights that adapter i brought or woke.
     """
 
@@ -31,8 +31,7 @@ class AdaptedDiT(nn.Module):
         self.dit = dit.requires_grad_(False)
         self.base_dtype = dit.layers[0].attention.to_q.weight.dtype
         self.adapters = nn.ModuleList(adapters)
-        self.keeping: transformer.Keeping | None = None
-        self.layouts = Layouts(dit)
+        self.execution = transformer.Execution(Layouts(dit))
         self.weights_of: list[list[str]] = []
         for index, adapter in enumerate(adapters):
             before = {name for name, p in dit.named_parameters() if p.requires_grad}
@@ -61,8 +60,7 @@ class AdaptedDiT(nn.Module):
                     conditioning.siglip,
                     conditioning.caption_scale,
                     conditioning.siglip_scale,
-                    self.layouts,
-                    self.keeping or _as_diffusers_says(self.dit),
+                    self.execution,
                 )
             else:
                 output = transformer.stacks(self._stock_omni(list(noisy), t, conditioning, conditioning.omni))
@@ -80,14 +78,24 @@ class AdaptedDiT(nn.Module):
                 conditioning = adapter(conditioning, encoded)
         return conditioning
 
+    @functools.cached_property
+    def _idle(self) -> list[nn.Parameter]:
+        """Weights of adapters that read references, and others' in modules that only references pass."""
+        parameters = dict(self.named_parameters())
+        return [
+            parameters[name]
+            for adapter, names in zip(self.adapters, self.weights_of, strict=True)
+            for name in names
+            if adapter.config.reads or name.startswith("dit.siglip_")
+        ]
+
     def _tied(self, output: Tensor) -> Tensor:
         """`output` with zero gradients to weights that nothing used: without a reference, what reads one is idle.
 
         Otherwise DDP waits for them forever, and the optimizer would treat their step differently for other numbers
         of processes.
         """
-        names = self._trainable_names()
-        idle = [p.flatten()[:1].sum() for name, p in self.named_parameters() if name in names]
+        idle = [parameter.flatten()[:1].sum() for parameter in self._idle]
         return output + (0 * torch.stack(idle).sum()).to(output.dtype) if idle else output
 
     @torch.no_grad()
@@ -178,7 +186,3 @@ def _copy_into(own: dict[str, Tensor], weights: dict[str, Tensor], source: str) 
 
 def _short(name: str, index: int) -> str:
     return name.removeprefix("dit.").removeprefix(f"adapters.{index}.")
-
-
-def _as_diffusers_says(dit: Any) -> transformer.Keeping:
-    return transformer.nothing if dit.gradient_checkpointing else transformer.everything

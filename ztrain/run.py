@@ -39,6 +39,7 @@ from ztrain.prepare import prepare
 from ztrain.samples import Samples, write_manifest
 from ztrain.together import together
 from ztrain.tracking import Record
+from ztrain.tune import tune
 from ztrain.validate import Previews, describe_losses, validation_losses
 from ztrain.yamls import dump_yaml
 
@@ -94,7 +95,8 @@ def make_model(config: Config, dit: Any) -> AdaptedDiT:
     if not model.trainable_state():
         listed = describe_list(config.adapters)
         raise InputError(f"adapters {listed} has no weights to train; add projector, lora or siglip")
-    if config.train.gradient_checkpointing:
+    checkpointing = config.train.gradient_checkpointing
+    if checkpointing == "on" or (checkpointing == "budget" and dit.device.type == "cuda"):  # unless `tune` says more
         dit.enable_gradient_checkpointing()
     return model
 
@@ -175,6 +177,12 @@ def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoi
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, schedule = make_optimizer(t, trained)
     ema = EMAModel(trained, decay=t.ema_decay, foreach=True) if t.ema_decay else None
+    say = accelerator.print
+    say(f"training {sum(p.numel() for p in trained):,} weights of {describe_list(config.adapters)}")
+    if reason := slow_because(dit):
+        say(f"blocks run as diffusers wrote them: {reason}")
+    # Before DDP comes, which counts every backward pass.
+    tune(model, config, cache, samples, say, device=device, num_processes=accelerator.num_processes)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     run = Run(
         config=config,
@@ -191,9 +199,6 @@ def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoi
         density=density,
         previews=previews,
     )
-    accelerator.print(f"training {sum(p.numel() for p in trained):,} weights of {describe_list(config.adapters)}")
-    if reason := slow_because(dit):
-        accelerator.print(f"blocks run as diffusers wrote them: {reason}")
     with together(accelerator):
         if resumed is not None:
             _restore(run, resumed)

@@ -8,7 +8,8 @@ about the same picture: so the transformer learns to read what a picture leaves 
 Legend: N pictures, B samples of a batch, L tokens, D text width, (C, H, W) latents.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ztrain.blocks import use_fast_blocks
+from ztrain.compiling import compile_blocks
 from ztrain.conditioning import Encoded
 from ztrain.encoders import LatentCodec, TextEncoder
 from ztrain.flow import SigmaDensity, draw_sigmas, interpolate, velocity_losses
@@ -28,8 +29,6 @@ from ztrain.model import AdaptedDiT
 _CHUNK = 512
 _TEXT_DROPOUT = 0.1
 _SHARES = np.array([[0.4], [0.25]])  # of prompts without their words, and of plain or empty ones with a second turn
-_CHECKS = 3  # wrong gradients differ from call to call
-_GRADIENT_TOLERANCE = 0.05  # bfloat16 alone makes 0.012 to 0.016
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,32 +82,6 @@ def encode_captions(encoder: TextEncoder, captions: Sequence[str]) -> States:
     return States(torch.cat(states), starts[which], counts[which], turn_tokens(encoder.tokenizer))
 
 
-def compile_blocks(dit: Any, gradients: Callable[[], dict[str, Tensor]]) -> None:
-    """Compiles the blocks, by inductor if its gradients are those of the blocks as they are, and says so.
-
-    `gradients`: of one batch, by parameter. Checked because inductor of torch 2.10 and 2.11 computes some reductions of
-    these blocks silently wrong, by factors of 1e4, whether it may mix their orders (pytorch/pytorch#193061) or not:
-    measured on an H200 at batch 512, while 64 was right. With real rotary products and its own options it was right.
-    """
-    true = gradients()
-    use_fast_blocks(dit, backend="inductor")
-    errors = [relative_error(gradients(), true) for _ in range(_CHECKS)]
-    found = ", ".join(f"{error:.2g}" for error in errors)
-    if all(error < _GRADIENT_TOLERANCE for error in errors):  # which no NaN is
-        print(f"blocks compiled by inductor: gradients differ by {found} from those before", flush=True)
-        return
-    torch.compiler.reset()
-    use_fast_blocks(dit, backend="aot_eager")
-    print(f"inductor's gradients differ by {found}: blocks run without its kernels, at half the speed", flush=True)
-
-
-def relative_error(found: dict[str, Tensor], true: dict[str, Tensor]) -> float:
-    """Norm of the difference over the norm of the true gradients, over all parameters at once."""
-    squares = [((found[name] - value).square().sum(), value.square().sum()) for name, value in true.items()]
-    difference, whole = torch.tensor(squares).sum(0).tolist()
-    return (difference / whole) ** 0.5
-
-
 def train_denoiser(
     dit: Any,
     encoder: TextEncoder,
@@ -157,5 +130,5 @@ def train_denoiser(
 
     with training(dit):
         if device.type == "cuda":
-            compile_blocks(dit, gradients)
+            compile_blocks(dit, gradients, functools.partial(print, flush=True))
         return fit("transformer", [dit], loss, plan, device, partial)

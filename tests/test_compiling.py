@@ -1,0 +1,48 @@
+"""Compiled blocks are used only if their gradients hold; a run with them trains what a run without them trains."""
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_main_path import losses, paintings, train
+from tests.test_parity import LORA, make_model
+from ztrain.blocks import reads_real
+from ztrain.compiling import compile_blocks
+
+__all__ = ["paintings"]  # a fixture
+pytestmark = pytest.mark.usefixtures("forge")
+
+
+@pytest.mark.parametrize("wrong", [None, 7.0, math.nan])
+def test_compiled_gradients_that_differ_once_are_refused(family: Path, wrong: float | None) -> None:
+    """Nothing is compiled before a block runs: only the check is looked at."""
+    dit, said = make_model(family, [LORA]).dit, []
+    values = iter([1.0, 1.0, wrong or 1.0, 1.0])
+    done = compile_blocks(dit, lambda: {"weight": torch.full((3,), next(values))}, said.append)
+    assert done == (wrong is None) == reads_real(dit)
+    [line] = said
+    assert ("blocks are not compiled, and slower" in line) == bool(wrong)
+
+
+def test_a_compiler_that_fails_leaves_the_blocks_and_says_why(family: Path) -> None:
+    dit, said = make_model(family, [LORA]).dit, []
+
+    def gradients() -> dict[str, torch.Tensor]:
+        if reads_real(dit):
+            raise torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("no compiler here"), None)
+        return {"weight": torch.ones(3)}
+
+    assert not compile_blocks(dit, gradients, said.append) and not reads_real(dit)
+    assert "no compiler here" in said[0]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on a CPU")
+def test_a_compiled_run_trains_as_an_eager_one(family: Path, paintings: Path, tmp_path: Path) -> None:
+    words = ("--train.max_train_steps", "3", "--validation.validation_steps", "0")
+    train(family, paintings, tmp_path / "eager", "lora", *words)
+    done = train(family, paintings, tmp_path / "compiled", "lora", *words, "--train.compile", "on")
+    assert "blocks compiled by inductor" in done.stdout
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)

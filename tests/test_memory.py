@@ -1,0 +1,59 @@
+"""The activation budget: what it gives never takes more than there is, and no more is computed again than must be."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ztrain.block import Keep
+from ztrain.errors import InputError
+from ztrain.memory import GIB, Budget, Line, Sizes
+
+SIZES = Sizes(
+    kept={
+        Keep.NOTHING: Line(1e6, 30 * 7680.0),
+        Keep.COSTLY: Line(2e6, 90 * 7680.0),
+        Keep.EVERYTHING: Line(5e6, 370 * 7680.0),
+    },
+    working=Line(3e7, 5e5),
+    blocks=30,
+)
+"""About those of the real transformer in bfloat16, batch 1."""
+
+
+def taken(keeps: list[Keep], tokens: int) -> float:
+    return SIZES.least(tokens) + sum(SIZES.of_block(keep, tokens) for keep in keeps)
+
+
+@given(tokens=st.integers(32, 40_000), gib=st.floats(0.1, 100.0))
+def test_a_batch_stays_inside_and_leaves_no_room_for_one_more_block(tokens: int, gib: float) -> None:
+    budget = Budget(SIZES, gib * GIB)
+    if SIZES.least(tokens) > gib * GIB:
+        with pytest.raises(InputError, match=f"{tokens:,} tokens takes .* lower train.train_batch_size or"):
+            budget(tokens, 30)
+        return
+    keeps = list(budget(tokens, 30))
+    assert len(keeps) == 30 and taken(keeps, tokens) <= gib * GIB * (1 + 1e-9)
+    assert keeps == sorted(keeps)  # the last blocks keep most
+    least = min(keeps)
+    if least < Keep.EVERYTHING:
+        more = [Keep(least + 1), *keeps[1:]]
+        assert taken(more, tokens) > gib * GIB * (1 - 1e-9)
+    if Keep.EVERYTHING in keeps:  # what costs most to compute again comes first, everywhere
+        assert Keep.NOTHING not in keeps
+
+
+@given(tokens=st.integers(32, 20_000), gib=st.floats(1.0, 50.0), more=st.floats(0.0, 20.0))
+def test_more_memory_or_fewer_tokens_never_keep_less(tokens: int, gib: float, more: float) -> None:
+    try:
+        keeps = Budget(SIZES, gib * GIB)(tokens, 30)
+    except InputError:
+        return
+    for other in (Budget(SIZES, (gib + more) * GIB)(tokens, 30), Budget(SIZES, gib * GIB)(tokens // 2, 30)):
+        assert all(a <= b for a, b in zip(keeps, other, strict=True))
+
+
+def test_a_line_goes_through_its_measurements_and_never_falls() -> None:
+    line = Line.through((576, 1352.0), (1600, 3400.0))
+    assert line.per_token == 2.0 and line.at(576) == 1352.0 and line.at(4096) == 8392.0
+    flat = Line.through((576, 1000.0), (1600, 900.0))
+    assert flat.per_token == 0.0 and flat.at(5000) == 900.0

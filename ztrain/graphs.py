@@ -1,0 +1,84 @@
+"""The main blocks as CUDA graphs, for batches that a card computes faster than its host can ask for.
+
+A step of 512 x 512 pixels is over 3,000 kernels: an H200 computes them in 54 ms and waits for its host for as long
+again. A graph asks for all of them at once. Graphs are recorded through torch.cuda.make_graphed_callables, one for each
+shape, when it comes for the second time.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ztrain.block import Keep
+from ztrain.blocks import run
+
+_GRAPHS = 24
+"""Shapes: captions of up to 768 tokens, padded to 32, beside one size of picture."""
+
+
+class Replays:
+    """`blocks.run` for blocks of which everything is kept, recorded where a batch has few tokens.
+
+    most_tokens: of a batch, above which the card is busy anyway. Graphs share one pool of memory: only one is between
+    its forward and its backward pass at any time.
+    """
+
+    def __init__(self, most_tokens: int) -> None:
+        self.most_tokens = most_tokens
+        self._seen: Counter[tuple[Any, ...]] = Counter()
+        self._graphs: OrderedDict[tuple[Any, ...], Callable[..., Tensor]] = OrderedDict()
+        self._pool: Any = None
+
+    def __call__(
+        self,
+        layers: nn.ModuleList,
+        x: Tensor,
+        mask: Tensor | None,
+        freqs: Tensor,
+        modulation: Tensor | None,
+        keeps: Sequence[Keep],
+        read: int | None = None,
+    ) -> Tensor:
+        inputs = [tensor for tensor in (x, freqs, modulation, mask) if tensor is not None]
+        few = x.shape[0] * x.shape[1] <= self.most_tokens and min(keeps) == Keep.EVERYTHING
+        if not few or not torch.is_grad_enabled() or not layers.training or modulation is None:
+            return run(layers, x, mask, freqs, modulation, keeps, read)
+        key = (read, *((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs))
+        self._seen[key] += 1
+        if self._seen[key] == 1:
+            return run(layers, x, mask, freqs, modulation, keeps, read)
+        if key not in self._graphs:
+            self._graphs[key] = self._recorded(_Blocks(layers, keeps, read), inputs)
+            if len(self._graphs) > _GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        for parameter in layers.parameters():
+            # Else the first gradient would be the graph's own memory, which its next replay overwrites.
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return self._graphs[key](*inputs)
+
+    def _recorded(self, blocks: "_Blocks", inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
+        samples = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        kind = samples[0].device.type
+        # What autocast keeps of weights would be memory of the graph.
+        with torch.autocast(
+            kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+        ):
+            return torch.cuda.make_graphed_callables(blocks, samples, pool=self._pool, allow_unused_input=True)
+
+
+class _Blocks(nn.Module):
+    """As a function of tensors alone."""
+
+    def __init__(self, layers: nn.ModuleList, keeps: Sequence[Keep], read: int | None) -> None:
+        super().__init__()
+        self.layers, self.keeps, self.read = layers, list(keeps), read
+
+    def forward(self, x: Tensor, freqs: Tensor, modulation: Tensor, mask: Tensor | None = None) -> Tensor:
+        return run(self.layers, x, mask, freqs, modulation, self.keeps, self.read)

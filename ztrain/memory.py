@@ -1,0 +1,147 @@
+"""The activation budget: as much of a step's activations is kept as its memory allows, the rest is computed again.
+
+What a step takes is measured before the first one, on two small batches for each way of keeping. It grows linearly with
+the tokens of a batch, so that the two say what any batch takes. `Budget` then gives each block of a batch what it may
+keep: first what costs most to compute again for its bytes, in all blocks, then everything, from the last block on. A
+batch that does not fit with nothing kept is refused by name; no batch is ever made smaller.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from ztrain.block import Keep
+from ztrain.errors import InputError
+
+GIB = 2**30
+_RESERVE = 0.03
+"""Share of the budget that is never planned with: what the allocator cannot use between tensors of mixed sizes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Bytes of a batch: fixed + per_token x its tokens."""
+
+    fixed: float
+    per_token: float
+
+    @classmethod
+    def through(cls, first: tuple[int, float], second: tuple[int, float]) -> "Line":
+        """Through two measurements (tokens, bytes); the second has more tokens."""
+        slope = max(0.0, (second[1] - first[1]) / (second[0] - first[0]))
+        return cls(max(0.0, second[1] - slope * second[0]), slope)
+
+    def at(self, tokens: int) -> float:
+        return self.fixed + self.per_token * tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a step takes above what is there between steps.
+
+    kept: after the forward pass, where all blocks keep as much; working: beyond that, while one block is computed.
+    """
+
+    kept: Mapping[Keep, Line]
+    working: Line
+    blocks: int
+
+    def of_block(self, keep: Keep, tokens: int) -> float:
+        """Bytes that one block keeps beyond its input."""
+        return max(0.0, self.kept[keep].at(tokens) - self.kept[Keep.NOTHING].at(tokens)) / self.blocks
+
+    def least(self, tokens: int) -> float:
+        """Bytes of a step in which nothing is kept."""
+        return self.kept[Keep.NOTHING].at(tokens) + self.working.at(tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What each main block keeps, of a batch's tokens and the number of blocks: a `Keeping` of dit.py.
+
+    available: bytes for what a step takes above what is there between steps.
+    """
+
+    sizes: Sizes
+    available: float
+
+    def __call__(self, tokens: int, blocks: int) -> Sequence[Keep]:
+        """Raises InputError where a batch does not fit with nothing kept."""
+        free = self.available - self.sizes.least(tokens)
+        if free < 0:
+            raise InputError(
+                f"a batch of {tokens:,} tokens takes {self.sizes.least(tokens) / GIB:.1f} GiB above the weights with"
+                f" nothing kept, and {self.available / GIB:.1f} GiB are there; lower train.train_batch_size or"
+                " data.resolution, or raise memory.budget_gib"
+            )
+        costly, everything = (self.sizes.of_block(keep, tokens) for keep in (Keep.COSTLY, Keep.EVERYTHING))
+        num_costly = min(blocks, int(free / costly)) if costly > 0 else blocks
+        free -= num_costly * costly
+        num_all = min(num_costly, int(free / (everything - costly))) if everything > costly else num_costly
+        kept = [Keep.NOTHING] * (blocks - num_costly) + [Keep.COSTLY] * (num_costly - num_all)
+        # The last blocks' activations are gone when the first blocks are computed again.
+        return kept + [Keep.EVERYTHING] * num_all
+
+
+Probe: TypeAlias = Callable[[Callable[[int, int], Sequence[Keep]], bool], object]
+"""Runs the forward pass of a small or a larger batch (False, True), with this keeping; returns its loss."""
+
+
+def measure(forward: Probe, blocks: int, device: torch.device) -> Sizes:
+    """forward: its loss is a scalar; gradients it leaves are the caller's to clear."""
+    kept: dict[Keep, Line] = {}
+    working = []
+    for keep in Keep:
+        points, excess = [], []
+        for is_larger in (False, True):
+            tokens: list[int] = []
+
+            def keeping(count: int, blocks: int, keep: Keep = keep, tokens: list[int] = tokens) -> Sequence[Keep]:
+                tokens.append(count)
+                return [keep] * blocks
+
+            forward(keeping, is_larger).backward()  # type: ignore[attr-defined]  # compiles, and makes gradients
+            _settle(device)
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            loss = forward(keeping, is_larger)
+            after = torch.cuda.memory_allocated(device)
+            loss.backward()  # type: ignore[attr-defined]
+            peak = torch.cuda.max_memory_allocated(device)
+            del loss
+            points.append((tokens[0], float(after - before)))
+            excess.append((tokens[0], float(peak - after)))
+        kept[keep] = Line.through(*points)
+        working.append(Line.through(*excess))
+    largest = max(line.per_token for line in working)
+    return Sizes(kept, Line(max(line.fixed for line in working), largest), blocks)
+
+
+def available_bytes(device: torch.device, budget_gib: float | None, pending: int) -> float:
+    """Bytes for the activations of a step.
+
+    budget_gib: what the whole process may take of the card, its CUDA context too; None: what is free now. pending:
+    bytes that will be allocated later and stay, as an optimizer's moments.
+    """
+    _settle(device)
+    free, total = torch.cuda.mem_get_info(device)
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    if budget_gib is None:
+        whole = free + reserved
+    else:
+        context = min(total - free - reserved, GIB)  # other processes' memory is not ours
+        whole = budget_gib * GIB - context
+        if whole > free + reserved:
+            raise InputError(
+                f"memory.budget_gib {budget_gib:g} is more than the {(free + reserved + context) / GIB:.1f} GiB that"
+                f" are free on {device}; lower it, or leave it out to take what is there"
+            )
+        torch.cuda.set_per_process_memory_fraction(whole / total, device)
+    return whole * (1 - _RESERVE) - allocated - pending
+
+
+def _settle(device: torch.device) -> None:
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()

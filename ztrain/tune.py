@@ -1,0 +1,127 @@
+"""What a run does with its device before its first step: compiles the blocks, and measures what it may keep.
+
+Both on small batches of the run's own samples, through the run's own model and loss. Weights, random state and results
+of the run are as if nothing had happened.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ztrain.batches import Batch, read_batch
+from ztrain.block import Keep
+from ztrain.blocks import slow_because
+from ztrain.cache import Cache
+from ztrain.compiling import compile_blocks
+from ztrain.config import Config
+from ztrain.dit import PATCH, Keeping
+from ztrain.errors import InputError
+from ztrain.flow import velocity_losses
+from ztrain.graphs import Replays
+from ztrain.memory import GIB, Budget, available_bytes, measure
+from ztrain.model import AdaptedDiT
+from ztrain.sampler import SampleKey
+from ztrain.samples import Samples
+
+_SIDES = (3 / 8, 5 / 8)
+"""Of the largest target's sides, for a batch of one; a larger batch has as many tokens in all."""
+_TOKENS = 4096  # of a picture of 1024 x 1024
+REPLAYED_TOKENS = 2560
+"""About where an H200 takes as long for a step as its host: 100 ms."""
+_MOMENTS_BYTES = {"adamw": 8, "adamw_8bit": 2}  # of each trained number
+
+
+@dataclass(slots=True)
+class Probe:
+    """A small and a larger batch of a run, and its loss on them."""
+
+    model: AdaptedDiT
+    batch: Batch
+    sides: tuple[tuple[int, int], tuple[int, int]]
+
+    @classmethod
+    def of(cls, model: AdaptedDiT, config: Config, cache: Cache, samples: Samples, device: torch.device) -> "Probe":
+        chosen = list(samples.trained[: config.train.train_batch_size])
+        keys = [SampleKey(config.seed, 0, i) for i in range(len(chosen))]
+        batch = read_batch(cache, chosen, keys, config.reads).to(device)
+        largest = max((latents.shape[1:] for latents in batch.latents), key=math.prod)
+        small, large = (
+            tuple(max(1, round(side * share / PATCH / len(chosen) ** 0.5)) * PATCH for side in largest)
+            for share in _SIDES
+        )
+        return cls(model, batch, ((small[0], small[1]), (large[0], large[1])))
+
+    def loss(self, is_larger: bool) -> Tensor:
+        shape = (len(self.batch.keys), len(self.batch.latents[0]), *self.sides[is_larger])
+        device = self.batch.latents[0].device
+        generator = torch.Generator().manual_seed(0)
+        noise, latents = torch.randn((2, *shape), generator=generator).to(device)
+        sigma = torch.full(shape[:1], 0.5, device=device)
+        velocity = self.model((noise + latents) / 2, sigma, self.batch.encoded)
+        return velocity_losses(velocity, latents, noise, sigma).mean()
+
+    def keeping(self, keeping: Keeping, is_larger: bool) -> Tensor:
+        self.model.execution.keeping = keeping
+        return self.loss(is_larger)
+
+    def gradients(self) -> dict[str, Tensor]:
+        self.clear()
+        self.loss(is_larger=False).backward()
+        found = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        self.clear()
+        return found
+
+    def clear(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+
+def tune(
+    model: AdaptedDiT,
+    config: Config,
+    cache: Cache,
+    samples: Samples,
+    say: Callable[[str], object],
+    *,
+    device: torch.device,
+    num_processes: int,
+) -> None:
+    """Compiles a model's blocks and gives it its `keeping`, as the config says; on a CPU only if that insists."""
+    t, is_cuda = config.train, device.type == "cuda"
+    compiles = t.compile == "on" or (t.compile == "auto" and is_cuda)
+    measures = t.gradient_checkpointing == "budget" and is_cuda
+    if config.memory.budget_gib is not None and not measures:
+        raise InputError(
+            f"memory.budget_gib {config.memory.budget_gib:g} needs train.gradient_checkpointing budget and a CUDA GPU"
+        )
+    if not compiles and not measures:
+        return
+    with torch.random.fork_rng([device] if is_cuda else []):
+        probe = Probe.of(model, config, cache, samples, device)
+        if compiles:
+            done = compile_blocks(model.dit, probe.gradients, say)
+            if done and is_cuda and num_processes == 1 and slow_because(model.dit) is None:
+                model.execution.run = Replays(REPLAYED_TOKENS)
+            if t.compile == "on" and not done:
+                raise InputError("train.compile on: the blocks could not be compiled; auto goes on without")
+        if measures:
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            gathered = 4 if num_processes > 1 else 0  # DDP's buckets
+            pending = trained * (4 + _MOMENTS_BYTES[t.optimizer] + gathered)
+            available = available_bytes(device, config.memory.budget_gib, pending)
+            budget = Budget(measure(probe.keeping, len(model.dit.layers), device), available)
+            model.execution.keeping = budget
+            probe.clear()
+            say(_describe(budget, len(model.dit.layers)))
+
+
+def _describe(budget: Budget, blocks: int) -> str:
+    sizes = budget.sizes
+    costly, everything = (blocks * sizes.of_block(keep, _TOKENS) / GIB for keep in (Keep.COSTLY, Keep.EVERYTHING))
+    return (
+        f"activations may take {budget.available / GIB:.1f} GiB; a picture of 1024 x 1024 takes"
+        f" {sizes.least(_TOKENS) / GIB:.2f} with nothing kept, {costly:.2f} more with the costliest results,"
+        f" {everything:.2f} with everything"
+    )

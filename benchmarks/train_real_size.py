@@ -1,13 +1,16 @@
 """The whole training path at the real size on one GPU, with random weights: cache, steps, validation, previews, resume.
 
-    python -m benchmarks.train_real_size --work /tmp/real --out benchmarks/results [--smoke]
+    python -m benchmarks.train_real_size --work /tmp/real --out benchmarks/results [--lists LIST ...] [--smoke]
 
-Builds Z-Image, Qwen3-VL's front-end and SigLIP2 at their released sizes (22 GB of random bf16), paints triplets, and
-runs the project's own commands on configs/*_24gb.yaml. Writes train_real_size_<gpu>.json: peak memory of whole runs,
-share of step time spent waiting for data, how busy the encoders were. --smoke: the tiny family on a CPU, a rehearsal.
+Builds Z-Image, Qwen3-VL's front-end and SigLIP2 at their released sizes (22 GB of random bf16), paints triplets of
+mixed aspects and captions, and runs the project's own commands on configs/*_24gb.yaml: STEPS steps with averaged
+weights, validation and previews before, in the middle and at the end, inside 24 GiB, all counted. Writes
+train_real_size_<gpu>.json: peak memory of whole runs, what was kept, share of step time spent waiting for data, how
+busy the encoders were; rows of lists that are not named stay. --smoke: the tiny family on a CPU, a rehearsal.
 """
 
 import argparse
+import csv
 import json
 import os
 import re
@@ -17,11 +20,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 
 LISTS = ("siglip_lora", "siglip", "projector", "splice_lora", "lora")
-STEPS = 12
+STEPS = 200
+BUDGET_GIB = 24.0
+ASPECTS = ((1, 1), (3, 4), (4, 3), (2, 3), (3, 2))
 
 
 def build_real_family(tiny: Path, folder: Path) -> None:
@@ -82,6 +89,27 @@ def build_real_family(tiny: Path, folder: Path) -> None:
     torch.set_default_dtype(torch.float32)
 
 
+def vary(drawings: Path) -> None:
+    """Crops drawings to mixed aspects, each content in all styles alike, and makes some captions long."""
+    contents = drawings / "contents.csv"
+    with contents.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for place, row in enumerate(rows):
+        wide, high = ASPECTS[place % len(ASPECTS)]
+        row["prompt"] += ", drawn with care" * (place % 7 * 4)
+        for picture in (drawings / "images").glob(f"*/{row['id']}.png"):
+            with Image.open(picture) as image:
+                side = min(image.size)
+                width, height = side * wide // max(wide, high), side * high // max(wide, high)
+                left, top = (image.width - width) // 2, (image.height - height) // 2
+                cropped = image.crop((left, top, left + width, top + height))
+            cropped.save(picture)
+    with contents.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def run(*words: str) -> tuple[str, float]:
     """One command; its output and seconds."""
     started = time.perf_counter()
@@ -96,9 +124,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--lists", nargs="+", choices=LISTS, default=LISTS)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     started = time.perf_counter()
+    steps: int = options.steps
     work, gpu = options.work, "cpu" if options.smoke else torch.cuda.get_device_name()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -109,6 +140,7 @@ def main() -> None:
         build_real_family(work / "tiny", family)
         torch.cuda.empty_cache()
     run("ztrain.mini.style_folders", "--out", str(work / "drawings"))
+    vary(work / "drawings")
     (work / "build.yaml").write_text(
         "images: drawings/images\ncontents: drawings/contents.csv\nmax_triplets_per_split: 48\n"
     )
@@ -124,52 +156,60 @@ def main() -> None:
             *(w for role, place in places.items() for w in (f"--models.{role}.pretrained_model_name_or_path", place)),
             "--data.train_data_dir", str(work / "triplets"), "--cache.dir", str(work / "cache"),
             "--train.gradient_accumulation_steps", "1", "--train.lr_warmup_steps", "0", "--train.logging_steps", "1",
-            "--validation.num_samples", "4", "--validation.num_previews", "2", "--sample.num_inference_steps", "2",
+            "--train.ema_decay", "0.999", "--validation.num_samples", "4", "--validation.num_previews", "2",
+            "--validation.validation_steps", str(steps // 2), "--validation.preview_steps", str(steps // 2),
+            "--sample.num_inference_steps", "2", "--data.max_crop", "0.3",
+            *([] if options.smoke else ["--memory.budget_gib", str(BUDGET_GIB)]),
         ]  # fmt: skip
 
-    rows, caching = [], []
-    for name in LISTS:
+    for name in options.lists:
         said, seconds = run("ztrain.cli", "cache", *words(name))
         print(name, said.strip().splitlines()[-1], f"{seconds:.0f} s", flush=True)
-        caching.append({"list": name, "said": said.strip().splitlines()[-1], "seconds": round(seconds, 1)})
+        caching = {"list": name, "said": said.strip().splitlines()[-1], "seconds": round(seconds, 1)}
         out = work / "runs" / name
-        train = ["ztrain.train", *words(name), "--output_dir", str(out), "--train.max_train_steps", str(STEPS)]
-        _, seconds = run(*train, "--train.checkpointing_steps", str(STEPS // 2))
+        train = ["ztrain.train", *words(name), "--output_dir", str(out), "--train.max_train_steps", str(steps)]
+        said, seconds = run(*train, "--train.checkpointing_steps", str(steps // 2))
         metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        steps = [row for row in metrics if 3 <= row["step"] < STEPS and "val/loss" not in row]
-        total = sum(row["perf/step_seconds"] for row in steps)
+        plain = [row for row in metrics if row["step"] > steps // 4 and "val/loss" not in row]
+        total = sum(row["perf/step_seconds"] for row in plain)
         row = {
             "list": name,
             "peak_gib": round(max(row.get("mem/max_allocated_gib", 0.0) for row in metrics), 2),
-            "ms": round(1e3 * statistics.median(row["perf/step_seconds"] for row in steps), 1),
-            "data_wait_share": sum(r["perf/step_seconds"] * r["perf/data_wait_share"] for r in steps) / total,
+            "reserved_gib": round(max(row.get("mem/max_reserved_gib", 0.0) for row in metrics), 2),
+            "said": [line for line in said.splitlines() if re.match("blocks|activations", line)],
+            "steps": steps,
+            "ms": round(1e3 * statistics.median(row["perf/step_seconds"] for row in plain), 1),
+            "data_wait_share": sum(r["perf/step_seconds"] * r["perf/data_wait_share"] for r in plain) / total,
             "loss": [metrics[1]["train/loss"], metrics[-1]["train/loss"]],
             "run_seconds": round(seconds, 1),
         }
         if name in ("siglip_lora", "projector"):  # the second half again, from the checkpoint in the middle
             again = work / "runs" / f"{name}_again"
-            middle = out / "checkpoints" / f"step-{STEPS // 2:08d}"
-            run(*train[:-3], str(again), "--train.max_train_steps", str(STEPS), "--resume_from_checkpoint", str(middle))
+            middle = out / "checkpoints" / f"step-{steps // 2:08d}"
+            run(*train[:-3], str(again), "--train.max_train_steps", str(steps), "--resume_from_checkpoint", str(middle))
             resumed = [json.loads(line)["train/loss"] for line in (again / "metrics.jsonl").read_text().splitlines()]
-            whole = [row["train/loss"] for row in metrics if row["step"] > STEPS // 2]
+            whole = [row["train/loss"] for row in metrics if row["step"] > steps // 2]
             row["resume_largest_relative_difference"] = max(abs(a - b) / b for a, b in zip(resumed, whole, strict=True))
         print(json.dumps(row), flush=True)
-        rows.append(row)
-        write(options.out, gpu, rows, caching)
+        write(options.out, gpu, row, caching)
     print(f"done after {time.perf_counter() - started:.0f} s")
 
 
-def write(out: Path, gpu: str, rows: list, caching: list) -> None:
+def write(out: Path, gpu: str, row: dict[str, Any], caching: dict[str, Any]) -> None:
+    """Puts a list's rows into the file, in the place of earlier ones."""
+    out.mkdir(parents=True, exist_ok=True)
+    card = re.sub(r"\W+", "_", gpu.lower())
+    path = out / f"train_real_size_{card}.json"
+    known = json.loads(path.read_text()) if path.exists() else {"rows": [], "caching": []}
     document = {
         "command": "python -m benchmarks.train_real_size --work /tmp/real --out benchmarks/results",
-        "what": "configs/*_24gb.yaml at 1024 px, random weights; peak_gib: of whole runs, validation and previews in",
+        "what": f"configs/*_24gb.yaml at 1024 px in {BUDGET_GIB:g} GiB, random weights; peak_gib: of whole runs,"
+        " validation and previews in",
         "machine": {"gpu": gpu, "torch": torch.__version__, "cpus": os.cpu_count()},
-        "rows": rows,
-        "caching": caching,
+        "rows": [other for other in known["rows"] if other["list"] != row["list"]] + [row],
+        "caching": [other for other in known["caching"] if other["list"] != row["list"]] + [caching],
     }
-    out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "_", gpu.lower())
-    (out / f"train_real_size_{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

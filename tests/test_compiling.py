@@ -39,6 +39,7 @@ def test_a_compiler_that_fails_leaves_the_blocks_and_says_why(family: Path) -> N
     assert "no compiler here" in said[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on a CPU")
 def test_a_compiled_run_trains_as_an_eager_one(family: Path, paintings: Path, tmp_path: Path) -> None:
     words = ("--train.max_train_steps", "3", "--validation.validation_steps", "0")

@@ -101,6 +101,7 @@ class Meter:
         }
         if torch.cuda.is_available():
             values["mem/max_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            values["mem/max_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         self.bar.update()
         if self.step % self.logging_steps == 0:
             self.bar.set_postfix(loss=f"{loss:.4f}", grad_norm=f"{self.grad_norm:.3f}")

@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.test_batched import Dispatched, gradients, mixed, uniform
 from tests.test_parity import LORA, PROJECTOR, SIGLIP, make_model, noise_like
-from ztrain import block
+from ztrain import block, blocks
 from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.splice import SpliceConfig
+from ztrain.block import Keep
 from ztrain.blocks import slow_because, use_stock_blocks
 from ztrain.conditioning import IMAGE, TEXT, Encoded, TokenStates
 from ztrain.model import AdaptedDiT
@@ -63,17 +64,16 @@ def distance(found: list[Tensor], true: list[Tensor]) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["keep", "recompute"])
+@pytest.mark.parametrize("keep", [*Keep, None], ids=["nothing", "costly", "everything", "mixed"])
 @pytest.mark.parametrize("name", LISTS)
-def test_outputs_and_gradients_are_diffusers_own(family: Path, name: str, checkpointing: bool) -> None:
+def test_outputs_and_gradients_are_diffusers_own(family: Path, name: str, keep: Keep | None) -> None:
     """Mixed sizes, captions and numbers of references; every trained weight, and the base's when all of it trains."""
     noisy, states = noise_like(*SIZES), with_references(mixed())
     models = [make(family, LISTS[name]), stock(make(family, LISTS[name]))]
     assert slow_because(models[0].dit) is None
     found, true = [], []
     for model, kept in zip(models, (found, true), strict=True):
-        if checkpointing:
-            model.dit.enable_gradient_checkpointing()
+        model.execution.keeping = lambda tokens, blocks: [Keep(i % 3) if keep is None else keep for i in range(blocks)]
         kept += [torch.cat([v.flatten() for v in model(noisy, SIGMA, states)]).detach()]
         kept += [gradients(model, noisy, SIGMA, states)]
     assert distance(found[:1], true[:1]) <= 1e-5
@@ -81,6 +81,18 @@ def test_outputs_and_gradients_are_diffusers_own(family: Path, name: str, checkp
     assert trained
     for key in trained:
         assert distance([found[1][key]], [true[1][key]]) <= 1e-4, key
+
+
+def test_samples_by_themselves_or_with_a_mask_are_attended_to_alike(
+    family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noisy, states = noise_like(*SIZES), with_references(mixed())
+    apart = gradients(make(family, LISTS["siglip_lora"]), noisy, SIGMA, states)
+    monkeypatch.setattr(blocks, "_APART", 0)
+    masked = gradients(make(family, LISTS["siglip_lora"]), noisy, SIGMA, states)
+    for key, gradient in masked.items():
+        if gradient is not None:
+            assert distance([apart[key]], [gradient]) <= 1e-5, key
 
 
 def test_gradients_of_the_base_are_diffusers_own(family: Path) -> None:

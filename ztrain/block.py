@@ -27,6 +27,15 @@ class Keep(IntEnum):
     EVERYTHING = 2
 
 
+class Seen(NamedTuple):
+    """What is attended to in rows that samples fill to different lengths, said two ways: masks turn fast kernels off,
+    lengths take a call for each sample."""
+
+    mask: Tensor  # (B, N) bool, or a bias that broadcasts to (B, heads, N, N)
+    lengths: tuple[int, ...] | None
+    """Of each sample, from the first token on; None where the mask says more."""
+
+
 class Factors(NamedTuple):
     """What the four norms' outputs are multiplied with, (B or 1, 1, d): weight times modulation or gate."""
 
@@ -72,18 +81,19 @@ def compute_keeping(
     weights: Weights,
     x: Tensor,
     read: Tensor,
-    mask: Tensor | None,
     freqs: Tensor,
+    mask: Tensor | None,
+    lengths: tuple[int, ...] | None,
     factors: Factors,
     products: torch.dtype,
     keep: int,
 ) -> Tensor:
     """`compute`, of which no more is kept for the backward pass than `keep` says."""
     if keep == Keep.EVERYTHING or not torch.is_grad_enabled():
-        return compute(weights, x, read, mask, freqs, factors, products)
+        return compute(weights, x, read, freqs, mask, lengths, factors, products)
 
     def again(x: Tensor, read: Tensor) -> Tensor:
-        return compute(weights, x, read, mask, freqs, factors, products)
+        return compute(weights, x, read, freqs, mask, lengths, factors, products)
 
     if keep == Keep.NOTHING:
         return checkpoint(again, x, read, use_reentrant=False, preserve_rng_state=False)
@@ -94,16 +104,17 @@ def compute(
     weights: Weights,
     x: Tensor,
     read: Tensor,
-    mask: Tensor | None,
     freqs: Tensor,
+    mask: Tensor | None,
+    lengths: tuple[int, ...] | None,
     factors: Factors,
     products: torch.dtype,
 ) -> Tensor:
     """(B, N, d) -> (B, M, d) in the dtype of x.
 
     read: the first M tokens of x, whose new states anybody reads: the others are attended to and go no further;
-    mask: what is attended to, or a bias, as it broadcasts to (B, heads, N, N); freqs: as `turned` reads them;
-    products: dtype of the matrix products and of attention.
+    freqs: as `_turned` reads them; mask: what is attended to, or a bias, as it broadcasts to (B, heads, N, N); lengths:
+    what is attended to, of each sample, instead of a mask; products: dtype of the matrix products and of attention.
     """
     states = (_normalised(x, weights.eps[0]) * factors.into_attention).to(products)
     count = read.shape[1]
@@ -115,9 +126,11 @@ def compute(
     query, key, value = (projected.unflatten(-1, (weights.heads, -1)) for projected in (query, key, value))
     query = _turned(_normed_heads(query, weights.norm_q), freqs[:, :count]).to(products)
     key = _turned(_normed_heads(key, weights.norm_k), freqs).to(products)
-    states = F.scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
-    )
+    query, key, value = (projected.transpose(1, 2) for projected in (query, key, value))
+    if lengths is None:
+        states = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    else:
+        states = _attended_apart(query, key, value, lengths)
     (states,) = _project(weights.out, states.transpose(1, 2).flatten(2))
     x = torch.addcmul(read, factors.out_of_attention, _normalised(states.to(x.dtype), weights.eps[1]))
 
@@ -125,6 +138,15 @@ def compute(
     gate, up = _project(weights.w1_w3, states)
     (states,) = _project(weights.w2, F.silu(gate) * up)
     return torch.addcmul(x, factors.out_of_feed_forward, _normalised(states.to(x.dtype), weights.eps[3]))
+
+
+def _attended_apart(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Attention of each sample by itself, (B, heads, M, d_head); zeros after its length."""
+    states = []
+    for i, length in enumerate(lengths):
+        mine = [tensor[i : i + 1, :, :length] for tensor in (query, key, value)]
+        states.append(F.pad(F.scaled_dot_product_attention(*mine), (0, 0, 0, query.shape[2] - mine[0].shape[2])))
+    return torch.cat(states)
 
 
 def _normalised(x: Tensor, eps: float) -> Tensor:

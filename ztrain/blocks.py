@@ -11,11 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ztrain.block import Factors, Keep, Linears, Lora, Norm, Weights, compute_keeping
+from ztrain.block import Factors, Keep, Linears, Lora, Norm, Seen, Weights, compute_keeping
 from ztrain.storage import share_storage, whole_of
 
 _RECOMPILATIONS = 64
 """Of one compiled function at most: by kind of block, Keep, mask and gradients, each also for any number of tokens."""
+
+
+_APART = 8
+"""Samples of different lengths, up to which each is attended to by itself; a mask of more costs less than the calls."""
 
 
 class FastForward:
@@ -31,16 +35,20 @@ class FastForward:
         freqs: Tensor,
         modulation: Any = None,
         *rest: Any,
+        lengths: tuple[int, ...] | None = None,
         read: int | None = None,
         keep: Keep = Keep.EVERYTHING,
     ) -> Tensor:
-        """read, keep: of block.py's `compute_keeping`; read None: all tokens."""
+        """lengths, read, keep: of block.py's `compute_keeping`; read None: all tokens."""
         if not isinstance(modulation, Factors):
             if not freqs.is_complex():
                 freqs = torch.view_as_complex(freqs)
             return type(self.block).forward(self.block, x, mask, freqs, modulation, *rest)
         x = x.to(modulation.into_attention.dtype)
-        if mask is not None and mask.ndim == 2:
+        if lengths is not None and len(lengths) <= _APART:
+            mask = None
+        elif mask is not None and mask.ndim == 2:
+            lengths = None
             mask = mask[:, None, None, :]
         if self.is_compiled:
             # Not one function for each size of picture and length of caption: the second would be compiled anew.
@@ -50,10 +58,10 @@ class FastForward:
         if not _needs_gradient(x, modulation, weights):
             keep = Keep.EVERYTHING  # which is nothing
         if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-            return self.compute(weights, x, part, mask, freqs, modulation, x.dtype, int(keep))
+            return self.compute(weights, x, part, freqs, mask, lengths, modulation, x.dtype, int(keep))
         products = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
-            return self.compute(weights, x, part, mask, freqs, modulation, products, int(keep))
+            return self.compute(weights, x, part, freqs, mask, lengths, modulation, products, int(keep))
 
 
 def use_fast_blocks(dit: Any, backend: str | None = None) -> None:
@@ -79,8 +87,8 @@ def use_stock_blocks(dit: Any) -> None:
 def run(
     layers: nn.ModuleList,
     x: Tensor,
-    mask: Tensor | None,
     freqs: Tensor,
+    seen: Seen | None,
     modulation: Tensor | None,
     keeps: Sequence[Keep],
     read: int | None = None,
@@ -89,9 +97,11 @@ def run(
 
     modulation: (B, 256) or None; keeps: of each block; read: tokens of the result that are read, from the first on.
     """
+    mask, lengths = (None, None) if seen is None else seen
     for place, (layer, factors, keep) in enumerate(zip(layers, _factors(layers, modulation), keeps, strict=True), 1):
         if factors is not None:
-            x = layer(x, mask, freqs, factors, read=read if place == len(layers) else None, keep=keep)
+            last = place == len(layers)
+            x = layer(x, mask, freqs, factors, lengths=lengths, read=read if last else None, keep=keep)
         elif torch.is_grad_enabled() and keep != Keep.EVERYTHING:
             x = checkpoint(layer, x, mask, freqs, modulation, use_reentrant=False)
         else:

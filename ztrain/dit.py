@@ -18,10 +18,10 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ztrain.block import Keep
+from ztrain.block import Keep, Seen
 from ztrain.blocks import run
 from ztrain.errors import InputError
-from ztrain.layout import MULTIPLE, Layouts, Rows, padded
+from ztrain.layout import MULTIPLE, Layouts, Rows, Sequencing, padded
 from ztrain.models import Source, load_part
 
 PATCH = 2  # all_patch_size of the released transformer/config.json
@@ -141,60 +141,56 @@ def forward(
     places = [padded(len(caption)) + 1 for caption in captions]  # of each image on the first axis
     image_rows = layouts.rows([[height * width] for height, width in sides], device)
     caption_rows = layouts.rows([[len(caption)] for caption in captions], device)
-    references, reference_rows, parts = None, None, [image_rows, caption_rows]
+    references, reference_rows = None, None
     if any(siglip):
         # Each is spread over the target's grid and has its own place on the first axis.
         references = [
             [(place + 1 + r, *grid.shape[:2], *side) for r, grid in enumerate(each)]
             for place, each, side in zip(places, siglip, sides, strict=True)
         ]
-        reference_rows = layouts.rows(
-            [[height * width for _, height, width, *_ in each] for each in references], device
-        )
-        parts.append(reference_rows)
-    keeps = keeping(image_rows.batch * sum(rows.length for rows in parts), len(dit.layers))
+        counts = [[height * width for _, height, width, *_ in each] for each in references]
+        reference_rows = layouts.rows(counts, device)
+    # Attention does not care about the order; captions are the parts that differ most, and so the last.
+    parts = [rows for rows in (image_rows, reference_rows, caption_rows) if rows is not None]
+    sequencing = layouts.sequence(parts, device)
+    keeps = keeping(image_rows.batch * sequencing.length, len(dit.layers))
     refined = Keep.NOTHING if Keep.NOTHING in keeps else Keep.EVERYTHING
 
     stacked = stacks(noisy)
     patches = dit.all_x_embedder[f"{PATCH}-1"](torch.cat([_patchify(samples) for samples in stacked]).to(dtype))
     grids = [[(place, *side, *side)] for place, side in zip(places, sides, strict=True)]
     freqs = layouts.grids(grids, image_rows.length, device)
-    image = _Block(image_rows.fill(patches, dit.x_pad_token), freqs, image_rows.mask)
+    image = _Block(image_rows.fill(patches, dit.x_pad_token), freqs, image_rows.seen)
     blocks = [_refined(dit.noise_refiner, image, modulation, refined)]
-
-    tokens = dit.cap_embedder(torch.cat(list(captions)).to(dtype))
-    freqs = layouts.line(caption_rows.length, device)
-    caption = _Block(caption_rows.fill(tokens, dit.cap_pad_token), freqs, caption_rows.mask)
-    blocks.append(_refined(dit.context_refiner, caption, None, refined))
 
     if references is not None and reference_rows is not None:
         freqs = layouts.grids(references, reference_rows.length, device)
         blocks.append(_siglip_block(dit, siglip, reference_rows, freqs, dtype, refined))
 
-    sequence = _with_scales(_join(blocks), blocks, caption_scale, siglip_scale)
+    tokens = dit.cap_embedder(torch.cat(list(captions)).to(dtype))
+    freqs = layouts.line(caption_rows.length, device)
+    caption = _Block(caption_rows.fill(tokens, dit.cap_pad_token), freqs, caption_rows.seen)
+    blocks.append(_refined(dit.context_refiner, caption, None, refined))
+
+    sequence = _with_scales(_join(blocks, sequencing), parts, caption_scale, siglip_scale)
     longest = max(height * width for height, width in sides)
-    states = execution.run(dit.layers, *sequence.tensors, modulation, keeps, read=longest)
+    states = execution.run(dit.layers, *sequence, modulation, keeps, read=longest)
     output = dit.all_final_layer[f"{PATCH}-1"](states[:, :longest], c=modulation)  # (B, N, 4 C)
     of_samples = output.split([len(samples) for samples in stacked])
     return [_unpatchify(tokens, samples) for tokens, samples in zip(of_samples, stacked, strict=True)]
 
 
 class _Block(NamedTuple):
-    """Tokens of one kind: states (B, N, d); rotary factors (B, N, d_head / 2), one row if all samples share it; mask of
-    Rows, or a bias."""
+    """Tokens of one kind, or all: states (B, N, d); rotary factors (B, N, d_head / 2), one row if all samples share it;
+    what of them is attended to."""
 
     states: Tensor
     freqs: Tensor
-    mask: Tensor | None
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """In the order that blocks take them."""
-        return self.states, self.mask, self.freqs
+    seen: Seen | None
 
 
 def _refined(layers: nn.ModuleList, block: _Block, modulation: Tensor | None, keep: Keep) -> _Block:
-    return block._replace(states=run(layers, *block.tensors, modulation, [keep] * len(layers)))
+    return block._replace(states=run(layers, *block, modulation, [keep] * len(layers)))
 
 
 def _siglip_block(
@@ -204,10 +200,12 @@ def _siglip_block(
     references = stacks([reference for sample in siglip for reference in sample])
     tokens = dit.siglip_embedder(torch.cat([batch.flatten(0, 2) for batch in references]).to(dtype))
     # In the refiner a sample without references sees its own padding: seeing nothing would be NaN. Later nobody does.
-    seen = None if rows.mask is None else rows.mask | ~rows.mask[:, :1]
+    seen = rows.seen
+    if seen is not None and 0 in rows.ends:
+        seen = Seen(seen.mask | ~seen.mask[:, :1], tuple(end or rows.length for end in rows.ends))
     block = _refined(dit.siglip_refiner, _Block(rows.fill(tokens, dit.siglip_pad_token), freqs, seen), None, keep)
     # Float32 weights in a bf16 base make float32 tokens, which would promote the whole sequence.
-    return block._replace(states=block.states.to(dtype), mask=rows.mask)
+    return block._replace(states=block.states.to(dtype))
 
 
 def _patchify(samples: Tensor) -> Tensor:
@@ -225,30 +223,38 @@ def _unpatchify(tokens: Tensor, like: Tensor) -> Tensor:
     return blocks.permute(0, 5, 1, 3, 2, 4).reshape(like.shape)
 
 
-def _join(blocks: Sequence[_Block]) -> _Block:
-    """The blocks in one sequence; attention does not care about its order, nor about gaps that are masked."""
+def _join(blocks: Sequence[_Block], sequencing: Sequencing) -> _Block:
+    """The blocks in one sequence."""
     rows = max(len(block.freqs) for block in blocks)
     freqs = torch.cat([block.freqs.expand(rows, *block.freqs.shape[1:]) for block in blocks], dim=1)
-    mask = None
-    if any(block.mask is not None for block in blocks):
-        seen = [torch.ones_like(b.states[..., 0], dtype=torch.bool) if b.mask is None else b.mask for b in blocks]
-        mask = torch.cat(seen, dim=1)
-    return _Block(torch.cat([block.states for block in blocks], dim=1), freqs, mask)
+    states = torch.cat([block.states for block in blocks], dim=1)
+    if (places := sequencing.places) is not None:
+        freqs = freqs.expand(len(states), *freqs.shape[1:])
+        first = torch.arange(len(states), device=places.device).unsqueeze(1) * states.shape[1]
+        states, freqs = (_taken(tensor, places + first) for tensor in (states, freqs))
+    return _Block(states, freqs, sequencing.seen)
+
+
+def _taken(tensor: Tensor, places: Tensor) -> Tensor:
+    """(B, N, ...) -> (B, M, ...): the tokens at `places`, (B, M), of all rows one after the other."""
+    return tensor.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 def _with_scales(
-    sequence: _Block, blocks: Sequence[_Block], caption_scale: Sequence[Tensor | None], siglip_scale: float
+    sequence: _Block, parts: Sequence[Rows], caption_scale: Sequence[Tensor | None], siglip_scale: float
 ) -> _Block:
-    """The mask as an additive bias (B, 1, 1, N) of log factors, where any token has one."""
-    if all(scale is None for scale in caption_scale) and (siglip_scale == 1.0 or len(blocks) == 2):
+    """What is attended to as an additive bias (B, 1, 1, N) of log factors, where any token has one."""
+    if all(scale is None for scale in caption_scale) and (siglip_scale == 1.0 or len(parts) == 2):
         return sequence
+    image, *references, _ = parts
     factors = torch.ones(sequence.states.shape[:2], device=sequence.states.device)
-    start, length = blocks[0].states.shape[1], blocks[1].states.shape[1]
     for i, scale in enumerate(caption_scale):
+        start = image.ends[i]
+        end = start + sum(rows.ends[i] for rows in references)
+        factors[i, start:end] = siglip_scale
         if scale is not None:
-            factors[i, start : start + len(scale)] = scale
-    factors[:, start + length :] = siglip_scale
+            factors[i, end : end + len(scale)] = scale
     bias = factors.log()
-    if sequence.mask is not None:
-        bias = bias.masked_fill(~sequence.mask, -math.inf)
-    return sequence._replace(mask=bias.to(sequence.states.dtype)[:, None, None, :])
+    if sequence.seen is not None:
+        bias = bias.masked_fill(~sequence.seen.mask, -math.inf)
+    return sequence._replace(seen=Seen(bias.to(sequence.states.dtype)[:, None, None, :], None))

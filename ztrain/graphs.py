@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ztrain.block import Keep
+from ztrain.block import Keep, Seen
 from ztrain.blocks import run
 
 _GRAPHS = 24
@@ -36,20 +36,21 @@ class Replays:
         self,
         layers: nn.ModuleList,
         x: Tensor,
-        mask: Tensor | None,
         freqs: Tensor,
+        seen: Seen | None,
         modulation: Tensor | None,
         keeps: Sequence[Keep],
         read: int | None = None,
     ) -> Tensor:
+        mask = None if seen is None else seen.mask  # not lengths: hardly two batches have the same
         inputs = [tensor for tensor in (x, freqs, modulation, mask) if tensor is not None]
         few = x.shape[0] * x.shape[1] <= self.most_tokens and min(keeps) == Keep.EVERYTHING
         if not few or not torch.is_grad_enabled() or not layers.training or modulation is None:
-            return run(layers, x, mask, freqs, modulation, keeps, read)
+            return run(layers, x, freqs, seen, modulation, keeps, read)
         key = (read, *((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs))
         self._seen[key] += 1
         if self._seen[key] == 1:
-            return run(layers, x, mask, freqs, modulation, keeps, read)
+            return run(layers, x, freqs, seen, modulation, keeps, read)
         if key not in self._graphs:
             self._graphs[key] = self._recorded(_Blocks(layers, keeps, read), inputs)
             if len(self._graphs) > _GRAPHS:
@@ -81,4 +82,5 @@ class _Blocks(nn.Module):
         self.layers, self.keeps, self.read = layers, list(keeps), read
 
     def forward(self, x: Tensor, freqs: Tensor, modulation: Tensor, mask: Tensor | None = None) -> Tensor:
-        return run(self.layers, x, mask, freqs, modulation, self.keeps, self.read)
+        seen = None if mask is None else Seen(mask, None)
+        return run(self.layers, x, freqs, seen, modulation, self.keeps, self.read)

@@ -6,11 +6,12 @@ device. Legend: B batch, N tokens, d model width.
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from ztrain.block import Seen
 from ztrain.blocks import reads_real, rotary_factors
 
 MULTIPLE = 32  # SEQ_MULTI_OF in diffusers' transformer_z_image.py: every part is padded to this many tokens
@@ -25,16 +26,24 @@ def padded(length: int) -> int:
     return length + (-length) % MULTIPLE
 
 
+class Sequencing(NamedTuple):
+    """Parts of each sample one after the other, without gaps between them."""
+
+    length: int
+    places: Tensor | None
+    """(B, length) of each token among its sample's parts as they lie side by side; None where they lie so already."""
+    seen: Seen | None
+
+
 class Rows:
     """Rows of one length for samples of one or more pieces, each padded to a multiple of 32.
 
-    This padding is attended to, as in the released model; what comes after a sample's last piece is not: `mask`, (B, N)
-    of what is attended to, None where that is everything, because masks turn fast kernels off.
+    This padding is attended to, as in the released model; what comes after a sample's last piece (`ends`) is not.
     """
 
     def __init__(self, lengths: Sequence[Sequence[int]], device: torch.device) -> None:
-        ends = [sum(padded(length) for length in pieces) for pieces in lengths]
-        self.batch, self.length = len(lengths), max(ends)
+        self.ends = [sum(padded(length) for length in pieces) for pieces in lengths]
+        self.batch, self.length = len(lengths), max(self.ends)
         counts, shifts, total = [], [], 0
         for i, pieces in enumerate(lengths):
             start = i * self.length
@@ -44,9 +53,7 @@ class Rows:
                 start, total = start + padded(count), total + count
         shift, count = _to([shifts, counts], device)
         self.places = torch.arange(total, device=device) + shift.repeat_interleave(count, output_size=total)
-        self.mask: Tensor | None = None
-        if len(set(ends)) > 1:
-            self.mask = torch.arange(self.length, device=device) < _to(ends, device).unsqueeze(1)
+        self.seen = _seen(self.ends, device)
 
     def fill(self, tokens: Tensor, pad_token: Tensor) -> Tensor:
         """All pieces one after the other, (total, d) -> (B, N, d). The pad token always gets a gradient, be it zero."""
@@ -64,6 +71,22 @@ class Layouts:
     def rows(self, lengths: Sequence[Sequence[int]], device: torch.device) -> Rows:
         key = tuple(tuple(pieces) for pieces in lengths)
         return self._once(("rows", key, device), lambda: Rows(key, device))
+
+    def sequence(self, parts: Sequence[Rows], device: torch.device) -> Sequencing:
+        ends = list(zip(*(part.ends for part in parts), strict=True))  # B x parts
+        lengths = tuple(part.length for part in parts)
+
+        def make() -> Sequencing:
+            totals = [sum(sample) for sample in ends]
+            if all(sample[:-1] == lengths[:-1] for sample in ends):
+                return Sequencing(sum(lengths), None, _seen(totals, device))
+            starts = [sum(lengths[:i]) for i in range(len(lengths))]
+            places = torch.zeros((len(ends), max(totals)), dtype=torch.int64)
+            for row, sample, total in zip(places, ends, totals, strict=True):
+                torch.cat([torch.arange(s, s + n) for s, n in zip(starts, sample, strict=True)], out=row[:total])
+            return Sequencing(max(totals), places.to(device, non_blocking=True), _seen(totals, device))
+
+        return self._once(("sequence", tuple(ends), lengths, device), make)
 
     def line(self, length: int, device: torch.device) -> Tensor:
         """Rotary factors of captions, (1, length, d_head / 2): positions 1, 2, ... on the first axis, pads count on."""
@@ -97,6 +120,13 @@ class Layouts:
                 self._made.popitem(last=False)
         self._made.move_to_end(key)
         return self._made[key]
+
+
+def _seen(ends: Sequence[int], device: torch.device) -> Seen | None:
+    """Of rows that samples fill up to their `ends`; None where that is everything."""
+    if len(set(ends)) == 1:
+        return None
+    return Seen(torch.arange(max(ends), device=device) < _to(ends, device).unsqueeze(1), tuple(ends))
 
 
 def _to(values: Sequence[Any], device: torch.device) -> Tensor:

@@ -5,12 +5,17 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import ZImageTransformer2DModel
+from torch import nn
 
+from benchmarks import step
+from tests.test_blocks import distance
 from ztrain.adapters import build_adapters
 from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.projector import ProjectorConfig
@@ -170,3 +175,46 @@ def test_one_training_step_of_each_kind_at_1024() -> None:
     document = {"command": command, "what": "DiT alone, 1024 x 1024, batch 1", "machine": machine, "rows": rows}
     out.write_text(json.dumps(document, indent=1) + "\n")
     assert all(row["peak_gib"] < 24 for row in rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["lora_1024_b1_no_recompute", "siglip_lora_1024_b1_24gib"])
+def test_bfloat16_is_as_near_to_diffusers_float32_as_diffusers_bfloat16(name: str) -> None:
+    """Velocities and gradients at 1024 x 1024, ours compiled; adds the distances to benchmarks/results/."""
+    device, found = torch.device("cuda"), {}
+    for way in ("float32", "diffusers", "ztrain"):
+        gc.collect()
+        torch.cuda.empty_cache()
+        each = step.Step(step.CASES[name], "ztrain" if way == "ztrain" else "diffusers", False, device)
+        generator = torch.Generator(device).manual_seed(5)
+        for parameter in each.trained:
+            if not parameter.any():  # LoRAs start at zero, where most gradients are zero
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+        if way == "float32":
+            each.model.float().base_dtype = torch.float32
+            each.model.dit.enable_gradient_checkpointing()
+            each.noisy = each.noisy.float()
+        each.model.execution.keeping = None
+        velocity = each.velocity()
+        F.mse_loss(velocity.float(), each.target.float()).backward()
+        gradient = torch.cat([p.grad.flatten() for p in each.trained if p.grad is not None])
+        assert len(gradient) == sum(p.numel() for p in each.trained)
+        found[way] = [velocity.detach(), gradient]
+        del each, velocity, gradient
+    row: dict[str, Any] = {"case": name}
+    for i, what in enumerate(("velocity", "gradients")):
+        ours, theirs = (distance([found[way][i]], [found["float32"][i]]) for way in ("ztrain", "diffusers"))
+        row |= {f"{what}_ztrain": round(ours, 6), f"{what}_diffusers": round(theirs, 6)}
+    print(json.dumps(row), flush=True)
+    gpu = torch.cuda.get_device_name()
+    out = Path(os.environ.get("OUT", "benchmarks/results")) / f"bfloat16_{gpu.lower().replace(' ', '_')}.json"
+    known = json.loads(out.read_text())["rows"] if out.exists() else []
+    document = {
+        "command": "python -m pytest -m gpu tests/test_real_size.py",
+        "what": "relative distance to diffusers in float32, random weights",
+        "machine": {"gpu": gpu, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        "rows": [other for other in known if other["case"] != name] + [row],
+    }
+    out.write_text(json.dumps(document, indent=1) + "\n")
+    for what in ("velocity", "gradients"):
+        assert 1e-5 < row[f"{what}_ztrain"] <= 1.2 * row[f"{what}_diffusers"], row

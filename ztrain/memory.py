@@ -138,7 +138,7 @@ def available_bytes(device: torch.device, budget_gib: float | None, pending: int
                 f"memory.budget_gib {budget_gib:g} is more than the {(free + reserved + context) / GIB:.1f} GiB that"
                 f" are free on {device}; lower it, or leave it out to take what is there"
             )
-        torch.cuda.set_per_process_memory_fraction(whole / total, device)
+        torch.cuda.set_per_process_memory_fraction(whole / total, device.index or torch.cuda.current_device())
     return whole * (1 - _RESERVE) - allocated - pending
 
 

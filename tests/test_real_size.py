@@ -145,13 +145,13 @@ def test_one_training_step_of_each_kind_at_1024() -> None:
         )
         latents, noise = torch.randn((2, 16, 128, 128), device=device)
         milliseconds = []
-        for step in range(4):
+        for number in range(4):
             torch.cuda.synchronize()
             start = time.perf_counter()
             velocity = model([0.3 * latents + 0.7 * noise], torch.tensor([0.7]), encoded)[0]
             loss = (velocity.float() - (noise - latents)).square().mean()
             loss.backward()
-            if step == 0:
+            if number == 0:
                 assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
             optimizer.step()
             optimizer.zero_grad()

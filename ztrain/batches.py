@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ztrain.cache import Cache
-from ztrain.conditioning import Dropout, Encoded, concatenate
+from ztrain.conditioning import Dropout, Encoded, concatenate, moved
 from ztrain.config import Config
 from ztrain.encoders import assemble
 from ztrain.flow import draw_dropout
@@ -32,7 +32,7 @@ class Batch:
     encoded: Encoded
 
     def to(self, device: torch.device) -> "Batch":
-        latents = [sample.to(device, non_blocking=True) for sample in self.latents]
+        latents = [moved(sample, device) for sample in self.latents]
         return Batch(keys=self.keys, latents=latents, encoded=self.encoded.to(device))
 
 

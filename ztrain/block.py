@@ -191,7 +191,10 @@ def _project(linears: Linears, x: Tensor) -> list[Tensor]:
     parts = narrow.split([len(lora.a) for _, lora in loras], dim=1)
     for (place, lora), part in zip(loras, parts, strict=True):
         output = outputs[place]
-        added = torch.addmm(output.flatten(0, 1), part, lora.b.to(x.dtype).t(), alpha=lora.scale)
+        if torch.compiler.is_compiling():  # which fuses the sum with what reads it
+            added = output.flatten(0, 1) + F.linear(part, (lora.b * lora.scale).to(x.dtype))
+        else:
+            added = torch.addmm(output.flatten(0, 1), part, lora.b.to(x.dtype).t(), alpha=lora.scale)
         outputs[place] = added.view(output.shape)
     return outputs
 

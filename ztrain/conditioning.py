@@ -108,7 +108,7 @@ class Encoded:
         ]
 
     def to(self, device: torch.device) -> "Encoded":
-        """The same batch on another device; copies from pinned memory do not wait."""
+        """The same batch on another device. To a GPU from pinned memory, so that nobody waits for the copy."""
         return _moved(self, device)
 
     def select(self, indices: Sequence[int]) -> "Encoded":
@@ -121,12 +121,18 @@ class Encoded:
         return Encoded(null_text=self.null_text, **lists)
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def _moved(value: Any, device: torch.device) -> Any:
     """Any nesting of lists and records of tensors, on `device`."""
     if isinstance(value, TokenStates):
         return replace(value, states=_moved(value.states, device))
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return moved(value, device)
     if isinstance(value, list):
         return [_moved(entry, device) for entry in value]
     if is_dataclass(value) and not isinstance(value, type):

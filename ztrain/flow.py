@@ -170,7 +170,8 @@ def velocity_losses(
     `velocity`, `latents`, `noise`: B x (C, H, W), lists whose sizes may differ or three tensors; `sigma`: (B,).
     """
     errors = _mean_squares(lambda v, x, n: v - (n - x), velocity, latents, noise)
-    return errors * loss_weight(sigma, weight).to(velocity[0].device)
+    # A copy that waited would hold up the host until the forward pass is done.
+    return errors * loss_weight(sigma, weight).to(velocity[0].device, non_blocking=True)
 
 
 def keep_prior(
@@ -186,7 +187,11 @@ def keep_prior(
     `share`: (B,) in [0, 1], 0 where a sample is to learn from the data alone.
     """
     prior = _mean_squares(lambda v, base: v - base, velocity, base_velocity)
-    return torch.lerp(losses, prior * loss_weight(sigma, weight).to(losses.device), share.to(losses))
+    return torch.lerp(
+        losses,
+        prior * loss_weight(sigma, weight).to(losses.device, non_blocking=True),
+        share.to(losses, non_blocking=True),
+    )
 
 
 def _mean_squares(residual: Callable[..., Tensor], *lists: Sequence[Tensor] | Tensor) -> Tensor:

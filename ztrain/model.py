@@ -50,7 +50,9 @@ class AdaptedDiT(nn.Module):
         """
         with self.precision(noisy[0].device):
             conditioning = self.conditioning(encoded)
-            t = 1 - sigma.float().to(noisy[0].device)  # stays float32: bf16 would round 0.9013 to 0.904
+            t = 1 - sigma.float().to(
+                noisy[0].device, non_blocking=True
+            )  # stays float32: bf16 would round 0.9013 to 0.904
             if conditioning.omni is None:
                 output = transformer.forward(
                     self.dit,

@@ -99,17 +99,11 @@ def _compile_stock(model: AdaptedDiT) -> None:
         block.compile()
 
 
-def _compile_ours(model: AdaptedDiT) -> None:
-    use_fast_blocks(model.dit, backend="inductor")
-    if torch.cuda.is_available():
-        model.execution.run = Replays(REPLAYED_TOKENS)
-
-
 WAYS: dict[str, Callable[[AdaptedDiT], None]] = {
     "diffusers": lambda model: use_stock_blocks(model.dit),
     "diffusers_compiled": _compile_stock,
     "ztrain_eager": lambda model: None,
-    "ztrain": _compile_ours,
+    "ztrain": lambda model: use_fast_blocks(model.dit, backend="inductor"),
 }
 """diffusers: its blocks, and its whole forward too where a case has no SigLIP tokens, which that cannot lay out as ours
 does. compiled: each block on its own, inside its recomputation; of diffusers' the main ones."""
@@ -155,6 +149,8 @@ class Step:
         self.sigma = torch.linspace(0.3, 0.7, batch, device=device)
         if way.startswith("ztrain"):
             self._keep(case.keeps, device)
+        if way == "ztrain" and device.type == "cuda":
+            self.model.execution.run = Replays(REPLAYED_TOKENS)
 
     def _keep(self, keeps: Keep | float, device: torch.device) -> None:
         """As the case says, written down in `kept`."""

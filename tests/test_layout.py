@@ -66,8 +66,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
         "metrics", "model", "models", "sample", "sampler", "samples", "together",
     },
     "tune": {
-        "batches", "block", "blocks", "cache", "compiling", "config", "dit", "flow", "graphs", "memory", "model",
-        "sampler", "samples",
+        "batches", "block", "blocks", "cache", "compiling", "config", "dit", "flow", "graphs", "images", "memory",
+        "model", "sampler", "samples",
     },
     "run": {
         "adapters", "blocks", "cache", "checkpoint", "config", "dit", "encoders", "export", "meter", "model", "models",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ztrain.batches import Batch, read_batch
 from ztrain.block import Keep
-from ztrain.blocks import slow_because
+from ztrain.blocks import reads_real, slow_because
 from ztrain.cache import Cache
 from ztrain.compiling import compile_blocks
 from ztrain.config import Config
@@ -21,6 +21,7 @@ from ztrain.dit import PATCH, Keeping
 from ztrain.errors import InputError
 from ztrain.flow import velocity_losses
 from ztrain.graphs import Replays
+from ztrain.images import IMAGE_MULTIPLE
 from ztrain.memory import GIB, Budget, available_bytes, measure
 from ztrain.model import AdaptedDiT
 from ztrain.sampler import SampleKey
@@ -30,7 +31,7 @@ _SIDES = (3 / 8, 5 / 8)
 """Of the largest target's sides, for a batch of one; a larger batch has as many tokens in all."""
 _TOKENS = 4096  # of a picture of 1024 x 1024
 REPLAYED_TOKENS = 2560
-"""About where an H200 takes as long for a step as its host: 100 ms."""
+"""Of a batch: about where an H200 takes as long for a step as its host, 100 ms."""
 _MOMENTS_BYTES = {"adamw": 8, "adamw_8bit": 2}  # of each trained number
 
 
@@ -102,8 +103,6 @@ def tune(
         probe = Probe.of(model, config, cache, samples, device)
         if compiles:
             done = compile_blocks(model.dit, probe.gradients, say)
-            if done and is_cuda and num_processes == 1 and slow_because(model.dit) is None:
-                model.execution.run = Replays(REPLAYED_TOKENS)
             if t.compile == "on" and not done:
                 raise InputError("train.compile on: the blocks could not be compiled; auto goes on without")
         if measures:
@@ -111,10 +110,21 @@ def tune(
             gathered = 4 if num_processes > 1 else 0  # DDP's buckets
             pending = trained * (4 + _MOMENTS_BYTES[t.optimizer] + gathered)
             available = available_bytes(device, config.memory.budget_gib, pending)
-            budget = Budget(measure(probe.keeping, len(model.dit.layers), device), available)
-            model.execution.keeping = budget
+            sizes = measure(probe.keeping, len(model.dit.layers), device)
             probe.clear()
+            fast = reads_real(model.dit) and slow_because(model.dit) is None
+            if fast and num_processes == 1 and t.train_batch_size * _image_tokens(samples) <= REPLAYED_TOKENS:
+                # Graphs keep their memory: beside it a batch of a new size must fit once more.
+                available /= 2
+                model.execution.run = Replays(REPLAYED_TOKENS)
+            budget = Budget(sizes, available)
+            model.execution.keeping = budget
             say(_describe(budget, len(model.dit.layers)))
+
+
+def _image_tokens(samples: Samples) -> int:
+    """Of the largest target."""
+    return max(sample.bucket.height * sample.bucket.width for sample in samples.trained) // IMAGE_MULTIPLE**2
 
 
 def _describe(budget: Budget, blocks: int) -> str:

@@ -1,6 +1,6 @@
 """One training step of the transformer, ours beside diffusers and peft in the same run: time, memory, FLOPs, ceilings.
 
-    python -m benchmarks.step [CASE ...] [--ways WAY ...] [--profile] [--out DIR] [--tiny]
+    python -m benchmarks.step [CASE ...] [--ways WAY ...] [--profile] [--out DIR] [--tiny | --miniature]
 
 Random bf16 weights of the real size on one GPU: forward, backward and an AdamW step of the trained weights. Every case
 is run by each way of WAYS, one after the other on an empty card, with the same weights, noise and prompts.
@@ -9,7 +9,7 @@ Out: step_<gpu>.json, {"command", "machine", "versions", "date", "ceilings_tflop
 range), peak_gib, mfu (FLOPs that a step needs), hfu (FLOPs with what diffusers computes again), and, for ours, kept
 (blocks by what they keep), kernels (with --profile: milliseconds of the card by kind), reference (the fastest other
 way) and ratio (ours / reference). FLOPs are of matrix products and attention, counted with diffusers' blocks, not
-estimated. `--tiny`: a small model in float32 on the CPU: does everything run?
+estimated. `--tiny`: a small model in float32 on the CPU: does everything run? `--miniature`: the shipped family's size.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from ztrain.adapters.splice import SpliceConfig
 from ztrain.block import Keep
 from ztrain.blocks import slow_because, use_fast_blocks, use_stock_blocks
 from ztrain.conditioning import IMAGE, Encoded, TokenStates
-from ztrain.dit import REAL_CONFIG, Keeping
+from ztrain.dit import PATCH, REAL_CONFIG, Keeping
 from ztrain.graphs import Replays
 from ztrain.memory import Budget, available_bytes, measure
 from ztrain.model import AdaptedDiT
@@ -53,10 +53,31 @@ _CARD_GIB = 24.0
 RESULTS = Path(__file__).parent / "results"
 WARM_UPS, STEPS = 3, 10
 ATTENTION = r"^layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)$"
-TINY: dict[str, Any] = {
-    "dim": 64, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 48,
-    "axes_dims": [8, 12, 12], "axes_lens": [1536, 64, 64],
-}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """config: of the transformer; siglip: width of its features and sides of a grid; latent: pixels for each latent."""
+
+    config: dict[str, Any]
+    siglip: tuple[int, int]
+    dtype: torch.dtype
+    latent: int
+
+
+REAL = Size(config=REAL_CONFIG, siglip=(1152, 16), dtype=torch.bfloat16, latent=8)
+TINY = Size(
+    config={
+        "dim": 64, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 48,
+        "axes_dims": [8, 12, 12], "axes_lens": [1536, 64, 64],
+    },
+    siglip=(32, 16), dtype=torch.float32, latent=64,
+)  # fmt: skip
+MINIATURE = Size(
+    config=TINY.config | {"dim": 192, "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "cap_feat_dim": 128},
+    siglip=(128, 8), dtype=torch.float32, latent=4,
+)  # fmt: skip
+"""That of the shipped weights, which `make demo` trains on."""
 
 
 def _lora(rank: int, **settings: Any) -> LoraAdapterConfig:
@@ -93,6 +114,18 @@ CASES = {
 }
 
 
+def _of_miniature(adapters: Callable[[int], Sequence[AdapterConfig]]) -> Case:
+    return Case(adapters=adapters, side=64, captions=(20, 25, 28, 31) * 4, keeps=Keep.EVERYTHING)
+
+
+MINIATURE_CASES = {
+    "siglip_miniature_b16": _of_miniature(lambda width: [SiglipConfig(feature_dim=width)]),
+    "siglip_lora_miniature_b16": _of_miniature(lambda width: [SiglipConfig(feature_dim=width), _lora(8)]),
+    "splice_lora_miniature_b16": _of_miniature(lambda width: [SpliceConfig(), _lora(8)]),
+    "projector_miniature_b16": _of_miniature(lambda width: [ProjectorConfig()]),
+}
+
+
 def _compile_stock(model: AdaptedDiT) -> None:
     use_stock_blocks(model.dit)
     for block in model.dit.layers:
@@ -116,12 +149,10 @@ SHOWN = ("diffusers", "diffusers_compiled", "ztrain")
 class Step:
     """A model and the inputs of a case, ready to be stepped."""
 
-    def __init__(self, case: Case, way: str, is_tiny: bool, device: torch.device) -> None:
-        width, dtype = (32, torch.float32) if is_tiny else (1152, torch.bfloat16)
-        if device.type == "meta":  # which has no autocast
-            dtype = torch.float32
-        side = case.side // 64 if is_tiny else case.side // 8
-        dit = _random_transformer(TINY if is_tiny else REAL_CONFIG, dtype, device)
+    def __init__(self, case: Case, way: str, size: Size, device: torch.device) -> None:
+        (width, grid), side = size.siglip, case.side // size.latent
+        dtype = torch.float32 if device.type == "meta" else size.dtype  # meta has no autocast
+        dit = _random_transformer(size.config, dtype, device)
         torch.manual_seed(1)
         self.model = AdaptedDiT(dit, build_adapters(list(case.adapters(width)))).to(device).train()
         if case.keeps != Keep.EVERYTHING:
@@ -141,7 +172,7 @@ class Step:
         text = [normal(length, features) for length in case.captions]
         reads_image = any(adapter.config.reads & {"reference", "fused"} for adapter in self.model.adapters)
         states = TokenStates(normal(64, features), torch.full((64,), IMAGE)) if reads_image else None
-        siglip = [[normal(16, 16, width)] if dit.siglip_refiner is not None else [] for _ in range(batch)]
+        siglip = [[normal(grid, grid, width)] if dit.siglip_refiner is not None else [] for _ in range(batch)]
         self.encoded = Encoded(
             text=text, null_text=text[0], reference=[states] * batch, fused=[states] * batch, siglip=siglip
         )
@@ -165,7 +196,7 @@ class Step:
             if isinstance(keeps, Keep):
                 return [keeps] * blocks
             # On a CPU nothing is measured: a bit of each, for the rehearsal.
-            return budget(tokens, blocks) if budget else [Keep(i * 3 // blocks) for i in range(blocks)]
+            return budget(tokens, blocks) if budget else [Keep(i * 4 // blocks) for i in range(blocks)]
 
         def keeping(tokens: int, blocks: int) -> Sequence[Keep]:
             self.kept = list(decide(tokens, blocks))
@@ -233,14 +264,14 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def row_of(name: str, way: str, is_tiny: bool, device: torch.device, profiles: bool) -> dict[str, Any]:
+def row_of(name: str, case: Case, way: str, size: Size, device: torch.device, profiles: bool) -> dict[str, Any]:
     """One row, without what needs the other ways."""
     gc.collect()
     torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0)
-    step = Step(CASES[name], way, is_tiny, device)
+    step = Step(case, way, size, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
@@ -259,15 +290,15 @@ def row_of(name: str, way: str, is_tiny: bool, device: torch.device, profiles: b
     return row
 
 
-def count_flops(name: str, is_tiny: bool) -> dict[str, int]:
+def count_flops(case: Case, size: Size) -> dict[str, int]:
     """FLOPs that a step of this case needs, and those that it launches, by diffusers' blocks without a compiler.
 
     On the meta device, where a step of the real size takes no memory and no time.
     """
     counted = {}
-    step = Step(CASES[name], "diffusers", is_tiny, torch.device("meta"))
+    step = Step(case, "diffusers", size, torch.device("meta"))
     step.calls_dit = False  # diffusers' forward asks tensors for their values
-    for kind, again in (("needed", False), ("launched", CASES[name].keeps != Keep.EVERYTHING)):
+    for kind, again in (("needed", False), ("launched", case.keeps != Keep.EVERYTHING)):
         step.model.dit.gradient_checkpointing = again
         with FlopCounterMode(display=False) as flops:
             F.mse_loss(step.velocity().float(), step.target.float()).backward()
@@ -275,10 +306,10 @@ def count_flops(name: str, is_tiny: bool) -> dict[str, int]:
     return counted
 
 
-def ceilings(is_tiny: bool, device: torch.device) -> dict[str, float]:
-    """TFLOP/s of this card's matrix product and attention at the shapes of a 1024 x 1024 step, each by itself."""
-    tokens, dim, heads = (64, 64, 2) if is_tiny else (4224, 3840, 30)
-    dtype = torch.float32 if is_tiny else torch.bfloat16
+def ceilings(size: Size, device: torch.device) -> dict[str, float]:
+    """TFLOP/s of this card's matrix product and attention at the shapes of a step of 1024 pixels, each by itself."""
+    dim, heads = (size.config.get(key, default) for key, default in (("dim", 3840), ("n_heads", 30)))
+    tokens, dtype = 128 + (1024 // size.latent // PATCH) ** 2, size.dtype
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
@@ -314,41 +345,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", action="store_true", help="kernels by kind, of every row of ours")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU, a rehearsal; needs --out")
+    parser.add_argument("--miniature", action="store_true", help="the shipped family's size on the CPU")
     options = parser.parse_args(arguments)
-    if unknown := sorted(set(options.cases) - set(CASES)):
-        parser.error(f"no case {unknown[0]!r}; there are {', '.join(CASES)}")
+    is_real = not (options.tiny or options.miniature)
+    size, cases = (MINIATURE, MINIATURE_CASES) if options.miniature else (TINY if options.tiny else REAL, CASES)
+    if unknown := sorted(set(options.cases) - set(cases)):
+        parser.error(f"no case {unknown[0]!r}; there are {', '.join(cases)}")
     if options.tiny and options.out == RESULTS:
         parser.error("--tiny needs --out: its figures are no results")
-    if not options.tiny and not torch.cuda.is_available():
-        parser.error("the real size needs a CUDA GPU; --tiny runs here")
-    device = torch.device("cpu" if options.tiny else "cuda")
-    known = ceilings(options.tiny, device)
+    if is_real and not torch.cuda.is_available():
+        parser.error("the real size needs a CUDA GPU; --tiny and --miniature run here")
+    device = torch.device("cuda" if is_real else "cpu")
+    known = ceilings(size, device)
     document: dict[str, Any] = {
-        "command": "python -m benchmarks.step",
+        "command": "python -m benchmarks.step" + (" --miniature --ways diffusers ztrain_eager" * options.miniature),
         "machine": machine(),
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "peft": peft.__version__},
         "date": datetime.now(UTC).date().isoformat(),
         "ceilings_tflops": {name: round(value, 3) for name, value in known.items()},
         "rows": [],
     }
-    gpu = document["machine"]["device"].lower().replace(" ", "_")
+    gpu = "miniature" if options.miniature else document["machine"]["device"].lower().replace(" ", "_")
     path = options.out / f"step_{gpu}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    for name in options.cases or CASES:
-        document["rows"] += compare(name, options.ways, options.tiny, device, max(known.values()), options.profile)
+    for name in options.cases or cases:
+        rows = compare(name, cases[name], options.ways, size, device, max(known.values()), options.profile)
+        document["rows"] += rows
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
     return 0
 
 
 def compare(
-    name: str, ways: Sequence[str], is_tiny: bool, device: torch.device, ceiling: float, profiles: bool
+    name: str, case: Case, ways: Sequence[str], size: Size, device: torch.device, ceiling: float, profiles: bool
 ) -> list[dict[str, Any]]:
     """The rows of one case, printed as they come. ceiling: TFLOP/s that count as the whole card."""
-    flops = count_flops(name, is_tiny)
+    flops = count_flops(case, size)
     rows: list[dict[str, Any]] = []
     for way in ways:
-        row = row_of(name, way, is_tiny, device, profiles and way.startswith("ztrain"))
+        row = row_of(name, case, way, size, device, profiles and way.startswith("ztrain"))
         seconds = row["ms"] / 1e3
         row |= {"mfu": flops["needed"] / seconds / 1e12 / ceiling, "hfu": flops["launched"] / seconds / 1e12 / ceiling}
         row["tflop_needed"] = flops["needed"] / 1e12

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import ZImagePipeline
@@ -31,13 +32,15 @@ from ztrain.adapters import ADAPTERS
 from ztrain.adapters.lora import COMFYUI_FILE, DIFFUSERS_FILE, LoraAdapterConfig
 from ztrain.adapters.siglip import SiglipConfig
 from ztrain.adapters.splice import SpliceConfig, match_statistics
+from ztrain.blocks import slow_because
 from ztrain.conditioning import Encoded, TokenStates
 from ztrain.config import Config, ExportConfig
-from ztrain.encoders import Encoders
+from ztrain.encoders import Encoders, LatentCodec, TextEncoder
 from ztrain.errors import InputError
 from ztrain.export import adapt, identities, load_adapter, read_adapter, save_adapter
 from ztrain.flow import SigmaDensity, draw_noise, draw_sigma, interpolate, velocity_losses
 from ztrain.model import AdaptedDiT
+from ztrain.sample import SampleSettings, sample
 from ztrain.sampler import SampleKey
 
 SPLICE = SpliceConfig()
@@ -292,6 +295,36 @@ def test_exported_lora_in_stock_diffusers_and_both_layouts(
     diffusers, comfyui = read_lora(tmp_path / DIFFUSERS_FILE), read_lora(tmp_path / COMFYUI_FILE)
     assert diffusers.keys() == comfyui.keys() and len(diffusers) == 2 * 5
     assert all(relative_error(comfyui[k], diffusers[k]) < 1e-5 for k in diffusers)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("everywhere", [False, True], ids=["attention", "everywhere"])
+def test_a_lora_paints_the_same_picture_in_the_stock_pipeline(
+    family: Path, encoded: Encoded, tmp_path: Path, everywhere: bool
+) -> None:
+    """Trained through the fast blocks, exported, and loaded by diffusers: its own blocks, sampler and decoder."""
+    targets = {"target_modules": r"^layers\..*\.(to_[qkv]|to_out\.0|w[123])$"} if everywhere else {}
+    adapters = [LORA.model_copy(update=targets)]
+    model = trained(family, adapters, encoded, steps=5)
+    assert slow_because(model.dit) is None
+    save_adapter(tmp_path, model, config_of(family, adapters), {}, step=5)
+    pipeline = ZImagePipeline.from_pretrained(family / "Z-Image-Turbo")
+    pipeline.set_progress_bar_config(disable=True)
+    codec = LatentCodec(pipeline.vae)
+    text = TextEncoder(pipeline.text_encoder, pipeline.tokenizer, 512)
+    states = Encoders(text, codec).encode(["a boat"], [[]], frozenset(), config_of(family, adapters).encoders)
+    noise = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(3))
+    ours = codec.decode(sample(model, states, list(noise), SampleSettings(num_inference_steps=8, shift=3.0))[0])
+
+    def theirs() -> Image.Image:
+        return pipeline(
+            prompt="a boat", height=64, width=64, num_inference_steps=8, guidance_scale=0.0, latents=noise.clone()
+        ).images[0]
+
+    before = theirs()
+    pipeline.load_lora_weights(tmp_path, weight_name=DIFFUSERS_FILE)
+    pictures = [np.asarray(picture, dtype=np.int16) for picture in (ours, theirs(), before)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1 < np.abs(pictures[0] - pictures[2]).max()
 
 
 def test_dora_is_exported_for_diffusers_only_and_reloads(family: Path, encoded: Encoded, tmp_path: Path) -> None:

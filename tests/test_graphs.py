@@ -22,7 +22,7 @@ def gradients(each: step.Step, scale: float) -> list[Tensor]:
 @pytest.mark.parametrize("name", CASES)
 def test_replayed_gradients_are_the_blocks_own_and_add_up(name: str, backend: str | None) -> None:
     torch.compiler.reset()
-    each = step.Step(step.CASES[name], "ztrain_eager", True, torch.device("cuda"))
+    each = step.Step(step.CASES[name], "ztrain_eager", step.TINY, torch.device("cuda"))
     each.model.execution.keeping = None
     use_fast_blocks(each.model.dit, backend=backend)
     for i, parameter in enumerate(each.trained):

@@ -185,7 +185,7 @@ def test_bfloat16_is_as_near_to_diffusers_float32_as_diffusers_bfloat16(name: st
     for way in ("float32", "diffusers", "ztrain"):
         gc.collect()
         torch.cuda.empty_cache()
-        each = step.Step(step.CASES[name], "ztrain" if way == "ztrain" else "diffusers", False, device)
+        each = step.Step(step.CASES[name], "ztrain" if way == "ztrain" else "diffusers", step.REAL, device)
         generator = torch.Generator(device).manual_seed(5)
         for parameter in each.trained:
             if not parameter.any():  # LoRAs start at zero, where most gradients are zero

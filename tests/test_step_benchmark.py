@@ -19,14 +19,16 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("name", step.CASES)
 def test_all_ways_of_a_case_compute_the_same(name: str) -> None:
     with torch.no_grad():
-        theirs, ours = (step.Step(step.CASES[name], way, True, CPU).velocity() for way in ("diffusers", "ztrain_eager"))
+        theirs, ours = (
+            step.Step(step.CASES[name], way, step.TINY, CPU).velocity() for way in ("diffusers", "ztrain_eager")
+        )
     assert distance([ours], [theirs]) < 1e-5
 
 
 @pytest.mark.parametrize("name", step.CASES)
 def test_no_step_waits_for_its_device(name: str) -> None:
     """On the meta device a tensor has nothing but its shape: what would wait for a GPU is an error there."""
-    meta, each = torch.device("meta"), step.Step(step.CASES[name], "ztrain_eager", True, CPU)
+    meta, each = torch.device("meta"), step.Step(step.CASES[name], "ztrain_eager", step.TINY, CPU)
     each.model.to(meta)
     velocity = each.model(each.noisy.to(meta), each.sigma.to(meta), each.encoded.to(meta))
     velocity_losses(velocity, each.noisy.to(meta), each.target.to(meta), each.sigma.to(meta)).mean().backward()
@@ -57,9 +59,9 @@ def test_rows_have_their_reference_and_figures_are_not_taken_for_results(
 def test_one_compiled_function_serves_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five graphs for ten blocks: caption and image refiner, the first main block, whose input needs no gradient, the
     last, and all between. A break in one would be an error."""
-    monkeypatch.setitem(step.TINY, "n_layers", 8)
+    monkeypatch.setitem(step.TINY.config, "n_layers", 8)
     torch.compiler.reset()
-    steps = [step.Step(step.CASES["lora_1024_b1_full_recompute"], "ztrain_eager", True, CPU) for _ in range(2)]
+    steps = [step.Step(step.CASES["lora_1024_b1_full_recompute"], "ztrain_eager", step.TINY, CPU) for _ in range(2)]
     use_fast_blocks(steps[1].model.dit, backend="aot_eager")
     counters.clear()
     true, found = [], []

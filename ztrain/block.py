@@ -24,7 +24,10 @@ class Keep(IntEnum):
     NOTHING = 0
     COSTLY = 1
     """What takes most FLOPs for its bytes: attention, and products that sum over more than the model's width."""
-    EVERYTHING = 2
+    PRODUCTS = 2
+    """All products of the base, and attention; what lies between them is computed again."""
+    EVERYTHING = 3
+    """What the compiler wants, or autograd."""
 
 
 class Seen(NamedTuple):
@@ -86,18 +89,22 @@ def compute_keeping(
     lengths: tuple[int, ...] | None,
     factors: Factors,
     products: torch.dtype,
-    keep: int,
+    keep: str,
 ) -> Tensor:
-    """`compute`, of which no more is kept for the backward pass than `keep` says."""
-    if keep == Keep.EVERYTHING or not torch.is_grad_enabled():
+    """`compute`, of which no more is kept for the backward pass than `keep` says.
+
+    keep: the name of a `Keep`. Of a number the compiler would make a symbol, which is equal to none of them.
+    """
+    if keep == "EVERYTHING" or not torch.is_grad_enabled():
         return compute(weights, x, read, freqs, mask, lengths, factors, products)
 
     def again(x: Tensor, read: Tensor) -> Tensor:
         return compute(weights, x, read, freqs, mask, lengths, factors, products)
 
-    if keep == Keep.NOTHING:
+    if keep == "NOTHING":
         return checkpoint(again, x, read, use_reentrant=False, preserve_rng_state=False)
-    return checkpoint(again, x, read, use_reentrant=False, preserve_rng_state=False, context_fn=_keeping_costly)
+    contexts = _keeping_costly if keep == "COSTLY" else _keeping_products
+    return checkpoint(again, x, read, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 def compute(
@@ -209,15 +216,19 @@ _ATTENTION = {
 }
 
 
-def _policy(_: Any, operation: Any, *arguments: Any, **__: Any) -> CheckpointPolicy:
+def _policy(share: float, _: Any, operation: Any, *arguments: Any, **__: Any) -> CheckpointPolicy:
+    """Keeps attention, and products whose inner length is more than this share of their outputs: each number of a
+    result takes as many FLOPs as the inner length."""
     if operation in _ATTENTION:
         return CheckpointPolicy.MUST_SAVE
     if operation is torch.ops.aten.mm.default:
-        # For each number of the result an inner length of FLOPs: of these products only the last one's exceeds d.
         (_, inner), (_, outputs) = arguments[0].shape, arguments[1].shape
-        if inner > outputs:
+        if inner > share * outputs:
             return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_keeping_costly = functools.partial(create_selective_checkpoint_contexts, _policy)
+# Of the base products only the last of the feed-forward has more inputs than outputs; the widest, w1 and w3 as one, has
+# 5.3 times as many outputs as inputs. A LoRA's second product of rank 256 has 15 times as many, and is not kept.
+_keeping_costly = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, 1.0))
+_keeping_products = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, 1 / 8))

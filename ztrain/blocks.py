@@ -58,10 +58,10 @@ class FastForward:
         if not _needs_gradient(x, modulation, weights):
             keep = Keep.EVERYTHING  # which is nothing
         if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-            return self.compute(weights, x, part, freqs, mask, lengths, modulation, x.dtype, int(keep))
+            return self.compute(weights, x, part, freqs, mask, lengths, modulation, x.dtype, keep.name)
         products = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
-            return self.compute(weights, x, part, freqs, mask, lengths, modulation, products, int(keep))
+            return self.compute(weights, x, part, freqs, mask, lengths, modulation, products, keep.name)
 
 
 def use_fast_blocks(dit: Any, backend: str | None = None) -> None:

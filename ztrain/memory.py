@@ -2,7 +2,7 @@
 
 What a step takes is measured before the first one, on two small batches for each way of keeping. It grows linearly with
 the tokens of a batch, so that the two say what any batch takes. `Budget` then gives each block of a batch what it may
-keep: first what costs most to compute again for its bytes, in all blocks, then everything, from the last block on. A
+keep: first what costs most to compute again for its bytes, in all blocks, then more of it, from the last block on. A
 batch that does not fit with nothing kept is refused by name; no batch is ever made smaller.
 """
 
@@ -16,7 +16,7 @@ from ztrain.block import Keep
 from ztrain.errors import InputError
 
 GIB = 2**30
-_RESERVE = 0.03
+_RESERVE = 0.015
 """Share of the budget that is never planned with: what the allocator cannot use between tensors of mixed sizes."""
 
 
@@ -76,13 +76,16 @@ class Budget:
                 f" nothing kept, and {self.available / GIB:.1f} GiB are there; lower train.train_batch_size or"
                 " data.resolution, or raise memory.budget_gib"
             )
-        costly, everything = (self.sizes.of_block(keep, tokens) for keep in (Keep.COSTLY, Keep.EVERYTHING))
-        num_costly = min(blocks, int(free / costly)) if costly > 0 else blocks
-        free -= num_costly * costly
-        num_all = min(num_costly, int(free / (everything - costly))) if everything > costly else num_costly
-        kept = [Keep.NOTHING] * (blocks - num_costly) + [Keep.COSTLY] * (num_costly - num_all)
-        # The last blocks' activations are gone when the first blocks are computed again.
-        return kept + [Keep.EVERYTHING] * num_all
+        kept, below = [Keep.NOTHING] * blocks, 0.0
+        for keep in (Keep.COSTLY, Keep.PRODUCTS, Keep.EVERYTHING):
+            bytes_more = max(self.sizes.of_block(keep, tokens) - below, 1.0)
+            count = min(blocks, int(free / bytes_more))
+            # The last blocks' activations are gone when the first blocks are computed again.
+            kept[blocks - count :] = [keep] * count
+            if count < blocks:
+                break
+            free, below = free - count * bytes_more, below + bytes_more
+        return kept
 
 
 Probe: TypeAlias = Callable[[Callable[[int, int], Sequence[Keep]], bool], object]

@@ -129,9 +129,8 @@ def _image_tokens(samples: Samples) -> int:
 
 def _describe(budget: Budget, blocks: int) -> str:
     sizes = budget.sizes
-    costly, everything = (blocks * sizes.of_block(keep, _TOKENS) / GIB for keep in (Keep.COSTLY, Keep.EVERYTHING))
+    more = (f"{blocks * sizes.of_block(keep, _TOKENS) / GIB:.2f} with {keep.name.lower()}" for keep in list(Keep)[1:])
     return (
         f"activations may take {budget.available / GIB:.1f} GiB; a picture of 1024 x 1024 takes"
-        f" {sizes.least(_TOKENS) / GIB:.2f} with nothing kept, {costly:.2f} more with the costliest results,"
-        f" {everything:.2f} with everything"
+        f" {sizes.least(_TOKENS) / GIB:.2f} with nothing kept, more by {', by '.join(more)}"
     )

@@ -159,6 +159,7 @@ def main() -> None:
             "--train.ema_decay", "0.999", "--validation.num_samples", "4", "--validation.num_previews", "2",
             "--validation.validation_steps", str(steps // 2), "--validation.preview_steps", str(steps // 2),
             "--sample.num_inference_steps", "2", "--data.max_crop", "0.3",
+            "--train.gradient_checkpointing", "budget",
             *([] if options.smoke else ["--memory.budget_gib", str(BUDGET_GIB)]),
         ]  # fmt: skip
 

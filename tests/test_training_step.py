@@ -103,6 +103,6 @@ def test_configs_for_a_24gb_card_train_the_same_lists(name: str) -> None:
     assert (
         real.data.resolution == 1024
         and real.train.train_batch_size == 1
-        and real.train.gradient_checkpointing == "budget"
+        and real.train.gradient_checkpointing == "on"
     )
     assert real.train.mixed_precision == "bf16"

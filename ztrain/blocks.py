@@ -4,6 +4,7 @@ Where it does not apply (LoRAs of other kinds, quantized layers), diffusers' for
 Names, state dict and export stay diffusers'. Legend: B batch, N tokens, d model width.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,6 +72,8 @@ def use_fast_blocks(dit: Any, backend: str | None = None) -> None:
     """
     compute: Callable[..., Tensor] = compute_keeping
     if backend is not None:
+        # It warns of operations in place where a part is computed again; there are none in block.py.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILATIONS)
         compute = torch.compile(compute_keeping, backend=backend, fullgraph=True)
     for block in _blocks(dit):

@@ -154,7 +154,7 @@ class TrainConfig(_Section):
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     max_train_steps: int = Field(default=2000, ge=1)
     """Optimizer steps."""
-    gradient_checkpointing: Annotated[Literal["on", "off", "budget"], _word] = "budget"
+    gradient_checkpointing: Annotated[Literal["on", "off", "budget"], _word] = "on"
     """What is computed again in the backward pass to save memory. on: every block; off: nothing; budget: what does not
     fit into memory.budget_gib, measured before the first step (on a CPU: nothing)."""
     compile: Annotated[Literal["auto", "on", "off"], _word] = "auto"

@@ -39,6 +39,14 @@ def test_a_compiler_that_fails_leaves_the_blocks_and_says_why(family: Path) -> N
     assert "no compiler here" in said[0]
 
 
+def test_a_memory_budget_without_a_gpu_or_without_its_word_is_refused(
+    family: Path, paintings: Path, tmp_path: Path
+) -> None:
+    words = ("--memory.budget_gib", "24", "--train.max_train_steps", "1")
+    done = train(family, paintings, tmp_path / "run", "lora", *words, status=2)
+    assert "memory.budget_gib 24 needs train.gradient_checkpointing budget and a CUDA GPU" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on a CPU")
 def test_a_compiled_run_trains_as_an_eager_one(family: Path, paintings: Path, tmp_path: Path) -> None:

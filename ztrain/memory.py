@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from ztrain.block import Keep
 from ztrain.errors import InputError
@@ -88,12 +89,12 @@ class Budget:
         return kept
 
 
-Probe: TypeAlias = Callable[[Callable[[int, int], Sequence[Keep]], bool], object]
-"""Runs the forward pass of a small or a larger batch (False, True), with this keeping; returns its loss."""
+Probe: TypeAlias = Callable[[Callable[[int, int], Sequence[Keep]], bool], Tensor]
+"""Runs the forward pass of a small or a larger batch (False, True), with this keeping; returns its loss, a scalar."""
 
 
 def measure(forward: Probe, blocks: int, device: torch.device) -> Sizes:
-    """forward: its loss is a scalar; gradients it leaves are the caller's to clear."""
+    """On a CUDA device. The gradients that it leaves are the caller's to clear."""
     kept: dict[Keep, Line] = {}
     working = []
     for keep in Keep:
@@ -105,21 +106,21 @@ def measure(forward: Probe, blocks: int, device: torch.device) -> Sizes:
                 tokens.append(count)
                 return [keep] * blocks
 
-            forward(keeping, is_larger).backward()  # type: ignore[attr-defined]  # compiles, and makes gradients
+            forward(keeping, is_larger).backward()  # compiles, and makes gradients
             _settle(device)
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
             loss = forward(keeping, is_larger)
             after = torch.cuda.memory_allocated(device)
-            loss.backward()  # type: ignore[attr-defined]
+            loss.backward()
             peak = torch.cuda.max_memory_allocated(device)
             del loss
             points.append((tokens[0], float(after - before)))
             excess.append((tokens[0], float(peak - after)))
         kept[keep] = Line.through(*points)
         working.append(Line.through(*excess))
-    largest = max(line.per_token for line in working)
-    return Sizes(kept, Line(max(line.fixed for line in working), largest), blocks)
+    most = Line(max(line.fixed for line in working), max(line.per_token for line in working))
+    return Sizes(kept, most, blocks)
 
 
 def available_bytes(device: torch.device, budget_gib: float | None, pending: int) -> float:

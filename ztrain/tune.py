@@ -27,7 +27,7 @@ from ztrain.model import AdaptedDiT
 from ztrain.sampler import SampleKey
 from ztrain.samples import Samples
 
-_SIDES = (3 / 8, 5 / 8)
+_SIDES = (1 / 4, 1 / 2)
 """Of the largest target's sides, for a batch of one; a larger batch has as many tokens in all."""
 _TOKENS = 4096  # of a picture of 1024 x 1024
 REPLAYED_TOKENS = 2560

@@ -87,12 +87,13 @@ def _lora(rank: int, **settings: Any) -> LoraAdapterConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """adapters: of a feature width; side: pixels; captions: tokens of each sample, and so the batch; keeps: of each
-    block, or what fits into so many GiB. diffusers recomputes every block, or none where EVERYTHING is kept."""
+    block, or what fits into so many GiB, or, None, into the card. diffusers computes every block again, or none where
+    EVERYTHING is kept."""
 
     adapters: Callable[[int], Sequence[AdapterConfig]]
     side: int = 1024
     captions: tuple[int, ...] = (128,)
-    keeps: Keep | float = _CARD_GIB
+    keeps: Keep | float | None = _CARD_GIB
 
 
 def _attention_lora(width: int) -> Sequence[AdapterConfig]:
@@ -150,11 +151,10 @@ class Step:
     """A model and the inputs of a case, ready to be stepped."""
 
     def __init__(self, case: Case, way: str, size: Size, device: torch.device) -> None:
-        (width, grid), side = size.siglip, case.side // size.latent
         dtype = torch.float32 if device.type == "meta" else size.dtype  # meta has no autocast
         dit = _random_transformer(size.config, dtype, device)
         torch.manual_seed(1)
-        self.model = AdaptedDiT(dit, build_adapters(list(case.adapters(width)))).to(device).train()
+        self.model = AdaptedDiT(dit, build_adapters(list(case.adapters(size.siglip[0])))).to(device).train()
         if case.keeps != Keep.EVERYTHING:
             dit.enable_gradient_checkpointing()
         WAYS[way](self.model)
@@ -163,7 +163,19 @@ class Step:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         # Foreach is the default; a fused optimizer step would be the same for every way.
         self.optimizer = torch.optim.AdamW(self.trained, 1e-4)
-        features, batch = dit.config.cap_feat_dim, len(case.captions)
+        self.size, self.tokens = size, 0
+        self.budget: Budget | None = None
+        self.take(case, device)
+        if way.startswith("ztrain"):
+            self._keep(case.keeps, device)
+        if way == "ztrain" and device.type == "cuda":
+            self.model.execution.run = Replays(REPLAYED_TOKENS)
+
+    def take(self, case: Case, device: torch.device) -> None:
+        """Inputs of this case's size and captions, whatever its adapters."""
+        (width, grid), side, batch = self.size.siglip, case.side // self.size.latent, len(case.captions)
+        dit, dtype = self.model.dit, self.model.base_dtype
+        features = dit.config.cap_feat_dim
         generator = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(2)
 
         def normal(*shape: int) -> Tensor:
@@ -178,35 +190,30 @@ class Step:
         )
         self.noisy, self.target = normal(batch, 16, side, side), normal(batch, 16, side, side)
         self.sigma = torch.linspace(0.3, 0.7, batch, device=device)
-        if way.startswith("ztrain"):
-            self._keep(case.keeps, device)
-        if way == "ztrain" and device.type == "cuda":
-            self.model.execution.run = Replays(REPLAYED_TOKENS)
 
-    def _keep(self, keeps: Keep | float, device: torch.device) -> None:
+    def _keep(self, keeps: Keep | float | None, device: torch.device) -> None:
         """As the case says, written down in `kept`."""
-        budget: Budget | None = None
         if not isinstance(keeps, Keep) and device.type == "cuda":
             pending = 12 * sum(p.numel() for p in self.trained)  # gradients and moments
             available = available_bytes(device, keeps, pending)
-            budget = Budget(measure(self._probe, len(self.model.dit.layers), device), available)
+            self.budget = Budget(measure(self._probe, len(self.model.dit.layers), device), available)
             self.model.zero_grad()
 
         def decide(tokens: int, blocks: int) -> Sequence[Keep]:
             if isinstance(keeps, Keep):
                 return [keeps] * blocks
             # On a CPU nothing is measured: a bit of each, for the rehearsal.
-            return budget(tokens, blocks) if budget else [Keep(i * 4 // blocks) for i in range(blocks)]
+            return self.budget(tokens, blocks) if self.budget else [Keep(i * 4 // blocks) for i in range(blocks)]
 
         def keeping(tokens: int, blocks: int) -> Sequence[Keep]:
-            self.kept = list(decide(tokens, blocks))
+            self.kept, self.tokens = list(decide(tokens, blocks)), tokens
             return self.kept
 
         self.model.execution.keeping = keeping
 
     def _probe(self, keeping: Keeping, is_larger: bool) -> Tensor:
         self.model.execution.keeping = keeping
-        side = self.noisy.shape[-1] * (5 if is_larger else 3) // 16 * 2
+        side = self.noisy.shape[-1] * (2 if is_larger else 1) // 8 * 2
         noisy, target = (each[..., :side, :side].contiguous() for each in (self.noisy, self.target))
         return F.mse_loss(self.model(noisy, self.sigma, self.encoded).float(), target.float())
 

@@ -1,0 +1,184 @@
+"""What a step costs: time over pixels, batch and rank beside its FLOPs; and whether steps stay inside their budgets.
+
+    python -m benchmarks.cost [--out DIR] [--tiny] [--only sweep | draws]
+
+One GPU, random bf16 weights of the real size, the default LoRA ([splice, lora], every linear layer of the main blocks).
+sweep: steps with everything kept, of SIDES at batch 1, BATCHES at 1024 pixels, RANKS at 1024 pixels, batch 1; the model
+has one number, the rate in FLOP/s, which is the median over all rows of a megapixel and more. draws: DRAWS batches of
+random size, captions, rank and number, each with a random budget, of which the peak is measured.
+Out: cost_<gpu>.json, {"command", "machine", "versions", "date", "rate_tflops", "sweep", "draws"}, and a plot beside it.
+"""
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import peft
+import torch
+
+from benchmarks.laboratory import machine
+from benchmarks.step import REAL, RESULTS, TINY, Case, Size, Step, count_flops
+from ztrain.adapters.lora import LoraAdapterConfig
+from ztrain.adapters.splice import SpliceConfig
+from ztrain.block import Keep
+from ztrain.errors import InputError
+from ztrain.memory import GIB, Budget, available_bytes
+
+SIDES = (512, 640, 768, 896, 1024, 1280, 1536)
+BATCHES = (1, 2, 4)
+RANKS = (8, 32, 128)
+DRAWS = 50
+_MEGAPIXEL = 1024
+_SEED = 0
+
+
+def case_of(side: int, captions: Sequence[int], rank: int, keeps: Keep | float | None = Keep.EVERYTHING) -> Case:
+    adapters = [SpliceConfig(), LoraAdapterConfig(rank=rank)]
+    return Case(adapters=lambda width: adapters, side=side, captions=tuple(captions), keeps=keeps)
+
+
+def sweep(size: Size, device: torch.device) -> tuple[list[dict[str, Any]], float]:
+    """Rows, printed as they come, and the rate in TFLOP/s that the model takes for all."""
+    wanted = [(side, 1, 32) for side in SIDES] + [(1024, batch, 32) for batch in BATCHES]
+    wanted += [(1024, 1, rank) for rank in RANKS]
+    rows: list[dict[str, Any]] = []
+    for rank in dict.fromkeys(rank for *_, rank in wanted):
+        gc.collect()
+        step = _step(case_of(1024, [128], rank), size, device)
+        for side, batch in dict.fromkeys((side, batch) for side, batch, other in wanted if other == rank):
+            case = case_of(side, [128] * batch, rank)
+            step.take(case, device)
+            step.run()
+            ms = statistics.median(step.timed())
+            flops = count_flops(case, size)["needed"]
+            rows.append({"side": side, "batch": batch, "rank": rank, "tokens": step.tokens, "ms": round(ms, 2)})
+            rows[-1] |= {"tflop": round(flops / 1e12, 6), "tflops": round(flops / ms / 1e9, 4)}
+            print(json.dumps(rows[-1]), flush=True)
+        del step
+    rate = statistics.median(row["tflops"] for row in rows if row["side"] >= _MEGAPIXEL)
+    for row in rows:
+        row["over_model"] = round(rate / row["tflops"], 4)
+    return rows, rate
+
+
+def draws(size: Size, device: torch.device) -> list[dict[str, Any]]:
+    """Each with a budget between what is there without activations and what all of them would take."""
+    rows: list[dict[str, Any]] = []
+    chance = random.Random(_SEED)
+    for rank in RANKS:
+        gc.collect()
+        step = _step(case_of(1024, [128], rank, keeps=None), size, device)
+        step.run()  # moments
+        for _ in range(-(-DRAWS // len(RANKS))):
+            side, batch = chance.randrange(512, 1537, 128), chance.choice((1, 1, 2, 4))
+            captions = [chance.randrange(8, 400) for _ in range(batch)]
+            budget_gib = round(chance.uniform(18.0, 60.0), 1)
+            step.take(case_of(side, captions, rank), device)
+            row: dict[str, Any] = {"side": side, "captions": captions, "rank": rank, "budget_gib": budget_gib}
+            rows.append(row | _inside(step, budget_gib, device))
+            print(json.dumps(rows[-1]), flush=True)
+        del step
+    return rows
+
+
+def _inside(step: Step, budget_gib: float, device: torch.device) -> dict[str, Any]:
+    """Peak of two steps, the CUDA context counted; or the sentence that refuses the batch."""
+    if device.type != "cuda" or step.budget is None:
+        step.run()
+        return {"peak_gib": None, "kept": _counted(step)}
+    torch.cuda.set_per_process_memory_fraction(1.0, torch.cuda.current_device())
+    step.budget = Budget(
+        step.budget.sizes, available_bytes(device, budget_gib, 4 * sum(p.numel() for p in step.trained))
+    )
+    torch.cuda.reset_peak_memory_stats(device)
+    free, total = torch.cuda.mem_get_info(device)
+    context = total - free - torch.cuda.memory_reserved(device)
+    try:
+        for _ in range(2):
+            step.run()
+    except InputError as error:
+        return {"refused": str(error)}
+    peak = (torch.cuda.max_memory_reserved(device) + context) / GIB
+    return {"peak_gib": round(peak, 2), "kept": _counted(step), "is_inside": peak <= budget_gib}
+
+
+def _counted(step: Step) -> dict[str, int]:
+    return {keep.name.lower(): step.kept.count(keep) for keep in Keep if keep in step.kept}
+
+
+def _step(case: Case, size: Size, device: torch.device) -> Step:
+    torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0, torch.cuda.current_device())
+    return Step(case, "ztrain" if device.type == "cuda" else "ztrain_eager", size, device)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.cost", description=__doc__)
+    parser.add_argument("--only", choices=("sweep", "draws"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--tiny", action="store_true", help="a small model on the CPU, a rehearsal; needs --out")
+    options = parser.parse_args(arguments)
+    if options.tiny and options.out == RESULTS:
+        parser.error("--tiny needs --out: its figures are no results")
+    if not options.tiny and not torch.cuda.is_available():
+        parser.error("the real size needs a CUDA GPU; --tiny runs here")
+    device, size = (torch.device("cpu"), TINY) if options.tiny else (torch.device("cuda"), REAL)
+    where = machine()
+    path = options.out / f"cost_{where['device'].lower().replace(' ', '_')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    document |= {
+        "command": "python -m benchmarks.cost",
+        "machine": where,
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "peft": peft.__version__},
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    if options.only != "draws":
+        document["sweep"], document["rate_tflops"] = sweep(size, device)
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if options.only != "sweep":
+        document["draws"] = draws(size, device)
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if "sweep" in document:
+        draw(path.with_suffix(".png"), document)
+    print(f"wrote {path}")
+    return 0
+
+
+def draw(path: Path, document: dict[str, Any]) -> None:
+    """Time over FLOPs, with the model as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows, rate = document["sweep"], document["rate_tflops"]
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    kinds = {
+        "pixels (512 to 1536, batch 1, rank 32)": lambda row: row["batch"] == 1 and row["rank"] == 32,
+        "batch (1024 pixels)": lambda row: row["batch"] > 1,
+        "rank (1024 pixels)": lambda row: row["rank"] != 32,
+    }
+    for (label, belongs), mark in zip(kinds.items(), "osd", strict=True):
+        chosen = [row for row in rows if belongs(row)]
+        axes.plot([row["tflop"] for row in chosen], [row["ms"] for row in chosen], mark, label=label)
+    most = max(row["tflop"] for row in rows)
+    axes.plot([0, most], [0, most / rate * 1e3], "-", color="grey", label=f"{rate:g} TFLOP/s", zorder=0)
+    axes.set(xlabel="TFLOP of a step", ylabel="milliseconds", xlim=(0, None), ylim=(0, None))
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""benchmarks/cost.py at its tiny size: rows, model and plot; a GPU says whether they hold."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cost
+
+
+def test_the_table_has_its_model_and_both_halves_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "SIDES", (512, 1024))
+    monkeypatch.setattr(cost, "BATCHES", (1, 2))
+    monkeypatch.setattr(cost, "RANKS", (2, 32))
+    monkeypatch.setattr(cost, "DRAWS", 3)
+    for half in ("sweep", "draws"):
+        assert cost.main(["--tiny", "--only", half, "--out", str(tmp_path)]) == 0
+    document = json.loads((tmp_path / "cost_cpu.json").read_text(encoding="utf-8"))
+    rows = document["sweep"]
+    assert [(row["side"], row["batch"], row["rank"]) for row in rows] == [
+        (512, 1, 32), (1024, 1, 32), (1024, 2, 32), (1024, 1, 2)
+    ]  # fmt: skip
+    assert rows[0]["tflop"] < rows[1]["tflop"] < rows[2]["tflop"] and rows[1]["tokens"] * 2 == rows[2]["tokens"]
+    assert all(row["over_model"] == pytest.approx(document["rate_tflops"] / row["tflops"], rel=1e-3) for row in rows)
+    assert len(document["draws"]) == 4 and all(sum(row["kept"].values()) == 2 for row in document["draws"])
+    assert (tmp_path / "cost_cpu.png").stat().st_size > 5000
+    with pytest.raises(SystemExit):
+        cost.main(["--tiny"])

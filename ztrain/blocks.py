@@ -17,8 +17,6 @@ from ztrain.storage import share_storage, whole_of
 
 _RECOMPILATIONS = 64
 """Of one compiled function at most: by kind of block, Keep, mask and gradients, each also for any number of tokens."""
-
-
 _APART = 8
 """Samples of different lengths, up to which each is attended to by itself; a mask of more costs less than the calls."""
 
@@ -51,6 +49,8 @@ class FastForward:
         elif mask is not None and mask.ndim == 2:
             lengths = None
             mask = mask[:, None, None, :]
+        # Without gradients, for previews and validation, other sizes come that are not worth a compilation.
+        compute = self.compute if torch.is_grad_enabled() else compute_keeping
         if self.is_compiled:
             # Not one function for each size of picture and length of caption: the second would be compiled anew.
             for tensor, axis in ((x, 1), (freqs, 1), *(((mask, -1),) if mask is not None else ())):
@@ -59,10 +59,10 @@ class FastForward:
         if not _needs_gradient(x, modulation, weights):
             keep = Keep.EVERYTHING  # which is nothing
         if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-            return self.compute(weights, x, part, freqs, mask, lengths, modulation, x.dtype, keep.name)
+            return compute(weights, x, part, freqs, mask, lengths, modulation, x.dtype, keep.name)
         products = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
-            return self.compute(weights, x, part, freqs, mask, lengths, modulation, products, keep.name)
+            return compute(weights, x, part, freqs, mask, lengths, modulation, products, keep.name)
 
 
 def use_fast_blocks(dit: Any, backend: str | None = None) -> None:

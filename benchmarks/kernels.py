@@ -2,6 +2,7 @@
 
 `kernel_times(run)` gives milliseconds per step of every category, launches per step and, on a GPU, the milliseconds in
 which nothing ran there; `slowest(run)` names what took the most. `record(run)` is for who wants both of the same steps.
+`ceilings` tells how fast the device is at a block's products alone.
 Without CUDA they tell of PyTorch's operators, each by its own time on the CPU.
 """
 
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -113,6 +116,27 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
+
+
+def ceilings(tokens: int, dim: int, heads: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """TFLOP/s of a device's matrix products and attention at the shapes of a Z-Image block, each by itself."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    x, qkv, w13 = normal(tokens, dim), normal(3 * dim, dim), normal(int(dim / 3 * 8) * 2, dim)
+    query = normal(1, heads, tokens, dim // heads)
+    work: dict[str, tuple[Callable[[], object], int]] = {
+        "one_projection": (lambda: F.linear(x, qkv[:dim]), 2 * tokens * dim * dim),
+        "fused_qkv": (lambda: F.linear(x, qkv), 2 * tokens * dim * 3 * dim),
+        "fused_w1_w3": (lambda: F.linear(x, w13), 2 * tokens * dim * len(w13)),
+        "attention": (lambda: F.scaled_dot_product_attention(query, query, query), 4 * tokens * tokens * dim),
+    }
+    found = {}
+    for name, (run, flops) in work.items():
+        _wall(run, 3)
+        found[name] = flops * 10 / _wall(run, 10) / 1e9  # of milliseconds
+    return found
 
 
 def _wall(run: Callable[[], object], steps: int) -> float:

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.kernels import kernel_times
+from benchmarks.kernels import ceilings, kernel_times
 from benchmarks.laboratory import machine
 from ztrain.adapters import build_adapters
 from ztrain.adapters.base import AdapterConfig
@@ -313,35 +313,6 @@ def count_flops(case: Case, size: Size) -> dict[str, int]:
     return counted
 
 
-def ceilings(size: Size, device: torch.device) -> dict[str, float]:
-    """TFLOP/s of this card's matrix product and attention at the shapes of a step of 1024 pixels, each by itself."""
-    dim, heads = (size.config.get(key, default) for key, default in (("dim", 3840), ("n_heads", 30)))
-    tokens, dtype = 128 + (1024 // size.latent // PATCH) ** 2, size.dtype
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
-
-    x, qkv, w13 = normal(tokens, dim), normal(3 * dim, dim), normal(int(dim / 3 * 8) * 2, dim)
-    query = normal(1, heads, tokens, dim // heads)
-    work = {
-        "one_projection": (lambda: F.linear(x, qkv[:dim]), 2 * tokens * dim * dim),
-        "fused_qkv": (lambda: F.linear(x, qkv), 2 * tokens * dim * 3 * dim),
-        "fused_w1_w3": (lambda: F.linear(x, w13), 2 * tokens * dim * len(w13)),
-        "attention": (lambda: F.scaled_dot_product_attention(query, query, query), 4 * tokens * tokens * dim),
-    }
-    found = {}
-    for name, (run, flops) in work.items():
-        for _ in range(WARM_UPS):
-            run()
-        _wait()
-        start = time.perf_counter()
-        for _ in range(STEPS):
-            run()
-        _wait()
-        found[name] = flops * STEPS / (time.perf_counter() - start) / 1e12
-    return found
-
-
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -363,7 +334,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if is_real and not torch.cuda.is_available():
         parser.error("the real size needs a CUDA GPU; --tiny and --miniature run here")
     device = torch.device("cuda" if is_real else "cpu")
-    known = ceilings(size, device)
+    dim, heads = (size.config.get(key, default) for key, default in (("dim", 3840), ("n_heads", 30)))
+    tokens = 128 + (1024 // size.latent // PATCH) ** 2
+    known = ceilings(tokens, dim, heads, size.dtype, device)
     document: dict[str, Any] = {
         "command": "python -m benchmarks.step" + (" --miniature --ways diffusers ztrain_eager" * options.miniature),
         "machine": machine(),

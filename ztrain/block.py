@@ -80,26 +80,16 @@ class Weights(NamedTuple):
     """Of the norms before and after attention, before and after the feed-forward."""
 
 
-def compute_keeping(
-    weights: Weights,
-    x: Tensor,
-    read: Tensor,
-    freqs: Tensor,
-    mask: Tensor | None,
-    lengths: tuple[int, ...] | None,
-    factors: Factors,
-    products: torch.dtype,
-    keep: str,
-) -> Tensor:
+def compute_keeping(keep: str, weights: Weights, x: Tensor, read: Tensor, *rest: Any) -> Tensor:
     """`compute`, of which no more is kept for the backward pass than `keep` says.
 
     keep: the name of a `Keep`. Of a number the compiler would make a symbol, which is equal to none of them.
     """
     if keep == "EVERYTHING" or not torch.is_grad_enabled():
-        return compute(weights, x, read, freqs, mask, lengths, factors, products)
+        return compute(weights, x, read, *rest)
 
     def again(x: Tensor, read: Tensor) -> Tensor:
-        return compute(weights, x, read, freqs, mask, lengths, factors, products)
+        return compute(weights, x, read, *rest)
 
     if keep == "NOTHING":
         return checkpoint(again, x, read, use_reentrant=False, preserve_rng_state=False)

@@ -59,10 +59,10 @@ class FastForward:
         if not _needs_gradient(x, modulation, weights):
             keep = Keep.EVERYTHING  # which is nothing
         if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-            return compute(weights, x, part, freqs, mask, lengths, modulation, x.dtype, keep.name)
+            return compute(keep.name, weights, x, part, freqs, mask, lengths, modulation, x.dtype)
         products = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
-            return compute(weights, x, part, freqs, mask, lengths, modulation, products, keep.name)
+            return compute(keep.name, weights, x, part, freqs, mask, lengths, modulation, products)
 
 
 def use_fast_blocks(dit: Any, backend: str | None = None) -> None:

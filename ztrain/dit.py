@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ztrain.block import Keep, Seen
 from ztrain.blocks import run
 from ztrain.errors import InputError
-from ztrain.layout import MULTIPLE, Layouts, Rows, Sequencing, padded
+from ztrain.layout import MULTIPLE, Grid, Layouts, Rows, Sequencing, padded
 from ztrain.models import Source, load_part
 
 PATCH = 2  # all_patch_size of the released transformer/config.json
@@ -143,11 +143,7 @@ def forward(
     caption_rows = layouts.rows([[len(caption)] for caption in captions], device)
     references, reference_rows = None, None
     if any(siglip):
-        # Each is spread over the target's grid and has its own place on the first axis.
-        references = [
-            [(place + 1 + r, *grid.shape[:2], *side) for r, grid in enumerate(each)]
-            for place, each, side in zip(places, siglip, sides, strict=True)
-        ]
+        references = _reference_grids(siglip, places, sides)
         counts = [[height * width for _, height, width, *_ in each] for each in references]
         reference_rows = layouts.rows(counts, device)
     # Attention does not care about the order; captions are the parts that differ most, and so the last.
@@ -178,6 +174,16 @@ def forward(
     output = dit.all_final_layer[f"{PATCH}-1"](states[:, :longest], c=modulation)  # (B, N, 4 C)
     of_samples = output.split([len(samples) for samples in stacked])
     return [_unpatchify(tokens, samples) for tokens, samples in zip(of_samples, stacked, strict=True)]
+
+
+def _reference_grids(
+    siglip: Sequence[Sequence[Tensor]], places: Sequence[int], sides: Sequence[tuple[int, int]]
+) -> list[list[Grid]]:
+    """Each reference is spread over its target's grid and has its own place on the first axis, after the target's."""
+    return [
+        [(place + 1 + r, *grid.shape[:2], *side) for r, grid in enumerate(each)]
+        for place, each, side in zip(places, siglip, sides, strict=True)
+    ]
 
 
 class _Block(NamedTuple):

@@ -1,8 +1,8 @@
 """The main blocks as CUDA graphs, for batches that a card computes faster than its host can ask for.
 
-A step of 512 x 512 pixels is over 3,000 kernels: an H200 computes them in 54 ms and waits for its host for as long
-again. A graph asks for all of them at once. Graphs are recorded through torch.cuda.make_graphed_callables, one for each
-shape, when it comes for the second time.
+A step of 512 x 512 pixels is over 3,000 kernels, which an H200 computes faster than its host asks for them one by one;
+a graph asks for all at once. Graphs are recorded through torch.cuda.make_graphed_callables, one for each shape, when it
+comes for the second time.
 """
 
 from collections import Counter, OrderedDict

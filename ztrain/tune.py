@@ -31,7 +31,7 @@ _SIDES = (1 / 4, 1 / 2)
 """Of the largest target's sides, for a batch of one; a larger batch has as many tokens in all."""
 _TOKENS = 4096  # of a picture of 1024 x 1024
 REPLAYED_TOKENS = 2560
-"""Of a batch: about where an H200 takes as long for a step as its host, 100 ms."""
+"""Of a batch: about where an H200 takes as long for a step as its host."""
 _MOMENTS_BYTES = {"adamw": 8, "adamw_8bit": 2}  # of each trained number
 
 

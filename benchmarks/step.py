@@ -3,7 +3,8 @@
     python -m benchmarks.step [CASE ...] [--ways WAY ...] [--profile] [--out DIR] [--tiny | --miniature]
 
 Random bf16 weights of the real size on one GPU: forward, backward and an AdamW step of the trained weights. Every case
-is run by each way of WAYS, one after the other on an empty card, with the same weights, noise and prompts.
+is run by each way of WAYS, one after the other on an empty card, with the same weights, noise and prompts. Rows of
+cases that are not named stay in the file.
 Out: step_<gpu>.json, {"command", "machine", "versions", "date", "ceilings_tflops", "rows"}; a row: case, way, ms
 (median of STEPS after WARM_UPS, from CUDA events between steps that follow each other without a pause), spread (their
 range), peak_gib, mfu (FLOPs that a step needs), hfu (FLOPs with what diffusers computes again), and, for ours, kept
@@ -348,9 +349,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu = "miniature" if options.miniature else document["machine"]["device"].lower().replace(" ", "_")
     path = options.out / f"step_{gpu}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    for name in options.cases or cases:
+    wanted = options.cases or list(cases)
+    if path.exists():  # cases that are not named stay, if they were measured with the same
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if all(before[key] == document[key] for key in ("machine", "versions")):
+            document["rows"] = [row for row in before["rows"] if row["case"] not in wanted]
+    for name in wanted:
         rows = compare(name, cases[name], options.ways, size, device, max(known.values()), options.profile)
         document["rows"] += rows
+        document["rows"].sort(key=lambda row: list(cases).index(row["case"]))
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
     return 0

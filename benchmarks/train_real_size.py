@@ -1,12 +1,15 @@
 """The whole training path at the real size on one GPU, with random weights: cache, steps, validation, previews, resume.
 
-    python -m benchmarks.train_real_size --work /tmp/real --out benchmarks/results [--lists LIST ...] [--smoke]
+    python -m benchmarks.train_real_size --work /tmp/real --out benchmarks/results [--lists LIST ...] [--again LIST ...]
+        [--smoke]
 
 Builds Z-Image, Qwen3-VL's front-end and SigLIP2 at their released sizes (22 GB of random bf16), paints triplets of
 mixed aspects and captions, and runs the project's own commands on configs/*_24gb.yaml: STEPS steps with averaged
 weights, validation and previews before, in the middle and at the end, inside 24 GiB, all counted. Writes
 train_real_size_<gpu>.json: peak memory of whole runs, what was kept, share of step time spent waiting for data, how
-busy the encoders were; rows of lists that are not named stay. --smoke: the tiny family on a CPU, a rehearsal.
+busy the encoders were; rows of lists that are not named stay. What --work has from an earlier call is used again.
+--again: lists whose second half is run once more, from the checkpoint in the middle, to compare losses. --smoke: the
+tiny family on a CPU, a rehearsal.
 """
 
 import argparse
@@ -120,31 +123,41 @@ def run(*words: str) -> tuple[str, float]:
     return done.stdout, seconds
 
 
+def prepare(work: Path, is_real: bool) -> Path:
+    """Builds in `work` what it lacks of the family, whose folder this returns, and the triplets."""
+    work.mkdir(parents=True, exist_ok=True)
+    tiny, family, half = work / "tiny", work / "family", work / "family.half"
+    if not tiny.exists():
+        run("ztrain.mini.family", "--out", str(tiny))
+    if is_real and not family.exists():
+        shutil.rmtree(half, ignore_errors=True)
+        build_real_family(tiny, half)
+        half.rename(family)
+        torch.cuda.empty_cache()
+    if not (work / "triplets").exists():
+        shutil.rmtree(work / "drawings", ignore_errors=True)
+        run("ztrain.mini.style_folders", "--out", str(work / "drawings"))
+        vary(work / "drawings")
+        (work / "build.yaml").write_text(
+            "images: drawings/images\ncontents: drawings/contents.csv\nmax_triplets_per_split: 48\n"
+        )
+        run("data_tools.build", "--config", str(work / "build.yaml"), "--out", str(work / "triplets"))
+    return family if is_real else tiny
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--lists", nargs="+", choices=LISTS, default=LISTS)
+    parser.add_argument("--again", nargs="*", choices=LISTS, default=("siglip_lora", "projector"))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     started = time.perf_counter()
     steps: int = options.steps
     work, gpu = options.work, "cpu" if options.smoke else torch.cuda.get_device_name()
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    run("ztrain.mini.family", "--out", str(work / "tiny"))
-    family = work / "tiny"
-    if not options.smoke:
-        family = work / "family"
-        build_real_family(work / "tiny", family)
-        torch.cuda.empty_cache()
-    run("ztrain.mini.style_folders", "--out", str(work / "drawings"))
-    vary(work / "drawings")
-    (work / "build.yaml").write_text(
-        "images: drawings/images\ncontents: drawings/contents.csv\nmax_triplets_per_split: 48\n"
-    )
-    run("data_tools.build", "--config", str(work / "build.yaml"), "--out", str(work / "triplets"))
+    family = prepare(work, is_real=not options.smoke)
     print(f"prepared after {time.perf_counter() - started:.0f} s", flush=True)
 
     def words(name: str) -> list[str]:
@@ -168,6 +181,7 @@ def main() -> None:
         print(name, said.strip().splitlines()[-1], f"{seconds:.0f} s", flush=True)
         caching = {"list": name, "said": said.strip().splitlines()[-1], "seconds": round(seconds, 1)}
         out = work / "runs" / name
+        shutil.rmtree(out, ignore_errors=True)
         train = ["ztrain.train", *words(name), "--output_dir", str(out), "--train.max_train_steps", str(steps)]
         said, seconds = run(*train, "--train.checkpointing_steps", str(steps // 2))
         metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -184,8 +198,9 @@ def main() -> None:
             "loss": [metrics[1]["train/loss"], metrics[-1]["train/loss"]],
             "run_seconds": round(seconds, 1),
         }
-        if name in ("siglip_lora", "projector"):  # the second half again, from the checkpoint in the middle
+        if name in options.again:
             again = work / "runs" / f"{name}_again"
+            shutil.rmtree(again, ignore_errors=True)
             middle = out / "checkpoints" / f"step-{steps // 2:08d}"
             run(*train[:-3], str(again), "--train.max_train_steps", str(steps), "--resume_from_checkpoint", str(middle))
             resumed = [json.loads(line)["train/loss"] for line in (again / "metrics.jsonl").read_text().splitlines()]

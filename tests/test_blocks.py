@@ -15,8 +15,9 @@ from ztrain import block, blocks
 from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.block import Factors, Keep
-from ztrain.blocks import slow_because, use_fast_blocks, use_stock_blocks
+from ztrain.blocks import Given, lora_row, slow_because, use_fast_blocks, use_stock_blocks
 from ztrain.conditioning import IMAGE, TEXT, Encoded, TokenStates
+from ztrain.loras import spread
 from ztrain.model import AdaptedDiT
 
 SIGMA = torch.tensor([0.9, 0.4, 0.65, 0.2, 0.5])
@@ -31,7 +32,7 @@ LISTS = {
 }
 
 
-FLOPS, MATMULS, OPERATIONS = 187_165_440, 288, 1756
+FLOPS, MATMULS, OPERATIONS = 187_165_440, 286, 1417
 """Of a step on the CPU, where an RMSNorm is many operations."""
 
 
@@ -201,11 +202,13 @@ def test_one_compiled_block_keeps_what_it_is_told(family: Path) -> None:
     use_fast_blocks(model.dit, backend="aot_eager_decomp_partition")
     layer, dim = model.dit.layers[0], model.dit.config.dim
     factors = Factors(*(torch.ones((1, 1, dim)) for _ in range(4)))
-    freqs = torch.randn((1, 96, dim // model.dit.config.n_heads // 2, 2))
+    freqs = torch.randn((1, 96, 2, dim // model.dit.config.n_heads))
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *factors, freqs)}
     kept = {}
     for keep in (Keep.EVERYTHING, Keep.NOTHING, Keep.COSTLY, Keep.PRODUCTS):
         found: dict[int, int] = {}
+        row = lora_row(model.dit.layers[:1], freqs)
+        given = Given(factors, tuple(spread(row, blocks._groups(layer))), torch.float32)
 
         def pack(tensor: Tensor, found: dict[int, int] = found) -> Tensor:
             storage = tensor.untyped_storage()
@@ -215,7 +218,7 @@ def test_one_compiled_block_keeps_what_it_is_told(family: Path) -> None:
 
         x = torch.randn((1, 96, dim), requires_grad=True) * 1
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = layer(x, None, freqs, factors, keep=keep)
+            output = layer(x, None, freqs, given, keep=keep)
         kept[keep] = sum(found.values()) / (96 * dim * 4)
         output.sum().backward()
     assert kept[Keep.NOTHING] < 1.1, kept

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
+from tests.test_batched import gradients, uniform
+from tests.test_blocks import EVERYWHERE, SIGMA, distance, make
 from tests.test_main_path import losses, paintings, train
-from tests.test_parity import LORA, make_model
-from ztrain.blocks import reads_real
+from tests.test_parity import LORA, make_model, noise_like
+from ztrain.blocks import reads_real, use_fast_blocks
 from ztrain.compiling import compile_blocks
 
 __all__ = ["paintings"]  # a fixture
@@ -55,3 +58,17 @@ def test_a_compiled_run_trains_as_an_eager_one(family: Path, paintings: Path, tm
     done = train(family, paintings, tmp_path / "compiled", "lora", *words, "--train.compile", "on")
     assert "blocks compiled by inductor" in done.stdout
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on a CPU")
+def test_compiled_loras_copy_no_outputs(family: Path) -> None:
+    """Inductor makes addmm of a product and a sum of matrices, and copies what it adds to."""
+    model, noisy, states = make(family, [EVERYWHERE]), noise_like((8, 8), (8, 8)), uniform(2, 0)
+    eager = gradients(model, noisy, SIGMA[:2], states)
+    use_fast_blocks(model.dit, backend="inductor")
+    compiled, code = run_and_get_code(lambda: gradients(model, noisy, SIGMA[:2], states))
+    assert code and not [each for each in code if "extern_kernels.addmm(" in each]
+    for key, gradient in eager.items():
+        if gradient is not None:
+            assert distance([compiled[key]], [gradient]) <= 1e-4, key

@@ -48,17 +48,20 @@ class Factors(NamedTuple):
     out_of_feed_forward: Tensor
 
 
-class Lora(NamedTuple):
-    a: Tensor  # (r, inputs)
-    b: Tensor  # (outputs, r)
-    scale: float
+class Loras(NamedTuple):
+    """Of layers that read the same, in the dtype of the products."""
+
+    a: Tensor  # (sum of their r, inputs)
+    bs: tuple[Tensor | None, ...]
+    """Of each layer, (outputs, r), times its scale; None where it has no LoRA."""
 
 
 class Linears(NamedTuple):
-    """Layers that read the same: each one's matrix (outputs, inputs), or one matrix of all; each one's LoRA."""
+    """Layers that read the same: each one's matrix (outputs, inputs), or one matrix of all; their LoRAs."""
 
     weights: tuple[Tensor, ...]
-    loras: tuple[Lora | None, ...]
+    loras: Loras | None
+    layers: int
 
 
 class Norm(NamedTuple):
@@ -157,42 +160,57 @@ def _normed_heads(x: Tensor, norm: Norm) -> Tensor:
 
 def _turned(x: Tensor, freqs: Tensor) -> Tensor:
     """Pairs of neighbours of (B, N, heads, d_head) turned in float32 by (B or 1, N, d_head / 2), complex, or
-    (B or 1, N, d_head / 2, 2), cosine and sine."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    freqs = freqs.unsqueeze(2)
+    (B or 1, N, 2, d_head): for each number a factor of its own and one of its neighbour's."""
+    pairs, freqs = x.float().unflatten(-1, (-1, 2)), freqs.unsqueeze(2)
     if freqs.is_complex():
         return torch.view_as_real(torch.view_as_complex(pairs) * freqs).flatten(-2).type_as(x)
-    (first, second), (cos, sin) = pairs.unbind(-1), freqs.unbind(-1)
-    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
-    return turned.flatten(-2).type_as(x)
+    own, neighbours = freqs.unbind(-2)
+    return (pairs.flatten(-2) * own + pairs.flip(-1).flatten(-2) * neighbours).type_as(x)
+
+
+def real_factors(freqs: Tensor) -> Tensor:
+    """Complex (..., d_head / 2) -> (..., 2, d_head), as `_turned` reads them."""
+    own = freqs.real.repeat_interleave(2, dim=-1)
+    neighbours = torch.stack([-freqs.imag, freqs.imag], dim=-1).flatten(-2)
+    return torch.stack([own, neighbours], dim=-2)
+
+
+def complex_factors(factors: Tensor) -> Tensor:
+    """The inverse of `real_factors`."""
+    own, neighbours = factors.unbind(-2)
+    return torch.complex(own[..., ::2], neighbours[..., 1::2])
 
 
 def _apart(linears: Linears) -> tuple[Linears, Linears]:
     """The first layer, and the others."""
     (first, *others), loras = linears.weights, linears.loras
-    if not others and len(loras) > 1:
-        rows = len(first) // len(loras)
+    if not others and linears.layers > 1:
+        rows = len(first) // linears.layers
         first, others = first[:rows], [first[rows:]]
-    return Linears((first,), loras[:1]), Linears(tuple(others), loras[1:])
+    if loras is None:
+        return Linears((first,), None, 1), Linears(tuple(others), None, linears.layers - 1)
+    rank = 0 if loras.bs[0] is None else loras.bs[0].shape[1]
+    apart = (Loras(loras.a[:rank], loras.bs[:1]), Loras(loras.a[rank:], loras.bs[1:]))
+    return Linears((first,), apart[0], 1), Linears(tuple(others), apart[1], linears.layers - 1)
 
 
 def _project(linears: Linears, x: Tensor) -> list[Tensor]:
     """Each layer's output for the same x, (B, N, inputs) -> (B, N, outputs)."""
     products = [F.linear(x, weight.to(x.dtype)) for weight in linears.weights]
-    outputs = products if len(products) == len(linears.loras) else list(products[0].chunk(len(linears.loras), dim=-1))
-    loras = [(place, lora) for place, lora in enumerate(linears.loras) if lora is not None]
-    if not loras:
+    outputs = products if len(products) == linears.layers else list(products[0].chunk(linears.layers, dim=-1))
+    if linears.loras is None or all(b is None for b in linears.loras.bs):
         return outputs
-    # peft trains float32 weights on a bfloat16 base.
-    narrow = F.linear(x, torch.cat([lora.a for _, lora in loras]).to(x.dtype)).flatten(0, 1)
-    parts = narrow.split([len(lora.a) for _, lora in loras], dim=1)
-    for (place, lora), part in zip(loras, parts, strict=True):
+    wide = [(place, b) for place, b in enumerate(linears.loras.bs) if b is not None]
+    narrow = F.linear(x, linears.loras.a).split([b.shape[1] for _, b in wide], dim=-1)
+    for (place, b), part in zip(wide, narrow, strict=True):
         output = outputs[place]
-        if torch.compiler.is_compiling():  # which fuses the sum with what reads it
-            added = output.flatten(0, 1) + F.linear(part, (lora.b * lora.scale).to(x.dtype))
+        if torch.compiler.is_compiling():
+            # A compiler fuses the sum with what reads it; of two matrices it would make one product that first copies
+            # the output, of three-dimensional tensors it does not.
+            outputs[place] = output + F.linear(part, b)
         else:
-            added = torch.addmm(output.flatten(0, 1), part, lora.b.to(x.dtype).t(), alpha=lora.scale)
-        outputs[place] = added.view(output.shape)
+            added = torch.addmm(output.flatten(0, 1), part.flatten(0, 1), b.t())
+            outputs[place] = added.view(output.shape)
     return outputs
 
 

@@ -6,23 +6,47 @@ Names, state dict and export stay diffusers'. Legend: B batch, N tokens, d model
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ztrain.block import Factors, Keep, Linears, Lora, Norm, Seen, Weights, compute_keeping
+from ztrain.block import (
+    Factors,
+    Keep,
+    Linears,
+    Loras,
+    Norm,
+    Seen,
+    Weights,
+    complex_factors,
+    compute_keeping,
+    real_factors,
+)
+from ztrain.loras import gathered, spread
 from ztrain.storage import share_storage, whole_of
 
 _RECOMPILATIONS = 64
 """Of one compiled function at most: by kind of block, Keep, mask and gradients, each also for any number of tokens."""
 _APART = 8
 """Samples of different lengths, up to which each is attended to by itself; a mask of more costs less than the calls."""
+_READ = 0.8
+"""Share of the tokens, up to which the last block computes only those that are read: saving less would not pay for a
+compiled function of its own."""
+
+
+class Given(NamedTuple):
+    """What a block gets that is made for all blocks at once."""
+
+    factors: Factors
+    loras: tuple[Loras | None, ...]  # of q, k and v; of out; of w1 and w3; of w2
+    products: torch.dtype
 
 
 class FastForward:
-    """The forward of one block: ours for `Factors`, diffusers' for whatever diffusers gives it."""
+    """The forward of one block: ours for `Given`, diffusers' for whatever diffusers gives it."""
 
     def __init__(self, block: Any, compute: Callable[..., Tensor], is_compiled: bool) -> None:
         self.block, self.compute, self.is_compiled = block, compute, is_compiled
@@ -39,11 +63,12 @@ class FastForward:
         keep: Keep = Keep.EVERYTHING,
     ) -> Tensor:
         """lengths, read, keep: of block.py's `compute_keeping`; read None: all tokens."""
-        if not isinstance(modulation, Factors):
+        if not isinstance(modulation, Given):
             if not freqs.is_complex():
-                freqs = torch.view_as_complex(freqs)
+                freqs = complex_factors(freqs)
             return type(self.block).forward(self.block, x, mask, freqs, modulation, *rest)
-        x = x.to(modulation.into_attention.dtype)
+        factors, loras, products = modulation
+        x = x.to(factors.into_attention.dtype)
         if lengths is not None and len(lengths) <= _APART:
             mask = None
         elif mask is not None and mask.ndim == 2:
@@ -55,14 +80,11 @@ class FastForward:
             # Not one function for each size of picture and length of caption: the second would be compiled anew.
             for tensor, axis in ((x, 1), (freqs, 1), *(((mask, -1),) if mask is not None else ())):
                 torch._dynamo.maybe_mark_dynamic(tensor, axis % tensor.ndim)
-        weights, part, kind = _weights_of(self.block), x[:, :read], x.device.type
-        if not _needs_gradient(x, modulation, weights):
+        weights, part = _weights_of(self.block, loras), x if read is None else x[:, :read]
+        if not _needs_gradient(x, factors, weights):
             keep = Keep.EVERYTHING  # which is nothing
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-            return compute(keep.name, weights, x, part, freqs, mask, lengths, modulation, x.dtype)
-        products = torch.get_autocast_dtype(kind)
-        with torch.autocast(kind, enabled=False):
-            return compute(keep.name, weights, x, part, freqs, mask, lengths, modulation, products)
+        with torch.autocast(x.device.type, enabled=False) if _autocasts(x) else nullcontext():
+            return compute(keep.name, weights, x, part, freqs, mask, lengths, factors, products)
 
 
 def use_fast_blocks(dit: Any, backend: str | None = None) -> None:
@@ -95,16 +117,22 @@ def run(
     modulation: Tensor | None,
     keeps: Sequence[Keep],
     read: int | None = None,
+    row: Tensor | None = None,
 ) -> Tensor:
     """(B, N, d) -> (B, N, d) through blocks of one kind, or (B, read or N, d).
 
-    modulation: (B, 256) or None; keeps: of each block; read: tokens of the result that are read, from the first on.
+    modulation: (B, 256) or None; keeps: of each block; read: tokens of the result that are read, from the first on;
+    row: of `lora_row`, if it has been made.
     """
     mask, lengths = (None, None) if seen is None else seen
-    for place, (layer, factors, keep) in enumerate(zip(layers, _factors(layers, modulation), keeps, strict=True), 1):
-        if factors is not None:
+    if read is not None and read > _READ * x.shape[1]:
+        read = None
+    row = lora_row(layers, x) if row is None else row
+    blocks = zip(layers, _given(layers, x, modulation, row), keeps, strict=True)
+    for place, (layer, given, keep) in enumerate(blocks, 1):
+        if given is not None:
             last = place == len(layers)
-            x = layer(x, mask, freqs, factors, lengths=lengths, read=read if last else None, keep=keep)
+            x = layer(x, mask, freqs, given, lengths=lengths, read=read if last else None, keep=keep)
         elif torch.is_grad_enabled() and keep != Keep.EVERYTHING:
             x = checkpoint(layer, x, mask, freqs, modulation, use_reentrant=False)
         else:
@@ -112,10 +140,15 @@ def run(
     return x
 
 
+def lora_row(layers: nn.ModuleList, x: Tensor) -> Tensor | None:
+    """All LoRAs of the fast among these blocks, in one row; x: the states that they read."""
+    return gathered([group for block in layers if _is_fast(block) for group in _groups(block)], _products(layers, x))
+
+
 def rotary_factors(dit: Any, positions: Tensor) -> Tensor:
-    """Of positions (N, 3), as the blocks read them: (N, d_head / 2) complex, or (N, d_head / 2, 2), cosine and sine."""
+    """Of positions (N, 3), as the blocks read them: (N, d_head / 2) complex, or (N, 2, d_head)."""
     factors = dit.rope_embedder(positions)
-    return torch.view_as_real(factors) if reads_real(dit) else factors
+    return real_factors(factors) if reads_real(dit) else factors
 
 
 def reads_real(dit: Any) -> bool:
@@ -168,17 +201,36 @@ def _norms(block: Any) -> tuple[Any, Any, Any, Any]:
     return block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2
 
 
-def _factors(layers: nn.ModuleList, modulation: Tensor | None) -> list[Factors | None]:
+def _given(layers: nn.ModuleList, x: Tensor, modulation: Tensor | None, row: Tensor | None) -> list[Given | None]:
     """Of each block; None for one whose forward is diffusers'."""
-    is_fast = [isinstance(block.forward, FastForward) and _objection(block) is None for block in layers]
-    if all(is_fast) and (together := _factors_together(layers, modulation)) is not None:
-        return together
-    return [_factors_of(block, modulation) if fast else None for block, fast in zip(layers, is_fast, strict=True)]
+    fast = [block for block in layers if _is_fast(block)]
+    factors = _factors_together(fast, modulation) or [_factors_of(block, modulation) for block in fast]
+    loras = iter(spread(row, [group for block in fast for group in _groups(block)]))
+    products = _products(layers, x)
+    made = {
+        id(block): Given(each, tuple(next(loras) for _ in _groups(block)), products)
+        for block, each in zip(fast, factors, strict=True)
+    }
+    return [made.get(id(block)) for block in layers]
 
 
-def _factors_together(layers: nn.ModuleList, modulation: Tensor | None) -> list[Factors | None] | None:
+def _is_fast(block: Any) -> bool:
+    return isinstance(block.forward, FastForward) and _objection(block) is None
+
+
+def _products(layers: nn.ModuleList, x: Tensor) -> torch.dtype:
+    """Of matrix products and attention."""
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else layers[0].attention_norm1.weight.dtype
+
+
+def _autocasts(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _factors_together(layers: Sequence[Any], modulation: Tensor | None) -> list[Factors] | None:
     """With one product for all blocks, where their weights lie side by side."""
-    norms = whole_of([norm.weight for block in layers for norm in _norms(block)])
+    norms = whole_of([norm.weight for block in layers for norm in _norms(block)]) if layers else None
     if norms is None:
         return None
     norms = norms.unflatten(0, (len(layers), 4, -1)).unsqueeze(0)  # (1, blocks, 4, d)
@@ -205,13 +257,23 @@ def _factors_of(block: Any, modulation: Tensor | None) -> Factors:
     return Factors(*factors)
 
 
-def _weights_of(block: Any) -> Weights:
-    attention, feed_forward, norms = block.attention, block.feed_forward, _norms(block)
+def _groups(block: Any) -> tuple[tuple[Any, ...], ...]:
+    """Layers that read the same, together."""
+    attention, feed_forward = block.attention, block.feed_forward
+    reads_states = (attention.to_q, attention.to_k, attention.to_v)
+    return reads_states, (attention.to_out[0],), (feed_forward.w1, feed_forward.w3), (feed_forward.w2,)
+
+
+def _weights_of(block: Any, loras: Sequence[Loras | None]) -> Weights:
+    attention, norms = block.attention, _norms(block)
+    reads_states, reads_attention, reads_normed, reads_gated = (
+        _linears_of(group, each) for group, each in zip(_groups(block), loras, strict=True)
+    )
     return Weights(
-        _linears_of(attention.to_q, attention.to_k, attention.to_v),
-        _linears_of(attention.to_out[0]),
-        _linears_of(feed_forward.w1, feed_forward.w3),
-        _linears_of(feed_forward.w2),
+        reads_states,
+        reads_attention,
+        reads_normed,
+        reads_gated,
         Norm(attention.norm_q.weight, attention.norm_q.eps),
         Norm(attention.norm_k.weight, attention.norm_k.eps),
         attention.heads,
@@ -219,10 +281,10 @@ def _weights_of(block: Any) -> Weights:
     )
 
 
-def _linears_of(*layers: Any) -> Linears:
+def _linears_of(layers: Sequence[Any], loras: Loras | None) -> Linears:
     weights = [_base(layer).weight for layer in layers]
     whole = whole_of(weights) if len(weights) > 1 else None
-    return Linears(tuple(weights) if whole is None else (whole,), tuple(_lora_of(layer) for layer in layers))
+    return Linears(tuple(weights) if whole is None else (whole,), loras, len(layers))
 
 
 def _needs_gradient(*values: Any) -> bool:
@@ -230,14 +292,6 @@ def _needs_gradient(*values: Any) -> bool:
         value.requires_grad if isinstance(value, Tensor) else isinstance(value, tuple) and _needs_gradient(*value)
         for value in values
     )
-
-
-def _lora_of(layer: Any) -> Lora | None:
-    """The one LoRA that peft has put on a layer and that is switched on."""
-    if type(layer) is nn.Linear or layer.disable_adapters:
-        return None
-    (name,) = layer.active_adapters
-    return Lora(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
 
 
 # --- where it does not apply ------------------------------------------------------------------------------------------

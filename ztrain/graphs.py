@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ztrain.block import Keep, Seen
-from ztrain.blocks import run
+from ztrain.blocks import lora_row, run
 
 _GRAPHS = 24
 """Shapes: captions of up to 768 tokens, padded to 32, beside one size of picture."""
@@ -31,6 +31,7 @@ class Replays:
         self._seen: Counter[tuple[Any, ...]] = Counter()
         self._graphs: OrderedDict[tuple[Any, ...], Callable[..., Tensor]] = OrderedDict()
         self._pool: Any = None
+        self._trained: int | None = None
 
     def __call__(
         self,
@@ -43,24 +44,29 @@ class Replays:
         read: int | None = None,
     ) -> Tensor:
         mask = None if seen is None else seen.mask  # not lengths: hardly two batches have the same
-        inputs = [tensor for tensor in (x, freqs, modulation, mask) if tensor is not None]
         few = x.shape[0] * x.shape[1] <= self.most_tokens and min(keeps) == Keep.EVERYTHING
         if not few or not torch.is_grad_enabled() or not layers.training or modulation is None:
             return run(layers, x, freqs, seen, modulation, keeps, read)
-        key = (read, *((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs))
+        row = lora_row(layers, x)
+        given = {"x": x, "freqs": freqs, "modulation": modulation, "row": row, "mask": mask}
+        inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
+        key = (read, *((name, each.shape, each.dtype, each.requires_grad) for name, each in inputs.items()))
         self._seen[key] += 1
-        if self._seen[key] == 1:
-            return run(layers, x, freqs, seen, modulation, keeps, read)
+        if self._seen[key] == 1 or not self._gives_all_gradients(layers, row):
+            return run(layers, x, freqs, seen, modulation, keeps, read, row)
         if key not in self._graphs:
-            self._graphs[key] = self._recorded(_Blocks(layers, keeps, read), inputs)
+            self._graphs[key] = self._recorded(_Blocks(layers, tuple(inputs), keeps, read), list(inputs.values()))
             if len(self._graphs) > _GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
-        for parameter in layers.parameters():
-            # Else the first gradient would be the graph's own memory, which its next replay overwrites.
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        return self._graphs[key](*inputs)
+        return self._graphs[key](*inputs.values())
+
+    def _gives_all_gradients(self, layers: nn.ModuleList, row: Tensor | None) -> bool:
+        """A graph's gradient of a weight would be the graph's own memory, which its next replay overwrites: it has only
+        those of its inputs, among them the row of all LoRAs."""
+        if self._trained is None:
+            self._trained = sum(p.numel() for p in layers.parameters() if p.requires_grad)
+        return self._trained == (0 if row is None else row.numel())
 
     def _recorded(self, blocks: "_Blocks", inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
         samples = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs)
@@ -75,12 +81,14 @@ class Replays:
 
 
 class _Blocks(nn.Module):
-    """As a function of tensors alone."""
+    """As a function of tensors alone, those of `names`."""
 
-    def __init__(self, layers: nn.ModuleList, keeps: Sequence[Keep], read: int | None) -> None:
+    def __init__(self, layers: nn.ModuleList, names: Sequence[str], keeps: Sequence[Keep], read: int | None) -> None:
         super().__init__()
-        self.layers, self.keeps, self.read = layers, list(keeps), read
+        self.layers, self.names, self.keeps, self.read = layers, names, list(keeps), read
 
-    def forward(self, x: Tensor, freqs: Tensor, modulation: Tensor, mask: Tensor | None = None) -> Tensor:
-        seen = None if mask is None else Seen(mask, None)
-        return run(self.layers, x, freqs, seen, modulation, self.keeps, self.read)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        given = dict(zip(self.names, inputs, strict=True))
+        seen = Seen(given["mask"], None) if "mask" in given else None
+        states, rest = (given["x"], given["freqs"], seen, given["modulation"]), (self.keeps, self.read)
+        return run(self.layers, *states, *rest, given.get("row"))

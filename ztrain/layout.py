@@ -15,7 +15,7 @@ from ztrain.block import Seen
 from ztrain.blocks import reads_real, rotary_factors
 
 MULTIPLE = 32  # SEQ_MULTI_OF in diffusers' transformer_z_image.py: every part is padded to this many tokens
-_LAYOUTS = 32  # of which a step has up to seven; no budget counts them: 2 MiB for a picture of 1024 x 1024
+_LAYOUTS = 32  # of which a step has up to seven; no budget counts them: 4 MiB for a picture of 1024 x 1024
 
 Grid: TypeAlias = tuple[int, int, int, int, int]
 """Place on the first axis, height, width, and the sides that it is spread over."""

@@ -42,7 +42,8 @@ class Line:
 class Sizes:
     """What a step takes above what is there between steps.
 
-    kept: after the forward pass, where all blocks keep as much; working: beyond that, while one block is computed.
+    kept: after the forward pass, where all blocks but the first keep as much, and that nothing; working: beyond that,
+    while one block is computed; blocks: all but the first.
     """
 
     kept: Mapping[Keep, Line]
@@ -94,7 +95,7 @@ Probe: TypeAlias = Callable[[Callable[[int, int], Sequence[Keep]], bool], Tensor
 
 
 def measure(forward: Probe, blocks: int, device: torch.device) -> Sizes:
-    """On a CUDA device. The gradients that it leaves are the caller's to clear."""
+    """Of two blocks or more, on a CUDA device. The gradients that it leaves are the caller's to clear."""
     kept: dict[Keep, Line] = {}
     working = []
     for keep in Keep:
@@ -104,7 +105,9 @@ def measure(forward: Probe, blocks: int, device: torch.device) -> Sizes:
 
             def keeping(count: int, blocks: int, keep: Keep = keep, tokens: list[int] = tokens) -> Sequence[Keep]:
                 tokens.append(count)
-                return [keep] * blocks
+                # Nothing before the first block has a gradient, so that a compiler makes a function of its own for it,
+                # for each way of keeping; and a budget lets it keep least.
+                return [Keep.NOTHING] + [keep] * (blocks - 1)
 
             forward(keeping, is_larger).backward()  # compiles, and makes gradients
             _settle(device)
@@ -120,7 +123,7 @@ def measure(forward: Probe, blocks: int, device: torch.device) -> Sizes:
         kept[keep] = Line.through(*points)
         working.append(Line.through(*excess))
     most = Line(max(line.fixed for line in working), max(line.per_token for line in working))
-    return Sizes(kept, most, blocks)
+    return Sizes(kept, most, blocks - 1)
 
 
 def available_bytes(device: torch.device, budget_gib: float | None, pending: int) -> float:

@@ -30,7 +30,7 @@ from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.block import Keep
 from ztrain.errors import InputError
-from ztrain.memory import GIB, Budget, available_bytes
+from ztrain.memory import GIB, Budget, available_bytes, use_growing_segments
 
 SIDES = (512, 640, 768, 896, 1024, 1280, 1536)
 BATCHES = (1, 2, 4)
@@ -128,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU, a rehearsal; needs --out")
     options = parser.parse_args(arguments)
+    use_growing_segments()
     if options.tiny and options.out == RESULTS:
         parser.error("--tiny needs --out: its figures are no results")
     if not options.tiny and not torch.cuda.is_available():

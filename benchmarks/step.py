@@ -46,7 +46,7 @@ from ztrain.blocks import slow_because, use_fast_blocks, use_stock_blocks
 from ztrain.conditioning import IMAGE, Encoded, TokenStates
 from ztrain.dit import PATCH, REAL_CONFIG, Keeping
 from ztrain.graphs import Replays
-from ztrain.memory import Budget, available_bytes, measure
+from ztrain.memory import Budget, available_bytes, measure, use_growing_segments
 from ztrain.model import AdaptedDiT
 from ztrain.tune import REPLAYED_TOKENS
 
@@ -326,6 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU, a rehearsal; needs --out")
     parser.add_argument("--miniature", action="store_true", help="the shipped family's size on the CPU")
     options = parser.parse_args(arguments)
+    use_growing_segments()
     is_real = not (options.tiny or options.miniature)
     size, cases = (MINIATURE, MINIATURE_CASES) if options.miniature else (TINY if options.tiny else REAL, CASES)
     if unknown := sorted(set(options.cases) - set(cases)):

@@ -75,8 +75,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
         "flow", "prepare", "samples", "together", "tracking", "tune", "validate", "yamls",
     },
     "train": {
-        "batches", "checkpoint", "config", "flow", "interrupt", "meter", "run", "sampler", "samples", "stats",
-        "together",
+        "batches", "checkpoint", "config", "flow", "interrupt", "memory", "meter", "run", "sampler", "samples", "stats",
+        "together", "tune",
     },
     "from_checkpoint": {"checkpoint", "config", "dit", "models", "run"},
     "grid": set(),

@@ -1,13 +1,22 @@
 """The activation budget: what it gives never takes more than there is, and no more is computed again than must be."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.test_main_path import QUIET, ROOT, losses, paintings
+from tests.triplets import model_words
 from ztrain.block import Keep
 from ztrain.errors import InputError
 from ztrain.memory import GIB, Budget, Line, Sizes
 
+__all__ = ["paintings"]  # a fixture
+pytestmark = pytest.mark.usefixtures("forge")
 SIZES = Sizes(
     kept={
         Keep.NOTHING: Line(1e6, 30 * 7680.0),
@@ -57,3 +66,53 @@ def test_a_line_goes_through_its_measurements_and_never_falls() -> None:
     assert line.per_token == 2.0 and line.at(576) == 1352.0 and line.at(4096) == 8392.0
     flat = Line.through((576, 1000.0), (1600, 900.0))
     assert flat.per_token == 0.0 and flat.at(5000) == 900.0
+
+
+SHORT = """
+import sys, torch
+from ztrain import run, train
+from ztrain.block import Keep
+from ztrain.memory import Budget, Line, Sizes
+
+class Short(Budget):
+    '''Of a card that has less than was measured: its fourth forward pass fails, and its eighth backward pass.'''
+    passes = 0
+    def __call__(self, tokens, blocks):
+        Short.passes += 1
+        if Short.passes == 4:
+            raise torch.OutOfMemoryError("forward")
+        return super().__call__(tokens, blocks)
+
+def fail(gradient):
+    if Short.passes == 8:
+        raise torch.OutOfMemoryError("backward")
+
+def tune(model, *_, **__):
+    model.execution.keeping = Short(Sizes(dict.fromkeys(Keep, Line(0, 0)), Line(0, 0), 1), 2.0 ** 30)
+    next(p for p in model.parameters() if p.requires_grad).register_hook(fail)
+
+if sys.argv.pop(1) == "short":
+    run.tune = tune
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_where_memory_is_short_a_step_is_computed_again_with_less_kept(
+    family: Path, paintings: Path, tmp_path: Path
+) -> None:
+    """In the second of two micro-steps: forward in step 2, backward in step 3. The losses are an undisturbed run's."""
+    for name in ("short", "enough"):
+        words = ["--config", "configs/lora.yaml", "configs/tiny.yaml", *model_words(family), *QUIET]
+        words += ["--data.train_data_dir", str(paintings), "--cache.dir", str(paintings.parent / "cache")]
+        words += ["--train.gradient_accumulation_steps", "2", "--train.max_train_steps", "4"]
+        done = subprocess.run(
+            [sys.executable, "-c", SHORT, name, *words, "--output_dir", str(tmp_path / name)],
+            capture_output=True, text=True, cwd=ROOT, env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        said = [line for line in done.stdout.splitlines() if line.startswith("activations may take")]
+        assert [line[:52] for line in said] == [
+            "activations may take 0.96 GiB from step 2 on: memory",
+            "activations may take 0.92 GiB from step 3 on: memory",
+        ] * (name == "short")
+    assert losses(tmp_path / "short") == losses(tmp_path / "enough") and len(losses(tmp_path / "short")) == 4

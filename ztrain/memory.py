@@ -6,8 +6,9 @@ keep: first what costs most to compute again for its bytes, in all blocks, then 
 batch that does not fit with nothing kept is refused by name; no batch is ever made smaller.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -19,6 +20,9 @@ from ztrain.errors import InputError
 GIB = 2**30
 _RESERVE = 0.015
 """Share of the budget that is never planned with: what the allocator cannot use between tensors of mixed sizes."""
+
+_LOWERED = 0.04
+"""Share that a budget loses where memory was short all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,16 @@ class Budget:
                 break
             free, below = free - count * bytes_more, below + bytes_more
         return kept
+
+    def lowered(self) -> "Budget":
+        return replace(self, available=self.available * (1 - _LOWERED))
+
+
+def use_growing_segments() -> None:
+    """Before a process first uses CUDA: its allocator's segments can then grow, and less memory is lost between tensors
+    of mixed sizes. What the user has set stands."""
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 Probe: TypeAlias = Callable[[Callable[[int, int], Sequence[Keep]], bool], Tensor]

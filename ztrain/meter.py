@@ -65,6 +65,10 @@ class Meter:
         self.seen += [(key.index, float(s)) for key, s in zip(keys, sigma, strict=True)]  # sigma is on the CPU
         self.of_samples.append(losses.detach())
 
+    def forget(self) -> None:
+        """The step's micro-steps so far: they are computed again."""
+        self.seen, self.of_samples = [], []
+
     def agree(self, grad_norm: Tensor | float, received: int) -> int:
         """The signal that any process has received, 0 for none. Raises RuntimeError on every process where a loss or
         the gradient norm of any is not finite: before the optimizer's step, so the weights are still good."""
@@ -75,7 +79,8 @@ class Meter:
         mine = torch.cat([head, known.flatten(), losses])
         together = self.accelerator.gather(mine.unsqueeze(0)).cpu()  # (P, 2 + 3 n): the step's one wait for the device
         samples = together[:, 2:].view(len(together), 3, -1)
-        self.seen, self.of_samples, self.grad_norm = [], [], float(together[0, 1])
+        self.grad_norm = float(together[0, 1])
+        self.forget()
         bad = [int(index) for index in samples[:, 0][~samples[:, 2].isfinite()]]
         if bad or not together[:, 1].isfinite().all():
             named = f"the loss of samples {bad[:8]} (from 0, in the order of the data)" if bad else "the gradient norm"

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from ztrain.batches import Loader
+from ztrain.batches import Batch, Loader
 from ztrain.config import Config, load_config
 from ztrain.errors import sentence
 from ztrain.flow import (
@@ -30,12 +31,14 @@ from ztrain.flow import (
     velocity_losses,
 )
 from ztrain.interrupt import Interruption, end_with_launcher
+from ztrain.memory import use_growing_segments
 from ztrain.meter import Meter
 from ztrain.run import Run, after_step, build, enter_folder, export, recorded, save
 from ztrain.sampler import MicroBatches, Mixture
 from ztrain.samples import Samples
 from ztrain.stats import check_statistics
 from ztrain.together import MENDABLE
+from ztrain.tune import keep_less
 
 _COLLECTIVE_TIMEOUT = timedelta(hours=1)  # a process may fill its part of the cache while the others wait
 
@@ -86,38 +89,26 @@ def train(config: Config) -> Outcome:
 
 
 def _loop(run: Run, order: MicroBatches, interruption: Interruption) -> Outcome:
-    config, accelerator, model, t = run.config, run.accelerator, run.model, run.config.train
-    density = run.density
-    trained, weight = list(run.trained.values()), config.flow.loss_weight
+    config, accelerator, t = run.config, run.accelerator, run.config.train
+    trained = list(run.trained.values())
     loader = Loader(config, run.cache, run.samples.trained, order)
     saved: Path | None = None
     with Meter(run.step, t.max_train_steps, t.logging_steps, accelerator) as meter:
         if run.step == 0:
             after_step(run, {})
+        begun: list[tuple[int, Batch]] = []  # micro-steps since the optimizer's last step
         for micro_step, batch in enumerate(meter.timed(loader), start=order.first):
-            # --- one micro-step --------------------------------------------------------------------------------
-            batch = batch.to(accelerator.device)
-            latents, encoded = batch.latents, batch.encoded  # B x (C, H, W)
-            seed_micro_step(config.seed, micro_step, accelerator.process_index)
+            begun.append((micro_step, batch.to(accelerator.device)))
             with accelerator.accumulate(run.wrapped):
-                noise, sigma = draw_noise(batch.keys, latents), draw_sigma(batch.keys, density)  # ..., (B,)
-                noisy = [interpolate(x, n, float(s)) for x, n, s in zip(latents, noise, sigma, strict=True)]
-                prior = _prior_shares(encoded.with_reference, t.prior_weight)  # (B,)
-                base_velocity = model.base_velocity(noisy, sigma, encoded) if prior.any() else None
-                velocity = run.wrapped(noisy, sigma, encoded)
-                losses = velocity_losses(velocity, latents, noise, sigma, weight)  # (B,)
-                if base_velocity is not None:
-                    losses = keep_prior(losses, velocity, base_velocity, sigma, prior, weight)
-                accelerator.backward(losses.mean())
-                meter.add(batch.keys, sigma, losses)
+                _add_gradients(run, meter, begun)
                 if accelerator.sync_gradients:
                     check_first_gradients(run)
                     grad_norm = accelerator.clip_grad_norm_(trained, t.max_grad_norm)
                     stop = meter.agree(grad_norm, interruption.received)  # all stop here where one is not finite
                 run.optimizer.step()
                 run.optimizer.zero_grad()
-            # ---------------------------------------------------------------------------------------------------
             if accelerator.sync_gradients:
+                begun = []
                 values = meter.finish_step(run.schedule.get_last_lr()[0])
                 run.schedule.step()
                 run.step += 1
@@ -130,6 +121,44 @@ def _loop(run: Run, order: MicroBatches, interruption: Interruption) -> Outcome:
                 if stop:
                     return Outcome(signal=stop, checkpoint=saved)
     return Outcome(exported=export(run))
+
+
+def _add_gradients(run: Run, meter: Meter, begun: Sequence[tuple[int, Batch]]) -> None:
+    """Those of the last micro-step that has begun; where memory is short, of all of them again, with less kept.
+
+    Nothing that is drawn changes by it. How much memory lies idle between tensors, no measurement could tell before.
+    """
+    wanted = begun[-1:]
+    while wanted:
+        try:
+            for micro_step, batch in wanted:
+                _micro_step(run, meter, micro_step, batch)
+            return
+        except torch.OutOfMemoryError:
+            if (less := keep_less(run.model.execution, run.accelerator.num_processes)) is None:
+                raise
+        tqdm.write(f"{less} from step {run.step + 1} on: memory was short, and the step is computed again")
+        # Here, where the error no longer holds what it was about.
+        run.model.zero_grad(set_to_none=True)
+        meter.forget()
+        torch.cuda.empty_cache()
+        wanted = begun
+
+
+def _micro_step(run: Run, meter: Meter, micro_step: int, batch: Batch) -> None:
+    config, model = run.config, run.model
+    latents, encoded = batch.latents, batch.encoded  # B x (C, H, W)
+    seed_micro_step(config.seed, micro_step, run.accelerator.process_index)
+    noise, sigma = draw_noise(batch.keys, latents), draw_sigma(batch.keys, run.density)  # ..., (B,)
+    noisy = [interpolate(x, n, float(s)) for x, n, s in zip(latents, noise, sigma, strict=True)]
+    prior = _prior_shares(encoded.with_reference, config.train.prior_weight)  # (B,)
+    base_velocity = model.base_velocity(noisy, sigma, encoded) if prior.any() else None
+    velocity = run.wrapped(noisy, sigma, encoded)
+    losses = velocity_losses(velocity, latents, noise, sigma, config.flow.loss_weight)  # (B,)
+    if base_velocity is not None:
+        losses = keep_prior(losses, velocity, base_velocity, sigma, prior, config.flow.loss_weight)
+    run.accelerator.backward(losses.mean())
+    meter.add(batch.keys, sigma, losses)
 
 
 def _prior_shares(with_reference: Sequence[bool], prior_weight: float) -> Tensor:
@@ -157,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", nargs="+", type=Path, required=True)
     known, overrides = parser.parse_known_args(arguments)
     end_with_launcher()
+    use_growing_segments()
     try:
         return report(train(load_config(known.config, overrides, "ztrain.train")))
     except MENDABLE as error:

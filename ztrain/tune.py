@@ -17,7 +17,7 @@ from ztrain.blocks import reads_real, slow_because
 from ztrain.cache import Cache
 from ztrain.compiling import compile_blocks
 from ztrain.config import Config
-from ztrain.dit import PATCH, Keeping
+from ztrain.dit import PATCH, Execution, Keeping
 from ztrain.errors import InputError
 from ztrain.flow import velocity_losses
 from ztrain.graphs import Replays
@@ -120,6 +120,14 @@ def tune(
             budget = Budget(sizes, available)
             model.execution.keeping = budget
             say(_describe(budget, len(model.dit.layers)))
+
+
+def keep_less(execution: Execution, num_processes: int) -> str | None:
+    """Lowers the budget of a model, and says to what; None where it has none, or where other processes would wait."""
+    if not isinstance(execution.keeping, Budget) or num_processes > 1:
+        return None
+    execution.keeping = execution.keeping.lowered()
+    return f"activations may take {execution.keeping.available / GIB:.2f} GiB"
 
 
 def _image_tokens(samples: Samples) -> int:

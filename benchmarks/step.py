@@ -7,8 +7,8 @@ is run by each way of WAYS, one after the other on an empty card, with the same 
 cases that are not named stay in the file.
 Out: step_<gpu>.json, {"command", "machine", "versions", "date", "ceilings_tflops", "rows"}; a row: case, way, ms
 (median of STEPS after WARM_UPS, from CUDA events between steps that follow each other without a pause), spread (their
-range), peak_gib, mfu (FLOPs that a step needs), hfu (FLOPs with what diffusers computes again), and, for ours, kept
-(blocks by what they keep), kernels (with --profile: milliseconds of the card by kind), reference (the fastest other
+range), peak_gib, mfu (FLOPs that a step needs), hfu (FLOPs with what is computed again; None where blocks keep a part),
+and, for ours, kept (blocks by what they keep), kernels (with --profile: milliseconds of the card by kind), reference (the fastest other
 way) and ratio (ours / reference). FLOPs are of matrix products and attention, counted with diffusers' blocks, not
 estimated. `--tiny`: a small model in float32 on the CPU: does everything run? `--miniature`: the shipped family's size.
 """
@@ -374,6 +374,8 @@ def compare(
         row = row_of(name, case, way, size, device, profiles and way.startswith("ztrain"))
         seconds = row["ms"] / 1e3
         row |= {"mfu": flops["needed"] / seconds / 1e12 / ceiling, "hfu": flops["launched"] / seconds / 1e12 / ceiling}
+        if list(row.get("kept", ())) not in ([], ["nothing"], ["everything"]):
+            row["hfu"] = None
         row["tflop_needed"] = flops["needed"] / 1e12
         others = [other for other in rows if other["way"].startswith("diffusers")]
         if way.startswith("ztrain") and others:

@@ -220,7 +220,7 @@ def write(out: Path, gpu: str, row: dict[str, Any], caching: dict[str, Any]) -> 
     document = {
         "command": "python -m benchmarks.train_real_size --work /tmp/real --out benchmarks/results",
         "what": f"configs/*_24gb.yaml at 1024 px in {BUDGET_GIB:g} GiB, random weights; peak_gib: of whole runs,"
-        " validation and previews in",
+        " validation and previews in; rows without reserved_gib are older, with every block computed again",
         "machine": {"gpu": gpu, "torch": torch.__version__, "cpus": os.cpu_count()},
         "rows": [other for other in known["rows"] if other["list"] != row["list"]] + [row],
         "caching": [other for other in known["caching"] if other["list"] != row["list"]] + [caching],

@@ -100,7 +100,5 @@ def test_schedules_warm_up_and_end_where_they_should(schedule: str, expected: li
 def test_configs_for_a_24gb_card_train_the_same_lists(name: str) -> None:
     plain, real = (load_config([ROOT / "configs" / f"{file}.yaml"]) for file in (name, f"{name}_24gb"))
     assert real.adapters == plain.adapters and real.output_dir == plain.output_dir
-    assert (
-        real.data.resolution == 1024 and real.train.train_batch_size == 1 and real.train.gradient_checkpointing == "on"
-    )
-    assert real.train.mixed_precision == "bf16"
+    assert real.data.resolution == 1024 and real.train.train_batch_size == 1
+    assert real.train.mixed_precision == "bf16" and real.train.gradient_checkpointing != "off"

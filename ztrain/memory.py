@@ -20,7 +20,8 @@ from ztrain.errors import InputError
 GIB = 2**30
 _RESERVE = 0.015
 """Share of the budget that is never planned with: what the allocator cannot use between tensors of mixed sizes."""
-
+_MEASURED = 6
+"""Blocks that keep more than nothing while it is measured what they keep."""
 _LOWERED = 0.04
 """Share that a budget loses where memory was short all the same."""
 
@@ -46,8 +47,8 @@ class Line:
 class Sizes:
     """What a step takes above what is there between steps.
 
-    kept: after the forward pass, where all blocks but the first keep as much, and that nothing; working: beyond that,
-    while one block is computed; blocks: all but the first.
+    kept: after the forward pass, where the last `blocks` keep as much, and those before them nothing; working: beyond
+    that, while one block is computed.
     """
 
     kept: Mapping[Keep, Line]
@@ -109,7 +110,12 @@ Probe: TypeAlias = Callable[[Callable[[int, int], Sequence[Keep]], bool], Tensor
 
 
 def measure(forward: Probe, blocks: int, device: torch.device) -> Sizes:
-    """Of two blocks or more, on a CUDA device. The gradients that it leaves are the caller's to clear."""
+    """Of two blocks or more, on a CUDA device. The gradients that it leaves are the caller's to clear.
+
+    Only a few blocks, the last, keep more than nothing: all might not fit. Before the first block nothing has a
+    gradient, so that a compiler makes a function of its own for it, for each way of keeping.
+    """
+    few = min(_MEASURED, blocks - 1)
     kept: dict[Keep, Line] = {}
     working = []
     for keep in Keep:
@@ -119,9 +125,7 @@ def measure(forward: Probe, blocks: int, device: torch.device) -> Sizes:
 
             def keeping(count: int, blocks: int, keep: Keep = keep, tokens: list[int] = tokens) -> Sequence[Keep]:
                 tokens.append(count)
-                # Nothing before the first block has a gradient, so that a compiler makes a function of its own for it,
-                # for each way of keeping; and a budget lets it keep least.
-                return [Keep.NOTHING] + [keep] * (blocks - 1)
+                return [Keep.NOTHING] * (blocks - few) + [keep] * few
 
             forward(keeping, is_larger).backward()  # compiles, and makes gradients
             _settle(device)
@@ -137,7 +141,7 @@ def measure(forward: Probe, blocks: int, device: torch.device) -> Sizes:
         kept[keep] = Line.through(*points)
         working.append(Line.through(*excess))
     most = Line(max(line.fixed for line in working), max(line.per_token for line in working))
-    return Sizes(kept, most, blocks - 1)
+    return Sizes(kept, most, few)
 
 
 def available_bytes(device: torch.device, budget_gib: float | None, pending: int) -> float:

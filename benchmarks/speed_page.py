@@ -1,0 +1,124 @@
+"""Puts what was measured of training steps into docs/speed.md: its tables, and the picture beside it.
+
+    python -m benchmarks.speed_page
+
+In: step_nvidia_h200.json and step_miniature.json (benchmarks/step.py), train_real_size_nvidia_h200.json
+(benchmarks/train_real_size.py), of benchmarks/results. Out: docs/speed.md between its marks, docs/speed.svg.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import step_plot
+from benchmarks.pages import ROOT, write_page
+
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+CASES = {
+    "lora_1024_b1_full_recompute": "LoRA of rank 16 on attention, 1024 px, all computed again",
+    "lora_1024_b1_costly_kept": "the same, attention and the last products kept",
+    "lora_1024_b1_24gib": "the same, in 24 GiB",
+    "lora_1024_b1_no_recompute": "the same, nothing computed again",
+    "lora_512_b1": "the same, 512 px",
+    "lora_default_1024_b1_24gib": "`[splice, lora]`, in 24 GiB",
+    "siglip_1024_b1_24gib": "`[siglip]`, in 24 GiB",
+    "siglip_lora_1024_b1_24gib": "`[siglip, lora]`, in 24 GiB",
+    "projector_1024_b1_24gib": "`[projector]`, in 24 GiB",
+    "lora_1024_b4": "LoRA of rank 16, batch of 4",
+    "mixed_captions_b4": "the same, captions of 4 lengths",
+    "siglip_miniature_b16": "`[siglip]`",
+    "siglip_lora_miniature_b16": "`[siglip, lora]`",
+    "splice_lora_miniature_b16": "`[splice, lora]`",
+    "projector_miniature_b16": "`[projector]`",
+}
+WHOLE = {"splice_lora": "`[splice, lora]`", "siglip": "`[siglip]`", "siglip_lora": "`[siglip, lora]`",
+         "projector": "`[projector]`", "lora": "`[lora]`"}  # fmt: skip
+_WORDS = {"diffusers": "diffusers + peft", "diffusers_compiled": "the same, compiled"}
+
+
+def _told(document: dict[str, Any]) -> str:
+    """Machine, versions and date."""
+    machine = document["machine"]
+    versions = document.get("versions", {"torch": machine["torch"]})
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    device, date = machine.get("device") or machine["gpu"], document.get("date")
+    return ", ".join([device, named, *([date] if date else [])])
+
+
+def step_table(document: dict[str, Any]) -> str:
+    """Milliseconds and peak memory of each way, ours over the faster other one, and where our time goes."""
+    rows = document["rows"]
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    ours = next(way for way in ways if way.startswith("ztrain"))
+    others = [way for way in ways if way != ours]
+    has_peaks = any(row["peak_gib"] for row in rows)
+    what = "milliseconds, GiB" if has_peaks else "milliseconds"
+    heads = [*(_WORDS[way] for way in others), "ztrain", "of the faster", "needed FLOPs at the card's best"]
+    lines = [f"| {what} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        found = {row["way"]: row for row in rows if row["case"] == case}
+        cells = [_time(found[way]) for way in (*others, ours)]
+        mine = found[ours]
+        lines.append(f"| {CASES[case]} | {' | '.join(cells)} | {mine['ratio']:.2f} | {_ms(mine['ms'] * mine['mfu'])} |")
+    return "\n".join([*lines, "", f"Medians of 10 steps, and peaks; {_told(document)}."])
+
+
+def _ms(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}"
+
+
+def _time(row: dict[str, Any]) -> str:
+    return _ms(row["ms"]) + (f", {row['peak_gib']:.1f}" if row["peak_gib"] else "")
+
+
+def kernel_table(document: dict[str, Any]) -> str:
+    """Where a step of ours spends its time, and what its blocks keep."""
+    lines = [
+        "| milliseconds of the card | matrix products | attention | all else | idle | kernels | blocks keep |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        if "kernels" in row:
+            spent = dict(row["kernels"])
+            products, attention = spent.pop("matrix products"), spent.pop("attention")
+            launches, idle = spent.pop("launches"), spent.pop("idle")
+            kept = ", ".join(f"{level} {count}" for level, count in row["kept"].items())
+            cells = [*(f"{value:.1f}" for value in (products, attention, sum(spent.values()), idle)), f"{launches:.0f}"]
+            lines.append(f"| {CASES[row['case']]} | {' | '.join(cells)} | {kept} |")
+    best = ", ".join(f"{name.replace('_', ' ')} {rate:.0f}" for name, rate in document["ceilings_tflops"].items())
+    return "\n".join([*lines, "", f"The card's best at these shapes, in TFLOP/s: {best}."])
+
+
+def whole_table(document: dict[str, Any]) -> str:
+    """Peaks and step times of whole runs."""
+    lines = ["| | steps | peak, GiB | reserved, GiB | milliseconds a step |", "|---|---|---|---|---|"]
+    for name, label in WHOLE.items():
+        for row in document["rows"]:
+            if row["list"] == name and "reserved_gib" in row:
+                peaks = f"{row['peak_gib']:.1f} | {row['reserved_gib']:.1f}"
+                lines.append(f"| {label} | {row['steps']} | {peaks} | {row['ms']:.0f} |")
+    return "\n".join([*lines, "", f"{_told(document)}."])
+
+
+def tables(results: Path) -> str:
+    step, miniature, whole = (
+        json.loads((results / name).read_text(encoding="utf-8"))
+        for name in ("step_nvidia_h200.json", "step_miniature.json", "train_real_size_nvidia_h200.json")
+    )
+    parts: Sequence[tuple[str, str]] = (
+        ("One step", step_table(step)),
+        ("Where it goes", kernel_table(step)),
+        ("Whole runs in 24 GiB", whole_table(whole)),
+        ("The miniature on a CPU", step_table(miniature)),
+    )
+    return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts)
+
+
+def main() -> None:
+    step_plot.draw(DOCS / "speed.svg", step_plot.read(RESULTS / "step_nvidia_h200.json"))
+    write_page(DOCS / "speed.md", tables(RESULTS))
+
+
+if __name__ == "__main__":
+    main()

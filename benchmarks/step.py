@@ -8,9 +8,10 @@ cases that are not named stay in the file.
 Out: step_<gpu>.json, {"command", "machine", "versions", "date", "ceilings_tflops", "rows"}; a row: case, way, ms
 (median of STEPS after WARM_UPS, from CUDA events between steps that follow each other without a pause), spread (their
 range), peak_gib, mfu (FLOPs that a step needs), hfu (FLOPs with what is computed again; None where blocks keep a part),
-and, for ours, kept (blocks by what they keep), kernels (with --profile: milliseconds of the card by kind), reference (the fastest other
-way) and ratio (ours / reference). FLOPs are of matrix products and attention, counted with diffusers' blocks, not
-estimated. `--tiny`: a small model in float32 on the CPU: does everything run? `--miniature`: the shipped family's size.
+and, for ours, kept (blocks by what they keep), kernels (with --profile: milliseconds of the card by kind), reference
+(the fastest other way) and ratio (ours / reference). FLOPs are of matrix products and attention, counted with
+diffusers' blocks, not estimated. `--tiny`: a small model in float32 on the CPU: does everything run? `--miniature`: the shipped
+family's size.
 """
 
 import argparse

@@ -10,8 +10,8 @@ Out: step_<gpu>.json, {"command", "machine", "versions", "date", "ceilings_tflop
 range), peak_gib, mfu (FLOPs that a step needs), hfu (FLOPs with what is computed again; None where blocks keep a part),
 and, for ours, kept (blocks by what they keep), kernels (with --profile: milliseconds of the card by kind), reference
 (the fastest other way) and ratio (ours / reference). FLOPs are of matrix products and attention, counted with
-diffusers' blocks, not estimated. `--tiny`: a small model in float32 on the CPU: does everything run? `--miniature`: the shipped
-family's size.
+diffusers' blocks, not estimated. `--tiny`: a small model in float32 on the CPU: does everything run?
+`--miniature`: the shipped family's size.
 """
 
 import argparse

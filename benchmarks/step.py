@@ -4,7 +4,7 @@
 
 Random bf16 weights of the real size on one GPU: forward, backward and an AdamW step of the trained weights. Every case
 is run by each way of WAYS, one after the other on an empty card, with the same weights, noise and prompts. Rows of
-cases that are not named stay in the file.
+other cases and ways stay in the file, if machine and versions are the same; its date and ceilings are the last call's.
 Out: step_<gpu>.json, {"command", "machine", "versions", "date", "ceilings_tflops", "rows"}; a row: case, way, ms
 (median of STEPS after WARM_UPS, from CUDA events between steps that follow each other without a pause), spread (their
 range), peak_gib, mfu (FLOPs that a step needs), hfu (FLOPs with what is computed again; None where blocks keep a part),
@@ -351,15 +351,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu = "miniature" if options.miniature else document["machine"]["device"].lower().replace(" ", "_")
     path = options.out / f"step_{gpu}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    wanted = options.cases or list(cases)
-    if path.exists():  # cases that are not named stay, if they were measured with the same
+    order = list(cases)
+    if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         if all(before[key] == document[key] for key in ("machine", "versions")):
-            document["rows"] = [row for row in before["rows"] if row["case"] not in wanted]
-    for name in wanted:
+            document["rows"] = [row for row in before["rows"] if row["case"] in cases]
+    for name in options.cases or order:
         rows = compare(name, cases[name], options.ways, size, device, max(known.values()), options.profile)
-        document["rows"] += rows
-        document["rows"].sort(key=lambda row: list(cases).index(row["case"]))
+        new = {(row["case"], row["way"]) for row in rows}
+        document["rows"] = [row for row in document["rows"] if (row["case"], row["way"]) not in new] + rows
+        document["rows"].sort(key=lambda row: order.index(row["case"]))
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
     return 0

@@ -127,21 +127,22 @@ def prepare(work: Path, is_real: bool) -> Path:
     """Builds in `work` what it lacks of the family, whose folder this returns, and the triplets."""
     work.mkdir(parents=True, exist_ok=True)
     tiny, family, half = work / "tiny", work / "family", work / "family.half"
-    if not tiny.exists():
-        run("ztrain.mini.family", "--out", str(tiny))
+    run("ztrain.mini.family", "--out", str(tiny))  # which leaves a whole one as it is
     if is_real and not family.exists():
         shutil.rmtree(half, ignore_errors=True)
         build_real_family(tiny, half)
         half.rename(family)
         torch.cuda.empty_cache()
     if not (work / "triplets").exists():
-        shutil.rmtree(work / "drawings", ignore_errors=True)
+        for name in ("drawings", "triplets.half"):
+            shutil.rmtree(work / name, ignore_errors=True)
         run("ztrain.mini.style_folders", "--out", str(work / "drawings"))
         vary(work / "drawings")
         (work / "build.yaml").write_text(
             "images: drawings/images\ncontents: drawings/contents.csv\nmax_triplets_per_split: 48\n"
         )
-        run("data_tools.build", "--config", str(work / "build.yaml"), "--out", str(work / "triplets"))
+        run("data_tools.build", "--config", str(work / "build.yaml"), "--out", str(work / "triplets.half"))
+        (work / "triplets.half").rename(work / "triplets")
     return family if is_real else tiny
 
 

@@ -61,6 +61,20 @@ def test_more_memory_or_fewer_tokens_never_keep_less(tokens: int, gib: float, mo
         assert all(a <= b for a, b in zip(keeps, other, strict=True))
 
 
+@given(tokens=st.integers(32, 20_000), gib=st.floats(1.0, 50.0))
+def test_where_memory_is_short_each_time_less_is_kept_and_no_batch_is_refused_for_it(tokens: int, gib: float) -> None:
+    budget = Budget(SIZES, gib * GIB)
+    assert not budget.keep_less()  # nothing has been asked for
+    try:
+        plans = [budget(tokens, 30)]
+    except InputError:
+        return
+    while budget.keep_less():
+        plans.append(budget(tokens, 30))
+        assert plans[-1] != plans[-2] and all(a <= b for a, b in zip(plans[-1], plans[-2], strict=True))
+    assert set(plans[-1]) == {Keep.NOTHING} and len(plans) < 40
+
+
 def test_a_line_goes_through_its_measurements_and_never_falls() -> None:
     line = Line.through((576, 1352.0), (1600, 3400.0))
     assert line.per_token == 2.0 and line.at(576) == 1352.0 and line.at(4096) == 8392.0
@@ -88,7 +102,8 @@ def fail(gradient):
         raise torch.OutOfMemoryError("backward")
 
 def tune(model, *_, **__):
-    model.execution.keeping = Short(Sizes(dict.fromkeys(Keep, Line(0, 0)), Line(0, 0), 1), 2.0 ** 30)
+    kept = {keep: Line(gib * 2**30, 0) for keep, gib in zip(Keep, (0, 0.5, 0.75, 1), strict=True)}
+    model.execution.keeping = Short(Sizes(kept, Line(0, 0), 1), 2.0 * 2**30)
     next(p for p in model.parameters() if p.requires_grad).register_hook(fail)
 
 if sys.argv.pop(1) == "short":
@@ -112,7 +127,7 @@ def test_where_memory_is_short_a_step_is_computed_again_with_less_kept(
         assert done.returncode == 0, done.stdout + done.stderr
         said = [line for line in done.stdout.splitlines() if line.startswith("activations may take")]
         assert [line[:52] for line in said] == [
-            "activations may take 0.96 GiB from step 2 on: memory",
-            "activations may take 0.92 GiB from step 3 on: memory",
+            "activations may take 1.92 GiB from step 2 on: memory",
+            "activations may take 1.68 GiB from step 3 on: memory",
         ] * (name == "short")
     assert losses(tmp_path / "short") == losses(tmp_path / "enough") and len(losses(tmp_path / "short")) == 4

@@ -150,7 +150,7 @@ def forward(
     parts = [rows for rows in (image_rows, reference_rows, caption_rows) if rows is not None]
     sequencing = layouts.sequence(parts, device)
     keeps = keeping(image_rows.batch * sequencing.length, len(dit.layers))
-    refined = Keep.NOTHING if Keep.NOTHING in keeps else Keep.EVERYTHING
+    refined = min(keeps) if min(keeps) == Keep.EVERYTHING else Keep.NOTHING  # as a budget has measured them
 
     stacked = stacks(noisy)
     patches = dit.all_x_embedder[f"{PATCH}-1"](torch.cat([_patchify(samples) for samples in stacked]).to(dtype))
@@ -187,7 +187,7 @@ def _reference_grids(
 
 
 class _Block(NamedTuple):
-    """Tokens of one kind, or all: states (B, N, d); rotary factors (B, N, d_head / 2), one row if all samples share it;
+    """Tokens of one kind, or all: states (B, N, d); rotary factors as blocks.py gives them, one row if all share it;
     what of them is attended to."""
 
     states: Tensor

@@ -1,6 +1,6 @@
 """The main blocks as CUDA graphs, for batches that a card computes faster than its host can ask for.
 
-A step of 512 x 512 pixels is over 3,000 kernels, which an H200 computes faster than its host asks for them one by one;
+A step of 512 x 512 pixels is 2,000 kernels, which an H200 computes faster than its host asks for them one by one;
 a graph asks for all at once. Graphs are recorded through torch.cuda.make_graphed_callables, one for each shape, when it
 comes for the second time.
 """
@@ -59,6 +59,9 @@ class Replays:
             if len(self._graphs) > _GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
+        if row is not None and row.dtype == torch.float32 and row.requires_grad:
+            # A conversion copies. Without one the weights' gradients would be parts of the graph's own memory.
+            row.register_hook(Tensor.clone)
         return self._graphs[key](*inputs.values())
 
     def _gives_all_gradients(self, layers: nn.ModuleList, row: Tensor | None) -> bool:

@@ -89,7 +89,7 @@ class Layouts:
         return self._once(("sequence", tuple(ends), lengths, device), make)
 
     def line(self, length: int, device: torch.device) -> Tensor:
-        """Rotary factors of captions, (1, length, d_head / 2): positions 1, 2, ... on the first axis, pads count on."""
+        """Rotary factors of captions, one row of blocks.py's: positions 1, 2, ... on the first axis, pads count on."""
 
         def make() -> Tensor:
             positions = torch.zeros((length, 3), dtype=torch.int64, device=device)
@@ -99,7 +99,7 @@ class Layouts:
         return self._once(("line", length, device), make)
 
     def grids(self, grids: Sequence[Sequence[Grid]], length: int, device: torch.device) -> Tensor:
-        """Rotary factors of each sample's grids, (B, length, d_head / 2), or one row if all have the same."""
+        """Rotary factors of each sample's grids, B rows of blocks.py's, or one row if all have the same."""
         layouts = tuple(tuple(sample) for sample in grids)
         distinct = {layout: i for i, layout in enumerate(dict.fromkeys(layouts))}
 

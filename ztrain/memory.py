@@ -8,7 +8,7 @@ batch that does not fit with nothing kept is refused by name; no batch is ever m
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -22,8 +22,8 @@ _RESERVE = 0.015
 """Share of the budget that is never planned with: what the allocator cannot use between tensors of mixed sizes."""
 _MEASURED = 6
 """Blocks that keep more than nothing while it is measured what they keep."""
-_LOWERED = 0.04
-"""Share that a budget loses where memory was short all the same."""
+_WITHHELD = 0.04
+"""Share of a budget that is withheld at a time where memory was short all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +64,33 @@ class Sizes:
         return self.kept[Keep.NOTHING].at(tokens) + self.working.at(tokens)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Budget:
     """What each main block keeps, of a batch's tokens and the number of blocks: a `Keeping` of dit.py.
 
-    available: bytes for what a step takes above what is there between steps.
+    available: bytes for what a step takes above what is there between steps; withheld: of these, what is not planned
+    with, because it was short all the same; last: the batch that was asked for last.
     """
 
     sizes: Sizes
     available: float
+    withheld: float = 0.0
+    last: tuple[int, int] | None = None
 
     def __call__(self, tokens: int, blocks: int) -> Sequence[Keep]:
         """Raises InputError where a batch does not fit with nothing kept."""
+        self.last = (tokens, blocks)
+        return self.plan(tokens, blocks)
+
+    def keep_less(self) -> bool:
+        """Withholds more, until the last batch keeps less; False where it keeps nothing already."""
+        if self.last is None or max(before := self.plan(*self.last)) == Keep.NOTHING:
+            return False
+        while self.plan(*self.last) == before:
+            self.withheld += _WITHHELD * self.available
+        return True
+
+    def plan(self, tokens: int, blocks: int) -> Sequence[Keep]:
         free = self.available - self.sizes.least(tokens)
         if free < 0:
             raise InputError(
@@ -83,6 +98,7 @@ class Budget:
                 f" nothing kept, and {self.available / GIB:.1f} GiB are there; lower train.train_batch_size or"
                 " data.resolution, or raise memory.budget_gib"
             )
+        free = max(0.0, free - self.withheld)
         kept, below = [Keep.NOTHING] * blocks, 0.0
         for keep in (Keep.COSTLY, Keep.PRODUCTS, Keep.EVERYTHING):
             bytes_more = max(self.sizes.of_block(keep, tokens) - below, 1.0)
@@ -93,9 +109,6 @@ class Budget:
                 break
             free, below = free - count * bytes_more, below + bytes_more
         return kept
-
-    def lowered(self) -> "Budget":
-        return replace(self, available=self.available * (1 - _LOWERED))
 
 
 def use_growing_segments() -> None:
@@ -112,8 +125,8 @@ Probe: TypeAlias = Callable[[Callable[[int, int], Sequence[Keep]], bool], Tensor
 def measure(forward: Probe, blocks: int, device: torch.device) -> Sizes:
     """Of two blocks or more, on a CUDA device. The gradients that it leaves are the caller's to clear.
 
-    Only a few blocks, the last, keep more than nothing: all might not fit. Before the first block nothing has a
-    gradient, so that a compiler makes a function of its own for it, for each way of keeping.
+    Only a few blocks, the last, keep more than nothing: all might not fit. Never the first, before which nothing may
+    have a gradient: a compiler would make functions of their own for it.
     """
     few = min(_MEASURED, blocks - 1)
     kept: dict[Keep, Line] = {}

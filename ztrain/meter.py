@@ -66,7 +66,7 @@ class Meter:
         self.of_samples.append(losses.detach())
 
     def forget(self) -> None:
-        """The step's micro-steps so far: they are computed again."""
+        """Drops what the step's micro-steps have added so far."""
         self.seen, self.of_samples = [], []
 
     def agree(self, grad_norm: Tensor | float, received: int) -> int:

@@ -104,6 +104,8 @@ def tune(
         return
     with torch.random.fork_rng([device] if is_cuda else []):
         probe = Probe.of(model, config, cache, samples, device)
+        if measures:  # so that every way of keeping is compared
+            model.execution.keeping = lambda _, blocks: [Keep(i * len(Keep) // blocks) for i in range(blocks)]
         if compiles:
             done = compile_blocks(model.dit, probe.gradients, say)
             if t.compile == "on" and not done:
@@ -116,10 +118,11 @@ def tune(
             try:
                 sizes = measure(probe.keeping, len(model.dit.layers), device)
             except torch.OutOfMemoryError as error:
-                told = str(error).split(". ")[0]
+                limit = config.memory.budget_gib
+                room = "what is free on the GPU" if limit is None else f"memory.budget_gib {limit:g}"
                 raise InputError(
-                    f"half of the largest target's sides is too much for what memory.budget_gib leaves ({told}); raise"
-                    " it, lower data.resolution or train.train_batch_size, or take train.optimizer adamw_8bit"
+                    f"half of the largest target's sides is too much for {room}; make room, lower data.resolution or"
+                    " train.train_batch_size, or take train.optimizer adamw_8bit"
                 ) from error
             probe.clear()
             if num_processes > 1:
@@ -135,11 +138,12 @@ def tune(
 
 
 def keep_less(execution: Execution, num_processes: int) -> str | None:
-    """Lowers the budget of a model, and says to what; None where it has none, or where other processes would wait."""
-    if not isinstance(execution.keeping, Budget) or num_processes > 1:
+    """Lets a model keep less where it has a budget, and says how much is planned with; None where nothing is kept, or
+    where other processes would wait."""
+    budget = execution.keeping
+    if not isinstance(budget, Budget) or num_processes > 1 or not budget.keep_less():
         return None
-    execution.keeping = execution.keeping.lowered()
-    return f"activations may take {execution.keeping.available / GIB:.2f} GiB"
+    return f"activations may take {(budget.available - budget.withheld) / GIB:.2f} GiB"
 
 
 def _image_tokens(samples: Samples) -> int:

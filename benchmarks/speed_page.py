@@ -116,9 +116,9 @@ def tables(results: Path) -> str:
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts)
 
 
-def main() -> None:
-    step_plot.draw(DOCS / "speed.svg", step_plot.read(RESULTS / "step_nvidia_h200.json"))
-    write_page(DOCS / "speed.md", tables(RESULTS))
+def main(docs: Path = DOCS) -> None:
+    step_plot.draw(docs / "speed.svg", step_plot.read(RESULTS / "step_nvidia_h200.json"))
+    write_page(docs / "speed.md", tables(RESULTS))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The whole training path at the real size on one GPU, with random weights: cache, steps, validation, previews, resume.
 
-    python -m benchmarks.train_real_size --work /tmp/real --out benchmarks/results [--lists LIST ...] [--again LIST ...]
+    python -m benchmarks.train_real_size --work out/real --out benchmarks/results [--lists LIST ...] [--again LIST ...]
         [--smoke]
 
 Builds Z-Image, Qwen3-VL's front-end and SigLIP2 at their released sizes (22 GB of random bf16), paints triplets of
@@ -146,6 +146,24 @@ def prepare(work: Path, is_real: bool) -> Path:
     return family if is_real else tiny
 
 
+def words_of(name: str, family: Path, work: Path, steps: int, is_smoke: bool) -> list[str]:
+    """The arguments that training a list and filling its cache have in common."""
+    tiny = ["configs/tiny.yaml"] if is_smoke else []
+    folders = ("Z-Image", "Qwen3-VL-4B-Instruct", "siglip2-so400m-patch16-naflex")
+    places = {role: str(family / f) for role, f in zip(("base", "vision_language", "siglip"), folders, strict=True)}
+    return [
+        "--config", f"configs/{name}_24gb.yaml", *tiny,
+        *(w for role, place in places.items() for w in (f"--models.{role}.pretrained_model_name_or_path", place)),
+        "--data.train_data_dir", str(work / "triplets"), "--cache.dir", str(work / "cache"),
+        "--train.gradient_accumulation_steps", "1", "--train.lr_warmup_steps", "0", "--train.logging_steps", "1",
+        "--train.ema_decay", "0.999", "--validation.num_samples", "4", "--validation.num_previews", "2",
+        "--validation.validation_steps", str(steps // 2), "--validation.preview_steps", str(steps // 2),
+        "--sample.num_inference_steps", "2", "--data.max_crop", "0.3",
+        "--train.gradient_checkpointing", "budget",
+        *([] if is_smoke else ["--memory.budget_gib", str(BUDGET_GIB)]),
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=Path, required=True)
@@ -161,29 +179,14 @@ def main() -> None:
     family = prepare(work, is_real=not options.smoke)
     print(f"prepared after {time.perf_counter() - started:.0f} s", flush=True)
 
-    def words(name: str) -> list[str]:
-        tiny = ["configs/tiny.yaml"] if options.smoke else []
-        folders = ("Z-Image", "Qwen3-VL-4B-Instruct", "siglip2-so400m-patch16-naflex")
-        places = {role: str(family / f) for role, f in zip(("base", "vision_language", "siglip"), folders, strict=True)}
-        return [
-            "--config", f"configs/{name}_24gb.yaml", *tiny,
-            *(w for role, place in places.items() for w in (f"--models.{role}.pretrained_model_name_or_path", place)),
-            "--data.train_data_dir", str(work / "triplets"), "--cache.dir", str(work / "cache"),
-            "--train.gradient_accumulation_steps", "1", "--train.lr_warmup_steps", "0", "--train.logging_steps", "1",
-            "--train.ema_decay", "0.999", "--validation.num_samples", "4", "--validation.num_previews", "2",
-            "--validation.validation_steps", str(steps // 2), "--validation.preview_steps", str(steps // 2),
-            "--sample.num_inference_steps", "2", "--data.max_crop", "0.3",
-            "--train.gradient_checkpointing", "budget",
-            *([] if options.smoke else ["--memory.budget_gib", str(BUDGET_GIB)]),
-        ]  # fmt: skip
-
     for name in options.lists:
-        said, seconds = run("ztrain.cli", "cache", *words(name))
+        words = words_of(name, family, work, steps, options.smoke)
+        said, seconds = run("ztrain.cli", "cache", *words)
         print(name, said.strip().splitlines()[-1], f"{seconds:.0f} s", flush=True)
         caching = {"list": name, "said": said.strip().splitlines()[-1], "seconds": round(seconds, 1)}
         out = work / "runs" / name
         shutil.rmtree(out, ignore_errors=True)
-        train = ["ztrain.train", *words(name), "--output_dir", str(out), "--train.max_train_steps", str(steps)]
+        train = ["ztrain.train", *words, "--output_dir", str(out), "--train.max_train_steps", str(steps)]
         said, seconds = run(*train, "--train.checkpointing_steps", str(steps // 2))
         metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         plain = [row for row in metrics if row["step"] > steps // 4 and "val/loss" not in row]
@@ -219,7 +222,7 @@ def write(out: Path, gpu: str, row: dict[str, Any], caching: dict[str, Any]) -> 
     path = out / f"train_real_size_{card}.json"
     known = json.loads(path.read_text()) if path.exists() else {"rows": [], "caching": []}
     document = {
-        "command": "python -m benchmarks.train_real_size --work /tmp/real --out benchmarks/results",
+        "command": "python -m benchmarks.train_real_size --work out/real --out benchmarks/results",
         "what": f"configs/*_24gb.yaml at 1024 px in {BUDGET_GIB:g} GiB, random weights; peak_gib: of whole runs,"
         " validation and previews in; rows without reserved_gib are older, with every block computed again",
         "machine": {"gpu": gpu, "torch": torch.__version__, "cpus": os.cpu_count()},

@@ -76,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     },
     "train": {
         "batches", "checkpoint", "config", "flow", "interrupt", "memory", "meter", "run", "sampler", "samples", "stats",
-        "together", "tune",
+        "together",
     },
     "from_checkpoint": {"checkpoint", "config", "dit", "models", "run"},
     "grid": set(),

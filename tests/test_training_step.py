@@ -1,5 +1,6 @@
 """What whole-run tests cannot tell apart in a training step: dropout, the prior, idle weights, schedules."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -101,4 +102,8 @@ def test_configs_for_a_24gb_card_train_the_same_lists(name: str) -> None:
     plain, real = (load_config([ROOT / "configs" / f"{file}.yaml"]) for file in (name, f"{name}_24gb"))
     assert real.adapters == plain.adapters and real.output_dir == plain.output_dir
     assert real.data.resolution == 1024 and real.train.train_batch_size == 1
-    assert real.train.mixed_precision == "bf16" and real.train.gradient_checkpointing != "off"
+    assert real.train.mixed_precision == "bf16"
+    # A budget where a whole run with one has been seen to end.
+    rows = json.loads((ROOT / "benchmarks/results/train_real_size_nvidia_h200.json").read_text())["rows"]
+    measured = {row["list"] for row in rows if "reserved_gib" in row}
+    assert measured and real.train.gradient_checkpointing == ("budget" if name in measured else "on")

@@ -150,7 +150,7 @@ def forward(
     parts = [rows for rows in (image_rows, reference_rows, caption_rows) if rows is not None]
     sequencing = layouts.sequence(parts, device)
     keeps = keeping(image_rows.batch * sequencing.length, len(dit.layers))
-    refined = min(keeps) if min(keeps) == Keep.EVERYTHING else Keep.NOTHING  # as a budget has measured them
+    refined = Keep.EVERYTHING if min(keeps) == Keep.EVERYTHING else Keep.NOTHING  # as a budget has measured them
 
     stacked = stacks(noisy)
     patches = dit.all_x_embedder[f"{PATCH}-1"](torch.cat([_patchify(samples) for samples in stacked]).to(dtype))

@@ -78,7 +78,6 @@ class Budget:
     last: tuple[int, int] | None = None
 
     def __call__(self, tokens: int, blocks: int) -> Sequence[Keep]:
-        """Raises InputError where a batch does not fit with nothing kept."""
         self.last = (tokens, blocks)
         return self.plan(tokens, blocks)
 
@@ -91,6 +90,7 @@ class Budget:
         return True
 
     def plan(self, tokens: int, blocks: int) -> Sequence[Keep]:
+        """Raises InputError where a batch does not fit with nothing kept."""
         free = self.available - self.sizes.least(tokens)
         if free < 0:
             raise InputError(

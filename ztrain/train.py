@@ -31,14 +31,13 @@ from ztrain.flow import (
     velocity_losses,
 )
 from ztrain.interrupt import Interruption, end_with_launcher
-from ztrain.memory import use_growing_segments
+from ztrain.memory import GIB, Budget, use_growing_segments
 from ztrain.meter import Meter
 from ztrain.run import Run, after_step, build, enter_folder, export, recorded, save
 from ztrain.sampler import MicroBatches, Mixture
 from ztrain.samples import Samples
 from ztrain.stats import check_statistics
 from ztrain.together import MENDABLE
-from ztrain.tune import keep_less
 
 _COLLECTIVE_TIMEOUT = timedelta(hours=1)  # a process may fill its part of the cache while the others wait
 
@@ -135,9 +134,15 @@ def _add_gradients(run: Run, meter: Meter, begun: Sequence[tuple[int, Batch]]) -
                 _micro_step(run, meter, micro_step, batch)
             return
         except torch.OutOfMemoryError:
-            if (less := keep_less(run.model.execution, run.accelerator.num_processes)) is None:
+            budget = run.model.execution.keeping
+            # Of several processes the others would wait.
+            if not isinstance(budget, Budget) or run.accelerator.num_processes > 1 or not budget.keep_less():
                 raise
-        tqdm.write(f"{less} from step {run.step + 1} on: memory was short, and the step is computed again")
+            planned = (budget.available - budget.withheld) / GIB
+        tqdm.write(
+            f"activations may take {planned:.2f} GiB from step {run.step + 1} on: memory was short, and the step is"
+            " computed again"
+        )
         # Here, where the error no longer holds what it was about.
         run.model.zero_grad(set_to_none=True)
         meter.forget()

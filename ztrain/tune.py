@@ -17,7 +17,7 @@ from ztrain.blocks import reads_real, slow_because
 from ztrain.cache import Cache
 from ztrain.compiling import compile_blocks
 from ztrain.config import Config
-from ztrain.dit import PATCH, Execution, Keeping
+from ztrain.dit import PATCH, Keeping
 from ztrain.errors import InputError
 from ztrain.flow import velocity_losses
 from ztrain.graphs import Replays
@@ -135,15 +135,6 @@ def tune(
             budget = Budget(sizes, available)
             model.execution.keeping = budget
             say(_describe(budget, len(model.dit.layers)))
-
-
-def keep_less(execution: Execution, num_processes: int) -> str | None:
-    """Lets a model keep less where it has a budget, and says how much is planned with; None where nothing is kept, or
-    where other processes would wait."""
-    budget = execution.keeping
-    if not isinstance(budget, Budget) or num_processes > 1 or not budget.keep_less():
-        return None
-    return f"activations may take {(budget.available - budget.withheld) / GIB:.2f} GiB"
 
 
 def _image_tokens(samples: Samples) -> int:

@@ -1,12 +1,15 @@
 """What a step costs: time over pixels, batch and rank beside its FLOPs; and whether steps stay inside their budgets.
 
-    python -m benchmarks.cost [--out DIR] [--tiny] [--only sweep | draws]
+    python -m benchmarks.cost [--out DIR] [--tiny] [--only sweep | draws | draws_compiled]
 
 One GPU, random bf16 weights of the real size, the default LoRA ([splice, lora], every linear layer of the main blocks).
 sweep: steps with everything kept, of SIDES at batch 1, BATCHES at 1024 pixels, RANKS at 1024 pixels, batch 1; the model
-has one number, the rate in FLOP/s, which is the median over all rows of a megapixel and more. draws: DRAWS batches of
-random size, captions, rank and number, each with a random budget, of which the peak is measured.
-Out: cost_<gpu>.json, {"command", "machine", "versions", "date", "rate_tflops", "sweep", "draws"}, and a plot beside it.
+has one number, the rate in FLOP/s, which is the median over all rows of a megapixel and more. draws: batches of random
+size, captions, rank and number, each with a random budget, DRAWS of each rank of DRAWN: what two steps reserved, the
+CUDA context counted, and how often memory was short, so that less was kept, as in a run. Batches of several captions
+make a compiler write many functions, minutes of it, so that the compiled ones have a part of their own.
+Out: cost_<gpu>.json, {"command", "machine", "versions", "date", "rate_tflops", "sweep", "draws", "draws_compiled"}, and
+a plot beside it.
 """
 
 import argparse
@@ -29,13 +32,15 @@ from benchmarks.step import REAL, RESULTS, TINY, Case, Size, Step, count_flops
 from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.block import Keep
+from ztrain.blocks import run
 from ztrain.errors import InputError
 from ztrain.memory import GIB, Budget, available_bytes, use_growing_segments
 
 SIDES = (512, 640, 768, 896, 1024, 1280, 1536)
 BATCHES = (1, 2, 4)
 RANKS = (8, 32, 128)
-DRAWS = 50
+DRAWN = {"draws": ("ztrain_eager", (8, 128)), "draws_compiled": ("ztrain", (32,))}
+DRAWS = 17
 _MEGAPIXEL = 1024
 _SEED = 0
 
@@ -52,7 +57,7 @@ def sweep(size: Size, device: torch.device) -> tuple[list[dict[str, Any]], float
     rows: list[dict[str, Any]] = []
     for rank in dict.fromkeys(rank for *_, rank in wanted):
         gc.collect()
-        step = _step(case_of(1024, [128], rank), size, device)
+        step = _step(case_of(1024, [128], rank), size, device, "ztrain")
         for side, batch in dict.fromkeys((side, batch) for side, batch, other in wanted if other == rank):
             case = case_of(side, [128] * batch, rank)
             step.take(case, device)
@@ -69,15 +74,17 @@ def sweep(size: Size, device: torch.device) -> tuple[list[dict[str, Any]], float
     return rows, rate
 
 
-def draws(size: Size, device: torch.device) -> list[dict[str, Any]]:
+def draws(part: str, size: Size, device: torch.device) -> list[dict[str, Any]]:
     """Each with a budget between what is there without activations and what all of them would take."""
     rows: list[dict[str, Any]] = []
-    chance = random.Random(_SEED)
-    for rank in RANKS:
+    way, ranks = DRAWN[part]
+    chance = random.Random(f"{_SEED} {part}")
+    for rank in ranks:
         gc.collect()
-        step = _step(case_of(1024, [128], rank, keeps=None), size, device)
+        step = _step(case_of(1024, [128], rank, keeps=None), size, device, way)
+        step.model.execution.run = run  # no graphs, as in a run whose batches are not all small
         step.run()  # moments
-        for _ in range(-(-DRAWS // len(RANKS))):
+        for _ in range(DRAWS):
             side, batch = chance.randrange(512, 1537, 128), chance.choice((1, 1, 2, 4))
             captions = [chance.randrange(8, 400) for _ in range(batch)]
             budget_gib = round(chance.uniform(18.0, 60.0), 1)
@@ -95,36 +102,45 @@ def _inside(step: Step, budget_gib: float, device: torch.device) -> dict[str, An
         step.run()
         return {"peak_gib": None, "kept": _counted(step)}
     torch.cuda.set_per_process_memory_fraction(1.0, torch.cuda.current_device())
-    step.budget = Budget(
-        step.budget.sizes, available_bytes(device, budget_gib, 4 * sum(p.numel() for p in step.trained))
-    )
+    gradients = 4 * sum(p.numel() for p in step.trained)
+    step.budget = Budget(step.budget.sizes, available_bytes(device, budget_gib, gradients))
     torch.cuda.reset_peak_memory_stats(device)
     free, total = torch.cuda.mem_get_info(device)
     context = total - free - torch.cuda.memory_reserved(device)
-    try:
-        for _ in range(2):
+    short, done = 0, 0
+    while done < 2:
+        try:
             step.run()
-    except InputError as error:
-        return {"refused": str(error)}
+            done += 1
+            continue
+        except InputError as error:
+            return {"refused": str(error)}
+        except torch.OutOfMemoryError:
+            if not step.budget.keep_less():
+                return {"failed": "out of memory with nothing kept"}
+            short += 1
+        # Here, where the error no longer holds what it was about.
+        step.optimizer.zero_grad()
+        torch.cuda.empty_cache()
     peak = (torch.cuda.max_memory_reserved(device) + context) / GIB
-    return {"peak_gib": round(peak, 2), "kept": _counted(step), "is_inside": peak <= budget_gib}
+    return {"peak_gib": round(peak, 2), "kept": _counted(step), "short": short, "is_inside": peak <= budget_gib}
 
 
 def _counted(step: Step) -> dict[str, int]:
     return {keep.name.lower(): step.kept.count(keep) for keep in Keep if keep in step.kept}
 
 
-def _step(case: Case, size: Size, device: torch.device) -> Step:
+def _step(case: Case, size: Size, device: torch.device, way: str) -> Step:
     torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0, torch.cuda.current_device())
-    return Step(case, "ztrain" if device.type == "cuda" else "ztrain_eager", size, device)
+    return Step(case, way if device.type == "cuda" else "ztrain_eager", size, device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.cost", description=__doc__)
-    parser.add_argument("--only", choices=("sweep", "draws"))
+    parser.add_argument("--only", choices=("sweep", *DRAWN))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU, a rehearsal; needs --out")
     options = parser.parse_args(arguments)
@@ -144,11 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "peft": peft.__version__},
         "date": datetime.now(UTC).date().isoformat(),
     }
-    if options.only != "draws":
-        document["sweep"], document["rate_tflops"] = sweep(size, device)
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    if options.only != "sweep":
-        document["draws"] = draws(size, device)
+    for part in [options.only] if options.only else ["sweep", *DRAWN]:
+        if part == "sweep":
+            document["sweep"], document["rate_tflops"] = sweep(size, device)
+        else:
+            document[part] = draws(part, size, device)
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if "sweep" in document:
         draw(path.with_suffix(".png"), document)

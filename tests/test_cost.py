@@ -8,13 +8,13 @@ import pytest
 from benchmarks import cost
 
 
-def test_the_table_has_its_model_and_both_halves_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_has_its_model_and_all_parts_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "SIDES", (512, 1024))
     monkeypatch.setattr(cost, "BATCHES", (1, 2))
     monkeypatch.setattr(cost, "RANKS", (2, 32))
-    monkeypatch.setattr(cost, "DRAWS", 3)
-    for half in ("sweep", "draws"):
-        assert cost.main(["--tiny", "--only", half, "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(cost, "DRAWS", 2)
+    for part in ("sweep", "draws", "draws_compiled"):
+        assert cost.main(["--tiny", "--only", part, "--out", str(tmp_path)]) == 0
     document = json.loads((tmp_path / "cost_cpu.json").read_text(encoding="utf-8"))
     rows = document["sweep"]
     assert [(row["side"], row["batch"], row["rank"]) for row in rows] == [
@@ -22,7 +22,8 @@ def test_the_table_has_its_model_and_both_halves_stay(tmp_path: Path, monkeypatc
     ]  # fmt: skip
     assert rows[0]["tflop"] < rows[1]["tflop"] < rows[2]["tflop"] and rows[1]["tokens"] * 2 == rows[2]["tokens"]
     assert all(row["over_model"] == pytest.approx(document["rate_tflops"] / row["tflops"], rel=1e-3) for row in rows)
-    assert len(document["draws"]) == 4 and all(sum(row["kept"].values()) == 2 for row in document["draws"])
+    assert len(document["draws"]) == 4 and len(document["draws_compiled"]) == 2
+    assert all(sum(row["kept"].values()) == 2 for part in cost.DRAWN for row in document[part])
     assert (tmp_path / "cost_cpu.png").stat().st_size > 5000
     with pytest.raises(SystemExit):
         cost.main(["--tiny"])

@@ -1,11 +1,14 @@
 """Recorded main blocks against the same blocks as they are: velocities and gradients, also when these are summed up."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from benchmarks import step
 from tests.test_blocks import distance
+from ztrain.block import Keep
 from ztrain.blocks import run, use_fast_blocks
 from ztrain.graphs import Replays
 
@@ -22,7 +25,8 @@ def gradients(each: step.Step, scale: float) -> list[Tensor]:
 @pytest.mark.parametrize("name", CASES)
 def test_replayed_gradients_are_the_blocks_own_and_add_up(name: str, backend: str | None) -> None:
     torch.compiler.reset()
-    each = step.Step(step.CASES[name], "ztrain_eager", step.TINY, torch.device("cuda"))
+    case = replace(step.CASES[name], keeps=Keep.EVERYTHING)
+    each = step.Step(case, "ztrain_eager", step.TINY, torch.device("cuda"))
     each.model.execution.keeping = None
     use_fast_blocks(each.model.dit, backend=backend)
     for i, parameter in enumerate(each.trained):

@@ -6,16 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_main_path import QUIET, ROOT, losses, paintings
+from tests.test_parity import LORA, SIGMA, encoded, encoders, make_model, noise_like
 from tests.triplets import model_words
 from ztrain.block import Keep
+from ztrain.conditioning import Encoded
 from ztrain.errors import InputError
 from ztrain.memory import GIB, Budget, Line, Sizes
 
-__all__ = ["paintings"]  # a fixture
+__all__ = ["encoded", "encoders", "paintings"]  # fixtures
 pytestmark = pytest.mark.usefixtures("forge")
 SIZES = Sizes(
     kept={
@@ -80,6 +83,19 @@ def test_a_line_goes_through_its_measurements_and_never_falls() -> None:
     assert line.per_token == 2.0 and line.at(576) == 1352.0 and line.at(4096) == 8392.0
     flat = Line.through((576, 1000.0), (1600, 900.0))
     assert flat.per_token == 0.0 and flat.at(5000) == 900.0
+
+
+def test_a_budget_is_asked_only_for_what_is_kept(family: Path, encoded: Encoded) -> None:
+    """Previews and validation keep nothing, and their batches are larger."""
+    model = make_model(family, [LORA]).train()
+    budget = Budget(SIZES, 0.0)
+    model.execution.keeping = budget
+    noisy = noise_like((8, 8), (8, 8), (8, 8))
+    with torch.no_grad():
+        model(noisy, SIGMA, encoded)
+    assert budget.last is None
+    with pytest.raises(InputError, match="lower train.train_batch_size"):
+        model(noisy, SIGMA, encoded)
 
 
 SHORT = """

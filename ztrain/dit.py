@@ -149,7 +149,8 @@ def forward(
     # Attention does not care about the order; captions are the parts that differ most, and so the last.
     parts = [rows for rows in (image_rows, reference_rows, caption_rows) if rows is not None]
     sequencing = layouts.sequence(parts, device)
-    keeps = keeping(image_rows.batch * sequencing.length, len(dit.layers))
+    # Without gradients nothing is kept, and no budget is asked.
+    keeps = (keeping if torch.is_grad_enabled() else everything)(image_rows.batch * sequencing.length, len(dit.layers))
     refined = Keep.EVERYTHING if min(keeps) == Keep.EVERYTHING else Keep.NOTHING  # as a budget has measured them
 
     stacked = stacks(noisy)

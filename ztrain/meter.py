@@ -1,7 +1,8 @@
 """What one run measures of its steps: loss, loss by sigma, gradient norm, seconds; agreed on by all processes.
 
 One collective a step carries every sample's loss and every process's wish to stop, so that all processes see the same
-numbers, stop before the same step where one of them is not finite, and save at the same step where one was told to.
+numbers, stop at the same step where one of them is not finite, and save at the same step where one was told to. What it
+says is read when the next step's first gradients have been asked for: until then the device would only wait.
 """
 
 import math
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +27,16 @@ SIGMA_BINS = 10
 """Equal parts of [0, 1] by which the loss is also given: the only loss curves of flow matching that can be compared."""
 
 
+class Asked(NamedTuple):
+    """Figures of a step on their way to the CPU."""
+
+    figures: Tensor  # (P, 2 + 3 n) of P processes with n samples each: signal, norm; of samples index, sigma, loss
+    arrived: torch.cuda.Event | float
+    """Or when they did, in seconds of time.perf_counter."""
+    learning_rate: float
+    waited: float
+
+
 class Meter:
     """Collects a step's micro-steps; also the progress line."""
 
@@ -33,8 +44,7 @@ class Meter:
         self.accelerator, self.step, self.logging_steps = accelerator, step, logging_steps
         self.seen: list[tuple[int, float]] = []  # (sample index, sigma) of this process's samples of the step
         self.of_samples: list[Tensor] = []  # their losses, (B,), on the device
-        self.losses: list[tuple[float, float]] = []  # (sigma, loss) of every sample of the step, on every process
-        self.grad_norm = 0.0
+        self.asked: Asked | None = None
         self.waited = 0.0
         self.started = time.perf_counter()
         main = accelerator.is_main_process
@@ -51,7 +61,8 @@ class Meter:
         items = iter(loader)
         while True:
             started = time.perf_counter()
-            if not self.seen:  # a step begins here: validation and saving, which came before, are no part of it
+            # A step begins here, and none is under way: validation and saving, which came before, are no part of it.
+            if not self.seen and self.asked is None:
                 self.started, self.waited = started, 0.0
             try:
                 item = next(items)
@@ -69,48 +80,63 @@ class Meter:
         """Drops what the step's micro-steps have added so far."""
         self.seen, self.of_samples = [], []
 
-    def agree(self, grad_norm: Tensor | float, received: int) -> int:
-        """The signal that any process has received, 0 for none. Raises RuntimeError on every process where a loss or
-        the gradient norm of any is not finite: before the optimizer's step, so the weights are still good."""
+    def ask(self, grad_norm: Tensor | float, received: int, learning_rate: float) -> None:
+        """At a step's end: all processes' losses, gradient norms and signals, which `read` gives. Does not wait."""
         losses = torch.cat(self.of_samples).double()  # (n,)
-        known = torch.tensor(list(zip(*self.seen, strict=True)), dtype=torch.float64).to(losses.device)  # (2, n)
+        known = torch.tensor(list(zip(*self.seen, strict=True)), dtype=torch.float64)  # (2, n)
         norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=losses.device)
         head = torch.stack([torch.full_like(norm, float(received)), norm])
-        mine = torch.cat([head, known.flatten(), losses])
-        together = self.accelerator.gather(mine.unsqueeze(0)).cpu()  # (P, 2 + 3 n): the step's one wait for the device
-        samples = together[:, 2:].view(len(together), 3, -1)
-        self.grad_norm = float(together[0, 1])
+        mine = torch.cat([head, known.to(losses.device, non_blocking=True).flatten(), losses])
+        figures = self.accelerator.gather(mine.unsqueeze(0))  # (P, 2 + 3 n)
+        arrived: torch.cuda.Event | float = time.perf_counter()
+        if figures.is_cuda:
+            pinned = torch.empty_like(figures, device="cpu", pin_memory=True)
+            figures, arrived = pinned.copy_(figures, non_blocking=True), torch.cuda.Event()
+            arrived.record()
+        self.asked = Asked(figures, arrived, learning_rate, self.waited)
+        self.waited = 0.0
         self.forget()
-        bad = [int(index) for index in samples[:, 0][~samples[:, 2].isfinite()]]
-        if bad or not together[:, 1].isfinite().all():
-            named = f"the loss of samples {bad[:8]} (from 0, in the order of the data)" if bad else "the gradient norm"
-            raise RuntimeError(f"step {self.step + 1}: {named} is not finite; stopped before the step")
-        self.losses = list(zip(samples[:, 1].flatten().tolist(), samples[:, 2].flatten().tolist(), strict=True))
-        return int(together[:, 0].max())
 
-    def finish_step(self, learning_rate: float) -> dict[str, float]:
-        """The step's metrics by the names that W&B shows; the same on every process but for the seconds."""
+    def read(self) -> tuple[dict[str, float], int]:
+        """Of the step that was asked about: its metrics, by the names that W&B shows and the same on every process but
+        for the seconds; and the signal that any process had received, 0 for none. Waits for the device.
+
+        Raises RuntimeError on every process where a loss or the gradient norm of any is not finite: the weights have
+        taken that step, and nothing may be saved of them.
+        """
+        if self.asked is None:
+            raise RuntimeError("no step was asked about")
+        (figures, arrived, learning_rate, waited), self.asked = self.asked, None
+        if not isinstance(arrived, float):
+            arrived.synchronize()
+            arrived = time.perf_counter()
         self.step += 1
-        seconds, waited = time.perf_counter() - self.started, self.waited
+        samples = figures[:, 2:].view(len(figures), 3, -1)
+        bad = [int(index) for index in samples[:, 0][~samples[:, 2].isfinite()]]
+        if bad or not figures[:, 1].isfinite().all():
+            named = f"the loss of samples {bad[:8]} (from 0, in the order of the data)" if bad else "the gradient norm"
+            raise RuntimeError(f"step {self.step}: {named} is not finite; stopped, and nothing of that step is saved")
+        losses = list(zip(samples[:, 1].flatten().tolist(), samples[:, 2].flatten().tolist(), strict=True))
+        seconds, self.started = arrived - self.started, arrived
         # fsum rounds once, whatever the order: the number of processes does not show.
-        loss = math.fsum(loss for _, loss in self.losses) / len(self.losses)
-        values = {"train/loss": loss, "train/grad_norm": self.grad_norm, "train/lr": learning_rate}
+        loss, grad_norm = math.fsum(loss for _, loss in losses) / len(losses), float(figures[0, 1])
+        values = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": learning_rate}
         bins: dict[int, list[float]] = {}
-        for sigma, of_sample in self.losses:
+        for sigma, of_sample in losses:
             bins.setdefault(min(int(sigma * SIGMA_BINS), SIGMA_BINS - 1), []).append(of_sample)
         values |= {f"train/loss_sigma/{place}": math.fsum(found) / len(found) for place, found in sorted(bins.items())}
         values |= {
             "perf/step_seconds": seconds,
             "perf/data_wait_share": waited / seconds,
-            "perf/samples_per_second": len(self.losses) / seconds,
+            "perf/samples_per_second": len(losses) / seconds,
         }
         if torch.cuda.is_available():
             values["mem/max_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
             values["mem/max_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         self.bar.update()
         if self.step % self.logging_steps == 0:
-            self.bar.set_postfix(loss=f"{loss:.4f}", grad_norm=f"{self.grad_norm:.3f}")
-        return values
+            self.bar.set_postfix(loss=f"{loss:.4f}", grad_norm=f"{grad_norm:.3f}")
+        return values, int(figures[:, 0].max())
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:

@@ -73,6 +73,23 @@ class Run:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    def is_validated(self) -> bool:
+        """At the step where it stands."""
+        return self._comes_up(self.config.validation.validation_steps)
+
+    def is_rendered(self) -> bool:
+        return self.previews is not None and self._comes_up(self.config.validation.preview_steps)
+
+    def is_saved(self) -> bool:
+        return self._comes_up(self.config.train.checkpointing_steps)
+
+    def is_looked_at(self) -> bool:
+        """Whether anything but the next step reads this step's weights."""
+        return self.is_validated() or self.is_rendered() or self.is_saved()
+
+    def _comes_up(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.step == self.config.train.max_train_steps)
+
 
 def sigma_density(config: Config, scheduler_shift: float) -> SigmaDensity:
     """The configured density with its shift resolved to a number."""
@@ -235,20 +252,17 @@ def recorded(run: Run, resumed: checkpoint.Checkpoint | None) -> Iterator[None]:
 
 def after_step(run: Run, values: dict[str, float]) -> None:
     """Validates and renders when it is time, and writes the step down. Values that are empty are those of step 0."""
-    v, last = run.config.validation, run.step == run.config.train.max_train_steps
     sheet, table = None, None
-    validating = v.validation_steps and (run.step % v.validation_steps == 0 or last)
-    rendering = run.previews is not None and (run.step % v.preview_steps == 0 or last)
-    if validating or rendering:
+    if run.is_validated() or run.is_rendered():
         with _averaged(run):
-            if validating:
+            if run.is_validated():
                 losses = validation_losses(run.model, run.accelerator, run.config, run.cache, run.samples)
                 if not all(map(math.isfinite, losses.values())):
                     raise RuntimeError(f"step {run.step}: the validation loss is not finite")
                 if run.accelerator.is_main_process:
                     tqdm.write(f"step {run.step}: {describe_losses(losses)}")
                 values = values | losses
-            if rendering and run.previews is not None:
+            if run.previews is not None and run.is_rendered():
                 sheet, table = run.previews.grid(run.model, run.step)
     if run.record is not None and values:
         run.record.log(run.step, values, grid=sheet, table=table)

@@ -91,7 +91,6 @@ def _loop(run: Run, order: MicroBatches, interruption: Interruption) -> Outcome:
     config, accelerator, t = run.config, run.accelerator, run.config.train
     trained = list(run.trained.values())
     loader = Loader(config, run.cache, run.samples.trained, order)
-    saved: Path | None = None
     with Meter(run.step, t.max_train_steps, t.logging_steps, accelerator) as meter:
         if run.step == 0:
             after_step(run, {})
@@ -100,26 +99,36 @@ def _loop(run: Run, order: MicroBatches, interruption: Interruption) -> Outcome:
             begun.append((micro_step, batch.to(accelerator.device)))
             with accelerator.accumulate(run.wrapped):
                 _add_gradients(run, meter, begun)
+                # Not sooner: the device computes these gradients while the step before them is looked at.
+                if meter.asked is not None and (stop := _finish_step(run, meter)):
+                    return Outcome(signal=stop, checkpoint=save(run))
                 if accelerator.sync_gradients:
                     check_first_gradients(run)
                     grad_norm = accelerator.clip_grad_norm_(trained, t.max_grad_norm)
-                    stop = meter.agree(grad_norm, interruption.received)  # all stop here where one is not finite
                 run.optimizer.step()
                 run.optimizer.zero_grad()
             if accelerator.sync_gradients:
                 begun = []
-                values = meter.finish_step(run.schedule.get_last_lr()[0])
-                run.schedule.step()
-                run.step += 1
                 if run.ema is not None:
                     run.ema.step(trained)
-                    values["ema/decay"] = run.ema.get_decay(run.ema.optimization_step)
-                after_step(run, values)
-                if stop or run.step % t.checkpointing_steps == 0 or run.step == t.max_train_steps:
-                    saved = save(run)
-                if stop:
-                    return Outcome(signal=stop, checkpoint=saved)
+                meter.ask(grad_norm, interruption.received, run.schedule.get_last_lr()[0])
+                run.schedule.step()
+                run.step += 1
+                if run.is_looked_at():
+                    stop = _finish_step(run, meter)
+                    saved = save(run) if stop or run.is_saved() else None
+                    if stop:
+                        return Outcome(signal=stop, checkpoint=saved)
     return Outcome(exported=export(run))
+
+
+def _finish_step(run: Run, meter: Meter) -> int:
+    """What follows the step that the run stands at; the signal on which all stop, or 0."""
+    values, stop = meter.read()
+    if run.ema is not None:
+        values["ema/decay"] = run.ema.get_decay(run.ema.optimization_step)
+    after_step(run, values)
+    return stop
 
 
 def _add_gradients(run: Run, meter: Meter, begun: Sequence[tuple[int, Batch]]) -> None:

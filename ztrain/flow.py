@@ -96,8 +96,10 @@ def draw_noise(counters: Sequence[Counter], latents: Sequence[Tensor]) -> list[T
     """Standard normal noise like each sample's latents, B x (C, H, W); drawn in float32 on the CPU on every device."""
     drawn = []
     for counter, sample in zip(counters, latents, strict=True):
-        noise = torch.randn(sample.shape, generator=counter_generator(counter, _NOISE_STREAM))
-        drawn.append(noise.to(sample.device))
+        generator = counter_generator(counter, _NOISE_STREAM)
+        # Pinned, or the CPU would wait until the device has done all that it was asked for.
+        noise = torch.randn(sample.shape, generator=generator, pin_memory=sample.is_cuda)
+        drawn.append(noise.to(sample.device, non_blocking=True))
     return drawn
 
 

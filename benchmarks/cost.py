@@ -18,7 +18,7 @@ import json
 import random
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,11 @@ from ztrain.adapters.splice import SpliceConfig
 from ztrain.block import Keep
 from ztrain.blocks import run
 from ztrain.errors import InputError
-from ztrain.memory import GIB, Budget, available_bytes, use_growing_segments
+from ztrain.memory import GIB, Budget, available_bytes, idle_bytes, use_growing_segments
 
 SIDES = (512, 640, 768, 896, 1024, 1280, 1536)
 BATCHES = (1, 2, 4)
-RANKS = (8, 32, 128)
+RANKS = (32, 128, 8)
 DRAWN = {"draws": ("ztrain_eager", (8, 128)), "draws_compiled": ("ztrain", (32,))}
 DRAWS = 17
 _MEGAPIXEL = 1024
@@ -50,8 +50,8 @@ def case_of(side: int, captions: Sequence[int], rank: int, keeps: Keep | float |
     return Case(adapters=lambda width: adapters, side=side, captions=tuple(captions), keeps=keeps)
 
 
-def sweep(size: Size, device: torch.device) -> tuple[list[dict[str, Any]], float]:
-    """Rows, printed as they come, and the rate in TFLOP/s that the model takes for all."""
+def sweep(size: Size, device: torch.device) -> Iterator[list[dict[str, Any]]]:
+    """Rows so far, each time one has come."""
     wanted = [(side, 1, 32) for side in SIDES] + [(1024, batch, 32) for batch in BATCHES]
     wanted += [(1024, 1, rank) for rank in RANKS]
     rows: list[dict[str, Any]] = []
@@ -66,16 +66,21 @@ def sweep(size: Size, device: torch.device) -> tuple[list[dict[str, Any]], float
             flops = count_flops(case, size)["needed"]
             rows.append({"side": side, "batch": batch, "rank": rank, "tokens": step.tokens, "ms": round(ms, 2)})
             rows[-1] |= {"tflop": round(flops / 1e12, 6), "tflops": round(flops / ms / 1e9, 4)}
-            print(json.dumps(rows[-1]), flush=True)
+            yield rows
         del step
-    rate = statistics.median(row["tflops"] for row in rows if row["side"] >= _MEGAPIXEL)
+
+
+def judge(document: dict[str, Any]) -> None:
+    """The rate in TFLOP/s that the model takes for all rows, and how much longer than by it each took."""
+    rows = document["sweep"]
+    large = [row["tflops"] for row in rows if row["side"] >= _MEGAPIXEL]
+    document["rate_tflops"] = rate = statistics.median(large or [row["tflops"] for row in rows])
     for row in rows:
         row["over_model"] = round(rate / row["tflops"], 4)
-    return rows, rate
 
 
-def draws(part: str, size: Size, device: torch.device) -> list[dict[str, Any]]:
-    """Each with a budget between what is there without activations and what all of them would take."""
+def draws(part: str, size: Size, device: torch.device) -> Iterator[list[dict[str, Any]]]:
+    """Rows so far; each has a budget between what is there without activations and what all of them would take."""
     rows: list[dict[str, Any]] = []
     way, ranks = DRAWN[part]
     chance = random.Random(f"{_SEED} {part}")
@@ -91,9 +96,8 @@ def draws(part: str, size: Size, device: torch.device) -> list[dict[str, Any]]:
             step.take(case_of(side, captions, rank), device)
             row: dict[str, Any] = {"side": side, "captions": captions, "rank": rank, "budget_gib": budget_gib}
             rows.append(row | _inside(step, budget_gib, device))
-            print(json.dumps(rows[-1]), flush=True)
+            yield rows
         del step
-    return rows
 
 
 def _inside(step: Step, budget_gib: float, device: torch.device) -> dict[str, Any]:
@@ -116,7 +120,7 @@ def _inside(step: Step, budget_gib: float, device: torch.device) -> dict[str, An
         except InputError as error:
             return {"refused": str(error)}
         except torch.OutOfMemoryError:
-            if not step.budget.keep_less():
+            if not step.budget.keep_less(idle_bytes(device)):
                 return {"failed": "out of memory with nothing kept"}
             short += 1
         # Here, where the error no longer holds what it was about.
@@ -161,11 +165,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "date": datetime.now(UTC).date().isoformat(),
     }
     for part in [options.only] if options.only else ["sweep", *DRAWN]:
-        if part == "sweep":
-            document["sweep"], document["rate_tflops"] = sweep(size, device)
-        else:
-            document[part] = draws(part, size, device)
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        for rows in sweep(size, device) if part == "sweep" else draws(part, size, device):
+            print(json.dumps(rows[-1]), flush=True)
+            document[part] = rows
+            if part == "sweep":
+                judge(document)
+            path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if "sweep" in document:
         draw(path.with_suffix(".png"), document)
     print(f"wrote {path}")

@@ -64,15 +64,18 @@ def test_more_memory_or_fewer_tokens_never_keep_less(tokens: int, gib: float, mo
         assert all(a <= b for a, b in zip(keeps, other, strict=True))
 
 
-@given(tokens=st.integers(32, 20_000), gib=st.floats(1.0, 50.0))
-def test_where_memory_is_short_each_time_less_is_kept_and_no_batch_is_refused_for_it(tokens: int, gib: float) -> None:
+@given(tokens=st.integers(32, 20_000), gib=st.floats(1.0, 50.0), idle=st.floats(0.0, 2.0))
+def test_where_memory_is_short_each_time_less_is_kept_and_no_batch_is_refused_for_it(
+    tokens: int, gib: float, idle: float
+) -> None:
     budget = Budget(SIZES, gib * GIB)
-    assert not budget.keep_less()  # nothing has been asked for
+    assert not budget.keep_less(0.0)  # nothing has been asked for
     try:
         plans = [budget(tokens, 30)]
     except InputError:
         return
-    while budget.keep_less():
+    while budget.keep_less(idle * GIB):
+        assert budget.withheld >= idle * GIB
         plans.append(budget(tokens, 30))
         assert plans[-1] != plans[-2] and all(a <= b for a, b in zip(plans[-1], plans[-2], strict=True))
     assert set(plans[-1]) == {Keep.NOTHING} and len(plans) < 40

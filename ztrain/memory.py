@@ -23,7 +23,7 @@ _RESERVE = 0.015
 _MEASURED = 6
 """Blocks that keep more than nothing while it is measured what they keep."""
 _WITHHELD = 0.04
-"""Share of a budget that is withheld at a time where memory was short all the same."""
+"""Share of a budget that is withheld at a time where memory was short all the same, and little lay idle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +81,11 @@ class Budget:
         self.last = (tokens, blocks)
         return self.plan(tokens, blocks)
 
-    def keep_less(self) -> bool:
-        """Withholds more, until the last batch keeps less; False where it keeps nothing already."""
+    def keep_less(self, idle: float) -> bool:
+        """Withholds what lay idle, and more, until the last batch keeps less; False where it keeps nothing already."""
         if self.last is None or max(before := self.plan(*self.last)) == Keep.NOTHING:
             return False
+        self.withheld = max(self.withheld, idle)
         while self.plan(*self.last) == before:
             self.withheld += _WITHHELD * self.available
         return True
@@ -178,6 +179,14 @@ def available_bytes(device: torch.device, budget_gib: float | None, pending: int
             )
         torch.cuda.set_per_process_memory_fraction(whole / total, device.index or torch.cuda.current_device())
     return whole * (1 - _RESERVE) - allocated - pending
+
+
+def idle_bytes(device: torch.device) -> float:
+    """That lie between tensors when there are most of them, so far in this process. Between kept tensors of mixed sizes
+    the allocator cannot give back parts of its pages of 20 MiB."""
+    if device.type != "cuda":
+        return 0.0
+    return float(torch.cuda.max_memory_reserved(device) - torch.cuda.max_memory_allocated(device))
 
 
 def _settle(device: torch.device) -> None:

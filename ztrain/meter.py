@@ -31,8 +31,8 @@ class Asked(NamedTuple):
     """Figures of a step on their way to the CPU."""
 
     figures: Tensor  # (P, 2 + 3 n) of P processes with n samples each: signal, norm; of samples index, sigma, loss
-    arrived: torch.cuda.Event | float
-    """Or when they did, in seconds of time.perf_counter."""
+    ended: Any
+    """The step; as `_mark` gives it."""
     learning_rate: float
     waited: float
 
@@ -46,7 +46,7 @@ class Meter:
         self.of_samples: list[Tensor] = []  # their losses, (B,), on the device
         self.asked: Asked | None = None
         self.waited = 0.0
-        self.started = time.perf_counter()
+        self.started = self._mark()
         main = accelerator.is_main_process
         self.bar = tqdm(total=last, initial=step, disable=not main, unit="step", mininterval=1.0, desc="training")
 
@@ -60,10 +60,10 @@ class Meter:
         """The loader's items, with the seconds that were spent waiting for them."""
         items = iter(loader)
         while True:
-            started = time.perf_counter()
             # A step begins here, and none is under way: validation and saving, which came before, are no part of it.
             if not self.seen and self.asked is None:
-                self.started, self.waited = started, 0.0
+                self.started, self.waited = self._mark(), 0.0
+            started = time.perf_counter()
             try:
                 item = next(items)
             except StopIteration:
@@ -88,12 +88,9 @@ class Meter:
         head = torch.stack([torch.full_like(norm, float(received)), norm])
         mine = torch.cat([head, known.to(losses.device, non_blocking=True).flatten(), losses])
         figures = self.accelerator.gather(mine.unsqueeze(0))  # (P, 2 + 3 n)
-        arrived: torch.cuda.Event | float = time.perf_counter()
         if figures.is_cuda:
-            pinned = torch.empty_like(figures, device="cpu", pin_memory=True)
-            figures, arrived = pinned.copy_(figures, non_blocking=True), torch.cuda.Event()
-            arrived.record()
-        self.asked = Asked(figures, arrived, learning_rate, self.waited)
+            figures = torch.empty_like(figures, device="cpu", pin_memory=True).copy_(figures, non_blocking=True)
+        self.asked = Asked(figures, self._mark(), learning_rate, self.waited)
         self.waited = 0.0
         self.forget()
 
@@ -106,10 +103,8 @@ class Meter:
         """
         if self.asked is None:
             raise RuntimeError("no step was asked about")
-        (figures, arrived, learning_rate, waited), self.asked = self.asked, None
-        if not isinstance(arrived, float):
-            arrived.synchronize()
-            arrived = time.perf_counter()
+        (figures, ended, learning_rate, waited), self.asked = self.asked, None
+        seconds, self.started = _seconds(self.started, ended), ended
         self.step += 1
         samples = figures[:, 2:].view(len(figures), 3, -1)
         bad = [int(index) for index in samples[:, 0][~samples[:, 2].isfinite()]]
@@ -117,7 +112,6 @@ class Meter:
             named = f"the loss of samples {bad[:8]} (from 0, in the order of the data)" if bad else "the gradient norm"
             raise RuntimeError(f"step {self.step}: {named} is not finite; stopped, and nothing of that step is saved")
         losses = list(zip(samples[:, 1].flatten().tolist(), samples[:, 2].flatten().tolist(), strict=True))
-        seconds, self.started = arrived - self.started, arrived
         # fsum rounds once, whatever the order: the number of processes does not show.
         loss, grad_norm = math.fsum(loss for _, loss in losses) / len(losses), float(figures[0, 1])
         values = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": learning_rate}
@@ -137,6 +131,22 @@ class Meter:
         if self.step % self.logging_steps == 0:
             self.bar.set_postfix(loss=f"{loss:.4f}", grad_norm=f"{grad_norm:.3f}")
         return values, int(figures[:, 0].max())
+
+    def _mark(self) -> Any:
+        """Now, in seconds; or when the device will have done all that it was asked for."""
+        if self.accelerator.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds(start: Any, end: Any) -> float:
+    """Between two marks; waits for the second."""
+    if isinstance(end, float):
+        return end - float(start)
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:

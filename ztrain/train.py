@@ -31,7 +31,7 @@ from ztrain.flow import (
     velocity_losses,
 )
 from ztrain.interrupt import Interruption, end_with_launcher
-from ztrain.memory import GIB, Budget, use_growing_segments
+from ztrain.memory import GIB, Budget, idle_bytes, use_growing_segments
 from ztrain.meter import Meter
 from ztrain.run import Run, after_step, build, enter_folder, export, recorded, save
 from ztrain.sampler import MicroBatches, Mixture
@@ -143,9 +143,9 @@ def _add_gradients(run: Run, meter: Meter, begun: Sequence[tuple[int, Batch]]) -
                 _micro_step(run, meter, micro_step, batch)
             return
         except torch.OutOfMemoryError:
-            budget = run.model.execution.keeping
+            budget, idle = run.model.execution.keeping, idle_bytes(run.accelerator.device)
             # Of several processes the others would wait.
-            if not isinstance(budget, Budget) or run.accelerator.num_processes > 1 or not budget.keep_less():
+            if not isinstance(budget, Budget) or run.accelerator.num_processes > 1 or not budget.keep_less(idle):
                 raise
             planned = (budget.available - budget.withheld) / GIB
         tqdm.write(

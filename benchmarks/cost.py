@@ -27,6 +27,7 @@ import diffusers
 import peft
 import torch
 
+from benchmarks import cost_plot
 from benchmarks.laboratory import machine
 from benchmarks.step import REAL, RESULTS, TINY, Case, Size, Step, count_flops
 from ztrain.adapters.lora import LoraAdapterConfig
@@ -172,34 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 judge(document)
             path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if "sweep" in document:
-        draw(path.with_suffix(".png"), document)
+        cost_plot.draw(path.with_suffix(".svg"), document)
     print(f"wrote {path}")
     return 0
-
-
-def draw(path: Path, document: dict[str, Any]) -> None:
-    """Time over FLOPs, with the model as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows, rate = document["sweep"], document["rate_tflops"]
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    kinds = {
-        "pixels (512 to 1536, batch 1, rank 32)": lambda row: row["batch"] == 1 and row["rank"] == 32,
-        "batch (1024 pixels)": lambda row: row["batch"] > 1,
-        "rank (1024 pixels)": lambda row: row["rank"] != 32,
-    }
-    for (label, belongs), mark in zip(kinds.items(), "osd", strict=True):
-        chosen = [row for row in rows if belongs(row)]
-        axes.plot([row["tflop"] for row in chosen], [row["ms"] for row in chosen], mark, label=label)
-    most = max(row["tflop"] for row in rows)
-    axes.plot([0, most], [0, most / rate * 1e3], "-", color="grey", label=f"{rate:g} TFLOP/s", zorder=0)
-    axes.set(xlabel="TFLOP of a step", ylabel="milliseconds", xlim=(0, None), ylim=(0, None))
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
 
 
 if __name__ == "__main__":

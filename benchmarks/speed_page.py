@@ -3,7 +3,8 @@
     python -m benchmarks.speed_page
 
 In: step_nvidia_h200.json and step_miniature.json (benchmarks/step.py), train_real_size_nvidia_h200.json
-(benchmarks/train_real_size.py), of benchmarks/results. Out: docs/speed.md between its marks, docs/speed.svg.
+(benchmarks/train_real_size.py), cost_nvidia_h200.json (benchmarks/cost.py), of benchmarks/results. Out: docs/speed.md
+between its marks, docs/speed.svg, docs/cost.svg.
 """
 
 import json
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import step_plot
+from benchmarks import cost_plot, step_plot
 from benchmarks.pages import ROOT, write_page
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
@@ -58,10 +59,10 @@ def step_table(document: dict[str, Any]) -> str:
     lines = [f"| {what} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for case in dict.fromkeys(row["case"] for row in rows):
         found = {row["way"]: row for row in rows if row["case"] == case}
-        cells = [_time(found[way]) for way in (*others, ours)]
-        mine = found[ours]
-        ratio = mine["ms"] / min(found[way]["ms"] for way in others)
-        lines.append(f"| {CASES[case]} | {' | '.join(cells)} | {ratio:.2f} | {_ms(mine['ms'] * mine['mfu'])} |")
+        cells = [_time(found[way]) if way in found else "" for way in (*others, ours)]
+        mine, beside = found[ours], [found[way]["ms"] for way in others if way in found]
+        ratio = f"{mine['ms'] / min(beside):.2f}" if beside else ""
+        lines.append(f"| {CASES[case]} | {' | '.join(cells)} | {ratio} | {_ms(mine['ms'] * mine['mfu'])} |")
     return "\n".join([*lines, "", f"Medians of 10 steps, and peaks; {_told(document)}."])
 
 
@@ -93,24 +94,72 @@ def kernel_table(document: dict[str, Any]) -> str:
 
 def whole_table(document: dict[str, Any]) -> str:
     """Peaks and step times of whole runs."""
-    lines = ["| | steps | peak, GiB | reserved, GiB | milliseconds a step |", "|---|---|---|---|---|"]
+    lines = [
+        "| | steps | peak, GiB | reserved, GiB | milliseconds a step | memory was short, times |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, label in WHOLE.items():
         for row in document["rows"]:
             if row["list"] == name and "reserved_gib" in row:
                 peaks = f"{row['peak_gib']:.1f} | {row['reserved_gib']:.1f}"
-                lines.append(f"| {label} | {row['steps']} | {peaks} | {row['ms']:.0f} |")
+                short = sum("memory was short" in line for line in row["said"])
+                lines.append(f"| {label} | {row['steps']} | {peaks} | {row['ms']:.0f} | {short} |")
     return "\n".join([*lines, "", f"{_told(document)}."])
 
 
+def cost_table(document: dict[str, Any]) -> str:
+    """Times of steps over size, batch and rank beside what their FLOPs would take at one rate."""
+    lines = [
+        "| px | batch | rank | tokens | TFLOP | milliseconds | TFLOP/s | over the line |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in document["sweep"]:
+        sizes = " | ".join(str(row[key]) for key in ("side", "batch", "rank", "tokens"))
+        speed = f"{row['tflop']:.1f} | {_ms(row['ms'])} | {row['tflops']:.0f} | {row['over_model'] - 1:+.0%}"
+        lines.append(f"| {sizes} | {speed} |")
+    told = f"The line: {document['rate_tflops']:.0f} TFLOP/s, the median of all rows of a megapixel and more"
+    return "\n".join([*lines, "", f"{told}. {_told(document)}."])
+
+
+def draws_table(document: dict[str, Any]) -> str:
+    """Random batches inside random budgets."""
+    lines = [
+        "| blocks | draws | inside | refused | memory was short | reserved, of the budget |",
+        "|---|---|---|---|---|---|",
+    ]
+    for part, label in {"draws": "eager", "draws_compiled": "compiled"}.items():
+        if rows := document.get(part):
+            run = [row for row in rows if "peak_gib" in row]
+            inside, short = sum(row["is_inside"] for row in run), sum(row["short"] > 0 for row in run)
+            refused = sum("refused" in row for row in rows)
+            shares = [row["peak_gib"] / row["budget_gib"] for row in run if set(row["kept"]) != {"everything"}]
+            told = f"{min(shares):.0%} to {max(shares):.0%}"
+            lines.append(f"| {label} | {len(rows)} | {inside} | {refused} | {short} | {told} |")
+    ranks = sorted({row["rank"] for part in ("draws", "draws_compiled") for row in document.get(part, ())})
+    words = (
+        f"512 to 1536 px, batches of 1, 2 and 4, captions of 8 to 399 tokens, ranks {', '.join(map(str, ranks))},"
+        " budgets of 18 to 60 GiB. Short: less was kept then, and the step was computed again. Share: where not"
+        " everything was kept."
+    )
+    return "\n".join([*lines, "", words])
+
+
 def tables(results: Path) -> str:
-    step, miniature, whole = (
+    step, miniature, whole, cost = (
         json.loads((results / name).read_text(encoding="utf-8"))
-        for name in ("step_nvidia_h200.json", "step_miniature.json", "train_real_size_nvidia_h200.json")
+        for name in (
+            "step_nvidia_h200.json",
+            "step_miniature.json",
+            "train_real_size_nvidia_h200.json",
+            "cost_nvidia_h200.json",
+        )
     )
     parts: Sequence[tuple[str, str]] = (
         ("One step", step_table(step)),
         ("Where it goes", kernel_table(step)),
         ("Whole runs in 24 GiB", whole_table(whole)),
+        ("Random batches in random budgets", draws_table(cost)),
+        ("Over size, batch and rank", "![time over FLOPs](cost.svg)\n\n" + cost_table(cost)),
         ("The miniature on a CPU", step_table(miniature)),
     )
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts)
@@ -118,6 +167,7 @@ def tables(results: Path) -> str:
 
 def main(docs: Path = DOCS) -> None:
     step_plot.draw(docs / "speed.svg", step_plot.read(RESULTS / "step_nvidia_h200.json"))
+    cost_plot.draw(docs / "cost.svg", json.loads((RESULTS / "cost_nvidia_h200.json").read_text(encoding="utf-8")))
     write_page(docs / "speed.md", tables(RESULTS))
 
 

@@ -24,7 +24,7 @@ COLOURS = {"diffusers": "#E69F00", "diffusers_compiled": "#D55E00", "ztrain_eage
 """Okabe and Ito's, told apart by colour-blind eyes: a hue for whose blocks, the darker where they are compiled."""
 _UNKNOWN = "#999999"
 _EDGE = withStroke(linewidth=3.5, foreground="white")
-_SETTINGS: Any = {
+SETTINGS: Any = {
     "font.size": 9,
     "svg.fonttype": "none",  # text stays text, in the reader's font
     "svg.hashsalt": "ztrain",  # ids from this, not from chance
@@ -67,7 +67,7 @@ def draw(path: Path, document: Mapping[str, Any]) -> None:
     cases, found = (list(dict.fromkeys(row[key] for row in rows)) for key in ("case", "way"))
     ways = [way for way in COLOURS if way in found] + [way for way in found if way not in COLOURS]
     groups = {case: [row for way in ways for row in rows if (row["case"], row["way"]) == (case, way)] for case in cases}
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(9, 1.2 + 0.19 * (len(rows) + len(cases))), layout="constrained")
         axes = figure.add_subplot()
         centres, first = [], 0

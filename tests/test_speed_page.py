@@ -11,7 +11,7 @@ from benchmarks.pages import MARKS
 def test_tables_and_picture_are_of_the_committed_results(tmp_path: Path) -> None:
     (tmp_path / "speed.md").write_text(_emptied((speed_page.DOCS / "speed.md").read_text("utf-8")), "utf-8")
     speed_page.main(tmp_path)
-    for name in ("speed.md", "speed.svg"):
+    for name in ("speed.md", "speed.svg", "cost.svg"):
         same = (tmp_path / name).read_bytes() == (speed_page.DOCS / name).read_bytes()
         assert same, "run: python -m benchmarks.speed_page"
 
@@ -24,6 +24,14 @@ def _emptied(page: str) -> str:
 
 def test_every_case_has_its_words() -> None:
     assert list(speed_page.CASES) == [*step.CASES, *step.MINIATURE_CASES]
+
+
+def test_the_page_says_how_well_time_follows_flops() -> None:
+    rows = json.loads((speed_page.RESULTS / "cost_nvidia_h200.json").read_text(encoding="utf-8"))["sweep"]
+    farthest = max(abs(row["over_model"] - 1) for row in rows if row["side"] >= 1024)
+    page = (speed_page.DOCS / "speed.md").read_text(encoding="utf-8")
+    told = re.search(r"at a megapixel and more all within (\d+) % of one rate", page)
+    assert told and farthest <= float(told[1]) / 100 < farthest + 0.01
 
 
 def test_figures_in_the_readme_are_of_the_committed_results() -> None:

@@ -146,7 +146,7 @@ def _seconds(start: Any, end: Any) -> float:
     if isinstance(end, float):
         return end - float(start)
     end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
+    return 1e-3 * float(start.elapsed_time(end))
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 `kernel_times(run)` gives milliseconds per step of every category, launches per step and, on a GPU, the milliseconds in
 which nothing ran there; `slowest(run)` names what took the most. `record(run)` is for who wants both of the same steps.
-`ceilings` tells how fast the device is at a block's products alone.
+`ceilings` tells how fast the device is at a block's products alone, `load` whether it runs at its limits.
 Without CUDA they tell of PyTorch's operators, each by its own time on the CPU.
 """
 
+import math
 import re
+import shutil
+import statistics
+import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -152,3 +156,26 @@ def _wall(run: Callable[[], object], steps: int) -> float:
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+_ASKED = {"watts": "power.draw.instant", "watts_limit": "power.limit", "mhz": "clocks.sm", "mhz_limit": "clocks.max.sm"}
+_LOAD_SECONDS = 2.0
+
+
+def load(run: Callable[[], object], ms: float) -> dict[str, float] | None:
+    """Power and clock of the GPU beside steps of so many milliseconds, medians, and what they are limited to; None
+    where no nvidia-smi tells."""
+    if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+        return None
+    card = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    words = [f"--query-gpu={','.join(_ASKED.values())}", "--format=csv,noheader,nounits", "--loop-ms=100"]
+    asking = subprocess.Popen(["nvidia-smi", f"--id={card}", *words], stdout=subprocess.PIPE, text=True)
+    for _ in range(math.ceil(1e3 * _LOAD_SECONDS / ms)):
+        run()
+    torch.cuda.synchronize()
+    asking.terminate()
+    told = [line.split(",") for line in asking.communicate()[0].splitlines() if line.count(",") == len(_ASKED) - 1]
+    if not told:
+        return None
+    late = zip(*told[len(told) // 2 :], strict=True)  # power needs a while to rise
+    return {name: statistics.median(map(float, column)) for name, column in zip(_ASKED, late, strict=True)}

@@ -77,8 +77,8 @@ def _time(row: dict[str, Any]) -> str:
 def kernel_table(document: dict[str, Any]) -> str:
     """Where a step of ours spends its time, and what its blocks keep."""
     lines = [
-        "| milliseconds of the card | matrix products | attention | all else | idle | kernels | blocks keep |",
-        "|---|---|---|---|---|---|---|",
+        "| milliseconds | matrix products | attention | all else | idle | kernels | blocks keep | watts | MHz |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in document["rows"]:
         if "kernels" in row:
@@ -87,9 +87,16 @@ def kernel_table(document: dict[str, Any]) -> str:
             launches, idle = spent.pop("launches"), spent.pop("idle")
             kept = ", ".join(f"{level} {count}" for level, count in row["kept"].items())
             cells = [*(f"{value:.1f}" for value in (products, attention, sum(spent.values()), idle)), f"{launches:.0f}"]
-            lines.append(f"| {CASES[row['case']]} | {' | '.join(cells)} | {kept} |")
+            lines.append(f"| {CASES[row['case']]} | {' | '.join(cells)} | {kept} | {' | '.join(_load(row))} |")
     best = ", ".join(f"{name.replace('_', ' ')} {rate:.0f}" for name, rate in document["ceilings_tflops"].items())
     return "\n".join([*lines, "", f"The card's best at these shapes, in TFLOP/s: {best}."])
+
+
+def _load(row: dict[str, Any]) -> tuple[str, str]:
+    """Power and clock, each of its limit."""
+    if not (load := row.get("load")):
+        return "", ""
+    return f"{load['watts']:.0f} of {load['watts_limit']:.0f}", f"{load['mhz']:.0f} of {load['mhz_limit']:.0f}"
 
 
 def whole_table(document: dict[str, Any]) -> str:

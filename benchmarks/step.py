@@ -8,10 +8,10 @@ other cases and ways stay in the file, if machine and versions are the same; its
 Out: step_<gpu>.json, {"command", "machine", "versions", "date", "ceilings_tflops", "rows"}; a row: case, way, ms
 (median of STEPS after WARM_UPS, from CUDA events between steps that follow each other without a pause), spread (their
 range), peak_gib, mfu (FLOPs that a step needs), hfu (FLOPs with what is computed again; None where blocks keep a part),
-and, for ours, kept (blocks by what they keep), kernels (with --profile: milliseconds of the card by kind), reference
-(the fastest other way) and ratio (ours / reference). FLOPs are of matrix products and attention, counted with
-diffusers' blocks, not estimated. `--tiny`: a small model in float32 on the CPU: does everything run?
-`--miniature`: the shipped family's size.
+and, for ours, kept (blocks by what they keep), kernels and load (with --profile: milliseconds of the card by kind; its
+power and clock), reference (the fastest other way) and ratio (ours / reference). FLOPs are of matrix products and
+attention, counted with diffusers' blocks, not estimated. `--tiny`: a small model in float32 on the CPU: does everything
+run? `--miniature`: the shipped family's size.
 """
 
 import argparse
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.kernels import ceilings, kernel_times
+from benchmarks.kernels import ceilings, kernel_times, load
 from benchmarks.laboratory import machine
 from ztrain.adapters import build_adapters
 from ztrain.adapters.base import AdapterConfig
@@ -295,6 +295,7 @@ def row_of(name: str, case: Case, way: str, size: Size, device: torch.device, pr
         row["slow_because"] = slow_because(step.model.dit)
         row["kept"] = {keep.name.lower(): step.kept.count(keep) for keep in Keep if keep in step.kept}
     if profiles:
+        row["load"] = load(step.run, row["ms"])
         row["kernels"] = {kind: round(ms, 2) for kind, ms in kernel_times(step.run, steps=2).items()}
     return row
 

@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.test_batched import Dispatched, gradients, mixed, uniform
 from tests.test_parity import LORA, PROJECTOR, SIGLIP, make_model, noise_like
-from ztrain import block, blocks
+from ztrain import block, blocks, layout
 from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.splice import SpliceConfig
-from ztrain.block import Factors, Keep
+from ztrain.block import Factors, Keep, Packing
 from ztrain.blocks import Given, lora_row, slow_because, use_fast_blocks, use_stock_blocks
 from ztrain.conditioning import IMAGE, TEXT, Encoded, TokenStates
 from ztrain.loras import spread
@@ -89,7 +89,7 @@ def test_samples_by_themselves_or_with_a_mask_are_attended_to_alike(
 ) -> None:
     noisy, states = noise_like(*SIZES), with_references(mixed())
     apart = gradients(make(family, LISTS["siglip_lora"]), noisy, SIGMA, states)
-    monkeypatch.setattr(blocks, "_APART", 0)
+    monkeypatch.setattr(layout, "_PACKED", 0)
     masked = gradients(make(family, LISTS["siglip_lora"]), noisy, SIGMA, states)
     for key, gradient in masked.items():
         if gradient is not None:
@@ -194,16 +194,20 @@ def test_a_chosen_attention_backend_and_foreign_layers_are_named(family: Path) -
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, of its compiler
-def test_one_compiled_block_keeps_what_it_is_told(family: Path) -> None:
+@pytest.mark.parametrize("lengths", [None, (33, 63)], ids=["rows", "packed"])
+def test_one_compiled_block_keeps_what_it_is_told(family: Path, lengths: tuple[int, ...] | None) -> None:
     """In tensors of the tokens' states: the input; attention and one product more; all products (q, k, v, out and w2:
-    5, w1 and w3: 2.67 each); what the partitioner wants. One function for all, as in a run whose batches differ."""
+    5, w1 and w3: 2.67 each); what the partitioner wants. One function for all, as in a run whose batches differ.
+    Modulations are of samples, not of tokens, also where samples of different lengths lie in one row."""
     torch.compiler.reset()
     model = make(family, LISTS["lora"])
     use_fast_blocks(model.dit, backend="aot_eager_decomp_partition")
     layer, dim = model.dit.layers[0], model.dit.config.dim
-    factors = Factors(*(torch.ones((1, 1, dim)) for _ in range(4)))
+    samples = torch.arange(len(lengths or (1,))).repeat_interleave(torch.tensor(lengths or (96,)))
+    packing = Packing(lengths, torch.arange(96), samples) if lengths else None
+    factors = Factors(*(torch.ones((len(lengths or (1,)), 1, dim)) for _ in range(4)))
     freqs = torch.randn((1, 96, 2, dim // model.dit.config.n_heads))
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *factors, freqs)}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *factors, freqs, samples)}
     kept = {}
     for keep in (Keep.EVERYTHING, Keep.NOTHING, Keep.COSTLY, Keep.PRODUCTS):
         found: dict[int, int] = {}
@@ -212,13 +216,13 @@ def test_one_compiled_block_keeps_what_it_is_told(family: Path) -> None:
 
         def pack(tensor: Tensor, found: dict[int, int] = found) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own and 96 in tensor.shape:
+            if storage.data_ptr() not in own and {96, *(lengths or ())} & {*tensor.shape}:
                 found[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         x = torch.randn((1, 96, dim), requires_grad=True) * 1
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = layer(x, None, freqs, given, keep=keep)
+            output = layer(x, None, freqs, given, packing=packing, keep=keep)
         kept[keep] = sum(found.values()) / (96 * dim * 4)
         output.sum().backward()
     assert kept[Keep.NOTHING] < 1.1, kept

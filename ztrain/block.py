@@ -5,7 +5,7 @@ RMSNorm is one kernel; a norm's weight and what modulates or gates it are one fa
 that share their input are one product where they lie side by side (storage.py); LoRAs that share their input share one
 product with it. It takes tensors and numbers alone, so that one compiled function serves all blocks.
 
-Legend: B batch, N tokens, d model width, r LoRA rank.
+Legend: B batch, N tokens, S tokens of all samples, d model width, r LoRA rank.
 """
 
 import functools
@@ -30,13 +30,21 @@ class Keep(IntEnum):
     """What the compiler wants, or autograd."""
 
 
+class Packing(NamedTuple):
+    """Samples of different lengths one after the other, in one row."""
+
+    lengths: tuple[int, ...]  # of each sample
+    places: Tensor  # (S,), of each token in the rows as they lie one after the other
+    samples: Tensor  # (S,), whose token it is
+
+
 class Seen(NamedTuple):
-    """What is attended to in rows that samples fill to different lengths, said two ways: masks turn fast kernels off,
-    lengths take a call for each sample."""
+    """What is attended to in rows that samples fill to different lengths, said two ways: a mask turns fast kernels off,
+    and what it hides is computed; samples one after the other take a call of attention for each."""
 
     mask: Tensor  # (B, N) bool, or a bias that broadcasts to (B, heads, N, N)
-    lengths: tuple[int, ...] | None
-    """Of each sample, from the first token on; None where the mask says more."""
+    packing: Packing | None
+    """None where the mask says more, or there are many samples."""
 
 
 class Factors(NamedTuple):
@@ -107,15 +115,19 @@ def compute(
     freqs: Tensor,
     mask: Tensor | None,
     lengths: tuple[int, ...] | None,
+    samples: Tensor | None,
     factors: Factors,
     products: torch.dtype,
 ) -> Tensor:
-    """(B, N, d) -> (B, M, d) in the dtype of x.
+    """(B, N, d) -> (B, M, d) in the dtype of x; or (1, S, d), of samples one after the other.
 
     read: the first M tokens of x, whose new states anybody reads: the others are attended to and go no further;
-    freqs: as `_turned` reads them; mask: what is attended to, or a bias, as it broadcasts to (B, heads, N, N); lengths:
-    what is attended to, of each sample, instead of a mask; products: dtype of the matrix products and of attention.
+    freqs: as `_turned` reads them; mask: what is attended to, or a bias, as it broadcasts to (B, heads, N, N);
+    lengths, samples: of a `Packing`; products: dtype of the matrix products and of attention.
     """
+    if samples is not None:
+        # Where there are no modulations, all samples have the same.
+        factors = Factors(*(each if len(each) == 1 else each.squeeze(1)[samples].unsqueeze(0) for each in factors))
     states = (_normalised(x, weights.eps[0]) * factors.into_attention).to(products)
     count = read.shape[1]
     if count == x.shape[1]:
@@ -128,25 +140,17 @@ def compute(
     key = _turned(_normed_heads(key, weights.norm_k), freqs).to(products)
     query, key, value = (projected.transpose(1, 2) for projected in (query, key, value))
     if lengths is None:
-        states = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        states = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
     else:
-        states = _attended_apart(query, key, value, lengths)
-    (states,) = _project(weights.out, states.transpose(1, 2).flatten(2))
+        apart = zip(*(each.split(lengths, dim=2) for each in (query, key, value)), strict=True)
+        states = torch.cat([F.scaled_dot_product_attention(*sample).transpose(1, 2) for sample in apart], dim=1)
+    (states,) = _project(weights.out, states.flatten(2))
     x = torch.addcmul(read, factors.out_of_attention, _normalised(states.to(x.dtype), weights.eps[1]))
 
     states = (_normalised(x, weights.eps[2]) * factors.into_feed_forward).to(products)
     gate, up = _project(weights.w1_w3, states)
     (states,) = _project(weights.w2, F.silu(gate) * up)
     return torch.addcmul(x, factors.out_of_feed_forward, _normalised(states.to(x.dtype), weights.eps[3]))
-
-
-def _attended_apart(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Attention of each sample by itself, (B, heads, M, d_head); zeros after its length."""
-    states = []
-    for i, length in enumerate(lengths):
-        mine = [tensor[i : i + 1, :, :length] for tensor in (query, key, value)]
-        states.append(F.pad(F.scaled_dot_product_attention(*mine), (0, 0, 0, query.shape[2] - mine[0].shape[2])))
-    return torch.cat(states)
 
 
 def _normalised(x: Tensor, eps: float) -> Tensor:

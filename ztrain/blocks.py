@@ -19,6 +19,7 @@ from ztrain.block import (
     Linears,
     Loras,
     Norm,
+    Packing,
     Seen,
     Weights,
     complex_factors,
@@ -30,8 +31,6 @@ from ztrain.storage import share_storage, whole_of
 
 _RECOMPILATIONS = 64
 """Of one compiled function at most: by kind of block, Keep, mask and gradients, each also for any number of tokens."""
-_APART = 8
-"""Samples of different lengths, up to which each is attended to by itself; a mask of more costs less than the calls."""
 _READ = 0.8
 """Share of the tokens, up to which the last block computes only those that are read: saving less would not pay for a
 compiled function of its own."""
@@ -58,33 +57,32 @@ class FastForward:
         freqs: Tensor,
         modulation: Any = None,
         *rest: Any,
-        lengths: tuple[int, ...] | None = None,
+        packing: Packing | None = None,
         read: int | None = None,
         keep: Keep = Keep.EVERYTHING,
     ) -> Tensor:
-        """lengths, read, keep: of block.py's `compute_keeping`; read None: all tokens."""
+        """packing: of x, which has one row then; read, keep: of block.py's `compute_keeping`; read None: all tokens."""
         if not isinstance(modulation, Given):
             if not freqs.is_complex():
                 freqs = complex_factors(freqs)
             return type(self.block).forward(self.block, x, mask, freqs, modulation, *rest)
         factors, loras, products = modulation
         x = x.to(factors.into_attention.dtype)
-        if lengths is not None and len(lengths) <= _APART:
-            mask = None
-        elif mask is not None and mask.ndim == 2:
-            lengths = None
+        lengths, samples = (None, None) if packing is None else (packing.lengths, packing.samples)
+        if mask is not None and mask.ndim == 2:
             mask = mask[:, None, None, :]
         # Without gradients, for previews and validation, other sizes come that are not worth a compilation.
         compute = self.compute if torch.is_grad_enabled() else compute_keeping
         if self.is_compiled:
             # Not one function for each size of picture and length of caption: the second would be compiled anew.
-            for tensor, axis in ((x, 1), (freqs, 1), *(((mask, -1),) if mask is not None else ())):
-                torch._dynamo.maybe_mark_dynamic(tensor, axis % tensor.ndim)
+            for tensor, axis in ((x, 1), (freqs, 1), (mask, -1), (samples, 0)):
+                if tensor is not None:
+                    torch._dynamo.maybe_mark_dynamic(tensor, axis % tensor.ndim)
         weights, part = _weights_of(self.block, loras), x if read is None else x[:, :read]
         if not _needs_gradient(x, factors, weights):
             keep = Keep.EVERYTHING  # which is nothing
         with torch.autocast(x.device.type, enabled=False) if _autocasts(x) else nullcontext():
-            return compute(keep.name, weights, x, part, freqs, mask, lengths, factors, products)
+            return compute(keep.name, weights, x, part, freqs, mask, lengths, samples, factors, products)
 
 
 def use_fast_blocks(dit: Any, backend: str | None = None) -> None:
@@ -124,20 +122,29 @@ def run(
     modulation: (B, 256) or None; keeps: of each block; read: tokens of the result that are read, from the first on;
     row: of `lora_row`, if it has been made.
     """
-    mask, lengths = (None, None) if seen is None else seen
+    row = lora_row(layers, x) if row is None else row
+    everywhere = _given(layers, x, modulation, row)
+    mask, packing = (None, None) if seen is None else seen
+    shape = x.shape
+    if packing is not None and all(given is not None for given in everywhere):
+        read = None
+        mask, x = None, x.flatten(0, 1)[packing.places].unsqueeze(0)
+        freqs = freqs[:, packing.places % shape[1]] if len(freqs) == 1 else freqs.flatten(0, 1)[None, packing.places]
+    else:
+        packing = None
     if read is not None and read > _READ * x.shape[1]:
         read = None
-    row = lora_row(layers, x) if row is None else row
-    blocks = zip(layers, _given(layers, x, modulation, row), keeps, strict=True)
-    for place, (layer, given, keep) in enumerate(blocks, 1):
+    for place, (layer, given, keep) in enumerate(zip(layers, everywhere, keeps, strict=True), 1):
         if given is not None:
             last = place == len(layers)
-            x = layer(x, mask, freqs, given, lengths=lengths, read=read if last else None, keep=keep)
+            x = layer(x, mask, freqs, given, packing=packing, read=read if last else None, keep=keep)
         elif torch.is_grad_enabled() and keep != Keep.EVERYTHING:
             x = checkpoint(layer, x, mask, freqs, modulation, use_reentrant=False)
         else:
             x = layer(x, mask, freqs, modulation)
-    return x
+    if packing is None:
+        return x
+    return x.new_zeros(shape).flatten(0, 1).index_copy(0, packing.places, x[0]).view(shape)
 
 
 def lora_row(layers: nn.ModuleList, x: Tensor) -> Tensor | None:

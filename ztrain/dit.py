@@ -206,11 +206,9 @@ def _siglip_block(
     """Refined SigLIP tokens of a batch in which any sample has a reference."""
     references = stacks([reference for sample in siglip for reference in sample])
     tokens = dit.siglip_embedder(torch.cat([batch.flatten(0, 2) for batch in references]).to(dtype))
-    # In the refiner a sample without references sees its own padding: seeing nothing would be NaN. Later nobody does.
-    seen = rows.seen
-    if seen is not None and 0 in rows.ends:
-        seen = Seen(seen.mask | ~seen.mask[:, :1], tuple(end or rows.length for end in rows.ends))
-    block = _refined(dit.siglip_refiner, _Block(rows.fill(tokens, dit.siglip_pad_token), freqs, seen), None, keep)
+    states = rows.fill(tokens, dit.siglip_pad_token)
+    # A sample without references sees its own padding here; later nobody does.
+    block = _refined(dit.siglip_refiner, _Block(states, freqs, rows.refined), None, keep)
     # Float32 weights in a bf16 base make float32 tokens, which would promote the whole sequence.
     return block._replace(states=block.states.to(dtype))
 

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from ztrain.block import Seen
+from ztrain.block import Packing, Seen
 from ztrain.blocks import reads_real, rotary_factors
 
 MULTIPLE = 32  # SEQ_MULTI_OF in diffusers' transformer_z_image.py: every part is padded to this many tokens
 _LAYOUTS = 32  # of which a step has up to seven; no budget counts them: 4 MiB for a picture of 1024 x 1024
+_PACKED = 8
+"""Samples of different lengths, up to which each is attended to by itself; a mask of more costs less than the calls."""
 
 Grid: TypeAlias = tuple[int, int, int, int, int]
 """Place on the first axis, height, width, and the sides that it is spread over."""
@@ -54,6 +56,8 @@ class Rows:
         shift, count = _to([shifts, counts], device)
         self.places = torch.arange(total, device=device) + shift.repeat_interleave(count, output_size=total)
         self.seen = _seen(self.ends, device)
+        # For attention among these rows alone: seeing nothing would be NaN.
+        self.refined = _seen([end or self.length for end in self.ends], device) if 0 in self.ends else self.seen
 
     def fill(self, tokens: Tensor, pad_token: Tensor) -> Tensor:
         """All pieces one after the other, (total, d) -> (B, N, d). The pad token always gets a gradient, be it zero."""
@@ -126,12 +130,18 @@ def _seen(ends: Sequence[int], device: torch.device) -> Seen | None:
     """Of rows that samples fill up to their `ends`; None where that is everything."""
     if len(set(ends)) == 1:
         return None
-    return Seen(torch.arange(max(ends), device=device) < _to(ends, device).unsqueeze(1), tuple(ends))
+    packing, ends_there = None, _to(ends, device)
+    if len(ends) <= _PACKED:
+        total = sum(ends)
+        samples = _to(range(len(ends)), device).repeat_interleave(ends_there, output_size=total)  # (S,)
+        before = ends_there.cumsum(0) - ends_there - max(ends) * _to(range(len(ends)), device)
+        packing = Packing(tuple(ends), torch.arange(total, device=device) - before[samples], samples)
+    return Seen(torch.arange(max(ends), device=device) < ends_there.unsqueeze(1), packing)
 
 
 def _to(values: Sequence[Any], device: torch.device) -> Tensor:
     """Integers on the device, without waiting for it."""
-    return torch.tensor(values).to(device, non_blocking=True)
+    return torch.tensor(list(values)).to(device, non_blocking=True)
 
 
 def _positions(grids: Sequence[Grid], length: int) -> Tensor:

@@ -170,11 +170,14 @@ def load(run: Callable[[], object], ms: float) -> dict[str, float] | None:
     card = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
     words = [f"--query-gpu={','.join(_ASKED.values())}", "--format=csv,noheader,nounits", "--loop-ms=100"]
     asking = subprocess.Popen(["nvidia-smi", f"--id={card}", *words], stdout=subprocess.PIPE, text=True)
-    for _ in range(math.ceil(1e3 * _LOAD_SECONDS / ms)):
-        run()
-    torch.cuda.synchronize()
-    asking.terminate()
-    told = [line.split(",") for line in asking.communicate()[0].splitlines() if line.count(",") == len(_ASKED) - 1]
+    try:
+        for _ in range(math.ceil(1e3 * _LOAD_SECONDS / ms)):
+            run()
+        torch.cuda.synchronize()
+    finally:
+        asking.terminate()
+        said = asking.communicate()[0]
+    told = [figures for line in said.splitlines() if len(figures := re.findall(r"[\d.]+", line)) == len(_ASKED)]
     if not told:
         return None
     late = zip(*told[len(told) // 2 :], strict=True)  # power needs a while to rise

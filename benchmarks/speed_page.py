@@ -131,17 +131,17 @@ def cost_table(document: dict[str, Any]) -> str:
 def draws_table(document: dict[str, Any]) -> str:
     """Random batches inside random budgets."""
     lines = [
-        "| blocks | draws | inside | refused | memory was short | reserved, of the budget |",
-        "|---|---|---|---|---|---|",
+        "| blocks | draws | inside | refused | failed | memory was short | reserved, of the budget |",
+        "|---|---|---|---|---|---|---|",
     ]
     for part, label in {"draws": "eager", "draws_compiled": "compiled"}.items():
         if rows := document.get(part):
             run = [row for row in rows if "peak_gib" in row]
             inside, short = sum(row["is_inside"] for row in run), sum(row["short"] > 0 for row in run)
-            refused = sum("refused" in row for row in rows)
+            refused, failed = (sum(word in row for row in rows) for word in ("refused", "failed"))
             shares = [row["peak_gib"] / row["budget_gib"] for row in run if set(row["kept"]) != {"everything"}]
-            told = f"{min(shares):.0%} to {max(shares):.0%}"
-            lines.append(f"| {label} | {len(rows)} | {inside} | {refused} | {short} | {told} |")
+            told = f"{min(shares):.0%} to {max(shares):.0%}" if shares else ""
+            lines.append(f"| {label} | {len(rows)} | {inside} | {refused} | {failed} | {short} | {told} |")
     ranks = sorted({row["rank"] for part in ("draws", "draws_compiled") for row in document.get(part, ())})
     words = (
         f"512 to 1536 px, batches of 1, 2 and 4, captions of 8 to 399 tokens, ranks {', '.join(map(str, ranks))},"

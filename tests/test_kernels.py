@@ -1,10 +1,15 @@
 """benchmarks/kernels.py: every kernel in its category, and what ran in a step adds up."""
 
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.kernels import CATEGORIES, Recording, category, covered, kernel_times, record, slowest
+from benchmarks.kernels import CATEGORIES, Recording, category, covered, kernel_times, load, record, slowest
 
 COPIED = "at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)::{lambda()#3}::operator()() const"
 CAST = "at::native::bfloat16_copy_kernel_cuda(at::TensorIteratorBase&)::{lambda(float)#1}"
@@ -119,3 +124,35 @@ def test_a_step_on_a_gpu() -> None:
     assert min(times[name] for name in CATEGORIES if name != "other") > 0, recording.slowest()
     assert times["other"] < 0.05 * sum(times[name] for name in CATEGORIES), recording.slowest()
     assert times["idle"] >= 0 and 10 < times["launches"] < 100
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("690.50, 700.00, 1650, 1980", {"watts": 690.5, "watts_limit": 700.0, "mhz": 1650.0, "mhz_limit": 1980.0}),
+        ("[N/A], 700.00, 1650, 1980", None),
+    ],
+)
+def test_a_card_tells_its_load_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, expected: dict[str, float] | None
+) -> None:
+    """An nvidia-smi that goes on until it is told to stop; it is, also where a step fails."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nwhile sleep 0.05; do echo '{line}'; done\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    card = {"is_available": lambda: True, "current_device": lambda: 0, "synchronize": lambda: None}
+    card["get_device_properties"] = lambda place: SimpleNamespace(uuid="x")
+    for name, function in card.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr("benchmarks.kernels._LOAD_SECONDS", 0.5)
+    assert load(lambda: time.sleep(0.1), 100.0) == expected
+
+    def fail() -> None:
+        time.sleep(0.2)
+        raise RuntimeError("a step")
+
+    with pytest.raises(RuntimeError, match="a step"):
+        load(fail, 100.0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)

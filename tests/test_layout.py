@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "compiling": {"blocks"},
     "graphs": {"block", "blocks"},
     "memory": {"block"},
-    "layout": {"block", "blocks"},
+    "layout": {"block", "blocks", "conditioning"},
     "dit": {"block", "blocks", "layout", "models"},
     "model": {"conditioning", "adapters", "blocks", "dit", "layout"},
     "sample": {"flow", "conditioning", "config", "models"},

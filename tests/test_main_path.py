@@ -306,7 +306,9 @@ def test_a_list_without_weights_cannot_train(family: Path, paintings: Path, tmp_
     assert "[splice] has no weights to train" in failed.stderr
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(family: Path, paintings: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(
+    family: Path, paintings: Path, tmp_path: Path
+) -> None:
     shutil.copytree(family / "Z-Image-Turbo", tmp_path / "broken")
     weights = tmp_path / "broken" / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)

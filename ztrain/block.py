@@ -125,10 +125,8 @@ def compute(
     freqs: as `_turned` reads them; mask: what is attended to, or a bias, as it broadcasts to (B, heads, N, N);
     lengths, samples: of a `Packing`; products: dtype of the matrix products and of attention.
     """
-    if samples is not None:
-        # Where there are no modulations, all samples have the same.
-        factors = Factors(*(each if len(each) == 1 else each.squeeze(1)[samples].unsqueeze(0) for each in factors))
-    states = (_normalised(x, weights.eps[0]) * factors.into_attention).to(products)
+    whose = (lengths, samples)
+    states = _scaled(_normalised(x, weights.eps[0]), factors.into_attention, *whose).to(products)
     count = read.shape[1]
     if count == x.shape[1]:
         query, key, value = _project(weights.qkv, states)
@@ -145,12 +143,28 @@ def compute(
         apart = zip(*(each.split(lengths, dim=2) for each in (query, key, value)), strict=True)
         states = torch.cat([F.scaled_dot_product_attention(*sample).transpose(1, 2) for sample in apart], dim=1)
     (states,) = _project(weights.out, states.flatten(2))
-    x = torch.addcmul(read, factors.out_of_attention, _normalised(states.to(x.dtype), weights.eps[1]))
+    x = _added(read, _normalised(states.to(x.dtype), weights.eps[1]), factors.out_of_attention, *whose)
 
-    states = (_normalised(x, weights.eps[2]) * factors.into_feed_forward).to(products)
+    states = _scaled(_normalised(x, weights.eps[2]), factors.into_feed_forward, *whose).to(products)
     gate, up = _project(weights.w1_w3, states)
     (states,) = _project(weights.w2, F.silu(gate) * up)
-    return torch.addcmul(x, factors.out_of_feed_forward, _normalised(states.to(x.dtype), weights.eps[3]))
+    return _added(x, _normalised(states.to(x.dtype), weights.eps[3]), factors.out_of_feed_forward, *whose)
+
+
+def _scaled(x: Tensor, factor: Tensor, lengths: tuple[int, ...] | None, samples: Tensor | None) -> Tensor:
+    """Each token of x, (B, N, d) or packed (1, S, d), times its sample's factor, (B, 1, d), or the one of all."""
+    if lengths is None or samples is None or len(factor) == 1:
+        return x * factor
+    if torch.compiler.is_compiling():
+        return x * factor.squeeze(1)[samples].unsqueeze(0)  # read where it is needed, never written
+    return torch.cat([part * own for part, own in zip(x.split(lengths, dim=1), factor, strict=True)], dim=1)
+
+
+def _added(x: Tensor, more: Tensor, factor: Tensor, lengths: tuple[int, ...] | None, samples: Tensor | None) -> Tensor:
+    """x and what is `_scaled` of more."""
+    if samples is None or len(factor) == 1:
+        return torch.addcmul(x, factor, more)
+    return x + _scaled(more, factor, lengths, samples)
 
 
 def _normalised(x: Tensor, eps: float) -> Tensor:

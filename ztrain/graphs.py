@@ -43,10 +43,11 @@ class Replays:
         keeps: Sequence[Keep],
         read: int | None = None,
     ) -> Tensor:
-        mask = None if seen is None else seen.mask  # no packing: hardly two batches have the same
         few = x.shape[0] * x.shape[1] <= self.most_tokens and min(keeps) == Keep.EVERYTHING
         if not few or not torch.is_grad_enabled() or not layers.training or modulation is None:
             return run(layers, x, freqs, seen, modulation, keeps, read)
+        mask = None if seen is None else seen.mask
+        seen = None if seen is None else Seen(mask, None)  # no packing: hardly two batches have the same
         row = lora_row(layers, x)
         given = {"x": x, "freqs": freqs, "modulation": modulation, "row": row, "mask": mask}
         inputs = {name: tensor for name, tensor in given.items() if tensor is not None}

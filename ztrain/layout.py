@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ztrain.block import Packing, Seen
 from ztrain.blocks import reads_real, rotary_factors
+from ztrain.conditioning import moved
 
 MULTIPLE = 32  # SEQ_MULTI_OF in diffusers' transformer_z_image.py: every part is padded to this many tokens
 _LAYOUTS = 32  # of which a step has up to seven; no budget counts them: 4 MiB for a picture of 1024 x 1024
@@ -88,7 +89,7 @@ class Layouts:
             places = torch.zeros((len(ends), max(totals)), dtype=torch.int64)
             for row, sample, total in zip(places, ends, totals, strict=True):
                 torch.cat([torch.arange(s, s + n) for s, n in zip(starts, sample, strict=True)], out=row[:total])
-            return Sequencing(max(totals), places.to(device, non_blocking=True), _seen(totals, device))
+            return Sequencing(max(totals), moved(places, device), _seen(totals, device))
 
         return self._once(("sequence", tuple(ends), lengths, device), make)
 
@@ -109,8 +110,9 @@ class Layouts:
 
         def make() -> Tensor:
             positions = torch.stack([_positions(layout, length) for layout in distinct])
-            positions = positions.to(device, non_blocking=True).flatten(0, 1)
-            freqs = rotary_factors(self._dit, positions).unflatten(0, (len(distinct), length))
+            freqs = rotary_factors(self._dit, moved(positions.flatten(0, 1), device)).unflatten(
+                0, (len(distinct), length)
+            )
             return freqs if len(distinct) == 1 else freqs[_to([distinct[layout] for layout in layouts], device)]
 
         key = layouts if len(distinct) > 1 else layouts[:1]
@@ -141,7 +143,7 @@ def _seen(ends: Sequence[int], device: torch.device) -> Seen | None:
 
 def _to(values: Sequence[Any], device: torch.device) -> Tensor:
     """Integers on the device, without waiting for it."""
-    return torch.tensor(list(values)).to(device, non_blocking=True)
+    return moved(torch.tensor(list(values)), device)
 
 
 def _positions(grids: Sequence[Grid], length: int) -> Tensor:

@@ -182,8 +182,8 @@ def available_bytes(device: torch.device, budget_gib: float | None, pending: int
 
 
 def idle_bytes(device: torch.device) -> float:
-    """That lie between tensors when there are most of them, so far in this process. Between kept tensors of mixed sizes
-    the allocator cannot give back parts of its pages of 20 MiB."""
+    """That lie between tensors when there are most, by the peaks so far. Between kept tensors of mixed sizes the
+    allocator cannot give back parts of its pages of 20 MiB."""
     if device.type != "cuda":
         return 0.0
     return float(torch.cuda.max_memory_reserved(device) - torch.cuda.max_memory_allocated(device))

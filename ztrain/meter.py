@@ -96,7 +96,8 @@ class Meter:
 
     def read(self) -> tuple[dict[str, float], int]:
         """Of the step that was asked about: its metrics, by the names that W&B shows and the same on every process but
-        for the seconds; and the signal that any process had received, 0 for none. Waits for the device.
+        for the seconds; and the signal that any process had received, 0 for none. Waits for the device. Of the seconds
+        that the process waited for data its device may have been busy.
 
         Raises RuntimeError on every process where a loss or the gradient norm of any is not finite: the weights have
         taken that step, and nothing may be saved of them.
@@ -121,7 +122,7 @@ class Meter:
         values |= {f"train/loss_sigma/{place}": math.fsum(found) / len(found) for place, found in sorted(bins.items())}
         values |= {
             "perf/step_seconds": seconds,
-            "perf/data_wait_share": waited / seconds,
+            "perf/data_wait_share": min(waited / seconds, 1.0),
             "perf/samples_per_second": len(losses) / seconds,
         }
         if torch.cuda.is_available():
@@ -137,7 +138,7 @@ class Meter:
         if self.accelerator.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.accelerator.device))
         return event
 
 

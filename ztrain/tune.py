@@ -48,7 +48,9 @@ class Probe:
 
     @classmethod
     def of(cls, model: AdaptedDiT, config: Config, cache: Cache, samples: Samples, device: torch.device) -> "Probe":
-        chosen = list(samples.trained[: config.train.train_batch_size])
+        # From the shortest prompt to the longest: samples of different lengths are computed in another way.
+        count, by_length = config.train.train_batch_size, sorted(samples.trained, key=lambda sample: len(sample.prompt))
+        chosen = [by_length[round(i * (len(by_length) - 1) / max(1, count - 1))] for i in range(count)]
         keys = [SampleKey(config.seed, 0, i) for i in range(len(chosen))]
         batch = read_batch(cache, chosen, keys, config.reads).to(device)
         largest = max((latents.shape[1:] for latents in batch.latents), key=math.prod)

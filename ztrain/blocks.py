@@ -4,6 +4,7 @@ Where it does not apply (LoRAs of other kinds, quantized layers), diffusers' for
 Names, state dict and export stay diffusers'. Legend: B batch, N tokens, d model width.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -122,20 +123,20 @@ def run(
     modulation: (B, 256) or None; keeps: of each block; read: tokens of the result that are read, from the first on;
     row: of `lora_row`, if it has been made.
     """
-    row = lora_row(layers, x) if row is None else row
-    everywhere = _given(layers, x, modulation, row)
+    fast = _fast(layers)
+    row = _row(fast, _products(layers, x)) if row is None else row
+    made = _given(fast, modulation, row, _products(layers, x))
     mask, packing = (None, None) if seen is None else seen
     shape = x.shape
-    if packing is not None and all(given is not None for given in everywhere):
+    if len(fast) < len(layers):
+        packing = None  # diffusers' forward reads rows
+    if packing is not None:
+        mask, read = None, None
+        x, freqs = _packed(x, packing), _packed(freqs, packing)
+    elif read is not None and read > _READ * x.shape[1]:
         read = None
-        mask, x = None, x.flatten(0, 1)[packing.places].unsqueeze(0)
-        freqs = freqs[:, packing.places % shape[1]] if len(freqs) == 1 else freqs.flatten(0, 1)[None, packing.places]
-    else:
-        packing = None
-    if read is not None and read > _READ * x.shape[1]:
-        read = None
-    for place, (layer, given, keep) in enumerate(zip(layers, everywhere, keeps, strict=True), 1):
-        if given is not None:
+    for place, (layer, keep) in enumerate(zip(layers, keeps, strict=True), 1):
+        if (given := made.get(id(layer))) is not None:
             last = place == len(layers)
             x = layer(x, mask, freqs, given, packing=packing, read=read if last else None, keep=keep)
         elif torch.is_grad_enabled() and keep != Keep.EVERYTHING:
@@ -147,9 +148,15 @@ def run(
     return x.new_zeros(shape).flatten(0, 1).index_copy(0, packing.places, x[0]).view(shape)
 
 
+def _packed(rows: Tensor, packing: Packing) -> Tensor:
+    """(B, N, ...), or (1, N, ...) of which all samples have the same, -> (1, S, ...)."""
+    places = packing.places % rows.shape[1] if len(rows) == 1 else packing.places
+    return rows.flatten(0, 1)[places].unsqueeze(0)
+
+
 def lora_row(layers: nn.ModuleList, x: Tensor) -> Tensor | None:
     """All LoRAs of the fast among these blocks, in one row; x: the states that they read."""
-    return gathered([group for block in layers if _is_fast(block) for group in _groups(block)], _products(layers, x))
+    return _row(_fast(layers), _products(layers, x))
 
 
 def rotary_factors(dit: Any, positions: Tensor) -> Tensor:
@@ -208,21 +215,25 @@ def _norms(block: Any) -> tuple[Any, Any, Any, Any]:
     return block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2
 
 
-def _given(layers: nn.ModuleList, x: Tensor, modulation: Tensor | None, row: Tensor | None) -> list[Given | None]:
-    """Of each block; None for one whose forward is diffusers'."""
-    fast = [block for block in layers if _is_fast(block)]
+def _fast(layers: nn.ModuleList) -> list[Any]:
+    """Those of the blocks whose forward is ours."""
+    return [block for block in layers if isinstance(block.forward, FastForward) and _objection(block) is None]
+
+
+def _row(fast: Sequence[Any], products: torch.dtype) -> Tensor | None:
+    return gathered([group for block in fast for group in _groups(block)], products)
+
+
+def _given(
+    fast: Sequence[Any], modulation: Tensor | None, row: Tensor | None, products: torch.dtype
+) -> dict[int, Given]:
+    """Of each block, by its id."""
     factors = _factors_together(fast, modulation) or [_factors_of(block, modulation) for block in fast]
     loras = iter(spread(row, [group for block in fast for group in _groups(block)]))
-    products = _products(layers, x)
-    made = {
+    return {
         id(block): Given(each, tuple(next(loras) for _ in _groups(block)), products)
         for block, each in zip(fast, factors, strict=True)
     }
-    return [made.get(id(block)) for block in layers]
-
-
-def _is_fast(block: Any) -> bool:
-    return isinstance(block.forward, FastForward) and _objection(block) is None
 
 
 def _products(layers: nn.ModuleList, x: Tensor) -> torch.dtype:
@@ -271,6 +282,13 @@ def _groups(block: Any) -> tuple[tuple[Any, ...], ...]:
     return reads_states, (attention.to_out[0],), (feed_forward.w1, feed_forward.w3), (feed_forward.w2,)
 
 
+_LINEARS = (
+    "attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
+    "feed_forward.w1", "feed_forward.w3", "feed_forward.w2",
+)  # fmt: skip
+"""As `_groups` gives them."""
+
+
 def _weights_of(block: Any, loras: Sequence[Loras | None]) -> Weights:
     attention, norms = block.attention, _norms(block)
     reads_states, reads_attention, reads_normed, reads_gated = (
@@ -306,17 +324,12 @@ def _needs_gradient(*values: Any) -> bool:
 
 def _objection(block: Any) -> str | None:
     """What is in the way of the fast forward, or None."""
-    attention, feed_forward = block.attention, block.feed_forward
+    attention = block.attention
     if attention.norm_q is None:
         return "attention has no norms of query and key"
     if getattr(attention.processor, "_attention_backend", None) is not None:
         return "attention has a backend of its own"
-    layers = {
-        **{f"attention.{name}": getattr(attention, name) for name in ("to_q", "to_k", "to_v")},
-        "attention.to_out.0": attention.to_out[0],
-        **{f"feed_forward.{name}": getattr(feed_forward, name) for name in ("w1", "w2", "w3")},
-    }
-    for name, layer in layers.items():
+    for name, layer in zip(_LINEARS, itertools.chain(*_groups(block)), strict=True):
         if reason := _objection_to_linear(layer):
             return f"{name} {reason}"
     return None

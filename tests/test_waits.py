@@ -97,4 +97,4 @@ def test_a_step_is_asked_for_without_waiting(family: Path, paintings: Path, tmp_
     words = ["--config", f"configs/{name}.yaml", "configs/tiny.yaml", *model_words(family), *QUIET]
     words += ["--data.train_data_dir", str(paintings), "--cache.dir", str(tmp_path / "cache")]
     words += ["--train.max_train_steps", "6", "--train.ema_decay", "0.9", "--train.compile", "off"]
-    run_in(LOOP, *words, "--output_dir", str(tmp_path / "run"))
+    assert "exported:" in run_in(LOOP, *words, "--output_dir", str(tmp_path / "run"))

@@ -28,6 +28,7 @@ import peft
 import torch
 
 from benchmarks import cost_plot
+from benchmarks.cost_plot import RANK
 from benchmarks.laboratory import machine
 from benchmarks.step import REAL, RESULTS, TINY, Case, Size, Step, count_flops
 from ztrain.adapters.lora import LoraAdapterConfig
@@ -39,8 +40,8 @@ from ztrain.memory import GIB, Budget, available_bytes, idle_bytes, use_growing_
 
 SIDES = (512, 640, 768, 896, 1024, 1280, 1536)
 BATCHES = (1, 2, 4)
-RANKS = (32, 128, 8)
-DRAWN = {"draws": ("ztrain_eager", (8, 128)), "draws_compiled": ("ztrain", (32,))}
+RANKS = (RANK, 128, 8)
+DRAWN = {"draws": ("ztrain_eager", (8, 128)), "draws_compiled": ("ztrain", (RANK,))}
 DRAWS = 17
 _MEGAPIXEL = 1024
 _SEED = 0
@@ -53,7 +54,7 @@ def case_of(side: int, captions: Sequence[int], rank: int, keeps: Keep | float |
 
 def sweep(size: Size, device: torch.device) -> Iterator[list[dict[str, Any]]]:
     """Rows so far, each time one has come."""
-    wanted = [(side, 1, 32) for side in SIDES] + [(1024, batch, 32) for batch in BATCHES]
+    wanted = [(side, 1, RANK) for side in SIDES] + [(1024, batch, RANK) for batch in BATCHES]
     wanted += [(1024, 1, rank) for rank in RANKS]
     rows: list[dict[str, Any]] = []
     for rank in dict.fromkeys(rank for *_, rank in wanted):

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.forge import Forged, the_forge
+from tests.test_parity import LORA, make_model
 from tests.test_tracking import mirrored, transaction_log
 from tests.triplets import ROOT, model_words, tiny_config, write_triplets
 from ztrain import checkpoint
@@ -24,6 +25,7 @@ from ztrain.cli import main as cli
 from ztrain.prepare import cache_states
 from ztrain.samples import all_needs, read_samples
 from ztrain.store import Entry, workspace
+from ztrain.tune import Probe
 
 ENVIRONMENT = {
     **os.environ,
@@ -369,6 +371,22 @@ def test_pictures_without_references_join_in_their_share(place: Place, tmp_path:
     assert 0 < with_them < 0.75 * without
     refused = finish(ALONE, place.words(tmp_path / "other", "--data.text_only_share", "0.5"), status=2)
     assert "text_only_share 0.5 needs text_only_data_dir" in refused.stderr
+
+
+def test_a_probe_has_references_and_prompts_of_all_lengths(place: Place, tmp_path: Path) -> None:
+    """What is compiled and measured before the first step must be as most steps are, also beside text-only samples."""
+    others = ("--data.text_only_data_dir", str(place.data), "--data.text_only_share", "0.5")
+    config = tiny_config(place.family, place.data, tmp_path / "cache", *QUIET, *others)
+    cache_states(config, check=False)
+    cache, model = Cache(config), make_model(place.family, [LORA])
+    samples = read_samples(config, cache)
+    lengths = sorted(len(sample.prompt) for sample in samples.train.samples)
+    for count in (1, 3):
+        sized = config.model_copy(update={"train": config.train.model_copy(update={"train_batch_size": count})})
+        batch = Probe.of(model, sized, cache, samples, torch.device("cpu")).batch
+        assert batch.encoded.with_reference == [True] * count
+        found = [len(samples.trained[key.index].prompt) for key in batch.keys]
+        assert found[0] == lengths[-1] and (count == 1 or found[-1] == lengths[0])
 
 
 def test_a_run_is_mirrored_whole_and_continues_its_id(place: Place, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ warnings.simplefilter("always")
 
 def watched(run, meter, begun):
     # The figures of the step before are read in between: the one wait of a step, after all this.
-    torch.cuda.set_sync_debug_mode("warn" if run.step > 1 else "default")  # layouts of each size are made once
+    torch.cuda.set_sync_debug_mode("warn" if run.step > 1 else "default")  # before, what stays goes to the card
     try:
         gradients(run, meter, begun)
     finally:
@@ -60,7 +60,6 @@ def asked(*arguments):
 gradients, train._add_gradients = train._add_gradients, watched
 ask, train.Meter.ask = train.Meter.ask, asked
 status = train.main(sys.argv[1:])
-waits = [frames for frames in waits if not any(frame.startswith("layout.py") for frame in frames)]
 sys.exit(f"{len(waits)} waits, for example {waits[0]}" if waits else status)
 """
 

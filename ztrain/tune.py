@@ -48,15 +48,15 @@ class Probe:
 
     @classmethod
     def of(cls, model: AdaptedDiT, config: Config, cache: Cache, samples: Samples, device: torch.device) -> "Probe":
-        # From the shortest prompt to the longest: samples of different lengths are computed in another way.
-        count, by_length = config.train.train_batch_size, sorted(samples.trained, key=lambda sample: len(sample.prompt))
-        chosen = [by_length[round(i * (len(by_length) - 1) / max(1, count - 1))] for i in range(count)]
-        keys = [SampleKey(config.seed, 0, i) for i in range(len(chosen))]
-        batch = read_batch(cache, chosen, keys, config.reads).to(device)
+        # With references, and from the longest prompt to the shortest: different lengths are computed in another way.
+        known, count = samples.train.samples, config.train.train_batch_size
+        by_length = sorted(range(len(known)), key=lambda place: -len(known[place].prompt))
+        places = [by_length[round(i * (len(known) - 1) / max(1, count - 1))] for i in range(count)]
+        keys = [SampleKey(config.seed, 0, place) for place in places]
+        batch = read_batch(cache, [known[place] for place in places], keys, config.reads).to(device)
         largest = max((latents.shape[1:] for latents in batch.latents), key=math.prod)
         small, large = (
-            tuple(max(1, round(side * share / PATCH / len(chosen) ** 0.5)) * PATCH for side in largest)
-            for share in _SIDES
+            tuple(max(1, round(side * share / PATCH / count**0.5)) * PATCH for side in largest) for share in _SIDES
         )
         return cls(model, batch, ((small[0], small[1]), (large[0], large[1])))
 

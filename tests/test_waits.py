@@ -37,7 +37,7 @@ from ztrain import train
 
 waits = []
 def note(message, *_, **__):
-    if "synchroniz" in str(message):
+    if "called a synchronizing" in str(message):  # not: that the mode is a prototype, which is said once
         waits.append([f"{f.filename.rpartition('ztrain/')[2]}:{f.lineno}" for f in traceback.extract_stack()[:-1]])
 warnings.showwarning = note
 warnings.simplefilter("always")

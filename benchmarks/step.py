@@ -47,7 +47,7 @@ from ztrain.blocks import slow_because, use_fast_blocks, use_stock_blocks
 from ztrain.conditioning import IMAGE, Encoded, TokenStates
 from ztrain.dit import PATCH, REAL_CONFIG, Keeping
 from ztrain.graphs import Replays
-from ztrain.memory import Budget, available_bytes, measure, use_growing_segments
+from ztrain.memory import Budget, Sizes, available_bytes, measure, use_growing_segments
 from ztrain.model import AdaptedDiT
 from ztrain.tune import REPLAYED_TOKENS
 
@@ -198,8 +198,7 @@ class Step:
         if not isinstance(keeps, Keep) and device.type == "cuda":
             pending = 12 * sum(p.numel() for p in self.trained)  # gradients and moments
             available = available_bytes(device, keeps, pending)
-            self.budget = Budget(measure(self._probe, len(self.model.dit.layers), device), available)
-            self.model.zero_grad()
+            self.budget = Budget(self.sizes(device), available)
 
         def decide(tokens: int, blocks: int) -> Sequence[Keep]:
             if isinstance(keeps, Keep):
@@ -212,6 +211,14 @@ class Step:
             return self.kept
 
         self.model.execution.keeping = keeping
+
+    def sizes(self, device: torch.device) -> Sizes:
+        """What batches like the one it has take, measured on smaller ones."""
+        before = self.model.execution.keeping
+        found = measure(self._probe, len(self.model.dit.layers), device)
+        self.model.zero_grad()
+        self.model.execution.keeping = before
+        return found
 
     def _probe(self, keeping: Keeping, is_larger: bool) -> Tensor:
         self.model.execution.keeping = keeping

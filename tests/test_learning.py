@@ -1,17 +1,19 @@
 """The purpose of it all, for a few dozen steps: training the default list makes it look at the reference."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
+
 from data_tools.build import main as build
+from tests.test_main_path import run
 from ztrain.demo import BUILD_CONFIG, CONFIGS, DEFAULT
 from ztrain.mini.style_folders import paint_many_styles
 
 STEPS = 96
 
 
+@pytest.mark.usefixtures("forge")
 def test_the_right_reference_lowers_the_loss_after_a_few_dozen_steps(tmp_path: Path) -> None:
     paint_many_styles(tmp_path / "paintings", {"train": (60, 6), "val": (24, 2), "test": (2, 2)})
     (tmp_path / "paintings" / "build.yaml").write_text(BUILD_CONFIG)
@@ -25,7 +27,7 @@ def test_the_right_reference_lowers_the_loss_after_a_few_dozen_steps(tmp_path: P
         *("--validation.preview_steps", "0"),
     )
     for command in (("ztrain.cli", "cache"), ("ztrain.train",)):
-        subprocess.run([sys.executable, "-m", *command, *words], check=True)
+        run(*command, *words)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     before, after = (row for row in rows if "val/loss" in row)
     assert after["val/image_use_low"] > 0, "the loss with the right reference is not below that with a shuffled one"

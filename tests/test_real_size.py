@@ -1,5 +1,6 @@
 """The real size: parameter counts on the meta device, and one training step of each kind on a real GPU (-m gpu)."""
 
+import dataclasses
 import gc
 import json
 import os
@@ -21,6 +22,7 @@ from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.projector import ProjectorConfig
 from ztrain.adapters.siglip import SiglipConfig
 from ztrain.adapters.splice import SpliceConfig
+from ztrain.block import Keep
 from ztrain.conditioning import IMAGE, Encoded, TokenStates
 from ztrain.config import load_config
 from ztrain.dit import REAL_CONFIG
@@ -182,10 +184,11 @@ def test_one_training_step_of_each_kind_at_1024() -> None:
 def test_bfloat16_is_as_near_to_diffusers_float32_as_diffusers_bfloat16(name: str) -> None:
     """Velocities and gradients at 1024 x 1024, ours compiled; adds the distances to benchmarks/results/."""
     device, found = torch.device("cuda"), {}
+    case = dataclasses.replace(step.CASES[name], keeps=Keep.EVERYTHING)
     for way in ("float32", "diffusers", "ztrain"):
         gc.collect()
         torch.cuda.empty_cache()
-        each = step.Step(step.CASES[name], "ztrain" if way == "ztrain" else "diffusers", step.REAL, device)
+        each = step.Step(case, "ztrain" if way == "ztrain" else "diffusers", step.REAL, device)
         generator = torch.Generator(device).manual_seed(5)
         for parameter in each.trained:
             if not parameter.any():  # LoRAs start at zero, where most gradients are zero
@@ -194,7 +197,6 @@ def test_bfloat16_is_as_near_to_diffusers_float32_as_diffusers_bfloat16(name: st
             each.model.float().base_dtype = torch.float32
             each.model.dit.enable_gradient_checkpointing()
             each.noisy = each.noisy.float()
-        each.model.execution.keeping = None
         velocity = each.velocity()
         F.mse_loss(velocity.float(), each.target.float()).backward()
         gradient = torch.cat([p.grad.flatten() for p in each.trained if p.grad is not None])

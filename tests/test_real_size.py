@@ -1,4 +1,5 @@
-"""The real size: parameter counts on the meta device, and one training step of each kind on a real GPU (-m gpu)."""
+"""The real size: parameter counts on the meta device; one training step of each kind, and what bf16 takes away, on a
+real GPU (-m gpu), the latter also on a CPU (-m slow)."""
 
 import dataclasses
 import gc
@@ -6,7 +7,6 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import pytest
@@ -179,21 +179,17 @@ def test_one_training_step_of_each_kind_at_1024() -> None:
     assert all(row["peak_gib"] < 24 for row in rows)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["lora_1024_b1_no_recompute", "siglip_lora_1024_b1_24gib"])
-def test_bfloat16_is_as_near_to_diffusers_float32_as_diffusers_bfloat16(name: str) -> None:
-    """Velocities and gradients at 1024 x 1024, ours compiled; adds the distances to benchmarks/results/."""
-    device, found = torch.device("cuda"), {}
-    case = dataclasses.replace(step.CASES[name], keeps=Keep.EVERYTHING)
-    for way in ("float32", "diffusers", "ztrain"):
+def bfloat16_distances(case: step.Case, size: step.Size, way: str, device: torch.device) -> dict[str, float]:
+    """Of velocities and gradients to diffusers' in float32: ours and diffusers' own."""
+    case, found = dataclasses.replace(case, keeps=Keep.EVERYTHING), {}
+    for each_way in ("float32", "diffusers", way):
         gc.collect()
-        torch.cuda.empty_cache()
-        each = step.Step(case, "ztrain" if way == "ztrain" else "diffusers", step.REAL, device)
+        each = step.Step(case, way if each_way == way else "diffusers", size, device)
         generator = torch.Generator(device).manual_seed(5)
         for parameter in each.trained:
             if not parameter.any():  # LoRAs start at zero, where most gradients are zero
                 nn.init.normal_(parameter, std=0.02, generator=generator)
-        if way == "float32":
+        if each_way == "float32":
             each.model.float().base_dtype = torch.float32
             each.model.dit.enable_gradient_checkpointing()
             each.noisy = each.noisy.float()
@@ -201,13 +197,34 @@ def test_bfloat16_is_as_near_to_diffusers_float32_as_diffusers_bfloat16(name: st
         F.mse_loss(velocity.float(), each.target.float()).backward()
         gradient = torch.cat([p.grad.flatten() for p in each.trained if p.grad is not None])
         assert len(gradient) == sum(p.numel() for p in each.trained)
-        found[way] = [velocity.detach(), gradient]
+        found[each_way] = [velocity.detach(), gradient]
         del each, velocity, gradient
-    row: dict[str, Any] = {"case": name}
+    row = {}
     for i, what in enumerate(("velocity", "gradients")):
-        ours, theirs = (distance([found[way][i]], [found["float32"][i]]) for way in ("ztrain", "diffusers"))
+        ours, theirs = (distance([found[which][i]], [found["float32"][i]]) for which in (way, "diffusers"))
         row |= {f"{what}_ztrain": round(ours, 6), f"{what}_diffusers": round(theirs, 6)}
     print(json.dumps(row), flush=True)
+    return row
+
+
+def assert_as_near(row: dict[str, float]) -> None:
+    for what in ("velocity", "gradients"):
+        assert 1e-5 < row[f"{what}_ztrain"] <= 1.2 * row[f"{what}_diffusers"], row
+
+
+@pytest.mark.slow
+def test_bfloat16_is_as_near_on_a_cpu_too() -> None:
+    """Eager, the real width, two of thirty main blocks, 256 x 256."""
+    size = dataclasses.replace(step.REAL, config=step.REAL.config | {"n_layers": 2})
+    case = dataclasses.replace(step.CASES["siglip_lora_1024_b1_24gib"], side=256)
+    assert_as_near(bfloat16_distances(case, size, "ztrain_eager", torch.device("cpu")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["lora_1024_b1_no_recompute", "siglip_lora_1024_b1_24gib"])
+def test_bfloat16_is_as_near_to_diffusers_float32_as_diffusers_bfloat16(name: str) -> None:
+    """Velocities and gradients at 1024 x 1024, ours compiled; adds the distances to benchmarks/results/."""
+    row = {"case": name} | bfloat16_distances(step.CASES[name], step.REAL, "ztrain", torch.device("cuda"))
     gpu = torch.cuda.get_device_name()
     out = Path(os.environ.get("OUT", "benchmarks/results")) / f"bfloat16_{gpu.lower().replace(' ', '_')}.json"
     known = json.loads(out.read_text())["rows"] if out.exists() else []
@@ -218,5 +235,4 @@ def test_bfloat16_is_as_near_to_diffusers_float32_as_diffusers_bfloat16(name: st
         "rows": [other for other in known if other["case"] != name] + [row],
     }
     out.write_text(json.dumps(document, indent=1) + "\n")
-    for what in ("velocity", "gradients"):
-        assert 1e-5 < row[f"{what}_ztrain"] <= 1.2 * row[f"{what}_diffusers"], row
+    assert_as_near(row)

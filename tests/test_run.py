@@ -236,8 +236,15 @@ def test_a_terminated_launcher_leaves_a_checkpoint_and_no_process(
     assert "SIGTERM: finishing this step" in log.read_text() and "stopped, saved" in log.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("command", [LAUNCHED, PAIR], ids=["one process", "two processes"])
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        pytest.param(LAUNCHED, signal.SIGINT, id="one process, SIGINT"),
+        pytest.param(PAIR, signal.SIGTERM, id="two processes, SIGTERM"),
+        pytest.param(LAUNCHED, signal.SIGTERM, id="one process, SIGTERM", marks=pytest.mark.slow),
+        pytest.param(PAIR, signal.SIGINT, id="two processes, SIGINT", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_launcher_and_trainers_at_once_is_one_wish(
     place: Place, tmp_path: Path, command: tuple[str, ...], number: signal.Signals
 ) -> None:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ztrain.batches import Batch, Loader
 from ztrain.config import Config, load_config
-from ztrain.errors import sentence
+from ztrain.errors import InputError, sentence
 from ztrain.flow import (
     draw_noise,
     draw_sigma,
@@ -142,11 +142,11 @@ def _add_gradients(run: Run, meter: Meter, begun: Sequence[tuple[int, Batch]]) -
             for micro_step, batch in wanted:
                 _micro_step(run, meter, micro_step, batch)
             return
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             budget, idle = run.model.execution.keeping, idle_bytes(run.accelerator.device)
             # Of several processes the others would wait.
             if not isinstance(budget, Budget) or run.accelerator.num_processes > 1 or not budget.keep_less(idle):
-                raise
+                raise InputError(_told_to_mend(run)) from error
             planned = (budget.available - budget.withheld) / GIB
         tqdm.write(
             f"activations may take {planned:.2f} GiB from step {run.step + 1} on: memory was short, and the step is"
@@ -157,6 +157,17 @@ def _add_gradients(run: Run, meter: Meter, begun: Sequence[tuple[int, Batch]]) -
         meter.forget()
         torch.cuda.empty_cache()
         wanted = begun
+
+
+def _told_to_mend(run: Run) -> str:
+    t = run.config.train
+    ways = ["lower train.train_batch_size or data.resolution"]
+    if t.gradient_checkpointing == "off":
+        ways = ["set train.gradient_checkpointing to budget", *ways]
+    elif t.gradient_checkpointing == "budget" and run.accelerator.num_processes > 1:
+        ways = ["set train.gradient_checkpointing to on", *ways]
+    batch = f"a batch of {t.train_batch_size}"
+    return f"step {run.step + 1}: the GPU's memory is too small for {batch}; {', or '.join(ways)}"
 
 
 def _micro_step(run: Run, meter: Meter, micro_step: int, batch: Batch) -> None:

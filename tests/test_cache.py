@@ -31,8 +31,9 @@ from ztrain.fill import Filled, _difference, fill, verify
 from ztrain.images import fit_target, open_image
 from ztrain.prepare import cache_states
 from ztrain.samples import Samples, all_needs, drop_refused, read_samples
-from ztrain.store import Entry, Store, workspace
+from ztrain.store import Entry, Store
 from ztrain.vision_language import SplicedModel
+from ztrain.workspace import workspace
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,9 @@ from ztrain.cache import Cache
 from ztrain.cli import main as cli
 from ztrain.prepare import cache_states
 from ztrain.samples import all_needs, read_samples
-from ztrain.store import Entry, workspace
+from ztrain.store import Entry
 from ztrain.tune import Probe
+from ztrain.workspace import workspace
 
 ENVIRONMENT = {
     **os.environ,

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ztrain.errors import InputError
 from ztrain.images import Picture, PictureFile, image_size, read_picture
-from ztrain.store import workspace
+from ztrain.workspace import workspace
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,9 @@ from ztrain.encoders import LatentCodec, SiglipEncoder, TextEncoder, omni_crop
 from ztrain.errors import InputError
 from ztrain.images import decode_image, fit_target, read_picture
 from ztrain.models import Source, base_dtype, identity
-from ztrain.store import Entry, workspace
+from ztrain.store import Entry
 from ztrain.vision_language import SplicedModel
+from ztrain.workspace import workspace
 
 TOLERANCE = 1e-2
 """Largest relative difference that verify puts up with: another GPU or library build rounds differently."""

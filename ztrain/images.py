@@ -117,7 +117,8 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     """The picture in these bytes, as `open_image` gives it. Raises InputError starting with `name`."""
     with _opened(data, name) as image:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image), name)
+        ImageOps.exif_transpose(image, in_place=True)  # not a copy of what is upright already
+        return _to_rgb(image, name)
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:

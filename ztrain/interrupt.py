@@ -56,8 +56,13 @@ def end_with_launcher() -> None:
     `accelerate launch` with one process does not forward SIGTERM: it would leave the trainer running alone. Only under
     a launcher, which tells by its environment: a shell that started the trainer may well end before it.
     """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if not launched or not sys.platform.startswith("linux"):
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Asks the kernel for a SIGTERM when the process that started this one dies; on Linux only."""
+    if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -8,7 +8,6 @@ leaves behind is not seen. Every read is checked against the index. Knows nothin
 import contextlib
 import errno
 import os
-import shutil
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -230,25 +229,3 @@ def _hash(tensor: Tensor) -> str:
 
 def _damaged(path: Path, reason: str) -> str:
     return f"{path}: damaged cache shard: {reason}; delete the file and run `ztrain cache` to compute its entries again"
-
-
-@contextmanager
-def workspace(folder: Path) -> Iterator[Path]:
-    """A scratch folder inside `folder` for as long as this process works, after removing those of dead processes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob(".writing-*.lock"):
-        lock = FileLock(path, timeout=0)
-        try:
-            with lock:
-                shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-                path.unlink(missing_ok=True)
-        except Timeout:
-            continue  # its process is alive
-    place = folder / f".writing-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    with FileLock(f"{place}.lock"):
-        place.mkdir()
-        try:
-            yield place
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
-            Path(f"{place}.lock").unlink(missing_ok=True)

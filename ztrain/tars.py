@@ -62,7 +62,7 @@ class TarPicture:
 
 
 @dataclass(slots=True)
-class _Archive:
+class Archive:
     """What the headers of a tar say."""
 
     path: Path
@@ -76,7 +76,7 @@ class _Archive:
 def tar_rows(files: list[Path], root: Path, split: str, text_only: bool) -> Iterator[RowReader]:
     packed = _packed_samples(root, split)
     for path in files:
-        archive = _index_tar(path)
+        archive = index_tar(path)
         times = Counter(key for key, _ in archive.samples)
         for key, members in archive.samples:
             if times[key] == 1:
@@ -107,12 +107,12 @@ def _packed_samples(root: Path, split: str) -> dict[Path, int]:
         raise InputError(f"{path}: not a report of data_tools.pack ({error}); restore it or remove it") from error
 
 
-def _index_tar(path: Path) -> _Archive:
+def index_tar(path: Path) -> Archive:
     """Reads the headers of a tar, to its end or as far as they can be trusted. Raises InputError."""
     try:
         with path.open("rb") as file:
             found = os.fstat(file.fileno())
-            archive = _Archive(path, stamp_of(found), [])
+            archive = Archive(path, stamp_of(found), [])
             head, end = file.read(6), 0
             file.seek(0)
             try:
@@ -154,7 +154,7 @@ def _check_end(file: BinaryIO, offset: int) -> None:
         block = file.read(1 << 20)
 
 
-def _read_sample(archive: _Archive, key: str, members: list[tarfile.TarInfo], text_only: bool, index: int) -> Triplet:
+def _read_sample(archive: Archive, key: str, members: list[tarfile.TarInfo], text_only: bool, index: int) -> Triplet:
     where = f"{archive.path}: {_printable(key)}"
     fields: dict[str, TarPicture] = {}
     for member in members:

@@ -1,0 +1,101 @@
+"""Thresholds on a table's columns: who falls below is refused with the number and the limit, nobody is deleted.
+
+    python -m data_tools.filter --table work/scan --out work/filter --min-sharpness 4
+
+In: a table of data_tools.scan. Out: the same rows; `refused` says which limit a picture did not meet. Without a limit
+everything passes: the numbers are there for people to look at first.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import pyarrow as pa
+import pydantic
+import tyro
+
+from data_tools.stages import ENGINES, Batch, Table, run_stage
+from ztrain.errors import InputError
+
+
+class FilterRules(pydantic.BaseModel):
+    """Limits; None sets none. See data_tools.quality for what the numbers mean."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    min_pixels: Annotated[int, pydantic.Field(ge=1)] | None = None
+    """Width times height."""
+    min_sharpness: Annotated[float, pydantic.Field(ge=0)] | None = None
+    """Levels of 255; 0 takes all."""
+    min_entropy: Annotated[float, pydantic.Field(ge=0, le=8)] | None = None
+    """Bits, 0 to 8."""
+    max_border_share: Annotated[float, pydantic.Field(ge=0, le=1)] | None = None
+    """0 takes no border at all, 1 blank pictures too."""
+
+    def fault(self, row: Mapping[str, Any]) -> str | None:
+        """The first limit that a row does not meet, in words."""
+        checks = (
+            ("min_pixels", row["width"] * row["height"], -1),
+            ("min_sharpness", row["sharpness"], -1),
+            ("min_entropy", row["entropy"], -1),
+            ("max_border_share", row["border_share"], 1),
+        )
+        for name, value, sign in checks:
+            limit = getattr(self, name)
+            if limit is not None and sign * value > sign * limit:
+                what = name.partition("_")[2].replace("_", " ")
+                return f"{what} {value:.4g} is {'above' if sign > 0 else 'below'} {name} {limit:g}"
+        return None
+
+
+class Filter:
+    """Stage: applies limits to rows that are not refused already."""
+
+    name: ClassVar[str] = "filter"
+    rules: ClassVar[int] = 1
+    adds = pa.schema([("refused", pa.string())])
+
+    def __init__(self, config: FilterRules) -> None:
+        self.config = config
+
+    def __call__(self, batch: Batch) -> dict[str, Sequence[Any]]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        refused = [row["refused"] if row["refused"] is not None else self.config.fault(row) for row in rows]
+        return {**batch, "refused": refused}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """Refuse pictures that do not meet limits."""
+
+    table: Path
+    """Table of data_tools.scan."""
+    out: Path
+    """Folder of the table to make."""
+    rules: Annotated[FilterRules, tyro.conf.arg(name="")] = FilterRules()
+    engine: Literal["local", "ray"] = "local"
+    """local: processes of this machine. ray: Ray Data."""
+    workers: int | None = None
+    """Processes or actors; None takes as many as there are cores."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 something the user can mend."""
+    try:
+        command = tyro.cli(Command, args=arguments, prog="data_tools.filter")
+        source = Table.open(command.table)
+        engine = ENGINES[command.engine]
+        stage = Filter(command.rules)
+        table = run_stage(stage, source, command.out, engine=engine, workers=command.workers)
+    except (InputError, pydantic.ValidationError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    left = table.read(["refused"])["refused"].null_count
+    print(f"{table.folder}: {left} of {source.read(['refused'])['refused'].null_count} pictures are left")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

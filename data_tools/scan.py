@@ -1,0 +1,188 @@
+"""Pictures anywhere -> a table of what they are: every file opened once, decoded whole, measured, or refused by name.
+
+    python -m data_tools.scan --sources photos more/shards.tar hub:owner/name --out work/scan
+
+In: folders (with tars and Parquet files in them), single tars and Parquet files, data sets of the Hub. Out: a table
+with one row per picture: where it is, hashes of its bytes and pixels, upright size, caption if somebody has written
+one, quality (data_tools.quality), a perceptual fingerprint (data_tools.likeness), or the reason why it is refused.
+Transparency is laid on white, and orientation, profiles and depths are applied, as training does (ztrain.images).
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pyarrow as pa
+import pyarrow.compute as compute
+import pydantic
+import tyro
+import xxhash
+from PIL import Image
+
+from data_tools import likeness, quality
+from data_tools.sources import KINDS, Reader, list_pictures, resolve
+from data_tools.stages import ENGINES, Batch, Table, run_stage
+from ztrain.errors import InputError
+from ztrain.images import decode_image
+
+
+class ScanRules(pydantic.BaseModel):
+    """What a picture must be to be used at all."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    min_side: int = pydantic.Field(default=64, ge=1)
+    """Smallest short side in pixels, upright; 1 takes all."""
+    max_aspect: float = pydantic.Field(default=4.0, ge=1)
+    """Largest long side / short side: panoramas lose most of themselves in any crop."""
+    measures: frozenset[Literal["quality", "likeness"]] = frozenset({"quality", "likeness"})
+    """Columns that need the pixels besides their hash: for data_tools.filter, for data_tools.dedup."""
+
+    @pydantic.field_serializer("measures")
+    def _in_order(self, measures: frozenset[str]) -> list[str]:
+        return sorted(measures)
+
+
+MEASURED = pa.schema(
+    [
+        ("refused", pa.string()),
+        ("digest", pa.string()),  # xxh3_128 of the bytes
+        ("pixels", pa.string()),  # xxh3_128 of size and 8-bit RGB values
+        ("width", pa.int32()),  # upright
+        ("height", pa.int32()),
+        *((name, pa.float32()) for name in quality.COLUMNS),
+        ("likeness", pa.binary(likeness.BYTES)),
+    ]
+)
+_NOTHING: dict[str, Any] = dict.fromkeys(MEASURED.names)
+
+
+class Scan:
+    """Stage: opens and measures listed pictures."""
+
+    name: ClassVar[str] = "scan"
+    rules: ClassVar[int] = 1
+    adds = MEASURED
+
+    def __init__(self, config: ScanRules, roots: Mapping[str, Path]) -> None:
+        self.config, self.reader = config, Reader(roots)
+
+    def __call__(self, batch: Batch) -> dict[str, Sequence[Any]]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        found = [self._scan(row) for row in rows]
+        return {name: batch[name] for name in batch} | {name: [each[name] for each in found] for name in MEASURED.names}
+
+    def _scan(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        if row["refused"] is not None:
+            return _NOTHING | {"refused": row["refused"]}
+        found: dict[str, Any] = dict(_NOTHING)
+        try:
+            data = self.reader.read(row)
+            found["digest"] = xxhash.xxh3_128_hexdigest(data)
+            image = decode_image(data, row["name"])
+        except InputError as error:
+            return found | {"refused": str(error).removeprefix(f"{row['name']}: ")}
+        found |= {"width": image.width, "height": image.height, "pixels": digest_pixels(image)}
+        if fault := self._fault(image.width, image.height):
+            return found | {"refused": fault}
+        if "quality" in self.config.measures:
+            found |= quality.measure(image)
+        if "likeness" in self.config.measures:
+            found["likeness"] = likeness.fingerprint(image)
+        return found
+
+    def _fault(self, width: int, height: int) -> str:
+        rules, (short, long) = self.config, sorted((width, height))
+        if short < rules.min_side:
+            return f"{width} x {height} is too small: its short side has less than min_side {rules.min_side} pixels"
+        if long > rules.max_aspect * short:
+            wide = f"{width} x {height} is {long / short:.3g} times as long as wide"
+            return f"{wide}, more than max_aspect {rules.max_aspect:g}"
+        return ""
+
+
+def digest_pixels(image: Image.Image) -> str:
+    """128 bits of an RGB picture's size and values, as 32 hex digits: equal for equal pixels in other files."""
+    digest = xxhash.xxh3_128(f"{image.width} {image.height} ".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """Open and measure pictures; name those that cannot be used."""
+
+    sources: list[str]
+    """Folders, tars, Parquet files, hub:owner/name@revision."""
+    out: Path
+    """Folder of the table. One that is there is gone on with."""
+    min_side: int = 64
+    """Smallest short side in pixels."""
+    max_aspect: float = 4.0
+    """Largest long side / short side."""
+    measures: list[Literal["quality", "likeness"]] = field(default_factory=lambda: ["quality", "likeness"])
+    """Columns besides the hashes: quality for data_tools.filter, likeness for data_tools.dedup."""
+    max_refused_share: float = 0.05
+    """Fails where a larger share of the pictures is refused: 0 on the first, 1 never."""
+    rows_per_shard: int = 512
+    """Pictures in a shard, about: what is done again after an interruption. Millions of pictures want 10,000."""
+    engine: Literal["local", "ray"] = "local"
+    """local: processes of this machine. ray: Ray Data, on a cluster that shares the folders."""
+    workers: int | None = None
+    """Processes or actors; None takes as many as there are cores."""
+    folder: tyro.conf.Suppress[Path] = field(default=Path("."))
+    """What relative sources are relative to."""
+
+
+def scan(command: Command) -> Table:
+    """Lists and measures. Raises InputError, also where too many pictures are refused; the table is whole then too."""
+    measures = frozenset(command.measures)
+    rules = ScanRules(min_side=command.min_side, max_aspect=command.max_aspect, measures=measures)
+    if command.rows_per_shard < 1:
+        raise InputError(f"rows_per_shard {command.rows_per_shard} must be at least 1")
+    roots = resolve(command.sources, command.folder)
+    listing = list_pictures(roots, command.out / "listing", command.rows_per_shard)
+    if not listing.shards:
+        raise InputError(f"{', '.join(roots)}: no picture there; these kinds are read: {', '.join(sorted(KINDS))}")
+    stage = Scan(rules, roots)
+    table = run_stage(stage, listing, command.out, engine=ENGINES[command.engine], workers=command.workers)
+    check_refused(table, command.max_refused_share)
+    return table
+
+
+def check_refused(table: Table, max_share: float) -> None:
+    """Raises InputError where more than `max_share` (0..1) of the rows is refused."""
+    rows = table.read(["name", "refused"])
+    refused = rows.filter(compute.is_valid(rows["refused"]))
+    if refused.num_rows > max_share * rows.num_rows:
+        first = "".join(f"\n  {row['name']}: {row['refused']}" for row in refused.slice(0, 10).to_pylist())
+        raise InputError(
+            f"{refused.num_rows} of {rows.num_rows} pictures ({refused.num_rows / rows.num_rows:.2%}) are refused, more"
+            f" than max_refused_share {max_share:g} allows; mend or remove them, or raise it:{first}"
+        )
+
+
+def summary(table: Table) -> str:
+    """Counts, for people."""
+    refused = table.read(["refused"])["refused"]
+    count = len(refused) - refused.null_count
+    ignored = ", ".join(f"{number} {kind}" for kind, number in Counter(table.facts["ignored"]).most_common())
+    return f"{len(refused) - count} pictures, {count} refused" + (f"; ignored: {ignored}" if ignored else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 something the user can mend."""
+    try:
+        table = scan(tyro.cli(Command, args=arguments, prog="data_tools.scan"))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{table.folder}: {summary(table)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""Steps of a build over tables of any length: the same stage alone, on all cores or on a cluster, with the same bytes.
+
+A stage is a picklable callable: batch of columns in, batch of columns out. A table is a folder of Parquet shards and
+`table.json`. Each shard that comes out is named by the one that went in and by all that decides the stage, and appears
+whole or not at all: what an interrupted run has made stays, and the next one makes only what is missing.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pydantic
+from tqdm import tqdm
+
+from data_tools.output import fingerprint
+from ztrain.errors import InputError
+from ztrain.interrupt import end_with_parent
+from ztrain.workspace import workspace
+
+TABLE_NAME = "table.json"
+Batch: TypeAlias = Mapping[str, Sequence[Any]]
+"""Columns of equal length: lists here, numpy arrays where Ray Data calls."""
+
+
+class Stage(Protocol):
+    """One step. Small before its first call: it travels to every worker, and loads models there."""
+
+    name: ClassVar[str]
+    rules: ClassVar[int]
+    """Raised when the same rows and config come to give others."""
+
+    @property
+    def adds(self) -> pa.Schema:
+        """Columns that it gives, in the place of those of the same name."""
+
+    @property
+    def config(self) -> pydantic.BaseModel:
+        """All that decides what it makes of a row."""
+
+    def __call__(self, batch: Batch) -> dict[str, Sequence[Any]]:
+        """All columns of the rows, those that it adds among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table on disk."""
+
+    folder: Path
+    shards: tuple[str, ...]
+    """Names without extension, in the order of their rows."""
+    roots: Mapping[str, Path] = field(default_factory=dict)
+    """Label -> folder or file that its pictures lie in."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What else the stages before have to say, as JSON holds it."""
+
+    @classmethod
+    def open(cls, folder: Path) -> "Table":
+        """Raises InputError where there is none, or one that is not finished."""
+        path = folder / TABLE_NAME
+        try:
+            found = json.loads(path.read_bytes())
+            roots = {label: folder / place for label, place in found["sources"].items()}
+            table = cls(folder, tuple(found["shards"]), roots, found["facts"])
+        except FileNotFoundError as error:
+            raise InputError(f"{folder}: holds no finished table; run the stage that makes it") from error
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: not the list of a table ({error}); delete it and run its stage again") from error
+        for shard in table.shards:
+            if not table.path(shard).is_file():
+                raise InputError(f"{table.path(shard)}: is missing; run the stage that makes it again")
+        return table
+
+    def path(self, shard: str) -> Path:
+        return self.folder / f"{shard}.parquet"
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows in order, of these columns. Raises InputError for a damaged shard."""
+        return pa.concat_tables([read_shard(self.path(shard), columns) for shard in self.shards])
+
+    def close(self) -> None:
+        """Writes the list of shards, and removes those of earlier inputs."""
+        # Relative: no path of this machine, and folders that move together stay together.
+        sources = {label: os.path.relpath(root, self.folder) for label, root in self.roots.items()}
+        document = {"shards": self.shards, "sources": sources, "facts": self.facts}
+        text = json.dumps(document, ensure_ascii=False, indent=1) + "\n"
+        with workspace(self.folder) as scratch:
+            (scratch / TABLE_NAME).write_text(text, encoding="utf-8")
+            os.replace(scratch / TABLE_NAME, self.folder / TABLE_NAME)
+        current = set(self.shards)
+        for path in self.folder.glob("*.parquet"):
+            if path.stem not in current:
+                path.unlink(missing_ok=True)
+
+
+def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Raises InputError for a damaged shard, and for columns that it does not have."""
+    try:
+        if lacking := [name for name in columns or () if name not in pq.read_schema(path).names]:
+            raise InputError(f"{path.parent}: has no column {', '.join(lacking)}; run the stage that makes it first")
+        return pq.read_table(path, columns=None if columns is None else list(columns), partitioning=None)
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: damaged ({reason}); delete it and run its stage again") from error
+
+
+def write_shard(rows: pa.Table, path: Path, scratch: Path) -> None:
+    """Whole or not at all. `scratch`: a folder of this process on the same file system."""
+    place = scratch / f"{os.getpid()}-{path.name}"
+    try:
+        pq.write_table(rows, place, compression="zstd")
+        with place.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(place, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write it ({error.strerror}); make room and run again") from error
+
+
+def identity(stage: Stage) -> str:
+    """Hash of all that decides what a stage makes of a row."""
+    return fingerprint(stage.name, stage.rules, stage.config.model_dump(mode="json"))
+
+
+# --- engines ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A shard to make of another."""
+
+    source: Path
+    target: Path
+    scratch: Path
+
+
+Engine: TypeAlias = Callable[[Stage, Sequence[Task], int], Iterator[int]]
+"""Makes shards, by so many workers, in any order; yields the rows of each as it is done."""
+
+
+def make_shard(stage: Stage, task: Task) -> int:
+    """Returns the number of rows that went in."""
+    rows = read_shard(task.source)
+    made = stage({name: column.to_pylist() for name, column in zip(rows.column_names, rows.columns, strict=True)})
+    kept = [known for known in rows.schema if known.name not in stage.adds.names]
+    schema = pa.schema([*kept, *stage.adds])
+    write_shard(pa.table({name: pa.array(made[name], schema.field(name).type) for name in schema.names}, schema),
+                task.target, task.scratch)  # fmt: skip
+    return rows.num_rows
+
+
+_held: list[Stage] = []  # of a worker process: the stage with the models that it has loaded
+
+
+def _hold(stage: Stage) -> None:
+    end_with_parent()
+    _held[:] = [stage]
+
+
+def _make_held(task: Task) -> int:
+    return make_shard(_held[0], task)
+
+
+def run_here(stage: Stage, tasks: Sequence[Task], workers: int) -> Iterator[int]:
+    """On this machine, in `workers` processes; with one, in this one."""
+    if workers == 1 or len(tasks) < 2:
+        yield from (make_shard(stage, task) for task in tasks)
+        return
+    # Spawned: a fork would take the threads of libraries along in an unknown state.
+    with ProcessPoolExecutor(
+        min(workers, len(tasks)), mp_context=get_context("spawn"), initializer=_hold, initargs=(stage,)
+    ) as pool:
+        futures = [pool.submit(_make_held, task) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class _RayWorker:
+    """An actor: holds the stage, and so its models, and makes one shard after the other."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        import numpy as np
+
+        paths = zip(batch["source"], batch["target"], batch["scratch"], strict=True)
+        return {"rows": np.array([make_shard(self.stage, Task(*map(Path, each))) for each in paths])}
+
+
+def run_on_ray(stage: Stage, tasks: Sequence[Task], workers: int) -> Iterator[int]:
+    """On Ray Data: the cluster that `ray` finds, or one that it starts here. Folders must be shared by its machines."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError("--engine ray: Ray is not installed; pip install 'ztrain[ray]'") from error
+    if not tasks:
+        return
+    paths = [
+        {"source": str(t.source.resolve()), "target": str(t.target.resolve()), "scratch": str(t.scratch.resolve())}
+        for t in tasks
+    ]
+    ray.data.DataContext.get_current().enable_progress_bars = False  # there is one for all engines
+    rows = ray.data.from_items(paths).map_batches(
+        _RayWorker, fn_constructor_args=(stage,), batch_size=1, concurrency=min(workers, len(tasks))
+    )
+    for row in rows.iter_rows():
+        yield int(row["rows"])
+
+
+ENGINES: Mapping[str, Engine] = {"local": run_here, "ray": run_on_ray}
+
+
+def default_workers() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_stage(
+    stage: Stage, source: Table, out: Path, *, engine: Engine = run_here, workers: int | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Table:  # fmt: skip
+    """The table that a stage makes of `source`, in the folder `out`; shards that are there already are kept.
+
+    facts: beside those of `source`. Raises InputError; what was finished before it stays.
+    """
+    about = identity(stage)
+    names = {shard: hashlib.blake2b(f"{shard} {about}".encode(), digest_size=16).hexdigest() for shard in source.shards}
+    table = Table(out, tuple(names.values()), source.roots, {**source.facts, **(facts or {})})
+    with workspace(out) as scratch:
+        missing = [
+            Task(source.path(shard), table.path(name), scratch)
+            for shard, name in names.items()
+            if not table.path(name).exists()
+        ]
+        rows = sum(pq.read_metadata(task.source).num_rows for task in missing)
+        with tqdm(total=rows, desc=stage.name, unit="row", disable=None) as bar:
+            for done in engine(stage, missing, workers or default_workers()):
+                bar.update(done)
+    table.close()
+    return table
+
+
+def attach(source: Table, out: Path, columns: pa.Table, *, name: str, about: Any) -> Table:
+    """The table `source` with further columns that all of its rows decide, as one table in the order of its rows."""
+    given = fingerprint(name, about, source.shards)
+    names = {shard: hashlib.blake2b(f"{shard} {given}".encode(), digest_size=16).hexdigest() for shard in source.shards}
+    table, start = Table(out, tuple(names.values()), source.roots, source.facts), 0
+    with workspace(out) as scratch:
+        for shard, made in names.items():
+            rows = read_shard(source.path(shard))
+            for added in columns.schema:
+                values = columns[added.name].slice(start, rows.num_rows).combine_chunks()
+                place = rows.schema.get_field_index(added.name)
+                rows = rows.append_column(added, values) if place < 0 else rows.set_column(place, added, values)
+            start += rows.num_rows
+            if not table.path(made).exists():
+                write_shard(rows, table.path(made), scratch)
+    table.close()
+    return table

@@ -1,0 +1,223 @@
+"""data_tools.scan: awkward files row by row, every kind of place alike, and runs that are killed or gone on with."""
+
+import csv
+import importlib.util
+import io
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data_tools import quality
+from data_tools.scan import main
+from data_tools.stages import Table
+from ztrain.images import open_image
+
+ROOT = Path(__file__).parents[1]
+PHOTOS = ROOT.parent / "shared/data/photos"
+MANIFEST = PHOTOS / "awkward/manifest.csv"
+AWKWARD = list(csv.DictReader(MANIFEST.read_text(encoding="utf-8").splitlines())) if MANIFEST.is_file() else []
+needs_photos = pytest.mark.skipif(not AWKWARD, reason=f"{PHOTOS} is absent")
+REFUSED = {  # what the README calls small or wide; all others that decode are used
+    "panorama_24to1.jpg": "24 times as long as wide, more than max_aspect 4",
+    "tall_1to25.png": "too small",
+    "one_pixel.png": "too small",
+    "tiny_24x20.jpg": "too small",
+}
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = Table.open(folder).read().to_pylist()
+    return rows
+
+
+@pytest.fixture(scope="module")
+def awkward(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("awkward") / "scan"
+    words = ["--sources", str(PHOTOS / "awkward"), "--out", str(out), "--workers", "1"]
+    assert main(words) == 2 and main([*words, "--max-refused-share", "0.5"]) == 0
+    return out
+
+
+@needs_photos
+@pytest.mark.parametrize("row", AWKWARD, ids=lambda row: row["file"])
+def test_awkward_files(awkward: Path, row: dict[str, str]) -> None:
+    found = {each["name"]: each for each in rows_of(awkward)}
+    if row["decodes"] == "ignore":
+        assert row["file"] not in found
+        return
+    picture = found[row["file"]]
+    if row["decodes"] != "yes" or row["file"] in REFUSED:
+        expected = {"refuse": "too many pixels", "no": "not a readable picture"}
+        assert expected.get(row["decodes"], REFUSED.get(row["file"])) in picture["refused"]
+        assert str(PHOTOS) not in picture["refused"] and picture["likeness"] is None
+        return
+    assert picture["refused"] is None
+    size = row["size_after_orientation"] or "{}x{}".format(*open_image(PHOTOS / "awkward" / row["file"]).size)
+    assert f"{picture['width']}x{picture['height']}" == size
+
+
+@needs_photos
+def test_the_awkward_table_is_whole(awkward: Path) -> None:
+    found = {each["name"]: each for each in rows_of(awkward)}
+    assert set(found) == {row["file"] for row in AWKWARD if row["decodes"] != "ignore"}
+    assert Table.open(awkward).facts["ignored"] == {".csv": 1, ".txt": 1, "hidden": 1}
+    for one, other, equal in (("dup_a.jpg", "dup_b.jpg", True), ("dup_pixels_a.png", "dup_pixels_b.png", False)):
+        assert (found[one]["digest"] == found[other]["digest"]) is equal
+        assert found[one]["pixels"] == found[other]["pixels"]
+    assert found["blank_white.png"]["border_share"] == 1 and found["blank_white.png"]["sharpness"] == 0
+
+
+def paint(folder: Path, count: int, *, seed: int = 0) -> None:
+    """Pictures of noise and, for every third, a caption."""
+    chance = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        pixels = np.repeat(np.repeat(chance.integers(0, 256, (8, 10, 3), np.uint8), 10, 0), 10, 1)
+        Image.fromarray(pixels).save(folder / f"{i:03}.png")
+        if i % 3 == 0:
+            (folder / f"{i:03}.txt").write_text(f" picture\n{i} ", encoding="utf-8")
+
+
+def scan(*words: object, status: int = 0) -> None:
+    assert main([str(word) for word in (*words, "--workers", "1")]) == status
+
+
+def test_tars_and_tables_are_folders(tmp_path: Path) -> None:
+    paint(tmp_path / "a/pictures", 7)
+    files = sorted((tmp_path / "a/pictures").iterdir())
+    (tmp_path / "b").mkdir()
+    with tarfile.open(tmp_path / "b/pictures.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for path in files:
+            tar.add(path, path.name)
+    pictures = [path for path in files if path.suffix == ".png"]
+    captions = [beside.read_text() if (beside := path.with_suffix(".txt")).exists() else None for path in pictures]
+    cells = [{"bytes": path.read_bytes(), "path": path.name} for path in pictures]
+    (tmp_path / "c").mkdir()
+    pq.write_table(pa.table({"image": cells, "text": captions}), tmp_path / "c/pictures.parquet", row_group_size=3)
+    tables = []
+    for kind in "abc":
+        scan("--sources", tmp_path / kind, "--out", tmp_path / f"scan_{kind}")
+        tables.append(rows_of(tmp_path / f"scan_{kind}"))
+    same = [[{k: v for k, v in row.items() if k in ("digest", "pixels", "caption", "likeness")} for row in table]
+            for table in tables]  # fmt: skip
+    assert same[0] == same[1] == same[2] and len(same[0]) == 7
+    assert [row["caption"] for row in same[0]][:4] == ["picture 0", None, None, "picture 3"]
+    assert {row["caption_from"] for row in tables[2]} == {"column text", None}
+    assert tables[2][5]["name"] == "pictures.parquet/5/image" and tables[1][0]["name"] == "pictures.tar/000.png"
+
+
+def test_what_is_wrong_with_a_place_is_said_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paint(tmp_path / "in", 4)
+    (tmp_path / "in/broken.parquet").write_bytes(b"PAR1 no")
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w") as tar:
+        for path in sorted((tmp_path / "in").glob("*.png")):
+            tar.add(path, path.name)
+    (tmp_path / "in/cut.tar").write_bytes(whole.getvalue()[:-12_000])
+    (tmp_path / "in/000.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "in/hidden").symlink_to(tmp_path / "in", target_is_directory=True)
+    os.mkdir(tmp_path / "in/.git")
+    if sys.platform.startswith("linux"):
+        shutil.copyfile(tmp_path / "in/001.png", os.fsencode(tmp_path / "in") + b"/\xff.png")
+    scan("--sources", tmp_path / "in", "--out", tmp_path / "scan", "--max-refused-share", 1)
+    refused = {row["name"]: row["refused"] for row in rows_of(tmp_path / "scan") if row["refused"]}
+    assert "not UTF-8" in refused["000.png"] and "not a readable Parquet" in refused["broken.parquet"]
+    assert "damaged" in refused["cut.tar"] and "rename it" in refused["\\xff.png"]
+    assert "ignored: " in (said := capsys.readouterr().out) and "1 hidden" in said
+    scan("--sources", tmp_path / "in", "--out", tmp_path / "scan", "--max-refused-share", 0.1, status=2)
+    assert "more than max_refused_share 0.1" in capsys.readouterr().err
+    scan("--sources", tmp_path / "none", "--out", tmp_path / "scan", status=2)
+    (tmp_path / "empty").mkdir()
+    scan("--sources", tmp_path / "empty", "--out", tmp_path / "other", status=2)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_picture_more_changes_one_shard(tmp_path: Path) -> None:
+    paint(tmp_path / "in", 40)
+    words = ("--sources", tmp_path / "in", "--out", tmp_path / "scan", "--rows-per-shard", 5)
+    scan(*words)
+    before, written = (
+        contents(tmp_path / "scan"),
+        {p: p.stat().st_mtime_ns for p in (tmp_path / "scan").glob("*.parq*")},
+    )
+    scan(*words)
+    assert contents(tmp_path / "scan") == before
+    assert written == {path: path.stat().st_mtime_ns for path in written}, "shards were written again"
+    shutil.copyfile(tmp_path / "in/000.png", tmp_path / "in/0205.png")
+    scan(*words)
+    after = contents(tmp_path / "scan")
+    assert len(written) > 4 and len(set(after) - set(before)) == 2, "a shard of the listing and one of the table"
+    assert [row["name"] for row in rows_of(tmp_path / "scan")] == sorted(
+        p.name for p in (tmp_path / "in").glob("*.png")
+    )
+
+
+def test_killed_at_random_moments_it_gives_the_bytes_of_an_undisturbed_run(tmp_path: Path) -> None:
+    paint(tmp_path / "in", 50)
+    for path in sorted((tmp_path / "in").glob("*.png")):
+        for copy in range(12):
+            os.link(path, path.with_stem(f"{path.stem}-{copy}"))
+    words = ["--sources", str(tmp_path / "in"), "--rows-per-shard", "4", "--workers", "2", "--out"]
+    command, out = [sys.executable, "-m", "data_tools.scan", *words], tmp_path / "killed"
+    subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True)
+    total, chance, made = len(list((tmp_path / "whole").glob("*.parquet"))), random.Random(0), 0
+    for _ in range(5):
+        process = subprocess.Popen([*command, str(out)], cwd=ROOT, stderr=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        wanted = made + chance.randrange(total // 8)
+        while len(list(out.glob("*.parquet"))) < wanted:
+            assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        made = len(list(out.glob("*.parquet")))
+        assert made < total and not (out / "table.json").exists()
+        deadline = time.monotonic() + 10  # its workers end with it
+        while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).returncode == 0:
+            assert time.monotonic() < deadline, "a worker outlives its parent"
+            time.sleep(0.05)
+    assert made
+    subprocess.run([*command, str(out)], cwd=ROOT, check=True, capture_output=True)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (pip install 'ztrain[ray]')")
+@pytest.mark.slow
+def test_ray_gives_the_same_bytes(tmp_path: Path) -> None:
+    paint(tmp_path / "in", 60)
+    for engine in ("local", "ray"):
+        command = [sys.executable, "-m", "data_tools.scan", "--sources", str(tmp_path / "in"), "--rows-per-shard", "5"]
+        command += ["--out", str(tmp_path / engine), "--engine", engine, "--workers", "2"]
+        subprocess.run(command, cwd=ROOT, check=True)
+    assert contents(tmp_path / "local") == contents(tmp_path / "ray")
+
+
+def test_quality_numbers_follow_what_they_say() -> None:
+    flat = Image.new("RGB", (80, 60), (10, 200, 30))
+    assert quality.measure(flat) == {"sharpness": 0.0, "entropy": 0.0, "border_share": 1.0}
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
+    framed = Image.new("RGB", (80, 80), "white")
+    framed.paste(noise, (10, 30))
+    assert quality.measure(framed)["border_share"] == pytest.approx(1 - 40 * 40 / 6400)
+    assert quality.measure(noise)["border_share"] == 0.0
+    soft = noise.resize((20, 20)).resize((40, 40), Image.Resampling.BICUBIC)
+    assert quality.measure(soft)["sharpness"] < 0.5 * quality.measure(noise)["sharpness"]
+    assert quality.measure(noise)["entropy"] > 6
+    # Larger pictures are measured at a size like that of others.
+    large = framed.resize((1280, 1280), Image.Resampling.NEAREST)
+    assert quality.measure(large)["border_share"] == pytest.approx(0.75, abs=0.01)

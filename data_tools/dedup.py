@@ -1,0 +1,156 @@
+"""Pictures that are copies of one another -> clusters with one representative each; nothing is deleted.
+
+    python -m data_tools.dedup --table work/scan --out work/dedup
+
+In: a table of data_tools.scan or data_tools.filter. Out: the same rows with `cluster` (the representative's key),
+`copy_of` (empty for a representative), `copy_by` (bytes, pixels, or likeness) and `copy_score`. With a column of
+embeddings also `meaning`: the community of pictures that show nearly the same (data_tools.communities).
+
+Of a cluster the picture with the most pixels represents, then the most bytes, then a caption, then the first name.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pydantic
+import tyro
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from data_tools import likeness
+from data_tools.stages import Table, attach
+from ztrain.errors import InputError
+
+
+class DedupRules(pydantic.BaseModel):
+    """What counts as a copy."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    mirrored: bool = False
+    """Whether a picture's mirror image is a copy of it."""
+    embedding_column: str | None = None
+    """Column with an embedding of each picture, for `meaning`; None leaves it out."""
+    min_similarity: float = pydantic.Field(default=0.95, gt=0, le=1)
+    """Cosine from which two embeddings are neighbours."""
+
+
+ADDS = pa.schema(
+    [
+        ("cluster", pa.string()),
+        ("copy_of", pa.string()),
+        ("copy_by", pa.string()),
+        ("copy_score", pa.float32()),  # to the representative, 0..1; of chains it may be low
+    ]
+)
+_RULES = 1
+
+
+def dedup(source: Table, rules: DedupRules, out: Path) -> Table:
+    """Raises InputError."""
+    columns = ["source", "name", "refused", "digest", "pixels", "width", "height", "bytes", "caption", "likeness"]
+    rows = source.read(columns)
+    usable = np.flatnonzero(rows["refused"].is_null().to_numpy())
+    if not len(usable):
+        raise InputError(f"{source.folder}: no picture is left that could be a copy; lower the limits before it")
+    kept = rows.take(pa.array(usable)).to_pylist()
+    if any(row["likeness"] is None for row in kept):
+        raise InputError(f"{source.folder}: has no fingerprints; scan with --measures quality likeness")
+    keys = [f"{row['source']}/{row['name']}" for row in kept]
+    first = _representatives(kept, keys, rules.mirrored)
+    found: list[dict[str, Any]] = [dict.fromkeys(ADDS.names) for _ in range(rows.num_rows)]
+    for place, row in enumerate(usable):
+        found[row] |= {"cluster": keys[first[place]]}
+        if first[place] != place:
+            found[row] |= _copy(kept[place], kept[first[place]], rules.mirrored) | {"copy_of": keys[first[place]]}
+    added = pa.Table.from_pylist(found, ADDS)
+    if rules.embedding_column is not None:
+        meaning = pa.array(_meaning(source, rules, usable, keys, rows.num_rows), pa.string())
+        added = added.append_column("meaning", meaning)
+    return attach(source, out, added, name="dedup", about=(_RULES, rules.model_dump(mode="json")))
+
+
+def _representatives(rows: Sequence[dict[str, Any]], keys: Sequence[str], mirrored: bool) -> np.ndarray:
+    """For each row the place of the one that represents its cluster."""
+    prints = np.frombuffer(b"".join(row["likeness"] for row in rows), np.uint8).reshape(len(rows), likeness.BYTES)
+    pairs = [tuple(pair) for pair in likeness.find_copies(prints, mirrored=mirrored).pairs]
+    for column in ("digest", "pixels"):
+        pairs += _equal([row[column] for row in rows])
+    ends = np.array(pairs, np.int64).reshape(-1, 2).T
+    links = coo_array((np.ones(ends.shape[1], np.int8), (ends[0], ends[1])), shape=(len(rows), len(rows)))
+    labels = connected_components(links, directed=False)[1]
+
+    def rank(place: int) -> tuple[Any, ...]:
+        row = rows[place]
+        return -row["width"] * row["height"], -row["bytes"], row["caption"] is None, keys[place]
+
+    first: dict[int, int] = {}
+    for place in sorted(range(len(rows)), key=rank):
+        first.setdefault(int(labels[place]), place)
+    return np.array([first[int(label)] for label in labels])
+
+
+def _copy(row: dict[str, Any], first: dict[str, Any], mirrored: bool) -> dict[str, Any]:
+    score = likeness.copy_score(row["likeness"], first["likeness"], mirrored=mirrored)
+    ways = [way for way, column in (("bytes", "digest"), ("pixels", "pixels")) if row[column] == first[column]]
+    return {"copy_by": [*ways, "likeness"][0], "copy_score": float(score)}
+
+
+def _equal(values: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Pairs of a value's first place and its others."""
+    first: dict[str, int] = {}
+    for place, value in enumerate(values):
+        if (known := first.setdefault(value, place)) != place:
+            yield known, place
+
+
+def _meaning(source: Table, rules: DedupRules, usable: np.ndarray, keys: Sequence[str], count: int) -> list[str | None]:
+    from data_tools import communities  # torch, which the rest does without
+
+    column = rules.embedding_column
+    assert column is not None
+    values = source.read([column])[column].combine_chunks().take(pa.array(usable))
+    if values.null_count:
+        raise InputError(f"{source.folder}: {values.null_count} pictures have no {column!r}; embed them first")
+    embeddings = np.stack(values.to_numpy(zero_copy_only=False))
+    edges = communities.neighbours(embeddings, rules.min_similarity)
+    labels = communities.communities(len(usable), edges)
+    first = np.unique(labels, return_index=True)[1]
+    meaning: list[str | None] = [None] * count
+    for place, row in enumerate(usable):
+        meaning[row] = keys[first[labels[place]]]
+    return meaning
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """Find copies and say which picture stands for each cluster of them."""
+
+    table: Path
+    """Table of data_tools.scan or data_tools.filter."""
+    out: Path
+    """Folder of the table to make."""
+    rules: tyro.conf.OmitArgPrefixes[DedupRules] = DedupRules()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 something the user can mend."""
+    try:
+        command = tyro.cli(Command, args=arguments, prog="data_tools.dedup")
+        table = dedup(Table.open(command.table), command.rules, command.out)
+    except (InputError, pydantic.ValidationError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    copies = [way for way in table.read(["copy_by"])["copy_by"].to_pylist() if way]
+    told = ", ".join(f"{copies.count(way)} by {way}" for way in ("bytes", "pixels", "likeness"))
+    print(f"{table.folder}: {len(copies)} copies ({told})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""An embedding for every picture, by any vision model that transformers loads: SigLIP, CLIP, DINOv2 and their like.
+
+    python -m data_tools.embed --table work/scan --out work/embed --model google/siglip2-so400m-patch16-naflex
+
+In: a table of data_tools.scan. Out: the same rows with a column of unit vectors in float16, for data_tools.dedup and
+for pairs by style. Refused pictures get none. The model is loaded once by each worker.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import pydantic
+import tyro
+
+from data_tools.output import digest_of, fingerprint
+from data_tools.sources import Reader
+from data_tools.stages import ENGINES, Batch, Table, run_stage
+from ztrain.encoders import quiet_loading
+from ztrain.errors import InputError
+from ztrain.images import decode_image
+from ztrain.models import Source, public_name, require_loaded
+
+
+class EmbedRules(pydantic.BaseModel):
+    """Which numbers a picture gets."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str
+    """Name, without the path of this machine."""
+    weights: str
+    """Hash of the model's files."""
+    column: str = pydantic.Field(default="embedding", min_length=1)
+    """Name of the column."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the model."""
+
+
+class Embed:
+    """Stage: holds a model, and embeds pictures in batches."""
+
+    name: ClassVar[str] = "embed"
+    rules: ClassVar[int] = 1
+
+    def __init__(self, config: EmbedRules, location: Path, roots: Mapping[str, Path], batch_size: int) -> None:
+        """location: folder of the model; batch_size: pictures at a time, which changes nothing but time and memory."""
+        self.config, self.location, self.batch_size = config, location, batch_size
+        self.reader = Reader(roots)
+        self.adds = pa.schema([(config.column, pa.list_(pa.float16()))])
+        self._loaded: tuple[Any, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_loaded": None}  # it travels without the model
+
+    def __call__(self, batch: Batch) -> dict[str, Sequence[Any]]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        usable = [i for i, row in enumerate(rows) if row["refused"] is None]
+        vectors: list[Any] = [None] * len(rows)
+        for start in range(0, len(usable), self.batch_size):
+            places = usable[start : start + self.batch_size]
+            for place, vector in zip(places, self._embed([rows[i] for i in places]), strict=True):
+                vectors[place] = vector
+        return {**batch, self.config.column: vectors}
+
+    def _embed(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """(n, D) float16, of unit length."""
+        import torch
+
+        processor, model = self._load()
+        images = [decode_image(self.reader.read(row), row["name"]) for row in rows]
+        inputs = processor(images=images, return_tensors="pt").to(model.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        with torch.no_grad():
+            of_pictures = getattr(model, "get_image_features", None)  # of models with a text tower too
+            found = of_pictures(**inputs) if of_pictures else model(**inputs)
+        pooled = found if isinstance(found, torch.Tensor) else found.pooler_output
+        if pooled is None:
+            raise InputError(f"{self.config.model}: has no vector for a whole picture; take a model that pools")
+        unit = torch.nn.functional.normalize(pooled.float(), dim=-1)
+        vectors: np.ndarray = unit.cpu().numpy().astype(np.float16)
+        return vectors
+
+    def _load(self) -> tuple[Any, Any]:
+        if self._loaded is None:
+            import torch
+            from transformers import AutoImageProcessor, AutoModel
+
+            source = Source(str(self.location))
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            with source.explained(), quiet_loading():
+                processor = AutoImageProcessor.from_pretrained(self.location, backend="pil")
+                dtype = getattr(torch, self.config.precision)
+                model, info = AutoModel.from_pretrained(
+                    self.location, dtype=dtype, use_safetensors=True, output_loading_info=True
+                )
+            require_loaded({"missing_keys": info["missing_keys"]}, self.config.model)
+            self._loaded = processor, model.to(device).eval().requires_grad_(False)
+        return self._loaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """Give every picture of a table an embedding."""
+
+    table: Path
+    """Table of data_tools.scan, or of a stage behind it."""
+    out: Path
+    """Folder of the table to make. One that is there is gone on with."""
+    model: str
+    """Folder or Hub id of a vision model with its image processor."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    column: str = "embedding"
+    """Name of the column: a table may have several."""
+    batch_size: int = 32
+    """Pictures at a time."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the model."""
+    engine: Literal["local", "ray"] = "local"
+    """local: processes of this machine. ray: Ray Data, with actors that hold the model."""
+    workers: int = 1
+    """Processes or actors, each with a model of its own."""
+
+
+def embed(command: Command) -> Table:
+    """Raises InputError."""
+    if command.batch_size < 1 or command.workers < 1:
+        raise InputError("batch_size and workers must be at least 1")
+    source = Table.open(command.table)
+    model = Source(command.model, command.revision)
+    model.require("config.json", what="a vision model")
+    files = model.files("*.json", "*.safetensors")
+    weights = fingerprint([(path.name, digest_of(path)) for path in files])
+    rules = EmbedRules(
+        model=public_name(command.model), weights=weights, column=command.column, precision=command.precision
+    )
+    stage = Embed(rules, model.local("*.json", "*.safetensors"), source.roots, command.batch_size)
+    told = {**source.facts.get("embeddings", {}), command.column: rules.model_dump() | {"revision": command.revision}}
+    engine = ENGINES[command.engine]
+    facts = {"embeddings": told}
+    return run_stage(stage, source, command.out, engine=engine, workers=command.workers, facts=facts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 something the user can mend."""
+    try:
+        command = tyro.cli(Command, args=arguments, prog="data_tools.embed")
+        table = embed(command)
+    except (InputError, pydantic.ValidationError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    values = table.read([command.column])[command.column]
+    print(f"{table.folder}: {len(values) - values.null_count} pictures have {command.column!r}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

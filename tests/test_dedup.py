@@ -1,0 +1,166 @@
+"""data_tools.filter and data_tools.dedup on tables of real and painted pictures; order and engines change nothing."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+
+from data_tools import dedup, embed, filter, scan
+from data_tools.stages import Table, attach
+from tests.test_main_path import ROOT, shell
+from tests.test_scan import PHOTOS, needs_photos, paint
+from ztrain.mini.style_folders import paint_style_folders
+from ztrain.mini.trials import WEIGHTS
+
+
+def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in Table.open(folder).read().to_pylist()}
+
+
+def run(stage: Any, *words: object, status: int = 0) -> None:
+    assert stage.main([str(word) for word in words]) == status
+
+
+@pytest.fixture(scope="module")
+def scanned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three photographs, copies of them, and the awkward files."""
+    folder = tmp_path_factory.mktemp("dedup")
+    (folder / "in").mkdir()
+    for name in ("coffee", "chelsea", "rocket"):
+        with Image.open(PHOTOS / f"{name}.jpg") as image:
+            image.save(folder / "in" / f"{name}.png")
+            width, height = image.size
+            image.resize((width * 2 // 3, height * 2 // 3)).save(folder / "in" / f"{name}_small.jpg", quality=60)
+            ImageEnhance.Brightness(image).enhance(1.1).save(folder / "in" / f"{name}_bright.webp")
+            ImageOps.mirror(image).save(folder / "in" / f"{name}_mirrored.jpg", quality=95)
+        shutil.copyfile(folder / "in" / f"{name}.png", folder / "in" / f"{name}_again.png")
+    shutil.copytree(PHOTOS / "awkward", folder / "in/awkward")
+    run(scan, "--sources", folder / "in", "--out", folder / "scan", "--rows-per-shard", 9, "--max-refused-share", 1,
+        "--workers", 1)  # fmt: skip
+    return folder
+
+
+@needs_photos
+def test_filter_says_which_limit_and_changes_nothing_without_one(scanned: Path) -> None:
+    run(filter, "--table", scanned / "scan", "--out", scanned / "all", "--workers", 1)
+    before, same = rows_of(scanned / "scan"), rows_of(scanned / "all")
+    assert before == same
+    words = ("--min-sharpness", 1, "--min-entropy", 1, "--min-pixels", 20_000, "--max-border-share", 0.9)
+    run(filter, "--table", scanned / "scan", "--out", scanned / "few", "--workers", 1, *words)
+    after = rows_of(scanned / "few")
+    changed = {name: row["refused"] for name, row in after.items() if row["refused"] != before[name]["refused"]}
+    assert changed["awkward/blank_white.png"] == "sharpness 0 is below min_sharpness 1"
+    assert changed["awkward/.hidden.jpg" if "awkward/.hidden.jpg" in after else "awkward/blank_white.png"]
+    assert all(before[name]["refused"] is None for name in changed) and "coffee.png" not in changed
+    assert {name for name, row in after.items() if row["width"] and row["width"] * row["height"] < 20_000} <= {
+        name for name, row in after.items() if row["refused"]
+    }
+
+
+@needs_photos
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_copies_have_one_representative_by_rule(scanned: Path, mirrored: bool) -> None:
+    out = scanned / f"dedup_{mirrored}"
+    run(dedup, "--table", scanned / "scan", "--out", out, *(["--mirrored"] if mirrored else []))
+    rows, before = rows_of(out), rows_of(scanned / "scan")
+    assert {name: {k: row[k] for k in before[name]} for name, row in rows.items()} == before
+    assert all((row["cluster"] is None) == (row["refused"] is not None) for row in rows.values())
+    copies = {name: (row["copy_of"], row["copy_by"]) for name, row in rows.items() if row["copy_of"]}
+    # Equal pixels: the larger file stands for both, and of equal files the first name.
+    assert copies["coffee_again.png"] == ("in/coffee.png", "bytes") and "coffee.png" not in copies
+    assert copies["awkward/dup_b.jpg"] == ("in/awkward/dup_a.jpg", "bytes")
+    largest = max(("awkward/dup_pixels_a.png", "awkward/dup_pixels_b.png"), key=lambda name: rows[name]["bytes"])
+    other = "awkward/dup_pixels_b.png" if largest.endswith("a.png") else "awkward/dup_pixels_a.png"
+    assert copies[other] == (f"in/{largest}", "pixels")
+    for name in ("coffee", "chelsea", "rocket"):
+        for copy in (f"{name}_small.jpg", f"{name}_bright.webp"):
+            assert copies[copy] == (f"in/{name}.png", "likeness") and rows[copy]["copy_score"] > 0.5
+        assert (rows[f"{name}_mirrored.jpg"]["cluster"] == f"in/{name}.png") is mirrored
+    assert rows["awkward/near_b.jpg"]["cluster"] == rows["awkward/near_a.jpg"]["cluster"]
+    assert (rows["awkward/near_mirrored.jpg"]["cluster"] == rows["awkward/near_a.jpg"]["cluster"]) is mirrored
+    for row in rows.values():
+        if row["copy_of"]:
+            first = rows[row["copy_of"].removeprefix("in/")]
+            assert first["cluster"] == row["cluster"] and first["copy_of"] is None
+            assert first["width"] * first["height"] >= row["width"] * row["height"]
+    assert rows["coffee.png"]["cluster"] != rows["chelsea.png"]["cluster"]
+
+
+@needs_photos
+def test_embeddings_give_meaning(scanned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = Table.open(scanned / "scan")
+    rows = source.read(["name", "refused"]).to_pylist()
+    chance = np.random.default_rng(0)
+    centres = chance.normal(size=(len(rows), 32))
+    told = [row["name"].partition("_")[0] for row in rows]
+    vectors = np.stack([centres[told.index(name)] + 0.02 * chance.normal(size=32) for name in told])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    column = pa.array([None if row["refused"] else v.astype(np.float32) for row, v in zip(rows, vectors, strict=True)],
+                      pa.list_(pa.float32()))  # fmt: skip
+    attach(source, scanned / "embedded", pa.table({"siglip": column}), name="test", about=0)
+    words = ("--table", scanned / "embedded", "--out", scanned / "meaning", "--embedding-column", "siglip")
+    run(dedup, *words)
+    meaning = {name: row["meaning"] for name, row in rows_of(scanned / "meaning").items() if row["refused"] is None}
+    groups = {name.partition("_")[0] for name in meaning}
+    assert len(set(meaning.values())) == len(groups)
+    assert all(len({m for n, m in meaning.items() if n.partition("_")[0] == group}) == 1 for group in groups)
+    run(dedup, "--table", scanned / "scan", "--out", scanned / "none", "--embedding-column", "siglip", status=2)
+    assert "has no column siglip; run the stage" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(200)
+def test_the_miniatures_tower_puts_equal_drawings_together(tmp_path: Path) -> None:
+    """Painted drawings of one content and style beside others: what the tower finds alike are clusters."""
+    paint_style_folders(tmp_path / "in", size=64, num_contents=6)
+    for path in sorted((tmp_path / "in/images").glob("*/*.png"))[::3]:
+        with Image.open(path) as image:
+            ImageEnhance.Contrast(image.convert("RGB")).enhance(1.05).save(path.with_stem(f"{path.stem}_again"))
+    run(scan, "--sources", tmp_path / "in/images", "--out", tmp_path / "scan", "--workers", 1)
+    tower = WEIGHTS / "siglip2-so400m-patch16-naflex"
+    run(embed, "--table", tmp_path / "scan", "--out", tmp_path / "embed", "--model", tower)
+    rows = Table.open(tmp_path / "embed").read().to_pylist()
+    vectors = np.array([row["embedding"] for row in rows], np.float32)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=2e-3)
+    words = ("--embedding-column", "embedding", "--min-similarity", 0.995)
+    run(dedup, "--table", tmp_path / "embed", "--out", tmp_path / "dedup", *words)
+    meaning = {name: row["meaning"] for name, row in rows_of(tmp_path / "dedup").items()}
+    again = [name for name in meaning if "_again" in name]
+    together = [meaning[name] == meaning[name.replace("_again", "")] for name in again]
+    assert len(again) >= 8 and np.mean(together) >= 0.9
+    assert len(set(meaning.values())) > 0.5 * (len(meaning) - len(again)), "nearly all drawings are one"
+
+
+def test_a_table_that_is_not_there_or_damaged_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(dedup, "--table", tmp_path / "none", "--out", tmp_path / "out", status=2)
+    assert "holds no finished table" in capsys.readouterr().err
+    (tmp_path / "table.json").write_text(json.dumps({"shards": ["a"], "sources": {}, "facts": {}}))
+    run(filter, "--table", tmp_path, "--out", tmp_path / "out", status=2)
+    assert "a.parquet: is missing" in capsys.readouterr().err
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    run(dedup, "--table", tmp_path, "--out", tmp_path / "out", status=2)
+    assert "a.parquet: damaged" in capsys.readouterr().err
+
+
+@needs_photos
+def test_the_commands_of_the_page_run_as_written(tmp_path: Path) -> None:
+    section = (ROOT / "docs/data.md").read_text(encoding="utf-8").split("## Look at your pictures first")[1]
+    block = section.split("```bash\n")[1].split("```")[0]
+    (tmp_path / "project/photos").mkdir(parents=True)
+    for path in PHOTOS.glob("*.jpg"):
+        (tmp_path / "project/photos" / path.name).symlink_to(path.resolve())
+    paint(tmp_path / "drawings", 5)
+    with tarfile.open(tmp_path / "project/drawings.tar", "w") as tar:
+        for path in sorted((tmp_path / "drawings").iterdir()):
+            tar.add(path, path.name)
+    said = shell(tmp_path, block).stdout.splitlines()
+    assert said[0] == "work/scan: 34 pictures, 0 refused" and said[1].endswith("of 34 pictures are left")
+    rows = Table.open(tmp_path / "project/work/dedup").read().to_pylist()
+    assert {row["source"] for row in rows} == {"photos", "drawings.tar"}
+    assert [row["caption"] for row in rows if row["caption"]] == ["picture 0", "picture 3"]
+    assert not any(str(tmp_path) in json.dumps(row, default=str) for row in rows)

@@ -1,10 +1,10 @@
-"""docs/speed.md: its tables and picture are of the committed results, and figures in its words are true."""
+"""docs/speed.md and docs/data.md: tables and pictures are of the committed results, figures in words are true."""
 
 import json
 import re
 from pathlib import Path
 
-from benchmarks import speed_page, step
+from benchmarks import data_page, speed_page, step
 from benchmarks.pages import MARKS
 
 
@@ -14,6 +14,13 @@ def test_tables_and_picture_are_of_the_committed_results(tmp_path: Path) -> None
     for name in ("speed.md", "speed.svg", "cost.svg"):
         same = (tmp_path / name).read_bytes() == (speed_page.DOCS / name).read_bytes()
         assert same, "run: python -m benchmarks.speed_page"
+
+
+def test_the_tables_of_the_data_page_are_too(tmp_path: Path) -> None:
+    (tmp_path / "data.md").write_text(_emptied((data_page.DOCS / "data.md").read_text("utf-8")), "utf-8")
+    data_page.main(tmp_path)
+    same = (tmp_path / "data.md").read_bytes() == (data_page.DOCS / "data.md").read_bytes()
+    assert same, "run: python -m benchmarks.data_page"
 
 
 def _emptied(page: str) -> str:

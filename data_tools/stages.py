@@ -180,9 +180,8 @@ def run_here(stage: Stage, tasks: Sequence[Task], workers: int) -> Iterator[int]
         try:
             for future in as_completed(futures):
                 yield future.result()
-        except BaseException:
+        finally:  # where one has failed, the others are not begun
             pool.shutdown(cancel_futures=True)
-            raise
 
 
 class _RayWorker:

@@ -48,7 +48,7 @@ class Embed:
     rules: ClassVar[int] = 1
 
     def __init__(self, config: EmbedRules, location: Path, roots: Mapping[str, Path], batch_size: int) -> None:
-        """location: folder of the model; batch_size: pictures at a time, which changes nothing but time and memory."""
+        """location: folder of the model; batch_size: pictures at a time, which changes rounding at most."""
         self.config, self.location, self.batch_size = config, location, batch_size
         self.reader = Reader(roots)
         self.adds = pa.schema([(config.column, pa.list_(pa.float16()))])
@@ -72,7 +72,7 @@ class Embed:
         import torch
 
         processor, model = self._load()
-        images = [decode_image(self.reader.read(row), row["name"]) for row in rows]
+        images = [decode_image(self.reader.read_same(row), row["name"]) for row in rows]
         inputs = processor(images=images, return_tensors="pt").to(model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         with torch.no_grad():

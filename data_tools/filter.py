@@ -35,7 +35,9 @@ class FilterRules(pydantic.BaseModel):
     """0 takes no border at all, 1 blank pictures too."""
 
     def fault(self, row: Mapping[str, Any]) -> str | None:
-        """The first limit that a row does not meet, in words."""
+        """The first limit that a row does not meet, in words. Raises InputError where its numbers were not measured."""
+        if row["sharpness"] is None:
+            raise InputError(f"{row['name']}: has no sharpness; scan with --measures quality likeness")
         checks = (
             ("min_pixels", row["width"] * row["height"], -1),
             ("min_sharpness", row["sharpness"], -1),

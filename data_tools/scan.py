@@ -27,6 +27,7 @@ from data_tools.sources import KINDS, Reader, list_pictures, resolve
 from data_tools.stages import ENGINES, Batch, Table, run_stage
 from ztrain.errors import InputError
 from ztrain.images import decode_image
+from ztrain.yamls import describe_errors
 
 
 class ScanRules(pydantic.BaseModel):
@@ -177,6 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
     try:
         table = scan(tyro.cli(Command, args=arguments, prog="data_tools.scan"))
+    except pydantic.ValidationError as error:
+        print(f"error: {describe_errors(error, source='command line', model=ScanRules)}", file=sys.stderr)
+        return 2
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

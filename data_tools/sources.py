@@ -89,8 +89,12 @@ def list_pictures(roots: Mapping[str, Path], out: Path, rows_per_shard: int) -> 
     """The pictures below `roots` as a table in `out`; facts: {"ignored": {kind: count}}.
 
     Hidden files and folders are ignored, and files of other kinds; links to folders are not followed. Where a shard
-    ends is decided by names alone, so that a picture more changes one shard, not all that follow.
+    ends is decided by names alone, so that a picture more changes one shard, not all that follow. Raises
+    InputError where `out` lies inside a place, whose next listing would find it.
     """
+    for root in roots.values():
+        if root.resolve() in (place := out.resolve(), *place.parents):
+            raise InputError(f"{out}: lies inside {root}, which is searched for pictures; choose another --out")
     found, shards = Found(), []
     with workspace(out) as scratch:
         for rows, stamps in _chunks(_walk_all(roots, found), rows_per_shard):
@@ -221,6 +225,9 @@ def _list_parquet(path: Path, name: str) -> Iterator[_Row]:
         yield {"name": name, "part": name, "refused": f"not a readable Parquet file ({str(error).splitlines()[0]})"}
         return
     pictures = [known.name for known in schema if _is_picture(known.type)]
+    if not pictures:
+        yield {"name": name, "part": name, "refused": "has no column of pictures (datasets.Image, or bytes)"}
+        return
     told = next((column for column in CAPTION_COLUMNS if column in schema.names), None)
     captions = (value for batch in file.iter_batches(columns=[told] if told else [])
                 for value in (batch.column(0).to_pylist() if told else [None] * batch.num_rows))  # fmt: skip
@@ -264,6 +271,13 @@ class Reader:
                 return file.read(int(row["bytes"]))
         except (OSError, pa.ArrowInvalid) as error:
             raise InputError(f"{row['name']}: cannot be read ({str(error).splitlines()[0]})") from error
+
+    def read_same(self, row: Mapping[str, Any]) -> bytes:
+        """As `read`, of a scanned picture: raises InputError too where its bytes are others than then."""
+        data = self.read(row)
+        if xxhash.xxh3_128_hexdigest(data) != row["digest"]:
+            raise InputError(f"{row['name']}: has changed since it was scanned; run data_tools.scan again")
+        return data
 
 
 def _read_cell(path: Path, number: int, column: str) -> bytes:

@@ -8,8 +8,10 @@ whole or not at all: what an interrupted run has made stays, and the next one ma
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,8 +28,9 @@ from ztrain.interrupt import end_with_parent
 from ztrain.workspace import workspace
 
 TABLE_NAME = "table.json"
+_SHARD = re.compile(r"[0-9a-f]{32}")
 Batch: TypeAlias = Mapping[str, Sequence[Any]]
-"""Columns of equal length: lists here, numpy arrays where Ray Data calls."""
+"""Columns of equal length."""
 
 
 class Stage(Protocol):
@@ -86,7 +89,7 @@ class Table:
         return pa.concat_tables([read_shard(self.path(shard), columns) for shard in self.shards])
 
     def close(self) -> None:
-        """Writes the list of shards, and removes those of earlier inputs."""
+        """Writes the list of shards, and removes those of earlier inputs, nothing else."""
         # Relative: no path of this machine, and folders that move together stay together.
         sources = {label: os.path.relpath(root, self.folder) for label, root in self.roots.items()}
         document = {"shards": self.shards, "sources": sources, "facts": self.facts}
@@ -96,7 +99,7 @@ class Table:
             os.replace(scratch / TABLE_NAME, self.folder / TABLE_NAME)
         current = set(self.shards)
         for path in self.folder.glob("*.parquet"):
-            if path.stem not in current:
+            if path.stem not in current and _SHARD.fullmatch(path.stem):
                 path.unlink(missing_ok=True)
 
 
@@ -180,6 +183,11 @@ def run_here(stage: Stage, tasks: Sequence[Task], workers: int) -> Iterator[int]
         try:
             for future in as_completed(futures):
                 yield future.result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"{stage.name}: a worker was killed, perhaps for memory; lower --workers and run again, what was"
+                " finished is kept"
+            ) from error
         finally:  # where one has failed, the others are not begun
             pool.shutdown(cancel_futures=True)
 
@@ -226,6 +234,12 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def check_apart(source: Table, out: Path) -> None:
+    """Raises InputError where a table would be written over the one that it is made of."""
+    if out.resolve() == source.folder.resolve():
+        raise InputError(f"{out}: holds the table that is read; choose another --out")
+
+
 def run_stage(
     stage: Stage, source: Table, out: Path, *, engine: Engine = run_here, workers: int | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -234,6 +248,9 @@ def run_stage(
 
     facts: beside those of `source`. Raises InputError; what was finished before it stays.
     """
+    if workers is not None and workers < 1:
+        raise InputError(f"workers {workers} must be at least 1")
+    check_apart(source, out)
     about = identity(stage)
     names = {shard: hashlib.blake2b(f"{shard} {about}".encode(), digest_size=16).hexdigest() for shard in source.shards}
     table = Table(out, tuple(names.values()), source.roots, {**source.facts, **(facts or {})})
@@ -253,6 +270,7 @@ def run_stage(
 
 def attach(source: Table, out: Path, columns: pa.Table, *, name: str, about: Any) -> Table:
     """The table `source` with further columns that all of its rows decide, as one table in the order of its rows."""
+    check_apart(source, out)
     given = fingerprint(name, about, source.shards)
     names = {shard: hashlib.blake2b(f"{shard} {given}".encode(), digest_size=16).hexdigest() for shard in source.shards}
     table, start = Table(out, tuple(names.values()), source.roots, source.facts), 0

@@ -27,7 +27,7 @@ from PIL import Image
 
 from benchmarks import embeddings, planted_copies
 from benchmarks.laboratory import machine
-from data_tools.scan import Command, scan
+from data_tools.scan import Command, ScanRules, scan
 
 RESULTS = Path(__file__).parent / "results"
 PHOTOS = Path(__file__).parents[2] / "shared/data/photos"
@@ -105,7 +105,15 @@ def _decode_all(folder: Path) -> None:
 
 def _scan(folder: Path, measures: list[Any]) -> None:
     out = folder.with_name(f"{folder.name}_scan")
-    scan(Command(sources=[str(folder)], out=out, measures=measures, workers=WORKERS, max_refused_share=0.0))
+    scan(
+        Command(
+            sources=[str(folder)],
+            out=out,
+            rules=ScanRules(measures=frozenset(measures)),
+            workers=WORKERS,
+            max_refused_share=0.0,
+        )
+    )
     shutil.rmtree(out)
 
 

@@ -60,5 +60,6 @@ class Paintings:
     def lay_out(self, folder: Path, plan: Plan) -> None:
         paint_many_styles(folder, plan.counts, seed=plan.seed)
         splits = ", ".join(f"{split}: {split}" for split in plan.counts)
-        text = f"{{images: images, contents: contents.csv, splits: {{{splits}}}, triplets_per_target: 2}}\n"
-        (folder / "build.yaml").write_text(text, encoding="utf-8")
+        styles = f"label: {{styles: {{contents: contents.csv, splits: {{{splits}}}}}}}\n"
+        pairs = "pair: {triplets_per_target: 2, max_copy_score: 1.0}\n"
+        (folder / "build.yaml").write_text(f"sources: [images]\ndedup: null\n{styles}{pairs}", encoding="utf-8")

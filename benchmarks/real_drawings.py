@@ -118,7 +118,9 @@ class RealDrawings:
             path = folder / "images" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(self.world.pictures.images[int(path.stem)].permute(1, 2, 0).numpy()).save(path)
-        (folder / "build.yaml").write_text("{images: images, pairs: pairs.csv}\n", encoding="utf-8")
+        text = "sources: [images]\nscan: {min_side: 16}\ndedup: null\nsplit: {apart: []}\n"
+        text += "label: {pairs: {table: pairs.csv, max_copy_score: 1.0}}\n"
+        (folder / "build.yaml").write_text(text, encoding="utf-8")
 
     def _pairs(self, name: str, targets: Split, references: Split, plan: Plan, *, seed: int) -> Iterator[dict]:
         """Rows of one split in rounds, in each of which a style occurs once at most; training's pairs come four times,

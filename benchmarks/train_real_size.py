@@ -139,7 +139,8 @@ def prepare(work: Path, is_real: bool) -> Path:
         run("ztrain.mini.style_folders", "--out", str(work / "drawings"))
         vary(work / "drawings")
         (work / "build.yaml").write_text(
-            "images: drawings/images\ncontents: drawings/contents.csv\nmax_triplets_per_split: 48\n"
+            "sources: [drawings/images]\ndedup: null\nlabel: {styles: {contents: drawings/contents.csv}}\n"
+            "pair: {max_triplets_per_split: 48, max_copy_score: 1.0}\n"
         )
         run("data_tools.build", "--config", str(work / "build.yaml"), "--out", str(work / "triplets.half"))
         (work / "triplets.half").rename(work / "triplets")

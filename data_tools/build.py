@@ -1,109 +1,119 @@
-"""Pictures -> triplets that ztrain and `datasets` load.
+"""Pictures -> triplets that ztrain and `datasets` load: all steps of data_tools, one after the other.
 
     python -m data_tools.build --config configs/data/emoji_styles.yaml --out out/emoji_styles
 
-In: a config with `contents` (style folders, see data_tools.styles) or with `pairs` (a table that names reference and
-target, see data_tools.pairs). Out: `<out>/<split>/metadata.jsonl` with the pictures that it names, and
-`build_report.json`. The folder appears whole or not at all.
+In: a config (data_tools.config). Out: a data set (data_tools.pack), whole or not at all, and beside it `<out>.work`,
+the tables of the steps: a build that was stopped, or whose config has changed, makes only what is missing.
 """
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pydantic
 import tyro
 
-from data_tools.output import digest_of, fingerprint, read_report, whole_folder, write_report, write_triplets
-from data_tools.pairs import PairsConfig, read_pairs
-from data_tools.styles import StylesConfig, read_styles
-from ztrain.data import read_triplets
+from data_tools import scan
+from data_tools.caption import caption
+from data_tools.config import BuildConfig, read_config
+from data_tools.dedup import dedup
+from data_tools.embed import embed
+from data_tools.filter import Filter, FilterRules
+from data_tools.label import label
+from data_tools.pack import from_table, pack
+from data_tools.pair import pair
+from data_tools.split import split
+from data_tools.stages import ENGINES, Table, run_stage
 from ztrain.errors import InputError
-from ztrain.yamls import describe_errors, load_yaml
-
-REPORT_NAME = "build_report.json"
-_RULES = 2  # part of the fingerprint: raise it when the same inputs come to give other triplets
+from ztrain.yamls import describe_errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StylesCommand:
-    """Turn style folders with a contents table into training triplets."""
+class Command:
+    """Turn pictures into training triplets."""
 
     config: Path
     """YAML file with the options below; an option on the command line wins."""
     out: Path
     """Folder to make. One that exists is refused, unless it holds exactly this build."""
-    build: Annotated[StylesConfig, tyro.conf.arg(name="")]
+    build: Annotated[BuildConfig, tyro.conf.arg(name="")]
+    work: Path | None = None
+    """Folder of the steps' tables; None: <out>.work. It may be deleted at any time."""
+    rows_per_shard: int = 512
+    """Pictures in a shard of the scan, about; changes no result. Millions of pictures want 10,000."""
+    engine: Literal["local", "ray"] = "local"
+    """local: processes of this machine. ray: Ray Data, on a cluster that shares the folders."""
+    workers: int | None = None
+    """Processes or actors; None takes as many as there are cores, and one where a model is held."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairsCommand:
-    """Turn a table of pairs into training triplets."""
-
-    config: Path
-    """YAML file with the options below; an option on the command line wins."""
-    out: Path
-    """Folder to make. One that exists is refused, unless it holds exactly this build."""
-    build: Annotated[PairsConfig, tyro.conf.arg(name="")]
-
-
-def build(command: StylesCommand | PairsCommand) -> dict[str, int]:
+def build(command: Command) -> dict[str, int]:
     """Run the whole build; returns triplets per output split. Raises InputError."""
-    config, out = command.build, command.out.resolve()
-    folder = command.config.parent
-    found = read_pairs(config, folder) if isinstance(config, PairsConfig) else read_styles(config, folder)
-    made_from = fingerprint(
-        _RULES,
-        config.model_dump(exclude={"images", "contents", "pairs"}),  # where the inputs lie changes nothing
-        [(source.file_name, source.digest) for source in found.sources()],
-        [digest_of(path) for path in found.files],
+    config, folder, out = command.build, command.config.parent, command.out.resolve()
+    work = command.work or out.with_name(f"{out.name}.work")
+    tables = config.label.tables(folder)  # what is wrong with them is better known before hours of scanning
+    table = _look(command, folder, work)
+    table = _tell(label(table, config.label, folder, work / "label"))
+    table = _tell(split(table, config.split, work / "split"))
+    table = _tell(pair(table, config.pair, work / "pair"))
+    given = from_table(table, config.told(sorted(table.roots)), tables)
+    triplets = pack(given, config.pack, out)
+    for name, count in given.about["counts"].items():
+        if name != "pictures":
+            print(f"note: {name.replace('_', ' ')}: {count}, see {out / 'left_out.jsonl'}", file=sys.stderr)
+    return triplets
+
+
+def _look(command: Command, folder: Path, work: Path) -> Table:
+    """The steps that look at pictures: scan, filter, embed, dedup, caption."""
+    config, engine = command.build, ENGINES[command.engine]
+    table = scan.scan(
+        scan.Command(
+            sources=config.sources,
+            out=work / "scan",
+            rules=config.scan,
+            max_refused_share=config.max_refused_share,
+            rows_per_shard=command.rows_per_shard,
+            engine=command.engine,
+            workers=command.workers,
+            folder=folder,
+        )
     )
-    if report := read_report(out / REPORT_NAME, made_from):
-        triplets = {split: len(read_triplets(str(out), split).triplets) for split in report["triplets"]}
-        print(f"{out} is up to date")
-        return triplets
-    rows, facts = found.plan()
-    report = {
-        "fingerprint": made_from,
-        "config": config.model_dump(),
-        "pictures": len(found.sources()),
-        "triplets": {split: len(of_split) for split, of_split in rows.items()},
-        **facts,
-    }
-    with whole_folder(out) as building:
-        write_triplets(building, rows)
-        for path in found.files[1:]:
-            shutil.copyfile(path, building / path.name)
-        write_report(building / REPORT_NAME, report)
-    for name, count in facts["counts"].items():
-        if count:
-            print(f"note: {name.replace('_', ' ')}: {count}, see {out / REPORT_NAME}", file=sys.stderr)
-    return report["triplets"]
+    _tell(table)
+    if config.filter != FilterRules():
+        table = _tell(run_stage(Filter(config.filter), table, work / "filter", engine=engine, workers=command.workers))
+    if config.embed is not None:
+        table = _tell(embed(table, config.embed, work / "embed", engine=engine, workers=command.workers or 1))
+    if config.dedup is not None:
+        table = _tell(dedup(table, config.dedup, work / "dedup"))
+    for settings in config.caption:
+        of_column, workers = work / f"caption-{settings.column}", command.workers or 1
+        table = _tell(caption(table, settings, of_column, engine=engine, workers=workers))
+    return table
 
 
-def read_command(arguments: Sequence[str]) -> StylesCommand | PairsCommand:
+def _tell(table: Table) -> Table:
+    rows = sum(table.lengths())
+    print(f"{table.folder.name}: {rows} rows", file=sys.stderr)
+    return table
+
+
+def read_command(arguments: Sequence[str]) -> Command:
     """The command line over the config file. Raises InputError; tyro exits with 2 on unknown options."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", nargs="?", type=Path)  # "?" leaves the complaint over no value to tyro
     path = finder.parse_known_args(arguments)[0].config
+    plain = (tyro.conf.AvoidSubcommands,)
     if path is None:  # tyro explains what is missing
-        return tyro.cli(StylesCommand, args=arguments)
-    document = load_yaml(path)
-    source, model = str(path), PairsConfig if "pairs" in document else StylesConfig
+        return tyro.cli(Command, args=arguments, prog="data_tools.build", config=plain)
+    default = Command(config=path, out=tyro.MISSING, build=read_config(path))
     try:
-        config = model.model_validate(document)
-        source = "command line"
-        if isinstance(config, PairsConfig):
-            pairs = PairsCommand(config=path, out=tyro.MISSING, build=config)
-            return tyro.cli(PairsCommand, args=arguments, default=pairs)
-        styles = StylesCommand(config=path, out=tyro.MISSING, build=config)
-        return tyro.cli(StylesCommand, args=arguments, default=styles)
+        return tyro.cli(Command, args=arguments, default=default, prog="data_tools.build", config=plain)
     except pydantic.ValidationError as error:
-        raise InputError(describe_errors(error, source=source, model=model)) from error
+        raise InputError(describe_errors(error, source="command line", model=BuildConfig)) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

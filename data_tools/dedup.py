@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = tyro.cli(Command, args=arguments, prog="data_tools.dedup")
         table = dedup(Table.open(command.table), command.rules, command.out)
-    except (InputError, pydantic.ValidationError) as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     copies = [way for way in table.read(["copy_by"])["copy_by"].to_pylist() if way]

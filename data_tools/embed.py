@@ -19,11 +19,9 @@ import tyro
 
 from data_tools.output import digest_of, fingerprint
 from data_tools.sources import Reader
-from data_tools.stages import ENGINES, Batch, Table, run_stage
-from ztrain.encoders import quiet_loading
+from data_tools.stages import ENGINES, Batch, Engine, Table, run_here, run_stage
 from ztrain.errors import InputError
 from ztrain.images import decode_image
-from ztrain.models import Source, public_name, require_loaded
 
 
 class EmbedRules(pydantic.BaseModel):
@@ -90,6 +88,9 @@ class Embed:
             import torch
             from transformers import AutoImageProcessor, AutoModel
 
+            from ztrain.encoders import quiet_loading  # here, as below: other steps need not wait for torch
+            from ztrain.models import Source, require_loaded
+
             source = Source(str(self.location))
             device = "cuda" if torch.cuda.is_available() else "cpu"
             with source.explained(), quiet_loading():
@@ -103,6 +104,23 @@ class Embed:
         return self._loaded
 
 
+class EmbedSettings(pydantic.BaseModel):
+    """Which model, and what its column is called."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str
+    """Folder or Hub id of a vision model with its image processor."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    column: str = pydantic.Field(default="embedding", min_length=1)
+    """Name of the column: a table may have several."""
+    batch_size: int = pydantic.Field(default=32, ge=1)
+    """Pictures at a time."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the model."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
     """Give every picture of a table an embedding."""
@@ -111,51 +129,42 @@ class Command:
     """Table of data_tools.scan, or of a stage behind it."""
     out: Path
     """Folder of the table to make. One that is there is gone on with."""
-    model: str
-    """Folder or Hub id of a vision model with its image processor."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hub id."""
-    column: str = "embedding"
-    """Name of the column: a table may have several."""
-    batch_size: int = 32
-    """Pictures at a time."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the model."""
+    settings: tyro.conf.OmitArgPrefixes[EmbedSettings]
     engine: Literal["local", "ray"] = "local"
     """local: processes of this machine. ray: Ray Data, with actors that hold the model."""
     workers: int = 1
     """Processes or actors, each with a model of its own."""
 
 
-def embed(command: Command) -> Table:
+def embed(source: Table, settings: EmbedSettings, out: Path, *, engine: Engine = run_here, workers: int = 1) -> Table:
     """Raises InputError."""
-    if command.batch_size < 1 or command.workers < 1:
-        raise InputError("batch_size and workers must be at least 1")
-    source = Table.open(command.table)
-    model = Source(command.model, command.revision)
+    from ztrain.models import Source, public_name
+
+    model = Source(settings.model, settings.revision)
     model.require("config.json", what="a vision model")
     files = model.files("*.json", "*.safetensors")
     weights = fingerprint([(path.name, digest_of(path)) for path in files])
     rules = EmbedRules(
-        model=public_name(command.model), weights=weights, column=command.column, precision=command.precision
+        model=public_name(settings.model), weights=weights, column=settings.column, precision=settings.precision
     )
-    stage = Embed(rules, model.local("*.json", "*.safetensors"), source.roots, command.batch_size)
-    told = {**source.facts.get("embeddings", {}), command.column: rules.model_dump() | {"revision": command.revision}}
-    engine = ENGINES[command.engine]
-    facts = {"embeddings": told}
-    return run_stage(stage, source, command.out, engine=engine, workers=command.workers, facts=facts)
+    stage = Embed(rules, model.local("*.json", "*.safetensors"), source.roots, settings.batch_size)
+    told = rules.model_dump() | {"revision": settings.revision}
+    facts = {"embeddings": {**source.facts.get("embeddings", {}), settings.column: told}}
+    return run_stage(stage, source, out, engine=engine, workers=workers, facts=facts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
     try:
         command = tyro.cli(Command, args=arguments, prog="data_tools.embed")
-        table = embed(command)
-    except (InputError, pydantic.ValidationError) as error:
+        source, engine = Table.open(command.table), ENGINES[command.engine]
+        table = embed(source, command.settings, command.out, engine=engine, workers=command.workers)
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    values = table.read([command.column])[command.column]
-    print(f"{table.folder}: {len(values) - values.null_count} pictures have {command.column!r}")
+    column = command.settings.column
+    values = table.read([column])[column]
+    print(f"{table.folder}: {len(values) - values.null_count} pictures have {column!r}")
     return 0
 
 

@@ -56,8 +56,8 @@ class Filter:
     """Stage: applies limits to rows that are not refused already."""
 
     name: ClassVar[str] = "filter"
-    rules: ClassVar[int] = 1
-    adds = pa.schema([("refused", pa.string())])
+    rules: ClassVar[int] = 2
+    adds = pa.schema([("refused", pa.string()), ("refused_by", pa.string())])
 
     def __init__(self, config: FilterRules) -> None:
         self.config = config
@@ -65,7 +65,8 @@ class Filter:
     def __call__(self, batch: Batch) -> dict[str, Sequence[Any]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         refused = [row["refused"] if row["refused"] is not None else self.config.fault(row) for row in rows]
-        return {**batch, "refused": refused}
+        whose = [row["refused_by"] or (why and self.name) for row, why in zip(rows, refused, strict=True)]
+        return {**batch, "refused": refused, "refused_by": whose}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +77,7 @@ class Command:
     """Table of data_tools.scan."""
     out: Path
     """Folder of the table to make."""
-    rules: Annotated[FilterRules, tyro.conf.arg(name="")] = FilterRules()
+    rules: tyro.conf.OmitArgPrefixes[FilterRules] = FilterRules()
     engine: Literal["local", "ray"] = "local"
     """local: processes of this machine. ray: Ray Data."""
     workers: int | None = None
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         engine = ENGINES[command.engine]
         stage = Filter(command.rules)
         table = run_stage(stage, source, command.out, engine=engine, workers=command.workers)
-    except (InputError, pydantic.ValidationError) as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     left = table.read(["refused"])["refused"].null_count

@@ -5,7 +5,7 @@ pairs of fingerprints that show one picture, each with a score. A fingerprint is
 after the small shift, stretch and change of tones that bring them closest.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -126,13 +126,24 @@ def copy_score(one: bytes, other: bytes, *, mirrored: bool = False) -> float:
     costs of that change; the order of the two does not matter. `mirrored`: of the other and its mirror, the closer.
     Raises InputError where a fingerprint has a wrong length.
     """
+    return float(copy_scores([(one, other)], mirrored=mirrored)[0])
+
+
+def copy_scores(pairs: Sequence[tuple[bytes, bytes]], *, mirrored: bool = False) -> Floats:
+    """The `copy_score` of each pair, (P,) float32; many at a time cost a tenth of one by one."""
     # The mirror image is always made of the same one of the two, else rounding would depend on their order.
-    both = [_checked(np.frombuffer(given, np.uint8)[None]) for given in sorted((one, other))]
-    if one == other:
-        return 1.0
-    first, second = (_Thumbnails.of(fingerprint) for fingerprint in both)
-    candidates = [second, second.flipped()] if mirrored else [second]
-    return max(float(_scores(first, candidate, np.inf)[0]) for candidate in candidates)
+    ordered = [sorted(pair) for pair in pairs]
+    scores = np.ones(len(pairs), np.float32)
+    differ = [place for place, (one, other) in enumerate(ordered) if one != other]
+    for one in {len(given) for pair in ordered for given in pair} - {BYTES}:
+        raise InputError(f"a fingerprint has {BYTES} bytes, not {one}")
+    for start in range(0, len(differ), _CHUNK):
+        places = differ[start : start + _CHUNK]
+        sides = (b"".join(ordered[place][side] for place in places) for side in (0, 1))
+        ones, others = (_Thumbnails.of(np.frombuffer(side, np.uint8).reshape(-1, BYTES)) for side in sides)
+        candidates = [others, others.flipped()] if mirrored else [others]
+        scores[places] = np.max([_scores(ones, candidate, np.inf) for candidate in candidates], axis=0)
+    return scores
 
 
 def _checked(fingerprints: Bytes) -> Bytes:

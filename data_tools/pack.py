@@ -1,251 +1,257 @@
-"""Triplet folders -> shards for storage that dislikes many small files: WebDataset tars or Parquet for the Hub.
+"""Triplets -> a data set to train on or to pass on: a folder, WebDataset tars, or Parquet for the Hub.
 
-    python -m data_tools.pack --data out/emoji_styles --out out/emoji_tars --format webdataset
+    python -m data_tools.pack --data work/pair --out out/mine --format imagefolder
+    python -m data_tools.pack --data out/mine --out out/tars --format webdataset
 
-In: a folder of data_tools.build. Out: every split in the same order, as `<out>/<split>-000000.tar`, ... or as
-`<out>/data/<split>-00000-of-00001.parquet`, ..., and `pack_report.json`. Pictures are copied byte for byte, equal
-inputs give equal shards, and the folder appears whole or not at all.
+In: a table of data_tools.pair, or a folder of triplets. Out: every split in the same order, as
+`<out>/<split>/metadata.jsonl` with its pictures, as `<out>/<split>-000000.tar`, ..., or as
+`<out>/data/<split>-00000-of-00001.parquet`, ...; and beside them `manifest.json` (counts, licences, fingerprint, what
+splits share), `SHA256SUMS`, `left_out.jsonl` and a data card. The folder appears whole or not at all.
 """
 
 import hashlib
 import json
-import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import pydantic
 import tyro
+import xxhash
 from tqdm import tqdm
 
-from data_tools.output import EXTENSIONS, digest_of, find_licences, fingerprint, read_report, whole_folder, write_report
+from data_tools.card import card
+from data_tools.layouts import LAYOUTS, Content, Files, Known, pictures_of, read
+from data_tools.output import digest_of, fingerprint, read_manifest, whole_folder
+from data_tools.split import shared
+from data_tools.stages import TABLE_NAME, Table
+from data_tools.triplets import LEFT_OUT_NAME, TablePicture, as_triplets, read_left_out, read_pairings
 from ztrain.data import MANIFEST_NAME, read_triplets
 from ztrain.errors import InputError
 from ztrain.images import Picture
 from ztrain.rows import Triplet
-from ztrain.tars import PACK_REPORT_NAME
+from ztrain.tars import PACK_MANIFEST_NAME
 
-if TYPE_CHECKING:
-    import datasets
+SUMS_NAME, CARD_NAME = "SHA256SUMS", "README.md"
+_RULES = 2  # part of the fingerprint: raise it when the same inputs come to give other files
+_LICENCES = ("LICENSES.md", "LICENSE.md", "LICENSE.txt", "LICENSE")
 
-_RULES = 1  # part of the fingerprint: raise it when the same inputs come to give other shards
-_ROWS_PER_GROUP = 100  # of Parquet, as `datasets` writes pictures: what a reader must load for one row
-_BYTES_PER_GROUP = 256 << 20  # far from the 2 GiB that one Arrow array of pictures can hold
-_Shards = dict[str, list[list[Triplet]]]  # split -> shards
-_Files = dict[str, dict[str, dict[str, int]]]  # split -> file -> samples and bytes
+
+class PackRules(pydantic.BaseModel):
+    """What the data set is written as."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    format: Literal["imagefolder", "webdataset", "parquet"] = "imagefolder"
+    """imagefolder: pictures and metadata.jsonl. webdataset: tars of <key>.json, .reference.<n>.<ext> and .target.<ext>.
+    parquet: tables with Image columns."""
+    max_shard_mib: int = pydantic.Field(default=256, ge=1)
+    """Largest sum of pictures in one tar or table, in MiB; a single larger triplet gets a file of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """Pack a folder of triplets into few large files."""
+class Input:
+    """Triplets with all that is to be said of them."""
 
-    data: Path
-    """Folder with one sub-folder per split, each with its metadata.jsonl."""
-    out: Path
-    """Folder to make. One that exists is refused, unless it holds exactly these shards."""
-    format: Literal["webdataset", "parquet"]
-    """webdataset: tars of <key>.json, .reference.<n>.<ext> and .target.<ext>. parquet: tables with Image columns."""
-    max_shard_mib: int = 256
-    """Largest sum of pictures in one file, in MiB, at least 1; a single larger triplet gets a file of its own."""
-    text_only: bool = False
-    """Leave references out: pictures with prompts, for data.text_only_data_dir."""
+    splits: Mapping[str, Sequence[Triplet]]
+    known: Callable[[Picture], Known]
+    place: Callable[[Picture], Path | None]
+    licences: Sequence[Path]
+    left_out: str = ""
+    """Lines of JSON."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """For the manifest: counts, shared, config."""
 
 
-def pack(command: Command) -> dict[str, int]:
-    """Run the whole packing; returns triplets per split. Raises InputError."""
-    data, out = command.data, command.out.resolve()
-    if command.max_shard_mib < 1:
-        raise InputError(f"max_shard_mib {command.max_shard_mib} must be at least 1")
-    splits = {
-        path.parent.name: read_triplets(str(data), path.parent.name, text_only=command.text_only).triplets
-        for path in sorted(data.glob(f"*/{MANIFEST_NAME}"))
-    }
-    if not splits:
-        raise InputError(f"{data}: no split with a {MANIFEST_NAME} there; build it with data_tools.build")
-    licences = find_licences(data)
-    known = _hash_pictures(triplet for of_split in splits.values() for triplet in of_split)
-    rows = {split: [_identity(triplet, known) for triplet in of_split] for split, of_split in splits.items()}
-    made_from = fingerprint(_RULES, command.format, command.max_shard_mib, rows, [digest_of(path) for path in licences])
-    if report := read_report(out / PACK_REPORT_NAME, made_from):
-        _check_shards(out, report)
+def pack(given: Input, rules: PackRules, out: Path) -> dict[str, int]:
+    """Writes the data set, or finds it written; returns triplets per split. Raises InputError."""
+    known: dict[str, Known] = {}
+    every = [picture for of_split in given.splits.values() for triplet in of_split for picture in pictures_of(triplet)]
+    for picture in tqdm(every, desc="reading", unit="picture", disable=None):
+        if picture.name not in known:
+            known[picture.name] = given.known(picture)
+    licences = _name_licences(given.licences)
+    about = {"counts": {}, "shared": {}, "config": {}, **given.about}
+    rows = {split: [_identity(triplet, known) for triplet in of_split] for split, of_split in given.splits.items()}
+    digests = [(name, digest_of(path)) for name, path in licences.items()]
+    made_from = fingerprint(_RULES, rules.model_dump(mode="json"), rows, digests, about, given.left_out)
+    if manifest := read_manifest(out / PACK_MANIFEST_NAME, made_from):
+        _check_files(out, manifest)
         print(f"{out} is up to date")
-        return report["triplets"]
-    limit = command.max_shard_mib << 20
-    shards = {split: list(_cut(of_split, known, limit)) for split, of_split in splits.items()}
-    triplets = {split: len(of_split) for split, of_split in splits.items()}
-    write = _write_tars if command.format == "webdataset" else _write_tables
+        return dict(manifest["triplets"])
+    manifest = {
+        "fingerprint": made_from,
+        "format": rules.format,
+        "triplets": {split: len(of_split) for split, of_split in given.splits.items()},
+        "pictures": len({each.digest for each in known.values()}),
+        "styles": _styles(given.splits),
+        **about,
+        "licences": list(licences),
+    }
+    content = Content(given.splits, known, given.place, rules.max_shard_mib << 20)
     with whole_folder(out) as building:
-        files = write(building, shards, known)
-        for path in licences:
-            shutil.copyfile(path, building / path.name)
-        report = {"fingerprint": made_from, "format": command.format, "triplets": triplets, "shards": files}
-        write_report(building / PACK_REPORT_NAME, report)
+        files = LAYOUTS[rules.format](building, content)
+        for name, path in licences.items():
+            shutil.copyfile(path, building / name)
+        (building / LEFT_OUT_NAME).write_text(given.left_out, encoding="utf-8")
+        (building / CARD_NAME).write_text(card(manifest), encoding="utf-8")
+        _finish(building, manifest, files)
+    triplets: dict[str, int] = manifest["triplets"]
     return triplets
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What the bytes of a picture are."""
-
-    digest: str
-    size: int
-    """In bytes."""
-
-
-def _hash_pictures(triplets: Iterable[Triplet]) -> dict[str, _Known]:
-    """Name -> digest and size of every picture, each read once. Raises InputError."""
-    known: dict[str, _Known] = {}
-    for triplet in tqdm(triplets, desc="reading", unit="triplet", disable=None):
-        for picture in (triplet.target, *triplet.references):
-            if picture.name not in known:
-                data = _read(picture)
-                known[picture.name] = _Known(hashlib.blake2b(data, digest_size=16).hexdigest(), len(data))
-    return known
+def _finish(folder: Path, manifest: dict[str, Any], files: Files) -> None:
+    """Writes the sums of all files, and the manifest with the sum of these."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = []
+    for path in tqdm(paths, desc="hashing", unit="file", disable=None):
+        with path.open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.relative_to(folder).as_posix()}\n")
+    sums = "".join(lines).encode()
+    (folder / SUMS_NAME).write_bytes(sums)
+    manifest |= {"files": len(paths), "sha256": hashlib.sha256(sums).hexdigest(), "shards": files}
+    text = json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"
+    (folder / PACK_MANIFEST_NAME).write_text(text, encoding="utf-8")
 
 
-def _read(picture: Picture) -> bytes:
-    try:
-        return picture.read()
-    except OSError as error:
-        raise InputError(f"{picture.name}: cannot read the picture ({error.strerror or error})") from error
-
-
-def _identity(triplet: Triplet, known: Mapping[str, _Known]) -> list[Any]:
-    """All of a triplet that its shard holds, for the fingerprint."""
-    pictures = (triplet.target, *triplet.references)
-    files = [(PurePath(picture.name).name, known[picture.name].digest) for picture in pictures]
+def _identity(triplet: Triplet, known: Mapping[str, Known]) -> list[Any]:
+    """All of a triplet that its files hold, for the fingerprint."""
+    files = [(PurePath(picture.name).name, known[picture.name].digest) for picture in pictures_of(triplet)]
     return [triplet.prompt, triplet.columns, files]
 
 
-def _cut(
-    triplets: Iterable[Triplet], known: Mapping[str, _Known], max_bytes: int, max_rows: int | None = None
-) -> Iterator[list[Triplet]]:
-    """Runs of triplets with at most `max_bytes` of pictures, unless one alone has more, and `max_rows` rows."""
-    run: list[Triplet] = []
-    filled = 0
-    for triplet in triplets:
-        size = sum(known[picture.name].size for picture in (triplet.target, *triplet.references))
-        if run and (filled + size > max_bytes or len(run) == max_rows):
-            yield run
-            run, filled = [], 0
-        run.append(triplet)
-        filled += size
-    yield run
+def _styles(splits: Mapping[str, Sequence[Triplet]]) -> dict[str, dict[str, int]]:
+    """Style -> split -> triplets, of rows that name their style."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for split, of_split in splits.items():
+        for triplet in of_split:
+            if isinstance(style := triplet.columns.get("style"), str):
+                counts[style][split] += 1
+    return {style: dict(of_style) for style, of_style in sorted(counts.items())}
 
 
-# ---- WebDataset
+def find_licences(folders: Iterable[Path]) -> list[Path]:
+    """The licence file of each folder, or of the one that it lies in."""
+    found = []
+    for folder in folders:
+        places = [folder, folder.parent] if folder.is_dir() else [folder.parent]
+        paths = [path for place in places for name in _LICENCES if (path := place / name).is_file()]
+        found += paths[:1]
+    return list(dict.fromkeys(found))
 
 
-def _webdataset() -> ModuleType:
-    """The library in its safe mode: it neither unpickles members nor runs `pipe:` addresses."""
-    os.environ["WDS_SECURE"] = "1"  # read once, when it is imported
-    import webdataset
-
-    assert webdataset.utils.enforce_security, "something has imported webdataset without its safe mode"
-    return webdataset
-
-
-def _write_tars(folder: Path, shards: _Shards, known: Mapping[str, _Known]) -> _Files:
-    """Writes `<split>-000000.tar`, ... and says what is in them."""
-    webdataset = _webdataset()
-    files: _Files = {}
-    for split, of_split in shards.items():
-        files[split] = {}
-        for number, triplets in enumerate(tqdm(of_split, desc=f"packing {split}", unit="shard", disable=None)):
-            path = folder / f"{split}-{number:06d}.tar"
-            # A file, since the safe mode opens no paths; fixed times and owners, for equal bytes.
-            with path.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
-                for triplet in triplets:
-                    tar.write(_members(triplet))
-            files[split][path.name] = {"samples": len(triplets), "bytes": path.stat().st_size}
-    return files
+def _name_licences(paths: Iterable[Path]) -> dict[str, Path]:
+    """Name in the data set -> file; equal files once."""
+    named: dict[str, Path] = {}
+    known: set[str] = set()
+    for path in paths:
+        if (digest := digest_of(path)) not in known:
+            known.add(digest)
+            name = path.name if path.name not in named else f"{path.stem}-{digest[:8]}{path.suffix}"
+            named[name] = path
+    return named
 
 
-def _members(triplet: Triplet) -> dict[str, str | bytes]:
-    """A sample as WebDataset calls it: field -> bytes."""
-    row = {"prompt": triplet.prompt, **triplet.columns}
-    members: dict[str, str | bytes] = {"__key__": f"{triplet.index:06d}", "json": json.dumps(row).encode()}
-    pictures = {"target": triplet.target, **{f"reference.{n}": each for n, each in enumerate(triplet.references)}}
-    for field, picture in pictures.items():
-        suffix = PurePath(picture.name).suffix.lower()
-        members[field + (suffix if suffix in EXTENSIONS else ".img")] = _read(picture)
-    return members
-
-
-# ---- Parquet
-
-
-def _write_tables(folder: Path, shards: _Shards, known: Mapping[str, _Known]) -> _Files:
-    """Writes `data/<split>-00000-of-00001.parquet`, ... as the Hub names them and says what is in them."""
-    import datasets
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    features = _features([triplet for of_split in shards.values() for shard in of_split for triplet in shard])
-    schema, several = features.arrow_schema, not isinstance(features.get("reference"), datasets.Image)
-    (folder / "data").mkdir()
-    files: _Files = {}
-    for split, of_split in shards.items():
-        files[split] = {}
-        for number, triplets in enumerate(tqdm(of_split, desc=f"packing {split}", unit="shard", disable=None)):
-            path = folder / f"data/{split}-{number:05d}-of-{len(of_split):05d}.parquet"
-            with pq.ParquetWriter(path, schema) as writer:
-                for rows in _cut(triplets, known, _BYTES_PER_GROUP, _ROWS_PER_GROUP):
-                    cells = [_cells(triplet, several=several) for triplet in rows]
-                    writer.write_table(pa.Table.from_pylist(cells, schema=schema))
-            files[split][f"data/{path.name}"] = {"samples": len(triplets), "bytes": path.stat().st_size}
-    return files
-
-
-def _features(triplets: Sequence[Triplet]) -> "datasets.Features":
-    """The columns of all tables, further ones by their values; one kind for all splits, as `datasets` wants it."""
-    import datasets
-    import pyarrow as pa
-
-    image = datasets.Image()
-    features: dict[str, Any] = {"target": image, "prompt": datasets.Value("string")}
-    if any(triplet.references for triplet in triplets):
-        several = any(len(triplet.references) > 1 for triplet in triplets)
-        features = {"reference": datasets.List(image) if several else image, **features}
-    for name in dict.fromkeys(name for triplet in triplets for name in triplet.columns):
-        if name in ("reference", "references", "target"):
-            raise InputError(f"{triplets[0].where}: the key {name!r} is the name of a picture column; rename it")
-        try:
-            values = pa.array([triplet.columns.get(name) for triplet in triplets])
-        except (ValueError, TypeError, OverflowError, NotImplementedError) as error:
-            raise InputError(f"the key {name!r} has values that one Parquet column cannot hold ({error})") from error
-        features |= datasets.Features.from_arrow_schema(pa.schema({name: values.type}))
-    return datasets.Features(features)
-
-
-def _cells(triplet: Triplet, *, several: bool) -> dict[str, Any]:
-    """A row of the table; absent keys become null. Not through Image.encode_example: it drops bytes by file name."""
-    images = [_image(picture) for picture in triplet.references]
-    reference = {"reference": images if several else images[0]} if images else {}
-    return {**reference, "target": _image(triplet.target), "prompt": triplet.prompt, **triplet.columns}
-
-
-def _image(picture: Picture) -> dict[str, Any]:
-    return {"bytes": _read(picture), "path": PurePath(picture.name).name}
-
-
-def _check_shards(out: Path, report: dict[str, Any]) -> None:
-    """Raises InputError where a shard is missing or has another size than it was given."""
-    for of_split in report["shards"].values():
+def _check_files(out: Path, manifest: dict[str, Any]) -> None:
+    """Raises InputError where a file is missing or a shard has another size than it was given."""
+    for of_split in manifest["shards"].values():
         for name, shard in of_split.items():
             path = out / name
             if not path.is_file() or path.stat().st_size != shard["bytes"]:
                 raise InputError(f"{path}: is missing or damaged; remove {out} and pack again")
+    try:
+        names = [line.split("  ", 1)[1] for line in (out / SUMS_NAME).read_text(encoding="utf-8").splitlines()]
+    except (OSError, IndexError) as error:
+        raise InputError(f"{out / SUMS_NAME}: is missing or damaged; remove {out} and pack again") from error
+    for name in names:
+        if not (out / name).is_file():
+            raise InputError(f"{out / name}: is missing; remove {out} and pack again")
+
+
+# --- where triplets come from -----------------------------------------------------------------------------------------
+
+
+def from_table(table: Table, config: Mapping[str, Any], tables: Iterable[Path] = ()) -> Input:
+    """Of a table of data_tools.pair. config: what the manifest says of it; tables: more files with licences beside."""
+    left_out = "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in read_left_out(table))
+    splits = as_triplets(table)  # first: it refuses tables of anything else
+    counts = {name: count for name, count in table.facts["counts"].items() if count}
+    return Input(
+        splits=splits,
+        known=_known_in_table,
+        place=_place_in_table,
+        licences=find_licences([*(path.parent for path in tables), *table.roots.values()]),
+        left_out=left_out,
+        about={"counts": counts, "shared": shared(read_pairings(table)), "config": dict(config)},
+    )
+
+
+def _known_in_table(picture: Picture) -> Known:
+    assert isinstance(picture, TablePicture)
+    return Known(picture.stamp, picture.size if picture.size >= 0 else len(read(picture)))
+
+
+def _place_in_table(picture: Picture) -> Path | None:
+    assert isinstance(picture, TablePicture)
+    return picture.path
+
+
+def from_folder(data: Path, text_only: bool) -> Input:
+    """Of a folder of triplets. Raises InputError where there is none."""
+    splits = {
+        path.parent.name: read_triplets(str(data), path.parent.name, text_only=text_only).triplets
+        for path in sorted(data.glob(f"*/{MANIFEST_NAME}"))
+    }
+    if not splits:
+        raise InputError(f"{data}: no split with a {MANIFEST_NAME} there; build it with data_tools.build")
+    about, left_out, licences = {}, "", [data / name for name in _LICENCES if (data / name).is_file()][:1]
+    try:
+        manifest = json.loads((data / PACK_MANIFEST_NAME).read_bytes())
+        about = {name: manifest[name] for name in ("counts", "shared", "config")}
+        licences = [data / PurePath(name).name for name in manifest["licences"]]
+        left_out = (data / LEFT_OUT_NAME).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        pass  # somebody's own folder has none
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{data / PACK_MANIFEST_NAME}: not a manifest of data_tools ({error}); remove it") from error
+    return Input(splits=splits, known=_known_by_reading, place=lambda picture: None, licences=licences,
+                 left_out=left_out, about=about)  # fmt: skip
+
+
+def _known_by_reading(picture: Picture) -> Known:
+    data = read(picture)
+    return Known(xxhash.xxh3_128_hexdigest(data), len(data))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """Write triplets as a data set."""
+
+    data: Path
+    """Table of data_tools.pair, or folder with one sub-folder per split, each with its metadata.jsonl."""
+    out: Path
+    """Folder to make. One that exists is refused, unless it holds exactly this data set."""
+    rules: tyro.conf.OmitArgPrefixes[PackRules] = PackRules()
+    text_only: bool = False
+    """Leave references out: pictures with prompts, for data.text_only_data_dir. Of folders, to tars or Parquet."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 packed or up to date, 2 something the user can mend."""
-    command = tyro.cli(Command, args=arguments)
     try:
-        triplets = pack(command)
+        command = tyro.cli(Command, args=arguments, prog="data_tools.pack")
+        is_table = (command.data / TABLE_NAME).exists()
+        if command.text_only and is_table or command.rules.format == "imagefolder" and not is_table:
+            raise InputError(
+                f"{command.data}: imagefolder is made of a table of data_tools.pair, and text_only of a folder; choose"
+                " --format webdataset or parquet for a folder"
+            )
+        given = from_table(Table.open(command.data), {}) if is_table else from_folder(command.data, command.text_only)
+        triplets = pack(given, command.rules, command.out.resolve())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

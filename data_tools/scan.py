@@ -27,7 +27,6 @@ from data_tools.sources import KINDS, Reader, list_pictures, resolve
 from data_tools.stages import ENGINES, Batch, Table, run_stage
 from ztrain.errors import InputError
 from ztrain.images import decode_image
-from ztrain.yamls import describe_errors
 
 
 class ScanRules(pydantic.BaseModel):
@@ -42,6 +41,11 @@ class ScanRules(pydantic.BaseModel):
     measures: frozenset[Literal["quality", "likeness"]] = frozenset({"quality", "likeness"})
     """Columns that need the pixels besides their hash: for data_tools.filter, for data_tools.dedup."""
 
+    @pydantic.field_validator("measures", mode="before")
+    @classmethod
+    def _from_list(cls, measures: object) -> object:
+        return frozenset(measures) if isinstance(measures, list | tuple) else measures
+
     @pydantic.field_serializer("measures")
     def _in_order(self, measures: frozenset[str]) -> list[str]:
         return sorted(measures)
@@ -50,6 +54,7 @@ class ScanRules(pydantic.BaseModel):
 MEASURED = pa.schema(
     [
         ("refused", pa.string()),
+        ("refused_by", pa.string()),
         ("digest", pa.string()),  # xxh3_128 of the bytes
         ("pixels", pa.string()),  # xxh3_128 of size and 8-bit RGB values
         ("width", pa.int32()),  # upright
@@ -65,7 +70,7 @@ class Scan:
     """Stage: opens and measures listed pictures."""
 
     name: ClassVar[str] = "scan"
-    rules: ClassVar[int] = 1
+    rules: ClassVar[int] = 2
     adds = MEASURED
 
     def __init__(self, config: ScanRules, roots: Mapping[str, Path]) -> None:
@@ -78,7 +83,11 @@ class Scan:
 
     def _scan(self, row: Mapping[str, Any]) -> dict[str, Any]:
         if row["refused"] is not None:
-            return _NOTHING | {"refused": row["refused"]}
+            return _NOTHING | {"refused": row["refused"], "refused_by": self.name}
+        found = self._measure(row)
+        return found if found["refused"] is None else found | {"refused_by": self.name}
+
+    def _measure(self, row: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = dict(_NOTHING)
         try:
             data = self.reader.read(row)
@@ -120,12 +129,7 @@ class Command:
     """Folders, tars, Parquet files, hub:owner/name@revision."""
     out: Path
     """Folder of the table. One that is there is gone on with."""
-    min_side: int = 64
-    """Smallest short side in pixels."""
-    max_aspect: float = 4.0
-    """Largest long side / short side."""
-    measures: list[Literal["quality", "likeness"]] = field(default_factory=lambda: ["quality", "likeness"])
-    """Columns besides the hashes: quality for data_tools.filter, likeness for data_tools.dedup."""
+    rules: tyro.conf.OmitArgPrefixes[ScanRules] = ScanRules()
     max_refused_share: float = 0.05
     """Fails where a larger share of the pictures is refused: 0 on the first, 1 never."""
     rows_per_shard: int = 512
@@ -140,15 +144,13 @@ class Command:
 
 def scan(command: Command) -> Table:
     """Lists and measures. Raises InputError, also where too many pictures are refused; the table is whole then too."""
-    measures = frozenset(command.measures)
-    rules = ScanRules(min_side=command.min_side, max_aspect=command.max_aspect, measures=measures)
     if command.rows_per_shard < 1:
         raise InputError(f"rows_per_shard {command.rows_per_shard} must be at least 1")
     roots = resolve(command.sources, command.folder)
     listing = list_pictures(roots, command.out / "listing", command.rows_per_shard)
     if not listing.shards:
         raise InputError(f"{', '.join(roots)}: no picture there; these kinds are read: {', '.join(sorted(KINDS))}")
-    stage = Scan(rules, roots)
+    stage = Scan(command.rules, roots)
     table = run_stage(stage, listing, command.out, engine=ENGINES[command.engine], workers=command.workers)
     check_refused(table, command.max_refused_share)
     return table
@@ -178,9 +180,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
     try:
         table = scan(tyro.cli(Command, args=arguments, prog="data_tools.scan"))
-    except pydantic.ValidationError as error:
-        print(f"error: {describe_errors(error, source='command line', model=ScanRules)}", file=sys.stderr)
-        return 2
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -18,11 +18,9 @@ import pyarrow.parquet as pq
 import xxhash
 
 from data_tools.output import EXTENSIONS, fingerprint
-from data_tools.stages import Table, write_shard
+from data_tools.stages import Table, scratch_folder, write_shard
 from ztrain.errors import InputError
-from ztrain.images import stamp_of
 from ztrain.tars import Archive, index_tar
-from ztrain.workspace import workspace
 
 LISTING = pa.schema(
     [
@@ -96,7 +94,7 @@ def list_pictures(roots: Mapping[str, Path], out: Path, rows_per_shard: int) -> 
         if root.resolve() in (place := out.resolve(), *place.parents):
             raise InputError(f"{out}: lies inside {root}, which is searched for pictures; choose another --out")
     found, shards = Found(), []
-    with workspace(out) as scratch:
+    with scratch_folder(out) as scratch:
         for rows, stamps in _chunks(_walk_all(roots, found), rows_per_shard):
             shard = fingerprint([list(row.values()) for row in rows], stamps)
             if not (path := out / f"{shard}.parquet").exists():
@@ -162,7 +160,9 @@ def _list_file(path: Path, name: str, found: Found) -> _Listed:
         yield {"name": printable, "part": printable, "refused": "its name is not UTF-8; rename it"}, ""
         return
     try:
-        stamp = stamp_of(path.stat())
+        now = path.stat()
+        # Not ctime, which changes when data_tools.pack links the picture; Reader.read_same sees what escapes this.
+        stamp = f"{now.st_size}-{now.st_mtime_ns}"
         yield from ((row, stamp) for row in lister(path, name))
     except OSError as error:
         yield {"name": name, "part": name, "refused": f"cannot be read ({error.strerror or error})"}, ""
@@ -259,8 +259,7 @@ class Reader:
 
     def read(self, row: Mapping[str, Any]) -> bytes:
         """Raises InputError, starting with the picture's name."""
-        root = self.roots[row["source"]]
-        path = root / row["part"] if root.is_dir() else root
+        path = self.path(row)
         try:
             if row["column"] is not None:
                 return _read_cell(path, int(row["offset"]), row["column"])
@@ -271,6 +270,11 @@ class Reader:
                 return file.read(int(row["bytes"]))
         except (OSError, pa.ArrowInvalid) as error:
             raise InputError(f"{row['name']}: cannot be read ({str(error).splitlines()[0]})") from error
+
+    def path(self, row: Mapping[str, Any]) -> Path:
+        """The file that holds them."""
+        root = self.roots[row["source"]]
+        return root / row["part"] if root.is_dir() else root
 
     def read_same(self, row: Mapping[str, Any]) -> bytes:
         """As `read`, of a scanned picture: raises InputError too where its bytes are others than then."""

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -84,9 +85,18 @@ class Table:
     def path(self, shard: str) -> Path:
         return self.folder / f"{shard}.parquet"
 
+    @property
+    def columns(self) -> frozenset[str]:
+        """Names; raises InputError for a damaged shard."""
+        return frozenset(name for shard in self.shards[:1] for name in read_schema(self.path(shard)).names)
+
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows in order, of these columns. Raises InputError for a damaged shard."""
         return pa.concat_tables([read_shard(self.path(shard), columns) for shard in self.shards])
+
+    def lengths(self) -> list[int]:
+        """Rows of each shard. Raises InputError for a damaged one."""
+        return [read_metadata(self.path(shard)).num_rows for shard in self.shards]
 
     def close(self) -> None:
         """Writes the list of shards, and removes those of earlier inputs, nothing else."""
@@ -105,13 +115,40 @@ class Table:
 
 def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Raises InputError for a damaged shard, and for columns that it does not have."""
+    if lacking := [name for name in columns or () if name not in read_schema(path).names]:
+        raise InputError(f"{path.parent}: has no column {', '.join(lacking)}; run the stage that makes it first")
     try:
-        if lacking := [name for name in columns or () if name not in pq.read_schema(path).names]:
-            raise InputError(f"{path.parent}: has no column {', '.join(lacking)}; run the stage that makes it first")
         return pq.read_table(path, columns=None if columns is None else list(columns), partitioning=None)
     except (pa.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: damaged ({reason}); delete it and run its stage again") from error
+        raise _damaged(path, error) from error
+
+
+def read_schema(path: Path) -> pa.Schema:
+    """Raises InputError for a damaged shard."""
+    return read_metadata(path).schema.to_arrow_schema()
+
+
+def read_metadata(path: Path) -> pq.FileMetaData:
+    """Raises InputError for a damaged shard."""
+    try:
+        return pq.read_metadata(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: damaged ({str(error).splitlines()[0]}); delete it and run its stage again")
+
+
+@contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """A scratch folder inside the folder of a table, which is made where it is not there. Raises InputError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot write it ({error.strerror}); choose another place") from error
+    with workspace(out) as scratch:
+        yield scratch
 
 
 def write_shard(rows: pa.Table, path: Path, scratch: Path) -> None:
@@ -254,13 +291,13 @@ def run_stage(
     about = identity(stage)
     names = {shard: hashlib.blake2b(f"{shard} {about}".encode(), digest_size=16).hexdigest() for shard in source.shards}
     table = Table(out, tuple(names.values()), source.roots, {**source.facts, **(facts or {})})
-    with workspace(out) as scratch:
+    with scratch_folder(out) as scratch:
         missing = [
             Task(source.path(shard), table.path(name), scratch)
             for shard, name in names.items()
             if not table.path(name).exists()
         ]
-        rows = sum(pq.read_metadata(task.source).num_rows for task in missing)
+        rows = sum(read_metadata(task.source).num_rows for task in missing)
         with tqdm(total=rows, desc=stage.name, unit="row", disable=None) as bar:
             for done in engine(stage, missing, workers or default_workers()):
                 bar.update(done)
@@ -274,7 +311,7 @@ def attach(source: Table, out: Path, columns: pa.Table, *, name: str, about: Any
     given = fingerprint(name, about, source.shards)
     names = {shard: hashlib.blake2b(f"{shard} {given}".encode(), digest_size=16).hexdigest() for shard in source.shards}
     table, start = Table(out, tuple(names.values()), source.roots, source.facts), 0
-    with workspace(out) as scratch:
+    with scratch_folder(out) as scratch:
         for shard, made in names.items():
             rows = read_shard(source.path(shard))
             for added in columns.schema:

@@ -8,7 +8,7 @@ lists=("${@:2}")
 runs=("${lists[@]/#/runs/tiny/}")
 
 python -m ztrain.mini.family --out out/family
-python -m data_tools.build --config configs/data/emoji_styles.yaml --out out/emoji --max-triplets-per-split 256
+python -m data_tools.build --config configs/data/emoji_styles.yaml --out out/emoji --pair.max-triplets-per-split 256
 
 rm -rf runs/tiny  # training refuses a folder that already holds a run
 for list in "${lists[@]}"; do

@@ -56,7 +56,8 @@ def paintings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Triplets of painted drawings."""
     folder = tmp_path_factory.mktemp("paintings")
     run("ztrain.mini.style_folders", "--out", str(folder / "drawings"))
-    config = {"images": "images", "contents": "contents.csv", "max_triplets_per_split": 24}
+    label = {"styles": {"contents": "contents.csv"}}
+    config = {"sources": ["images"], "label": label, "pair": {"max_triplets_per_split": 24}}
     (folder / "drawings" / "build.yaml").write_text(yaml.safe_dump(config))
     run("data_tools.build", "--config", str(folder / "drawings" / "build.yaml"), "--out", str(folder / "triplets"))
     return folder / "triplets"

@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_tools import pack as packing
+from data_tools import layouts
 from data_tools.pack import main
 from ztrain.data import Listing, read_triplets
 from ztrain.errors import InputError
 from ztrain.images import Picture, PictureFile
 from ztrain.rows import Triplet
-from ztrain.tars import PACK_REPORT_NAME
+from ztrain.tars import PACK_MANIFEST_NAME
 
 SPLITS = {"train": 12, "validation": 3}
 FORMATS = ["webdataset", "parquet"]
@@ -117,7 +117,7 @@ def test_large_splits_become_several_shards(tmp_path: Path, form: str) -> None:
     for path in folder.glob("*/images/*"):
         path.write_bytes(path.read_bytes().ljust(200_000, b"\0"))  # 12 x 0.4 MB
     packed = pack(folder, tmp_path / "out", "--format", form, "--max-shard-mib", 1)
-    report = json.loads((packed / PACK_REPORT_NAME).read_text())
+    report = json.loads((packed / PACK_MANIFEST_NAME).read_text())
     assert report["triplets"] == SPLITS
     files = [path for path in packed.rglob("*") if path.suffix in (".tar", ".parquet")]
     assert {path.relative_to(packed).as_posix() for path in files} == {
@@ -162,7 +162,7 @@ def test_text_only_rows(tmp_path: Path, form: str, capsys: pytest.CaptureFixture
 
 def test_webdataset_in_safe_mode_reads_our_tars(folder: Path, tmp_path: Path) -> None:
     packed = pack(folder, tmp_path / "out", "--format", "webdataset")
-    webdataset = packing._webdataset()
+    webdataset = layouts.safe_webdataset()
     assert os.environ["WDS_SECURE"] == "1"
     path = packed / "train-000000.tar"
     with pytest.raises(ValueError, match="cannot open local files"):  # so pack hands it an open file
@@ -227,7 +227,7 @@ def test_nothing_is_unpickled(folder: Path, tmp_path: Path) -> None:
                     extra = tarfile.TarInfo(f"{member.name.removesuffix('.json')}.{field}")
                     extra.size = len(poison)
                     poisoned.addfile(extra, io.BytesIO(poison))
-    webdataset = packing._webdataset()
+    webdataset = layouts.safe_webdataset()
     with path.open("rb") as file:
         samples = webdataset.tariterators.tar_file_expander(iter([{"url": path.name, "stream": file}]))
         with pytest.raises(webdataset.autodecode.DecodingError) as caught:
@@ -257,7 +257,7 @@ def test_cut_tar_accounts_for_every_row(folder: Path, tmp_path: Path, reported: 
     whole, expected = path.read_bytes(), content(read(packed).triplets)
     members = packed_members(path)
     if not reported:
-        (packed / PACK_REPORT_NAME).unlink()
+        (packed / PACK_MANIFEST_NAME).unlink()
     ends = [end for _, _, end in members]
     places = {0, 1, 511, 512, len(whole) - 1, len(whole) - 512, ends[-1], ends[-1] + 512}
     places |= {place for end in ends for place in (end - 513, end - 1, end, end + 1, end + 300)}
@@ -300,16 +300,18 @@ def test_zeroed_and_missing_archives(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="7 of 12 triplets cannot be used.*sample 6 of 12.*sample 8 of 12"):
         read(packed)
     path.write_bytes(whole)
-    report = json.loads((packed / PACK_REPORT_NAME).read_text())
+    report = json.loads((packed / PACK_MANIFEST_NAME).read_text())
     report["shards"]["train"]["train-000001.tar"] = {"samples": 2, "bytes": 1}
-    (packed / PACK_REPORT_NAME).write_text(json.dumps(report))
+    (packed / PACK_MANIFEST_NAME).write_text(json.dumps(report))
     listing = read(packed, max_bad_share=0.2)
     assert content(listing.triplets) == expected
     lost = f"{packed}/train-000001.tar: sample {{}} of 2 is lost: the archive is missing"
     assert listing.rejected == [lost.format(1), lost.format(2)]
-    (packed / PACK_REPORT_NAME).write_text("{}")
-    with pytest.raises(InputError, match=r"pack_report\.json: not a report of data_tools\.pack"):
+    (packed / PACK_MANIFEST_NAME).write_text('{"shards": 3}')
+    with pytest.raises(InputError, match=r"manifest\.json: not a manifest of data_tools\.pack"):
         read(packed)
+    (packed / PACK_MANIFEST_NAME).write_text('{"name": "of another program"}')
+    assert content(read(packed).triplets) == expected
 
 
 # ---- pictures of every kind
@@ -344,11 +346,16 @@ def test_pictures_travel_and_their_stamps_follow_the_bytes(tmp_path: Path, form:
 
 def test_again_and_over_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = triplet_folder(tmp_path / "in", 1), tmp_path / "out"
-    (tmp_path / f".out.{os.getpid()}.building/stale").mkdir(parents=True)  # of a killed process with this number
+    (tmp_path / ".writing-1-killed/out").mkdir(parents=True)
+    (tmp_path / ".writing-1-killed.lock").touch()
     pack(folder, out, "--format", "webdataset")
+    assert not list(tmp_path.glob(".writing-*"))
     assert sorted(path.name for path in out.iterdir()) == [
         "LICENSES.md",
-        "pack_report.json",
+        "README.md",
+        "SHA256SUMS",
+        "left_out.jsonl",
+        "manifest.json",
         "train-000000.tar",
         "validation-000000.tar",
     ]
@@ -380,7 +387,6 @@ def test_what_cannot_be_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     options = (tmp_path / "out", "--format", "parquet")
     assert "no split with a metadata.jsonl there" in refuse(capsys, folder / "train", *options)
     assert "no split with" in refuse(capsys, Path("pipe:touch canary"), *options)
-    assert "max_shard_mib 0 must be at least 1" in refuse(capsys, folder, *options, "--max-shard-mib", 0)
     assert "cannot write it" in refuse(capsys, folder, folder / "LICENSES.md/out", "--format", "parquet")
     manifest = folder / "train/metadata.jsonl"
     row = {"reference_file_name": "images/0a.png", "target_file_name": "images/0t.png", "prompt": "p"}
@@ -393,6 +399,7 @@ def test_what_cannot_be_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     manifest.write_text(json.dumps({**row, "target_file_name": "images/none.png"}))
     assert "1 of 1 triplets cannot be used" in refuse(capsys, folder, *options)
     assert not Path("canary").exists()
+    assert "imagefolder is made of a table" in refuse(capsys, folder, tmp_path / "out", "--format", "imagefolder")
     with pytest.raises(SystemExit) as caught:
         main(["--data", str(folder), "--out", str(tmp_path / "out"), "--format", "zip"])
     assert caught.value.code == 2

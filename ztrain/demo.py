@@ -52,10 +52,10 @@ LAYERS, STRENGTHS = (4, 5, 6), (0.5, 1.0)
 ROWS = 6
 
 BUILD_CONFIG = """\
-images: images
-contents: contents.csv
-splits: {train: train, val: validation, test: test}
-triplets_per_target: 2
+sources: [images]
+dedup: null  # what is drawn is known: a circle is no copy of a flower, however alike they look
+label: {styles: {contents: contents.csv, splits: {train: train, val: validation, test: test}}}
+pair: {triplets_per_target: 2, max_copy_score: 1.0}
 """
 
 

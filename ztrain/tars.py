@@ -19,7 +19,7 @@ from ztrain.errors import InputError
 from ztrain.images import Picture, stamp_of
 from ztrain.rows import RowReader, Triplet, listed, parse_object, refuse, take_text
 
-PACK_REPORT_NAME = "pack_report.json"
+PACK_MANIFEST_NAME = "manifest.json"
 """Lies beside shards of data_tools.pack and says how many samples each of them had: what a damaged one has lost."""
 
 _MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # key and field of a member, as WebDataset splits its name
@@ -97,14 +97,17 @@ def tar_rows(files: list[Path], root: Path, split: str, text_only: bool) -> Iter
 
 def _packed_samples(root: Path, split: str) -> dict[Path, int]:
     """Archive -> number of samples that data_tools.pack put there; nothing for tars of others. Raises InputError."""
-    path = root / PACK_REPORT_NAME
+    path = root / PACK_MANIFEST_NAME
     if not path.exists():
         return {}
     try:
-        shards = json.loads(path.read_bytes())["shards"].get(split, {})
+        manifest = json.loads(path.read_bytes())
+        if isinstance(manifest, dict) and "shards" not in manifest:
+            return {}  # somebody else's
+        shards = manifest["shards"].get(split, {})
         return {root / name: int(shard["samples"]) for name, shard in shards.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a report of data_tools.pack ({error}); restore it or remove it") from error
+        raise InputError(f"{path}: not a manifest of data_tools.pack ({error}); restore it or remove it") from error
 
 
 def index_tar(path: Path) -> Archive:

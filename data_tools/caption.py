@@ -1,0 +1,369 @@
+"""A caption for every picture, by any image-text model that transformers loads: Qwen-VL, LLaVA, SmolVLM and their like.
+
+    python -m data_tools.caption --table work/dedup --out work/caption --model Qwen/Qwen3-VL-4B-Instruct
+
+In: a table of data_tools.scan, or of a stage behind it. Out: the same rows with a column of captions, `<column>_from`
+(who says so) and `<column>_fault` (why there is none, data_tools.replies). Refused pictures and copies are not asked
+about, and captions that are there stay. The same command gives the same bytes; other batches round otherwise, which
+now and then changes a word. The model is loaded once by each worker.
+"""
+
+import importlib.util
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as compute
+import pydantic
+import tyro
+from PIL import Image
+from safetensors import SafetensorError
+
+from data_tools.output import digest_of, fingerprint
+from data_tools.replies import Reply, judge, lay_out, load_processor, read_template
+from data_tools.sources import Reader
+from data_tools.stages import ENGINES, Batch, Engine, Table, run_here, run_stage
+from ztrain.errors import InputError
+from ztrain.images import decode_image
+
+_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+"""Of a repository: weights, settings, chat template, vocabulary in any of its forms."""
+
+
+class Asking(pydantic.BaseModel):
+    """How pictures are asked about."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    template: str = pydantic.Field(default="content", min_length=1)
+    """What is asked. content: what is drawn, without its style. style: how, without what. Or a text file."""
+    column: str = pydantic.Field(default="caption", min_length=1)
+    """Name of the column: a table may have several, as one for styles."""
+    replace: bool = False
+    """Ask about pictures that have a caption too, and put the answer, or its lack, in its place."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What runs the model. vllm: for large jobs on a GPU; wants the extra of that name."""
+    max_new_tokens: int = pydantic.Field(default=160, ge=1)
+    """A reply that has not ended by then is at fault."""
+    max_words: int = pydantic.Field(default=80, ge=1)
+    """A reply with more is at fault. Chinese and Japanese characters count as words."""
+    max_pixels: int = pydantic.Field(default=1024 * 1024, ge=1024)
+    """Larger pictures are shrunk to this area; smaller ones are left to the model's own processor."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the model."""
+
+
+class CaptionSettings(Asking):
+    """Which model is asked, and how."""
+
+    model: str
+    """Folder or Hub id of an image-text model."""
+    batch_size: int = pydantic.Field(default=16, ge=1)
+    """Pictures at a time."""
+    max_fault_share: float = pydantic.Field(default=0.05, ge=0, le=1)
+    """Fails where a larger share of the replies is at fault: 0 on the first, 1 never."""
+
+
+class CaptionRules(Asking):
+    """Which words a picture gets."""
+
+    model: str
+    """Name, without the path of this machine."""
+    weights: str
+    """Hash of the model's files."""
+    question: str = pydantic.Field(min_length=1)
+    """What `template` says."""
+
+    @property
+    def author(self) -> str:
+        """What `<column>_from` says of its captions."""
+        hashed = fingerprint(self.question)[:8]
+        return f"{self.model}@{self.revision or self.weights[:12]}, template {self.template} {hashed}"
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+class Model(Protocol):
+    """Answers one question about pictures."""
+
+    def ask(self, images: Sequence[Image.Image]) -> list[Reply]:
+        """One reply for each picture, by greedy choice of every token."""
+
+
+class TransformersModel:
+    """By transformers, in one padded batch."""
+
+    @staticmethod
+    def check(location: Path, name: str) -> None:
+        """Raises InputError where it cannot be one, before anything large is read."""
+        from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+        with _explained(name):
+            config = AutoConfig.from_pretrained(location)
+            if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+                raise ValueError(f"a {config.model_type} model does not answer questions about pictures")
+
+    def __init__(self, location: Path, rules: CaptionRules) -> None:
+        import torch
+        from transformers import AutoModelForImageTextToText, GenerationConfig
+
+        from ztrain.encoders import quiet_loading  # here, as below: other steps need not wait for torch
+        from ztrain.models import require_loaded
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with _explained(rules.model), quiet_loading():
+            self.processor = load_processor(location)
+            dtype = getattr(torch, rules.precision)
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                location, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+        require_loaded({"missing_keys": info["missing_keys"]}, rules.model)
+        self.model = model.to(device).eval().requires_grad_(False)
+        tokenizer = self.processor.tokenizer
+        tokenizer.padding_side = "left"  # so that all replies begin at the same place
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token  # masked, so any token will do
+        own = model.generation_config
+        ends = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
+        self.ends = [ends] if isinstance(ends, int) else list(ends)
+        # Of the repository's settings only the ids: sampling and penalties would change what is said.
+        self.model.generation_config = GenerationConfig(
+            do_sample=False, max_new_tokens=rules.max_new_tokens, eos_token_id=self.ends,
+            pad_token_id=tokenizer.pad_token_id, bos_token_id=own.bos_token_id,
+            decoder_start_token_id=own.decoder_start_token_id,
+        )  # fmt: skip
+        self.prompt = lay_out(self.processor, rules.question)
+
+    def ask(self, images: Sequence[Image.Image]) -> list[Reply]:
+        import torch
+
+        bos = self.processor.tokenizer.bos_token
+        inputs = self.processor(
+            text=[self.prompt] * len(images),
+            images=[[image] for image in images],  # of each prompt: the one form that all processors read
+            padding=True,
+            add_special_tokens=not (bos and self.prompt.startswith(bos)),
+            return_tensors="pt",
+        ).to(self.model.device, dtype=self.model.dtype)
+        with torch.no_grad():
+            ids = self.model.generate(**inputs)  # (B, L)
+        said = ids if self.model.config.is_encoder_decoder else ids[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
+        ended = torch.isin(said, torch.tensor(self.ends, device=said.device)).any(1).tolist()
+        return [Reply(*each) for each in zip(texts, ended, strict=True)]
+
+
+class VllmModel:
+    """By vLLM, which schedules on its own and is many times faster on a GPU.
+
+    Written from vLLM's published interface and never run by us: it wants a GPU. It makes its own batches, so that
+    another run may round, and say, something else.
+    """
+
+    @staticmethod
+    def check(location: Path, name: str) -> None:
+        """Raises InputError where vLLM is not installed; what it can load it says itself."""
+        if importlib.util.find_spec("vllm") is None:
+            raise InputError("--backend vllm: vLLM is not installed; pip install 'ztrain[vllm]'")
+
+    def __init__(self, location: Path, rules: CaptionRules) -> None:
+        from vllm import LLM, SamplingParams
+
+        self.model = LLM(model=str(location), dtype=rules.precision, seed=0, limit_mm_per_prompt={"image": 1})
+        self.sampling = SamplingParams(temperature=0.0, max_tokens=rules.max_new_tokens)
+        self.question = rules.question
+
+    def ask(self, images: Sequence[Image.Image]) -> list[Reply]:
+        turns = [[{"role": "user", "content": [{"type": "image_pil", "image_pil": image},
+                                               {"type": "text", "text": self.question}]}]
+                 for image in images]  # fmt: skip
+        found = [output.outputs[0] for output in self.model.chat(turns, self.sampling, use_tqdm=False)]
+        return [Reply(each.text, each.finish_reason == "stop") for each in found]
+
+
+MODELS: Mapping[str, type[TransformersModel] | type[VllmModel]] = {
+    "transformers": TransformersModel,
+    "vllm": VllmModel,
+}
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turns what transformers raises about a repository that it cannot use into one sentence."""
+    from ztrain.models import Source
+
+    try:
+        with Source(name).explained():
+            yield
+    except InputError:
+        raise
+    except (ValueError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        said = f"{name}: cannot be loaded as an image-text model ({reason}); mend that, or give another --model"
+        raise InputError(said) from error
+
+
+# --- the stage --------------------------------------------------------------------------------------------------------
+
+
+def shrink(image: Image.Image, max_pixels: int) -> Image.Image:
+    """At most so many pixels, with the same aspect."""
+    scale = math.sqrt(max_pixels / (image.width * image.height))
+    if scale >= 1:
+        return image
+    width = min(max(1, int(image.width * scale)), max_pixels)
+    height = min(max(1, int(image.height * scale)), max_pixels // width)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+class Caption:
+    """Stage: holds a model, and captions pictures in batches."""
+
+    name: ClassVar[str] = "caption"
+    rules: ClassVar[int] = 1
+
+    def __init__(self, config: CaptionRules, location: Path, roots: Mapping[str, Path], batch_size: int) -> None:
+        """location: folder of the model; batch_size: pictures at a time, which changes rounding."""
+        self.config, self.location, self.batch_size = config, location, batch_size
+        self.reader = Reader(roots)
+        self.adds = pa.schema([(name, pa.string()) for name in column_names(config.column)])
+        self._loaded: Model | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_loaded": None}  # it travels without the model
+
+    def __call__(self, batch: Batch) -> dict[str, Sequence[Any]]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        told = [tuple(row.get(name) for name in self.adds.names) for row in rows]  # as they are
+        asked = [i for i, row in enumerate(rows) if self._is_asked(row)]
+        for start in range(0, len(asked), self.batch_size):
+            places = asked[start : start + self.batch_size]
+            for place, reply in zip(places, self._ask([rows[i] for i in places]), strict=True):
+                text, fault = judge(reply, self.config.max_words)
+                told[place] = text, self.config.author if text is not None else None, fault
+        columns = zip(self.adds.names, zip(*told, strict=True), strict=True) if told else ()
+        return {**batch, **dict.fromkeys(self.adds.names, ()), **dict(columns)}
+
+    def _is_asked(self, row: Mapping[str, Any]) -> bool:
+        if row["refused"] is not None or row.get("copy_of") is not None:
+            return False
+        return self.config.replace or not row.get(self.config.column)
+
+    def _ask(self, rows: Sequence[Mapping[str, Any]]) -> list[Reply]:
+        images = [decode_image(self.reader.read_same(row), row["name"]) for row in rows]
+        if self._loaded is None:
+            self._loaded = MODELS[self.config.backend](self.location, self.config)
+        return self._loaded.ask([shrink(image, self.config.max_pixels) for image in images])
+
+
+def column_names(column: str) -> tuple[str, str, str]:
+    """Caption, who says so, and why there is none."""
+    return column, f"{column}_from", f"{column}_fault"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """Caption every picture of a table that has no caption yet."""
+
+    table: Path
+    """Table of data_tools.scan, or of a stage behind it; with data_tools.dedup before it, copies are left out."""
+    out: Path
+    """Folder of the table to make. One that is there is gone on with."""
+    settings: tyro.conf.OmitArgPrefixes[CaptionSettings]
+    engine: Literal["local", "ray"] = "local"
+    """local: processes of this machine. ray: Ray Data, with actors that hold the model."""
+    workers: int = 1
+    """Processes or actors, each with a model of its own."""
+
+
+def caption(
+    source: Table, settings: CaptionSettings, out: Path, *, engine: Engine = run_here, workers: int = 1
+) -> Table:
+    """Raises InputError, also where too many replies are at fault; the table is whole then too."""
+    from ztrain.models import Source, public_name
+
+    column = settings.column
+    if column in source.columns and column_names(column)[1] not in source.columns:
+        raise InputError(f"--column {column}: the table has one of that name without captions; choose another")
+    template, question = read_template(settings.template)
+    model = Source(settings.model, settings.revision)
+    model.require("config.json", what="an image-text model")
+    location, name = model.local(*_FILES), public_name(settings.model)
+    MODELS[settings.backend].check(location, name)
+    weights = fingerprint([(path.name, digest_of(path)) for path in model.files(*_FILES)])
+    shared = settings.model_dump(include=set(Asking.model_fields) - {"template"})
+    rules = CaptionRules(**shared, template=template, question=question, model=name, weights=weights)
+    stage = Caption(rules, location, source.roots, settings.batch_size)
+    facts = {"captions": {**source.facts.get("captions", {}), column: rules.model_dump()}}
+    table = run_stage(stage, source, out, engine=engine, workers=workers, facts=facts)
+    check_faults(table, column, settings.max_fault_share)
+    return table
+
+
+def check_faults(table: Table, column: str, max_share: float) -> None:
+    """Raises InputError where more than `max_share` (0..1) of the replies is at fault."""
+    counts, why = count(table, column), column_names(column)[2]
+    faulted = counts.faults.total()
+    if faulted > max_share * (faulted + counts.captioned):
+        rows = table.read(["name", why])
+        first = "".join(f"\n  {row['name']}: {row[why]}"
+                        for row in rows.filter(compute.is_valid(rows[why])).slice(0, 10).to_pylist())  # fmt: skip
+        raise InputError(
+            f"{faulted} of {faulted + counts.captioned} replies are at fault, more than max_fault_share {max_share:g}"
+            f" allows; look at them, change --template, --model or a limit, or raise it:{first}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Rows of a captioned table."""
+
+    captioned: int
+    """By the model, as this run asked it."""
+    kept: int
+    """With a caption from elsewhere."""
+    faults: Counter[str]
+    """Replies at fault, by kind."""
+    left_out: int
+    """Without caption and not asked about: refused, or a copy."""
+
+
+def count(table: Table, column: str) -> Counts:
+    """What became of the rows of a table that this stage has made."""
+    rows = table.read(column_names(column))
+    author = CaptionRules(**table.facts["captions"][column]).author
+    texts, authors, faults = (rows[name] for name in rows.column_names)
+    kinds = Counter(str(fault).partition(":")[0] for fault in faults.drop_null().to_pylist())
+    captioned = compute.sum(compute.equal(authors, author)).as_py() or 0
+    with_text = len(texts) - texts.null_count
+    return Counts(captioned, with_text - captioned, kinds, len(texts) - with_text - kinds.total())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 something the user can mend."""
+    try:
+        command = tyro.cli(Command, args=arguments, prog="data_tools.caption")
+        source, engine = Table.open(command.table), ENGINES[command.engine]
+        table = caption(source, command.settings, command.out, engine=engine, workers=command.workers)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    found = count(table, command.settings.column)
+    kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(found.faults.items()))
+    print(f"{table.folder}: {found.captioned} captioned, {found.kept} kept, {found.left_out} left out,"
+          f" {found.faults.total()} at fault" + (f": {kinds}" if kinds else ""))  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

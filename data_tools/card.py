@@ -1,0 +1,74 @@
+"""The data card that travels with a data set: what is in it, how it was made, what its splits share, whose it is.
+
+In: a manifest. Out: README.md, with the header by which the Hub and `datasets` find the splits.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ztrain.yamls import dump_yaml
+
+_FILES = {"imagefolder": "{split}/**", "webdataset": "{split}-*.tar", "parquet": "data/{split}-*.parquet"}
+
+
+def card(manifest: Mapping[str, Any]) -> str:
+    """Markdown of a manifest of data_tools.pack."""
+    paths = _FILES[manifest["format"]]
+    files = [{"split": split, "path": paths.format(split=split)} for split in manifest["triplets"]]
+    header = {
+        "license": "other",
+        "task_categories": ["text-to-image", "image-to-image"],
+        "tags": ["reference-image", "triplets"],
+        "configs": [{"config_name": "default", "data_files": files}],
+    }
+    parts = [
+        f"---\n{dump_yaml(header)}---\n",
+        "# Triplets: (references, prompt, target)\n",
+        "Each row asks for the target by its prompt, in the look of its references. Made by ztrain's data_tools;"
+        f" fingerprint `{manifest['fingerprint']}`. `sha256sum -c SHA256SUMS` checks the files.\n",
+        _table(("split", "triplets"), manifest["triplets"].items()),
+        _styles(manifest["styles"]),
+        _shared(manifest["shared"]),
+        "## What was counted\n\n" + _table(("", ""), _words(manifest["counts"])) if manifest["counts"] else "",
+        "Every picture and row that was left out is in `left_out.jsonl`, with its reason.\n",
+        "## Licences\n\n" + _licences(manifest["licences"]),
+        "## Made from\n\n```yaml\n" + dump_yaml(manifest["config"]) + "```\n" if manifest["config"] else "",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _table(head: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(_cell(cell) for cell in line) + " |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _words(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    return [(name.replace("_", " "), count) for name, count in counts.items()]
+
+
+def _styles(styles: Mapping[str, Mapping[str, int]]) -> str:
+    if not styles:
+        return ""
+    splits = list(dict.fromkeys(split for counts in styles.values() for split in counts))
+    rows = [(style, *(counts.get(split, 0) for split in splits)) for style, counts in styles.items()]
+    return _table(("style", *splits), rows)
+
+
+def _shared(shared: Mapping[str, Mapping[str, int]]) -> str:
+    if not shared:
+        return ""
+    kinds = list(next(iter(shared.values())))
+    rows = [(f"{names} share", *(counts[kind] for kind in kinds)) for names, counts in shared.items()]
+    return "## What splits share\n\nTargets and references together; 0 is disjoint.\n\n" + _table(("", *kinds), rows)
+
+
+def _licences(names: Iterable[str]) -> str:
+    names = list(names)
+    if not names:
+        return "No licence file lay beside the pictures: find out whose they are before you pass them on.\n"
+    return "As stated in " + ", ".join(f"[{name}]({name})" for name in names) + ".\n"

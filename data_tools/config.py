@@ -1,0 +1,67 @@
+"""One file for a whole build: where pictures are, and what each step makes of them.
+
+In: YAML with a section for each step, and options of the command line over it. Out: `BuildConfig`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+
+from data_tools.caption import CaptionSettings
+from data_tools.dedup import DedupRules
+from data_tools.embed import EmbedSettings
+from data_tools.filter import FilterRules
+from data_tools.label import LabelRules
+from data_tools.pack import PackRules
+from data_tools.pair import PairRules
+from data_tools.scan import ScanRules
+from data_tools.split import SplitRules
+from ztrain.errors import InputError
+from ztrain.yamls import describe_errors, load_yaml
+
+
+class BuildConfig(pydantic.BaseModel):
+    """What a build makes of which pictures. Paths are relative to the config file."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    sources: Annotated[list[str], pydantic.Field(min_length=1)]
+    """Folders, tars, Parquet files, hub:owner/name@revision."""
+    max_refused_share: float = pydantic.Field(default=0.05, ge=0, le=1)
+    """Fails where a larger share of the pictures is refused by the scan: 0 on the first, 1 never."""
+    scan: ScanRules = ScanRules()
+    filter: FilterRules = FilterRules()
+    embed: EmbedSettings | None = None
+    """None: no embeddings."""
+    dedup: DedupRules | None = DedupRules()
+    """None: equal pixels alone are copies."""
+    caption: list[CaptionSettings] = []
+    """Each fills a column: `caption`, where nobody has written one, or another."""
+    label: LabelRules
+    split: SplitRules = SplitRules()
+    pair: PairRules = PairRules()
+    pack: PackRules = PackRules()
+
+    def told(self, labels: list[str]) -> dict[str, Any]:
+        """For the manifest: what decides the result, with names in the place of this machine's paths."""
+        from ztrain.models import public_name  # here, for it brings torch
+
+        document: dict[str, Any] = self.model_dump(mode="json", exclude_none=True) | {"sources": labels}
+        for step in (*document["caption"], *([document["embed"]] if self.embed else [])):
+            step["model"] = public_name(step["model"])
+        for step in document["caption"]:
+            step["template"] = Path(step["template"]).name
+        for way, key in (("styles", "contents"), ("pairs", "table")):
+            if path := document["label"].get(way, {}).get(key):
+                document["label"][way][key] = Path(path).name
+        return document
+
+
+def read_config(path: Path) -> BuildConfig:
+    """Raises InputError."""
+    document = load_yaml(path)
+    try:
+        return BuildConfig.model_validate(document)
+    except pydantic.ValidationError as error:
+        raise InputError(describe_errors(error, source=str(path), model=BuildConfig)) from error

@@ -1,0 +1,209 @@
+"""Ways of labelling whose references come from a group: folders of a style, clusters of look-alikes, frames of a clip.
+
+In: the pictures of a table. Out: items; which of a group meet is data_tools.pair's to say.
+"""
+
+import csv
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Annotated
+
+import numpy as np
+import pydantic
+
+from data_tools.output import fingerprint
+from data_tools.pictures import Pictures, Told, texts
+from data_tools.triplets import Item, Scanned
+from ztrain.errors import InputError
+
+
+class _Way(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def tables(self, folder: Path) -> list[Path]:
+        """Files that say more than the pictures, read and checked. Raises InputError."""
+        return []
+
+
+class StyleFolders(_Way):
+    """One folder of pictures for each style. With a table of contents, file names without extension are its ids."""
+
+    contents: str | None = None
+    """CSV table with one row per content, relative to the config file. None: prompts are captions, and pictures of
+    one name in several folders show one content."""
+    id_column: str = "id"
+    """Column with the file name (without extension) that a content has in every style folder."""
+    prompt_column: str = "prompt"
+    """Column with the text that says what is drawn, without its style."""
+    split_column: str | None = "split"
+    """Column that says which split a content belongs to; None leaves that to data_tools.split."""
+    splits: Annotated[dict[str, str], pydantic.Field(min_length=1)] = {"train": "train", "val": "validation"}
+    """Split in the table -> folder in the output; contents of other splits are left out."""
+    caption_column: str = "caption"
+    """Column of the pictures' table with prompts, where there is no table of contents."""
+    styles: Annotated[list[str], pydantic.Field(min_length=1)] | None = None
+    """Style folders to use; None takes all."""
+
+    @pydantic.field_validator("splits")
+    @classmethod
+    def _folders_are_names(cls, splits: dict[str, str]) -> dict[str, str]:
+        for folder in splits.values():
+            check_split(folder)
+        return splits
+
+    def tables(self, folder: Path) -> list[Path]:
+        if self.contents is None:
+            return []
+        self._read(folder, Told())
+        return [folder / self.contents]
+
+    def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
+        """Raises InputError."""
+        contents = None if self.contents is None else self._read(folder, told)
+        captions = dict(zip(pictures.usable, texts(pictures, self.caption_column), strict=True))
+        met: set[str] = set()
+        for style, of_style in self._styles(pictures.usable).items():
+            named: dict[str, str] = {}
+            for picture in of_style:
+                content = PurePosixPath(picture.name).stem
+                if contents is not None and content not in contents:
+                    told.leave_out("pictures_without_content", picture.key, "label", f"no id {content!r} in the table")
+                    continue
+                if content in named:
+                    raise InputError(f"{picture.key}: the same content as {named[content]}; keep one")
+                named[content] = PurePosixPath(picture.name).name
+                prompt, split = (captions[picture], None) if contents is None else contents[content]
+                yield Item(picture=picture, way="styles", group=style, content=content, whole=content, prompt=prompt,
+                           split=split, more={"style": style, "content": content})  # fmt: skip
+            met |= named.keys()
+            if not named:
+                raise InputError(f"{style}: no picture of a content in the table; check ids and splits")
+        if contents is not None:
+            told.counts["contents_without_picture"] = len(contents.keys() - met)
+
+    def _styles(self, usable: Sequence[Scanned]) -> dict[str, list[Scanned]]:
+        """Raises InputError for styles that are not there."""
+        present: dict[str, list[Scanned]] = defaultdict(list)
+        for picture in usable:
+            parent = str(PurePosixPath(picture.name).parent)
+            present[picture.source if parent == "." else parent].append(picture)
+        styles = dict.fromkeys(self.styles or sorted(present))  # named twice is no more than once
+        if missing := [style for style in styles if style not in present]:
+            raise InputError(f"no style folder {', '.join(missing)}; found: {', '.join(sorted(present)) or 'none'}")
+        return {style: sorted(present[style], key=lambda each: each.name) for style in styles}
+
+    def _read(self, folder: Path, told: Told) -> dict[str, tuple[str, str | None]]:
+        """Content id -> prompt and split; counts contents of other splits. Raises InputError."""
+        path = folder / str(self.contents)
+        contents: dict[str, tuple[str, str | None]] = {}
+        columns = [name for name in (self.id_column, self.prompt_column, self.split_column) if name is not None]
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                reader = csv.DictReader(file, strict=True)
+                header = reader.fieldnames or ()
+                for column in (column for column in columns if column not in header):
+                    raise InputError(f"{path}: no column {column!r}; its columns are: {', '.join(header)}")
+                for row in reader:
+                    where = f"{path}:{reader.line_num}"
+                    if None in row or None in row.values():  # DictReader's marks for a long and for a short row
+                        raise InputError(f"{where}: must have {len(header)} fields, as many as the header")
+                    content, prompt, *split = (row[column].strip() for column in columns)
+                    if not content or not prompt:
+                        raise InputError(f"{where}: {columns[bool(content)]} is empty; fill it in")
+                    if content in contents:
+                        raise InputError(f"{where}: the {self.id_column} {content!r} stands twice; keep one")
+                    contents[content] = (prompt, self.splits.get(split[0], "") if split else None)
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{path}: cannot read the contents table ({error}); it must be UTF-8 CSV") from error
+        kept = {content: found for content, found in contents.items() if found[1] != ""}
+        told.counts["contents_of_other_splits"] = len(contents) - len(kept)
+        empty = sorted(set(self.splits.values()) - {folder for _, folder in kept.values() if folder is not None})
+        if empty and self.split_column is not None:
+            raise InputError(f"{path}: split {empty[0]!r} gets no content; check splits and {self.split_column}")
+        return kept
+
+
+class StyleClusters(_Way):
+    """Pictures whose embeddings lie close together are one style: for works that nobody has sorted."""
+
+    column: str = "embedding"
+    """Column of data_tools.embed; a model of style finds styles, SigLIP rather what is shown."""
+    min_similarity: float = pydantic.Field(default=0.8, gt=0, le=1)
+    """Cosine from which two pictures are neighbours; communities of neighbours are styles."""
+    min_pictures: int = pydantic.Field(default=4, ge=2)
+    """Smaller communities are left out."""
+    caption_column: str = "caption"
+    """Column with prompts."""
+
+    def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
+        """Raises InputError where there are no embeddings."""
+        from data_tools import communities
+
+        vectors = pictures.column(self.column)
+        if not vectors or any(vector is None for vector in vectors):
+            raise InputError(f"not all pictures have {self.column!r}; embed them first")
+        embeddings = np.array(vectors, np.float16)  # (N, D)
+        labels = communities.communities(len(vectors), communities.neighbours(embeddings, self.min_similarity))
+        captions = texts(pictures, self.caption_column)
+        members: dict[int, list[int]] = defaultdict(list)
+        for place, label in enumerate(labels.tolist()):
+            members[label].append(place)
+        for places in members.values():
+            if len(places) < self.min_pictures:
+                for place in places:
+                    told.leave_out("pictures_without_style", pictures.usable[place].key, "label",
+                                   f"its cluster has {len(places)} pictures, fewer than min_pictures")  # fmt: skip
+                continue
+            style = f"cluster-{fingerprint(pictures.usable[places[0]].key)[:8]}"
+            for place in places:
+                picture = pictures.usable[place]
+                yield Item(picture=picture, way="clusters", group=style, content=picture.cluster, whole=picture.cluster,
+                           prompt=captions[place], more={"style": style})  # fmt: skip
+
+
+class Clips(_Way):
+    """Folders of frames: a reference shows the same things at another time."""
+
+    min_gap: int = pydantic.Field(default=1, ge=1)
+    """Fewest frames between target and reference."""
+    max_gap: Annotated[int, pydantic.Field(ge=1)] | None = None
+    """Most; None: the whole clip."""
+    caption_column: str = "caption"
+    """Column with prompts."""
+    max_copy_score: float = pydantic.Field(default=0.97, ge=0.8, le=1)
+    """Frames that are more alike than this do not meet: nothing has happened between them."""
+
+    @pydantic.model_validator(mode="after")
+    def _ordered(self) -> "Clips":
+        if self.max_gap is not None and self.max_gap < self.min_gap:
+            raise ValueError(f"max_gap {self.max_gap} must be at least min_gap {self.min_gap}")
+        return self
+
+    def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
+        captions = dict(zip(pictures.usable, texts(pictures, self.caption_column), strict=True))
+        clips: dict[str, list[Scanned]] = defaultdict(list)
+        for picture in sorted(pictures.usable, key=lambda each: each.key):
+            clips[str(PurePosixPath(picture.key).parent)].append(picture)
+        for clip, frames in clips.items():
+            for order, picture in enumerate(frames):
+                yield Item(picture=picture, way="clips", group=clip, content=picture.key, whole=clip, order=order,
+                           gap=(self.min_gap, self.max_gap or len(frames)), prompt=captions[picture],
+                           max_copy_score=self.max_copy_score, more={"clip": clip})  # fmt: skip
+
+
+class Alone(_Way):
+    """Every picture for itself: its only reference is a part of itself (pair.self_share)."""
+
+    caption_column: str = "caption"
+    """Column with prompts."""
+
+    def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
+        for picture, prompt in zip(pictures.usable, texts(pictures, self.caption_column), strict=True):
+            yield Item(picture=picture, way="alone", content=picture.key, whole=picture.cluster, prompt=prompt)
+
+
+def check_split(name: str) -> None:
+    """Raises ValueError unless it can be the name of a folder."""
+    if name != Path(name).name or name.startswith(".") or not name:
+        raise ValueError(f"{name!r} must be the plain name of a folder")

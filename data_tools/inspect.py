@@ -1,0 +1,256 @@
+"""One HTML page to look at a data set with: its triplets, histograms, and what was refused and why.
+
+    python -m data_tools.inspect --data out/emoji --out out/emoji.html
+
+In: a folder of triplets in any layout of docs/data.md, and the manifest and the list of refused files that
+data_tools.pack lays beside them, where there are some. Rows may carry `style`, `way` (how the pair was made) and
+`copy_score` (0..1); none is computed here. Out: a page that opens from disk and asks the network for nothing. The same
+data give the same bytes.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+import xxhash
+from PIL import Image
+from tqdm import tqdm
+
+from data_tools.charts import STYLES, aspect_chart, number_chart, score_chart, style_bars
+from data_tools.likeness import COPY_SCORE
+from data_tools.survey import SUREST_SHARE, DataSet, Row, choose, measure_targets, read_data_set, text_of
+from ztrain.errors import InputError
+from ztrain.images import Picture, decode_image, read_picture
+from ztrain.workspace import workspace
+
+MARK = b"<!doctype html>\n<html lang=en data-made-by=ztrain.data_tools.inspect>"
+"""How a page begins: only such a file is replaced."""
+_TEMPLATE = Path(__file__).with_name("inspect.html.jinja")
+_LONG = 2000  # characters of a further column that are shown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """Make a page that shows a data set."""
+
+    data: Path
+    """Folder of triplets: metadata.jsonl, tars or Parquet files."""
+    out: Path
+    """Page to write. An earlier page is replaced, any other file is refused."""
+    max_triplets: int = 500
+    """Triplets with pictures, spread evenly over splits and styles. Histograms count all rows. One with two photographs
+    weighs 20 KiB, one with two flat drawings 4."""
+    text_only: bool = False
+    """Show targets and prompts without references, as data.text_only_data_dir has them."""
+    max_refused: int = 5000
+    """Refused files in the table; 0 shows their counts only."""
+    thumbnail_side: int = 256
+    """Longest side of a picture on the page, in pixels, 32 to 1024: 96 suits a page of 10,000 triplets."""
+
+
+class Thumbnails:
+    """Pictures of the page, each made once, however many rows and files hold it."""
+
+    def __init__(self, side: int, data: DataSet) -> None:
+        self.side, self.data = side, data
+        self.made: list[dict[str, Any]] = []
+        self._places: dict[str, int] = {}  # name, or hash of bytes -> place in `made`
+
+    def add(self, picture: Picture) -> int:
+        """Its place in `made`. One that cannot be read has a fault in the place of a picture."""
+        if picture.name not in self._places:
+            self._places[picture.name] = self._add(picture)
+        return self._places[picture.name]
+
+    def _add(self, picture: Picture) -> int:
+        try:
+            raw = read_picture(picture)
+            digest = xxhash.xxh3_128_hexdigest(raw)
+            if digest in self._places:
+                return self._places[digest]
+            self._places[digest] = len(self.made)
+            image = decode_image(raw, picture.name)
+        except InputError as error:
+            known = {fault.name for fault in self.data.unusable}
+            if self.data.shorten(picture.name) not in known:
+                self.data.lose(picture.name, error)
+            self.made.append({"fault": self.data.shorten(str(error))})
+            return len(self.made) - 1
+        width, height = image.size
+        image.thumbnail((self.side, self.side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        file = io.BytesIO()
+        image.save(file, "WEBP", quality=75)
+        url = f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+        self.made.append({"url": url, "width": width, "height": height})
+        return len(self.made) - 1
+
+
+def _card(row: Row, thumbnails: Thumbnails) -> dict[str, Any]:
+    """A row as the page's script reads it."""
+    triplet, shorten = row.triplet, thumbnails.data.shorten
+    shown = {"style", "way", "copy_score"}
+    columns = [(name, text_of(value)) for name, value in triplet.columns.items() if name not in shown]
+    cut = [(name, text if len(text) <= _LONG else f"{text[:_LONG]}… ({len(text):,} characters)")
+           for name, text in columns if text is not None]  # fmt: skip
+    return {
+        "place": shorten(triplet.where),
+        "prompt": triplet.prompt,
+        "split": row.split,
+        "style": row.style,
+        "way": row.way,
+        "score": row.score,
+        "references": [thumbnails.add(picture) for picture in triplet.references],
+        "target": thumbnails.add(triplet.target),
+        "names": [shorten(picture.name) for picture in (*triplet.references, triplet.target)],
+        "columns": cut,
+    }
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def make_page(command: Command) -> tuple[bytes, dict[str, int]]:
+    """The page, and counts for people. Raises InputError."""
+    data = read_data_set(command.data, text_only=command.text_only)
+    splits = sorted({row.split for row in data.rows})
+    sizes = measure_targets(data)
+    thumbnails = Thumbnails(command.thumbnail_side, data)
+    chosen = choose(data.rows, command.max_triplets)
+    cards = [_card(data.rows[i], thumbnails) for i in tqdm(chosen, desc="drawing", unit="triplet", disable=None)]
+    lost = [*data.unusable, *data.refused]
+    scores = [row.score for row in data.rows if row.score is not None]
+    charts = [
+        score_chart(scores, len(data.rows)),
+        number_chart("size", "Target size", "short side, pixels", [min(size) for size in sizes]),
+        aspect_chart(sizes),
+        number_chart("prompt", "Prompt length", "characters", [len(row.triplet.prompt) for row in data.rows]),
+    ]
+    bars = style_bars(data.rows, splits)
+    charted = [style for style, _ in bars[:STYLES]]
+    listed_files = lost[: command.max_refused]
+    payload = {
+        "rows": cards,
+        "pictures": thumbnails.made,
+        "refused": [list(file.model_dump().values()) for file in listed_files],
+        "copy": COPY_SCORE,
+        "charted": charted,
+    }
+    licences = sorted(path.name for path in data.folder.glob("LICEN[CS]E*") if path.is_file())
+    facts = {
+        "name": data.folder.name,
+        "manifest": data.manifest,
+        "licences": licences if data.manifest is None or data.manifest.licences is None else data.manifest.licences,
+        "warnings": _warnings(data, splits),
+        "splits": [(split, sum(row.split == split for row in data.rows)) for split in splits],
+        "styles": bars,
+        "charted": charted,
+        "num_styles": len({row.style for row in data.rows} - {None}),
+        "ways": Counter(row.way for row in data.rows if row.way is not None).most_common(),
+        "total": len(data.rows),
+        "shown": len(cards),
+        "surest": min(len(scores), int(command.max_triplets * SUREST_SHARE)) if len(cards) < len(data.rows) else 0,
+        "charts": [asdict(chart) for chart in charts],
+        "copy_score": COPY_SCORE,
+        "stages": Counter(file.stage for file in lost).most_common(),
+        "num_refused": len(lost),
+        "refused_left_out": len(lost) - len(listed_files),
+    }
+    counts = {"rows": len(data.rows), "shown": len(cards), "refused": len(data.refused), "lost": len(data.unusable)}
+    return render(facts, payload), counts
+
+
+def _warnings(data: DataSet, splits: Sequence[str]) -> list[str]:
+    """What does not fit together, in sentences."""
+    found = Counter(row.split for row in data.rows)
+    told = data.manifest.triplets if data.manifest else {}
+    wrong = [
+        f"manifest.json counts {told.get(split, 0):,} triplets in {split}, but {found[split]:,} can be read."
+        for split in sorted({*splits, *told})
+        if told and told.get(split, 0) != found[split]
+    ]
+    if data.unusable:
+        wrong.append(f"{len(data.unusable):,} rows or pictures cannot be read; the table below says why.")
+    return wrong
+
+
+def as_json(payload: Any) -> str:
+    """JSON that may stand inside a script element: nothing in it ends the element or begins a comment."""
+    text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
+    return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def render(facts: Mapping[str, Any], payload: Any) -> bytes:
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    policy = ["default-src 'none'", "img-src data:", "base-uri 'none'", "form-action 'none'"]
+    for block in ("style", "script"):
+        text = "".join(template.blocks[block](template.new_context()))
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        policy.append(f"{block}-src 'sha256-{digest}'")
+    # Names of files may hold bytes that are no UTF-8: written as escapes, in JSON and in text.
+    page = template.render(facts, policy=Markup("; ".join(policy)), payload=Markup(as_json(payload)))
+    return page.encode(errors="backslashreplace")
+
+
+def write_page(page: bytes, out: Path) -> None:
+    """Whole or not at all. Raises InputError."""
+    try:
+        with workspace(out.parent) as scratch:
+            place = scratch / "page.html"
+            with place.open("wb") as file:
+                file.write(page)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(place, out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot write it ({error.strerror}); make room or choose another --out") from error
+
+
+def check_out(out: Path) -> None:
+    """Raises InputError where something is there that is no page of ours."""
+    if not out.exists():
+        return
+    try:
+        with out.open("rb") as file:
+            ours = file.read(len(MARK)) == MARK
+    except OSError as error:
+        raise InputError(f"{out}: cannot be replaced ({error.strerror}); choose another --out") from error
+    if not ours:
+        raise InputError(f"{out}: holds something else than a page of data_tools.inspect; choose another --out")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 written, 2 something the user can mend."""
+    command = tyro.cli(Command, args=arguments, prog="data_tools.inspect")
+    try:
+        if command.max_triplets < 1 or command.max_refused < 0 or not 32 <= command.thumbnail_side <= 1024:
+            raise InputError("max_triplets must be at least 1, max_refused at least 0, thumbnail_side 32 to 1024")
+        check_out(command.out)
+        page, counts = make_page(command)
+        write_page(page, command.out)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if counts["lost"]:
+        print(f"note: {counts['lost']} rows or pictures cannot be read; the page says why", file=sys.stderr)
+    print(f"{command.out}: {counts['shown']} of {counts['rows']} triplets, {len(page) / 2**20:.1f} MiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""What a picture is there for: its style, its content, its prompt, or the references that somebody has named for it.
+
+    python -m data_tools.label --config configs/data/emoji_styles.yaml --table work/dedup --out work/label
+
+In: a table of data_tools.dedup or of any stage before it, and the section `label` of a config. Out: a table of items,
+for data_tools.split. Copies (`copy_of`) are left out of groups; pictures that a table of pairs names are used.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pydantic
+import tyro
+
+from data_tools.given import BeforeAfter, PairTable
+from data_tools.groups import Alone, Clips, StyleClusters, StyleFolders
+from data_tools.output import digest_of
+from data_tools.pictures import Pictures, Told
+from data_tools.stages import Table
+from data_tools.triplets import ITEMS, Item, LeftOut, item_rows, write_rows
+from ztrain.errors import InputError
+
+_RULES = 1
+
+
+class Way(Protocol):
+    """A way of labelling; its config is all of it."""
+
+    def tables(self, folder: Path) -> list[Path]:
+        """Files that decide it, checked; `folder`: what their paths are relative to. Raises InputError."""
+
+    def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
+        """Raises InputError."""
+
+
+class LabelRules(pydantic.BaseModel):
+    """Ways of labelling; each that is given adds its items."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    styles: StyleFolders | None = None
+    clusters: StyleClusters | None = None
+    clips: Clips | None = None
+    pairs: PairTable | None = None
+    before_after: BeforeAfter | None = None
+    alone: Alone | None = None
+    keep_copies: bool = False
+    """Whether groups get copies too, and not only the picture that stands for them."""
+
+    @pydantic.model_validator(mode="after")
+    def _some(self) -> "LabelRules":
+        if not self.ways():
+            names = [name for name in type(self).model_fields if name != "keep_copies"]
+            raise ValueError(f"needs at least one of {', '.join(names)}; `styles: {{}}` takes folders as styles")
+        return self
+
+    def grouped(self) -> list[Way]:
+        """Those that go through all pictures."""
+        return [way for way in (self.styles, self.clusters, self.clips, self.alone) if way is not None]
+
+    def given(self) -> list[Way]:
+        """Those that go by what somebody has named."""
+        return [way for way in (self.pairs, self.before_after) if way is not None]
+
+    def ways(self) -> list[Way]:
+        return [*self.grouped(), *self.given()]
+
+    def tables(self, folder: Path) -> list[Path]:
+        """Files that decide the labels, checked. Raises InputError."""
+        return [path for way in self.ways() for path in way.tables(folder)]
+
+
+def label(source: Table, rules: LabelRules, folder: Path, out: Path) -> Table:
+    """`folder`: what tables are relative to. Raises InputError."""
+    digests = [digest_of(path) for path in rules.tables(folder)]
+    pictures, told = Pictures.read(source), Told()
+    single = pictures if rules.keep_copies or not rules.grouped() else pictures.without_copies()
+    told.left_out += [LeftOut(key, stage, reason) for key, (stage, reason) in pictures.refused.items()]
+    if single is not pictures:
+        told.left_out += [LeftOut(key, "dedup", reason) for key, reason in pictures.copies.items()]
+    told.counts["pictures_refused"] = len(pictures.refused)
+    told.counts["copies_left_out"] = len(pictures.usable) - len(single.usable)
+    if not pictures.usable:
+        raise InputError(f"{source.folder}: no picture is left; lower the limits before it")
+    items = [
+        item
+        for way, of_whom in [*((way, single) for way in rules.grouped()), *((way, pictures) for way in rules.given())]
+        for item in way.items(of_whom, folder, told)
+    ]
+    facts = {"counts": {"pictures": len(pictures.usable) + len(pictures.refused), **told.counts}}
+    about = (_RULES, rules.model_dump(mode="json"), digests)
+    return write_rows(item_rows(items), ITEMS, out, source, name="label", about=about, left_out=told.left_out,
+                      facts=facts)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """Say what each picture is there for."""
+
+    config: Path
+    """YAML file of data_tools.build; its section `label` is read."""
+    table: Path
+    """Table of data_tools.dedup, or of a stage before it."""
+    out: Path
+    """Folder of the table to make."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 something the user can mend."""
+    from data_tools.config import read_config
+
+    try:
+        command = tyro.cli(Command, args=arguments, prog="data_tools.label")
+        rules = read_config(command.config).label
+        table = label(Table.open(command.table), rules, command.config.parent, command.out)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in table.facts["counts"].items())
+    print(f"{table.folder}: {told}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

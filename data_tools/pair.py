@@ -1,0 +1,302 @@
+"""Items -> triplets: each target with references that show its style, and never itself.
+
+    python -m data_tools.pair --config my_data.yaml --table work/split --out work/pair
+
+In: a table of data_tools.split, and the section `pair` of a config. Out: a table of triplets, for data_tools.pack.
+References come from the target's own group and split and show another content; a copy of the target is none, by
+clusters, by pixels and by `copy_score`, which each triplet carries. All are references about equally often.
+"""
+
+import heapq
+import random
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pydantic
+import tyro
+
+from data_tools import likeness
+from data_tools.pictures import Told
+from data_tools.stages import Table
+from data_tools.triplets import (
+    PAIRINGS,
+    Cut,
+    Item,
+    Pairing,
+    Reference,
+    Scanned,
+    pairing_rows,
+    read_items,
+    read_left_out,
+    write_rows,
+)
+from ztrain.errors import InputError
+
+_RULES = 1
+_AT_A_TIME = 1024
+_Found = tuple[Item, Sequence[Scanned], dict[str, Any]]
+"""A target, its references, and columns that these add."""
+
+
+class PairRules(pydantic.BaseModel):
+    """How many triplets, and of what."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    references_per_triplet: int = pydantic.Field(default=1, ge=1)
+    """Reference pictures in each triplet of a group."""
+    triplets_per_target: int = pydantic.Field(default=1, ge=1)
+    """Triplets made for each target of a group, each with other references."""
+    max_triplets_per_split: Annotated[int, pydantic.Field(ge=1)] | None = None
+    """Cut each split to this many triplets, the groups evenly; None keeps all."""
+    max_triplets_per_group: Annotated[int, pydantic.Field(ge=1)] | None = None
+    """Cut large styles to this many in each split; None keeps all."""
+    max_copy_score: float = pydantic.Field(default=likeness.COPY_SCORE, ge=0.8, le=1)
+    """A picture of a group that is more like the target is no reference for it (data_tools.likeness); 1: all but those
+    with equal pixels may be. Below 0.8 pictures of one style are not told apart."""
+    self_share: float = pydantic.Field(default=0.0, ge=0, le=1)
+    """Share of targets with a further triplet whose reference is a part of the target itself, marked way: itself."""
+    self_sides: tuple[float, float] = (0.5, 0.8)
+    """Smallest and largest share of each side that such a part keeps."""
+    self_mirrored: bool = False
+    """Whether half of those parts are mirrored."""
+    seed: int = pydantic.Field(default=0, ge=0)
+    """Decides references and row order."""
+
+    @pydantic.field_validator("self_sides", mode="before")
+    @classmethod
+    def _from_list(cls, sides: object) -> object:
+        return tuple(sides) if isinstance(sides, list) else sides
+
+    @pydantic.field_validator("self_sides")
+    @classmethod
+    def _ordered(cls, sides: tuple[float, float]) -> tuple[float, float]:
+        if not 0.1 <= sides[0] <= sides[1] < 1:
+            raise ValueError("must be two shares, 0.1 <= smallest <= largest < 1")
+        return sides
+
+
+def pair(source: Table, rules: PairRules, out: Path) -> Table:
+    """Raises InputError for a split that comes out empty."""
+    told = Told(left_out=read_left_out(source))
+    splits = make_pairings(read_items(source), rules, told)
+    pairings = [each for of_split in splits.values() for each in of_split]
+    facts = {"counts": {**source.facts["counts"], **told.counts}}
+    about = (_RULES, rules.model_dump(mode="json"))
+    return write_rows(pairing_rows(pairings), PAIRINGS, out, source, name="pair", about=about, left_out=told.left_out,
+                      facts=facts)  # fmt: skip
+
+
+def make_pairings(items: Sequence[Item], rules: PairRules, told: Told) -> dict[str, list[Pairing]]:
+    """Split -> triplets in the order of the seed; what has no reference is left out and counted."""
+    groups: dict[str, dict[str, list[Item]]] = defaultdict(lambda: defaultdict(list))
+    for item in items:
+        groups[str(item.split)][item.group or item.way].append(item)
+    splits: dict[str, list[Pairing]] = {}
+    for split, of_split in sorted(groups.items(), key=_largest_first):
+        streams = [_limited(_Group(members, rules, told), rules) for members in of_split.values()]
+        rows = _in_turn(streams, rules.max_triplets_per_split)
+        if not rows:
+            raise InputError(
+                f"split {split!r} gets no triplet: a group needs {rules.references_per_triplet + 1} different pictures "
+                "in it, or pair.self_share above 0; check label, split.shares and the table's splits"
+            )
+        if any(item.references is None for members in of_split.values() for item in members):
+            random.Random(f"rows {rules.seed} {split}").shuffle(rows)  # rows of a table keep its order
+        splits[split] = rows
+    return splits
+
+
+def _largest_first(split: tuple[str, Mapping[str, Sequence[Item]]]) -> tuple[int, str]:
+    return -sum(map(len, split[1].values())), split[0]
+
+
+def _limited(group: "_Group", rules: PairRules) -> Iterator[Pairing]:
+    for number, pairing in enumerate(group.pairings()):
+        if number == rules.max_triplets_per_group:
+            return
+        yield pairing
+
+
+def _in_turn(streams: list[Iterator[Pairing]], limit: int | None) -> list[Pairing]:
+    """One of each stream after the other, so that a cut stays even."""
+    rows: list[Pairing] = []
+    while streams and (limit is None or len(rows) < limit):
+        taken = [(stream, next(stream, None)) for stream in streams]
+        streams = [stream for stream, row in taken if row]
+        rows += [row for _, row in taken if row]
+    return rows[:limit]
+
+
+@dataclass(slots=True)
+class _Group:
+    """Items of one split that may be references for one another, or that name theirs."""
+
+    items: list[Item]
+    rules: PairRules
+    told: Told
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        first = self.items[0]
+        self.name = f"{first.split}/{first.group or first.way}"
+
+    def pairings(self) -> Iterator[Pairing]:
+        chance = random.Random(f"itself {self.rules.seed} {self.name}")
+        for item in self.items:
+            if item.prompt is None:
+                self._leave_out("targets_without_prompt", item, "has no prompt; caption it, or give a table")
+        yield from self._given()
+        yield from self._scored(self._with(target, others) for target, others in self._grouped())
+        for item in self.items:
+            if item.prompt is not None and chance.random() < self.rules.self_share:
+                yield self._itself(item, chance)
+
+    def _given(self) -> Iterator[Pairing]:
+        named = [item for item in self.items if item.references is not None and item.prompt is not None]
+        yield from self._scored([(item, item.references or (), {}) for item in named])
+
+    def _grouped(self) -> Iterator[tuple[Item, list[Item]]]:
+        """Every target with its references once, then every target again, in random order.
+
+        A heap by use hands out the least used picture first, so that all are references about equally often.
+        """
+        members = [item for item in self.items if item.group is not None]
+        alike = self._alike(members)
+        chance = random.Random(f"references {self.rules.seed} {self.name}")
+        heap = sorted((0, chance.random(), position) for position in range(len(members)))
+        seen = [{item.picture.pixels} for item in members]  # what a target has met, first of all itself
+        wanted = self.rules.references_per_triplet
+        for _ in range(self.rules.triplets_per_target):
+            for target in chance.sample(range(len(members)), len(members)):
+                passed, chosen = heap[:0], heap[:0]
+                while heap and len(chosen) < wanted and members[target].prompt is not None:
+                    entry = heapq.heappop(heap)
+                    other = members[entry[2]]
+                    fits = other.picture.pixels not in seen[target] and self._may_meet(members[target], other, alike)
+                    (chosen if fits else passed).append(entry)
+                    if fits:
+                        seen[target].add(other.picture.pixels)
+                complete = len(chosen) == wanted
+                for entry in passed:
+                    heapq.heappush(heap, entry)
+                for uses, _order, position in chosen:
+                    heapq.heappush(heap, (uses + complete, chance.random(), position))
+                if complete:
+                    yield members[target], [members[position] for _uses, _order, position in chosen]
+                elif members[target].prompt is not None:
+                    reason = f"no {'further ' if len(seen[target]) > 1 else ''}reference in {self.name}"
+                    self._leave_out("triplets_without_reference", members[target], reason)
+
+    def _alike(self, members: Sequence[Item]) -> set[frozenset[bytes]]:
+        """Pairs of fingerprints that are too much alike to meet, though they differ."""
+        prints = sorted({item.picture.likeness for item in members if item.picture.likeness is not None})
+        most = max([self._most(item) for item in members], default=1.0)
+        if len(prints) < 2 or most >= 1:
+            return set()
+        rows = np.frombuffer(b"".join(prints), np.uint8).reshape(len(prints), -1)
+        pairs = likeness.find_copies(rows, least_score=most).pairs.tolist()
+        return {frozenset((prints[one], prints[other])) for one, other in pairs}
+
+    def _most(self, item: Item) -> float:
+        return self.rules.max_copy_score if item.max_copy_score is None else item.max_copy_score
+
+    def _may_meet(self, target: Item, other: Item, alike: set[frozenset[bytes]]) -> bool:
+        if target.content == other.content or target.picture.cluster == other.picture.cluster:
+            return False
+        if target.gap and not target.gap[0] <= abs(target.order - other.order) <= target.gap[1]:
+            return False
+        one, two = target.picture.likeness, other.picture.likeness
+        if one is None or two is None or self._most(target) >= 1:
+            return True
+        return one != two and frozenset((one, two)) not in alike
+
+    def _with(self, target: Item, others: Sequence[Item]) -> _Found:
+        return target, [other.picture for other in others], self._contents(target, others)
+
+    def _contents(self, target: Item, others: Sequence[Item]) -> dict[str, Any]:
+        """The column that says what references show, of groups that know; one name for all rows."""
+        contents = [other.content for other in others]
+        if "content" not in target.more:
+            return {}
+        is_one = self.rules.references_per_triplet == 1
+        return {"reference_content": contents[0]} if is_one else {"reference_contents": contents}
+
+    def _scored(self, found: Iterable[_Found]) -> Iterator[Pairing]:
+        """With the score of the reference that is most like the target; without those that are too much so."""
+        every = iter(found)
+        while several := list(islice(every, _AT_A_TIME)):
+            pairs = [(item.picture.likeness, each.likeness) for item, references, _ in several for each in references]
+            known = [(one, other) for one, other in pairs if one is not None and other is not None]
+            scores = iter(likeness.copy_scores(known).tolist() if len(known) == len(pairs) else [])
+            for item, references, columns in several:
+                score = max(islice(scores, len(references)), default=None)
+                same = item.picture.pixels in {each.pixels for each in references}
+                if same or (score is not None and score > self._most(item)):
+                    reason = f"is a copy of its reference (copy_score {1.0 if same else score:.3f})"
+                    self._leave_out("pairs_too_alike", item, reason)
+                    continue
+                told = {"way": item.way, "copy_score": None if score is None else round(score, 4)}
+                yield Pairing(
+                    split=str(item.split),
+                    target=item.picture,
+                    references=tuple(Reference(each) for each in references),
+                    prompt=str(item.prompt),
+                    columns={**item.more, **columns, **told},
+                )
+
+    def _itself(self, item: Item, chance: random.Random) -> Pairing:
+        """A triplet of a picture and a part of itself, which no copy score is asked of."""
+        picture, (least, most) = item.picture, self.rules.self_sides
+        share = least + (most - least) * chance.random()
+        width, height = (max(1, round(side * share)) for side in (picture.width, picture.height))
+        left, top = chance.randint(0, picture.width - width), chance.randint(0, picture.height - height)
+        mirrored = self.rules.self_mirrored and chance.random() < 0.5
+        cut = Cut(left, top, left + width, top + height, mirrored)
+        return Pairing(
+            split=str(item.split),
+            target=picture,
+            references=(Reference(picture, cut),),
+            prompt=str(item.prompt),
+            columns={**item.more, **self._contents(item, [item]), "way": "itself", "copy_score": 1.0},
+        )
+
+    def _leave_out(self, what: str, item: Item, reason: str) -> None:
+        self.told.leave_out(what, item.picture.key, "pair", reason)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """Make triplets."""
+
+    config: Path
+    """YAML file of data_tools.build; its section `pair` is read."""
+    table: Path
+    """Table of data_tools.split."""
+    out: Path
+    """Folder of the table to make."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 something the user can mend."""
+    from data_tools.config import read_config
+
+    try:
+        command = tyro.cli(Command, args=arguments, prog="data_tools.pair")
+        table = pair(Table.open(command.table), read_config(command.config).pair, command.out)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    sizes = Counter(table.read(["split"])["split"].to_pylist())
+    print(f"{table.folder}: " + ", ".join(f"{name} {count}" for name, count in sizes.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

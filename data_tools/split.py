@@ -1,0 +1,225 @@
+"""Who is in which split, so that nothing of one is known from another.
+
+    python -m data_tools.split --config my_data.yaml --table work/label --out work/split
+
+In: a table of data_tools.label, and the section `split` of a config. Out: the same items, each with its split. What
+hangs together (copies of one picture, pictures of one content, of one style if asked, a target and its named
+references) goes to one split. Where somebody has given splits, what would be in two of them is left out of the earlier.
+"""
+
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pydantic
+import tyro
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from data_tools.groups import check_split
+from data_tools.output import fingerprint
+from data_tools.pictures import Told
+from data_tools.stages import Table
+from data_tools.triplets import ITEMS, Item, Pairing, item_rows, read_items, read_left_out, write_rows
+from ztrain.errors import InputError
+
+_RULES = 1
+Tie = Literal["copies", "content", "style"]
+
+
+class SplitRules(pydantic.BaseModel):
+    """How large splits are, and what no two of them share."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    shares: dict[str, float] = {"train": 0.95, "validation": 0.05}
+    """Split -> share of the items that have none yet; they are divided by the shares' sum."""
+    apart: frozenset[Tie] = frozenset({"copies", "content"})
+    """copies: of one picture, itself among them. content: what is drawn, or the clip. style: for a validation of styles
+    that training has never seen. Empty: nothing is kept apart, and the report says what is shared."""
+    seed: int = pydantic.Field(default=0, ge=0)
+    """Decides who goes where."""
+
+    @pydantic.field_validator("shares")
+    @classmethod
+    def _possible(cls, shares: dict[str, float]) -> dict[str, float]:
+        for name, share in shares.items():
+            check_split(name)
+            if not share > 0:
+                raise ValueError(f"the share of {name} must be above 0; leave the split out instead")
+        if not shares:
+            raise ValueError("needs at least one split")
+        return shares
+
+    @pydantic.field_validator("apart", mode="before")
+    @classmethod
+    def _from_list(cls, apart: object) -> object:
+        return frozenset(apart) if isinstance(apart, list | tuple) else apart
+
+    @pydantic.field_serializer("apart")
+    def _in_order(self, apart: frozenset[str]) -> list[str]:
+        return sorted(apart)
+
+
+def split(source: Table, rules: SplitRules, out: Path) -> Table:
+    """Raises InputError where no split can be made."""
+    told = Told(left_out=read_left_out(source))
+    items = assign(read_items(source), rules, told)
+    facts = {"counts": {**source.facts["counts"], **told.counts}}
+    about = (_RULES, rules.model_dump(mode="json"))
+    return write_rows(item_rows(items), ITEMS, out, source, name="split", about=about, left_out=told.left_out,
+                      facts=facts)  # fmt: skip
+
+
+def assign(items: Sequence[Item], rules: SplitRules, told: Told) -> list[Item]:
+    """Items with their splits; those that cannot be in any are left out and counted. Raises InputError."""
+    ties = [list(_ties(item, rules.apart)) for item in items]
+    pieces = _pieces(ties)
+    given: dict[int, Counter[str]] = defaultdict(Counter)
+    for item, piece in zip(items, pieces, strict=True):
+        if item.split is not None:
+            given[piece][item.split] += 1
+    free = Counter(piece for piece in pieces if piece not in given)
+    places = _shares(free, items, pieces, rules) if free else {}
+    # What hangs together with given items goes where most of them are; of equals, the later in the alphabet.
+    places |= {piece: max(counts, key=lambda name: (counts[name], name)) for piece, counts in given.items()}
+    placed = [replace(item, split=item.split or places[piece]) for item, piece in zip(items, pieces, strict=True)]
+    kept = list(_without_leaks(placed, ties, _order(placed), told))
+    if lost := sorted({str(item.split) for item in placed} - {item.split for item in kept}):
+        raise InputError(
+            f"split {lost[0]!r} shares all that it has with others; change the splits that are given, or split.apart"
+        )
+    return kept
+
+
+def _ties(item: Item, apart: Iterable[Tie]) -> Iterator[tuple[str, str]]:
+    """What an item shares with all that must be in its split."""
+    if "copies" in apart:
+        for picture in (item.picture, *(item.references or ())):
+            yield "copies", picture.cluster
+    if "content" in apart and item.whole is not None:
+        yield "content", item.whole
+    if "style" in apart and item.group is not None:
+        yield "style", item.group
+
+
+def _pieces(ties: Sequence[Sequence[tuple[str, str]]]) -> list[int]:
+    """For each item the number of the piece of all that hangs together with it."""
+    numbers: dict[tuple[str, str], int] = {}
+    ends = [(place, numbers.setdefault(tie, len(numbers))) for place, each in enumerate(ties) for tie in each]
+    size = len(ties) + len(numbers)
+    rows = np.array([end for end, _ in ends], np.int64)
+    columns = np.array([len(ties) + end for _, end in ends], np.int64)
+    links = coo_array((np.ones(len(ends), np.int8), (rows, columns)), shape=(size, size))
+    labels: list[int] = connected_components(links, directed=False)[1][: len(ties)].tolist()
+    return labels
+
+
+def _shares(free: Mapping[int, int], items: Sequence[Item], pieces: Sequence[int], rules: SplitRules) -> dict[int, str]:
+    """Piece -> split. In an order by hash, so that a picture more moves hardly any other. Raises InputError."""
+    names = list(rules.shares)
+    first: dict[int, str] = {}
+    for item, piece in zip(items, pieces, strict=True):
+        first[piece] = min(first.get(piece, item.picture.digest), item.picture.digest)
+    if len(free) < len(names):
+        raise InputError(
+            f"all {sum(free.values())} pictures hang together in {len(free)} pieces by"
+            f" {', '.join(sorted(rules.apart))}, too few for the splits {', '.join(names)}; change split.apart or"
+            " split.shares"
+        )
+    order = sorted(free, key=lambda piece: fingerprint("split", rules.seed, first[piece]))
+    total, share_sum = sum(free.values()), sum(rules.shares.values())
+    places, start = {}, 0
+    for later, name in reversed(list(enumerate(names))):  # the first split gets what the others leave
+        wanted, filled = total * rules.shares[name] / share_sum, 0
+        while start < len(order) - later and (later == 0 or not filled or filled + free[order[start]] / 2 <= wanted):
+            places[order[start]] = name
+            filled += free[order[start]]
+            start += 1
+    return places
+
+
+def _order(items: Sequence[Item]) -> dict[str, int]:
+    """Split -> rank; the largest first: what leaks is left out of it, and small splits stay whole."""
+    counts = Counter(str(item.split) for item in items)
+    return {name: rank for rank, name in enumerate(sorted(counts, key=lambda name: (-counts[name], name)))}
+
+
+def _without_leaks(
+    items: Sequence[Item], ties: Sequence[Sequence[tuple[str, str]]], order: Mapping[str, int], told: Told
+) -> Iterator[Item]:
+    latest: dict[tuple[str, str], str] = {}
+    for item, each in zip(items, ties, strict=True):
+        for tie in each:
+            latest[tie] = max(latest.get(tie, str(item.split)), str(item.split), key=order.__getitem__)
+    for item, each in zip(items, ties, strict=True):
+        leaks = [(what, latest[what, value]) for what, value in each if latest[what, value] != item.split]
+        if leaks:
+            what, where = leaks[0]
+            reason = f"shares its {what} with {where}; left out of {item.split}"
+            told.leave_out("left_out_of_a_split_for_another", item.picture.key, "split", reason)
+        else:
+            yield item
+
+
+def shared(splits: Mapping[str, Sequence[Pairing]]) -> dict[str, dict[str, int]]:
+    """ "train and validation" -> what both have, counted over targets and references: pictures, copies, and values of
+    the columns style and content."""
+    seen: dict[str, dict[str, set[object]]] = {}
+    for name, of_split in splits.items():
+        pictures = {each for one in of_split for each in (one.target, *(known.picture for known in one.references))}
+        seen[name] = {
+            "pictures": {picture.pixels for picture in pictures},
+            "copies": {picture.cluster for picture in pictures},
+            "contents": {value for one in of_split for value in _contents(one.columns)},
+            "styles": {one.columns["style"] for one in of_split if "style" in one.columns},
+        }
+    names = list(splits)
+    return {
+        f"{one} and {other}": {what: len(seen[one][what] & seen[other][what]) for what in seen[one]}
+        for place, one in enumerate(names)
+        for other in names[place + 1 :]
+    }
+
+
+def _contents(columns: Mapping[str, object]) -> Iterator[object]:
+    for name in ("content", "reference_content"):
+        if name in columns:
+            yield columns[name]
+    several = columns.get("reference_contents")
+    yield from several if isinstance(several, list) else ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """Put each item into a split."""
+
+    config: Path
+    """YAML file of data_tools.build; its section `split` is read."""
+    table: Path
+    """Table of data_tools.label."""
+    out: Path
+    """Folder of the table to make."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 something the user can mend."""
+    from data_tools.config import read_config
+
+    try:
+        command = tyro.cli(Command, args=arguments, prog="data_tools.split")
+        table = split(Table.open(command.table), read_config(command.config).split, command.out)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    sizes = Counter(table.read(["split"])["split"].to_pylist())
+    print(f"{table.folder}: " + ", ".join(f"{name} {count}" for name, count in sizes.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,329 @@
+"""Between pictures and a data set: what a picture is there for, which pictures make a triplet, and what is left out.
+
+In: rows of data_tools.dedup or of any stage before it. Out: `Item`, a picture with its style, content and prompt, and
+`Pairing`, a target with its references; both as tables, from which any later step goes on, each with a list of what was
+left out and why. A pairing reads as ztrain's `Triplet`, whose pictures are still where they were.
+"""
+
+import builtins
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+
+from data_tools.output import EXTENSIONS, fingerprint
+from data_tools.sources import Reader
+from data_tools.stages import Table, check_apart, scratch_folder, write_shard
+from ztrain.errors import InputError
+from ztrain.images import decode_image
+from ztrain.rows import Triplet
+
+LEFT_OUT_NAME = "left_out.jsonl"
+_ROWS_PER_SHARD = 100_000
+
+_PICTURE = pa.struct(
+    [
+        ("source", pa.string()),
+        ("name", pa.string()),
+        ("part", pa.string()),
+        ("offset", pa.int64()),
+        ("bytes", pa.int64()),
+        ("column", pa.string()),
+        ("digest", pa.string()),
+        ("pixels", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("likeness", pa.binary()),
+        ("cluster", pa.string()),
+    ]
+)
+PICTURE_COLUMNS = tuple(_PICTURE.names)
+
+
+@dataclass(frozen=True, slots=True)
+class Scanned:
+    """A picture of a table, with what data_tools.scan knows of it."""
+
+    source: str
+    name: str
+    part: str
+    offset: int
+    bytes: int
+    """Of its file or member; -1 in a Parquet file."""
+    column: str | None
+    digest: str
+    pixels: str
+    width: int
+    height: int
+    likeness: builtins.bytes | None
+    cluster: str
+    """Equal for copies."""
+
+    @property
+    def key(self) -> str:
+        """What tables and messages call it."""
+        return f"{self.source}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A part of a picture, in pixels, perhaps mirrored: the reference of a picture that has no other."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    mirrored: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A picture, or a part of one."""
+
+    picture: Scanned
+    cut: Cut | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """A picture with what it is there for."""
+
+    picture: Scanned
+    way: str
+    """Which way of labelling made it."""
+    group: str | None = None
+    """References come from the same group, a style or a clip; None: from nowhere else."""
+    content: str | None = None
+    """What is drawn: a reference shows another content."""
+    whole: str | None = None
+    """Never in two splits: the content, or the clip; None where nothing is known."""
+    prompt: str | None = None
+    """None: a reference for others, never a target."""
+    split: str | None = None
+    order: int = 0
+    """Place in a clip."""
+    gap: tuple[int, int] | None = None
+    """Fewest and most places between a target and its reference."""
+    references: tuple[Scanned, ...] | None = None
+    """Where somebody has named them."""
+    max_copy_score: float | None = None
+    """A reference that is more like the target than this is none; None leaves that to data_tools.pair."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """Further columns, which travel to the triplet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pairing:
+    """A triplet to be."""
+
+    split: str
+    target: Scanned
+    references: tuple[Reference, ...]
+    prompt: str
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A picture or row that is not in the result."""
+
+    name: str
+    stage: str
+    """The program that left it out."""
+    reason: str
+
+
+_CUT = pa.struct([*((side, pa.int32()) for side in ("left", "top", "right", "bottom")), ("mirrored", pa.bool_())])
+ITEMS = pa.schema(
+    [
+        ("picture", _PICTURE),
+        *((name, pa.string()) for name in ("way", "group", "content", "whole", "prompt", "split")),
+        ("order", pa.int64()),
+        ("gap", pa.list_(pa.int64())),
+        ("references", pa.list_(_PICTURE)),
+        ("max_copy_score", pa.float64()),
+        ("more", pa.string()),  # JSON
+    ]
+)
+PAIRINGS = pa.schema(
+    [
+        ("split", pa.string()),
+        ("target", _PICTURE),
+        ("references", pa.list_(pa.struct([("picture", _PICTURE), ("cut", _CUT)]))),
+        ("prompt", pa.string()),
+        ("columns", pa.string()),  # JSON
+    ]
+)
+
+
+def item_rows(items: Iterable[Item]) -> Iterable[dict[str, Any]]:
+    """As ITEMS holds them."""
+    return ({**asdict(item), "more": json.dumps(item.more, ensure_ascii=False)} for item in items)
+
+
+def read_items(table: Table) -> list[Item]:
+    """Raises InputError for a table of something else."""
+    items = []
+    for row in table.read(ITEMS.names).to_pylist():
+        values = {name: row[name] for name in ITEMS.names}
+        named = row["references"]
+        items.append(Item(**values | {
+            "picture": Scanned(**row["picture"]),
+            "gap": None if row["gap"] is None else tuple(row["gap"]),
+            "references": None if named is None else tuple(Scanned(**each) for each in named),
+            "more": json.loads(row["more"]),
+        }))  # fmt: skip
+    return items
+
+
+def pairing_rows(pairings: Iterable[Pairing]) -> Iterable[dict[str, Any]]:
+    """As PAIRINGS holds them."""
+    return ({**asdict(each), "columns": json.dumps(each.columns, ensure_ascii=False)} for each in pairings)
+
+
+def read_pairings(table: Table) -> dict[str, list[Pairing]]:
+    """Split -> its pairings in order. Raises InputError for a table of something else."""
+    splits: dict[str, list[Pairing]] = {}
+    for row in table.read(PAIRINGS.names).to_pylist():
+        references = tuple(
+            Reference(Scanned(**each["picture"]), each["cut"] and Cut(**each["cut"])) for each in row["references"]
+        )
+        columns = json.loads(row["columns"])
+        found = Pairing(split=row["split"], target=Scanned(**row["target"]), references=references,
+                        prompt=row["prompt"], columns=columns)  # fmt: skip
+        splits.setdefault(found.split, []).append(found)
+    return splits
+
+
+def write_rows(
+    rows: Iterable[dict[str, Any]], schema: pa.Schema, out: Path, source: Table, *, name: str, about: Any,
+    left_out: Sequence[LeftOut], facts: Mapping[str, Any],
+) -> Table:  # fmt: skip
+    """A table that all rows of `source` decide, with the list of what was left out; `about`: what else decides it."""
+    check_apart(source, out)
+    given = fingerprint(name, about, source.shards)
+    shards: list[str] = []
+    every = iter(rows)
+    with scratch_folder(out) as scratch:
+        while waiting := list(islice(every, _ROWS_PER_SHARD)):
+            shards.append(fingerprint(given, len(shards)))
+            write_shard(pa.Table.from_pylist(waiting, schema), out / f"{shards[-1]}.parquet", scratch)
+        lines = "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in left_out)
+        (scratch / LEFT_OUT_NAME).write_text(lines, encoding="utf-8")
+        os.replace(scratch / LEFT_OUT_NAME, out / LEFT_OUT_NAME)
+    table = Table(out, tuple(shards), source.roots, {**source.facts, **facts})
+    table.close()
+    return table
+
+
+def read_left_out(table: Table) -> list[LeftOut]:
+    """What this step and those before it have left out; nothing for tables of pictures."""
+    path = table.folder / LEFT_OUT_NAME
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [LeftOut(**json.loads(line)) for line in lines]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}); delete the folder and run its stage again") from error
+
+
+# --- as triplets ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TablePicture:
+    """A picture of a pairing, read from where it lies."""
+
+    name: str
+    """Path in the data set."""
+    reference: Reference
+    reader: Reader
+
+    @property
+    def stamp(self) -> str:
+        return f"{self.reference.picture.digest} {self.reference.cut}"
+
+    @property
+    def size(self) -> int:
+        """In bytes; -1 where only reading tells."""
+        return -1 if self.reference.cut else self.reference.picture.bytes
+
+    @property
+    def path(self) -> Path | None:
+        """The file that is the picture, where there is one."""
+        picture = self.reference.picture
+        return self.reader.path(asdict(picture)) if picture.offset < 0 and not self.reference.cut else None
+
+    def read(self) -> bytes:
+        """Raises InputError where it is other than when it was scanned, OSError where it is gone."""
+        picture, cut = self.reference.picture, self.reference.cut
+        data = self.reader.read_same({name: getattr(picture, name) for name in PICTURE_COLUMNS})
+        if cut is None:
+            return data
+        part = decode_image(data, picture.key).crop((cut.left, cut.top, cut.right, cut.bottom))
+        if cut.mirrored:
+            part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        file = io.BytesIO()
+        part.save(file, "PNG", optimize=False)
+        return file.getvalue()
+
+
+def as_triplets(table: Table) -> dict[str, list[Triplet]]:
+    """Split -> triplets whose pictures have the names that they get in a data set. Raises InputError."""
+    pairings, reader = read_pairings(table), Reader(table.roots)
+    pictures = {each for split in pairings.values() for one in split
+                for each in (Reference(one.target), *one.references)}  # fmt: skip
+    several = len({each.picture.source for each in pictures}) > 1
+    names: dict[str, Reference] = {}
+    known: dict[Reference, TablePicture] = {}
+    for each in sorted(pictures, key=lambda each: (each.picture.key, str(each.cut))):
+        name = _file_name(each, reader, several)
+        if names.setdefault(name, each) != each:
+            path = PurePosixPath(name)
+            name = str(path.with_stem(f"{path.stem}-{fingerprint(each.picture.key, str(each.cut))[:8]}"))
+            names[name] = each
+        known[each] = TablePicture(name, each, reader)
+    return {
+        split: [
+            Triplet(
+                index=index,
+                where=f"{table.folder}: {one.target.key}",
+                prompt=one.prompt,
+                references=tuple(known[each] for each in one.references),
+                target=known[Reference(one.target)],
+                columns=one.columns,
+            )
+            for index, one in enumerate(of_split)
+        ]
+        for split, of_split in pairings.items()
+    }
+
+
+def _file_name(reference: Reference, reader: Reader, several: bool) -> str:
+    """Below images/; never outside, whatever an archive calls its members."""
+    picture, cut = reference.picture, reference.cut
+    path = PurePosixPath(picture.key if several else picture.name)
+    if path.is_absolute() or ".." in path.parts or not path.name or any(len(part) > 200 for part in path.parts):
+        path = PurePosixPath(picture.source, picture.digest)
+    if cut:
+        sides = "-".join(map(str, (cut.left, cut.top, cut.right, cut.bottom))) + ("-mirrored" if cut.mirrored else "")
+        path = path.with_name(f"{path.name}-{sides}.png")
+    elif path.suffix.lower() not in EXTENSIONS:
+        path = path.with_name(path.name + _extension(reader, picture))
+    return f"images/{path}"
+
+
+def _extension(reader: Reader, picture: Scanned) -> str:
+    """Of a picture without a file name, by its first bytes."""
+    data = reader.read_same({each.name: getattr(picture, each.name) for each in fields(picture)})
+    with Image.open(io.BytesIO(data)) as image:
+        kind = (image.format or "").lower()
+    return {"jpeg": ".jpg"}.get(kind, f".{kind}") if kind else ".img"

@@ -1,0 +1,309 @@
+"""Labels, splits and triplets: the rules that no data set may break, for every way of labelling."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_tools import likeness
+from data_tools.build import main as build
+from data_tools.pair import PairRules, make_pairings
+from data_tools.pictures import Told
+from data_tools.split import SplitRules, assign
+from data_tools.triplets import Item, Scanned
+from tests.test_build import EMOJI, ROOT
+from tests.triplets import picture
+from ztrain.data import read_triplets
+from ztrain.errors import InputError
+from ztrain.images import open_image
+from ztrain.mini.style_folders import paint_style_folders
+from ztrain.mini.trials import WEIGHTS
+from ztrain.yamls import dump_yaml
+
+
+def scanned(number: int, cluster: str | None = None, seed: int | None = None) -> Scanned:
+    """A picture that nobody reads; equal seeds look alike."""
+    name, noise = f"{number:04d}.png", np.random.default_rng(number if seed is None else seed)
+    return Scanned("in", name, name, -1, 100, None, f"d{number}", f"p{number}", 64, 64,
+                   noise.bytes(likeness.BYTES), cluster or f"pixels p{number}")  # fmt: skip
+
+
+@st.composite
+def item_lists(draw: st.DrawFn) -> list[Item]:
+    items = []
+    for number in range(draw(st.integers(6, 40))):
+        style, content = draw(st.sampled_from("ABC")), f"c{draw(st.integers(0, 12))}"
+        cluster = draw(st.one_of(st.none(), st.sampled_from(["x", "y"])))
+        split = draw(st.one_of(st.none(), st.sampled_from(["train", "validation"])))
+        items.append(Item(picture=scanned(number, cluster), way="styles", group=style, content=content, whole=content,
+                          prompt=draw(st.one_of(st.none(), st.just("a cat"))), split=split,
+                          more={"style": style, "content": content}))  # fmt: skip
+    return items
+
+
+@settings(max_examples=150, deadline=None)
+@given(items=item_lists(), apart=st.sets(st.sampled_from(["copies", "content", "style"])), seed=st.integers(0, 3))
+def test_splits_share_nothing_and_nothing_vanishes(items: list[Item], apart: set[Any], seed: int) -> None:
+    rules, told = SplitRules(apart=frozenset(apart), seed=seed), Told()
+    try:
+        kept = assign(items, rules, told)
+    except InputError as error:
+        assert "hang together" in str(error) or "shares all that it has" in str(error)
+        return
+    assert len(kept) + len(told.left_out) == len(items) and told.counts.total() == len(told.left_out)
+    values = {"copies": lambda item: item.picture.cluster, "content": lambda item: item.whole}
+    for what in apart:
+        value = values.get(what, lambda item: item.group)
+        places: dict[Any, set[Any]] = {}
+        for item in kept:
+            places.setdefault(value(item), set()).add(item.split)
+        assert all(len(splits) == 1 for splits in places.values()), what
+    given_splits = {item.picture.key: item.split for item in items}
+    assert all(given_splits[item.picture.key] in (None, item.split) for item in kept)
+    assert {item.split for item in kept} <= {"train", "validation"}
+
+
+def test_shares_are_met_and_a_picture_more_moves_hardly_any() -> None:
+    items = [Item(picture=scanned(number), way="alone", whole=f"c{number // 2}") for number in range(1000)]
+    rules = SplitRules(shares={"train": 8, "validation": 1, "test": 1})
+    before = {item.picture.key: item.split for item in assign(items, rules, Told())}
+    assert Counter(before.values()) == {"train": 800, "validation": 100, "test": 100}
+    more = [*items, Item(picture=scanned(5000), way="alone", whole="new")]
+    after = {item.picture.key: item.split for item in assign(more, rules, Told())}
+    assert sum(before[key] != after[key] for key in before) <= 4
+    other = {item.picture.key: item.split for item in assign(items, SplitRules(seed=1, shares=rules.shares), Told())}
+    assert other != before
+
+
+@settings(max_examples=100, deadline=None)
+@given(items=item_lists(), references=st.integers(1, 2), per_target=st.integers(1, 3), seed=st.integers(0, 2))
+def test_references_are_never_the_target(items: list[Item], references: int, per_target: int, seed: int) -> None:
+    try:
+        kept = assign(items, SplitRules(), Told())
+    except InputError:
+        return  # no splits: the test above
+    rules = PairRules(references_per_triplet=references, triplets_per_target=per_target, seed=seed)
+    told, known = Told(), {item.picture.key: item for item in kept}
+    try:
+        splits = make_pairings(kept, rules, told)
+    except InputError as error:
+        assert "gets no triplet" in str(error)
+        return
+    made = [pairing for of_split in splits.values() for pairing in of_split]
+    wanted = sum(item.prompt is not None for item in kept) * per_target
+    lost = told.counts["triplets_without_reference"] + told.counts["pairs_too_alike"]
+    assert len(made) + lost == wanted
+    assert told.counts["targets_without_prompt"] == sum(item.prompt is None for item in kept)
+    met: Counter[tuple[str, str]] = Counter()
+    for pairing in made:
+        target = known[pairing.target.key]
+        assert len(pairing.references) == references and pairing.columns["copy_score"] <= rules.max_copy_score
+        for reference in pairing.references:
+            other = known[reference.picture.key]
+            assert (other.group, other.split) == (target.group, pairing.split)
+            assert other.content != target.content and other.picture.cluster != target.picture.cluster
+            met[target.picture.key, other.picture.key] += 1
+    assert set(met.values()) <= {1}
+    assert splits == make_pairings(kept, rules, Told())
+
+
+def test_what_looks_like_the_target_is_no_reference_for_it() -> None:
+    """Three pictures with equal fingerprints, two others: dedup has not run, and clusters say nothing."""
+    items = [
+        Item(picture=scanned(number, seed=min(number, 2)), way="styles", group="A", content=f"c{number}", prompt="p")
+        for number in (2, 3, 4, 0, 1)
+    ]
+    items = [Item(picture=each.picture, way="styles", group="A", content=each.content, prompt="p", split="train")
+             for each in items]  # fmt: skip
+    made = make_pairings(items, PairRules(triplets_per_target=2), Told())["train"]
+    alike = {scanned(number).key for number in (2, 3, 4)}
+    pairs = [(each.target.key, each.references[0].picture.key) for each in made]
+    assert len(made) == 10 and not any(one in alike and other in alike for one, other in pairs)
+    loose = make_pairings(items, PairRules(triplets_per_target=4, max_copy_score=1.0), Told())["train"]
+    assert len(loose) == 20
+
+
+# ---- every way, from files to files
+
+
+def save(image: Image.Image, path: Path, caption: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+
+
+def run(folder: Path, out: Path, **config: Any) -> dict[str, list[dict[str, Any]]]:
+    """Builds from folder/in; split -> rows, each with its pictures opened."""
+    (folder / "build.yaml").write_text(dump_yaml({"sources": ["in"], **config}))
+    assert build(["--config", str(folder / "build.yaml"), "--out", str(out), "--workers", "1"]) == 0
+    return {path.parent.name: list(rows(out, path.parent.name)) for path in out.glob("*/metadata.jsonl")}
+
+
+def rows(out: Path, split: str) -> Iterator[dict[str, Any]]:
+    for row in read_triplets(str(out), split).triplets:
+        names = [Path(each.name).relative_to(out / split / "images").as_posix() for each in row.references]
+        yield {"target": Path(row.target.name).relative_to(out / split / "images").as_posix(), "prompt": row.prompt,
+               "references": names, "opened": [open_image(each) for each in (row.target, *row.references)],
+               **row.columns}  # fmt: skip
+
+
+def counts(out: Path) -> dict[str, int]:
+    found: dict[str, int] = json.loads((out / "manifest.json").read_text())["counts"]
+    return found
+
+
+ALL_IN_TRAIN = {"shares": {"train": 1.0}}
+
+
+def test_clips(tmp_path: Path) -> None:
+    """A ball crosses: neighbours in time look the same and do not meet; clips stay whole."""
+    for clip in range(6):
+        ground = picture(clip, 96, 96)
+        for frame in range(8):
+            moved = ground.copy()
+            moved.paste(picture(100 + clip, 40, 40), (7 * frame, 20))
+            save(moved, tmp_path / f"in/clip{clip}/{frame:03d}.png", f"a ball, clip {clip}" if frame else None)
+    found = run(tmp_path, tmp_path / "out", dedup=None, split={"shares": {"train": 2, "validation": 1}},
+                label={"clips": {"min_gap": 2, "max_gap": 5}})  # fmt: skip
+    clips = {split: {row["clip"] for row in of_split} for split, of_split in found.items()}
+    assert len(clips["train"]) == 4 and len(clips["validation"]) == 2 and not clips["train"] & clips["validation"]
+    for row in (row for of_split in found.values() for row in of_split):
+        (clip, frame), (other, time) = (name.removesuffix(".png").split("/") for name in
+                                        (row["target"], row["references"][0]))  # fmt: skip
+        assert clip == other and 2 <= abs(int(frame) - int(time)) <= 5 and row["way"] == "clips"
+        assert row["prompt"] == f"a ball, clip {clip[-1]}" and row["copy_score"] <= 0.97
+    assert counts(tmp_path / "out")["targets_without_prompt"] == 6
+
+
+def test_before_and_after(tmp_path: Path) -> None:
+    for number in range(5):
+        before = picture(number, 80, 80)
+        save(before, tmp_path / f"in/raw/{number}.png")
+        after = before.copy()
+        after.paste((250, 0, 0), (0, 0, 12, 12))  # an edit leaves most as it was
+        save(after if number else before, tmp_path / f"in/edited/{number}.{'jpg' if number else 'png'}")
+    save(picture(9), tmp_path / "in/raw/alone.png")
+    label = {"before_after": {"before": "raw", "after": "edited", "prompt": "a red stamp in the corner"}}
+    found = run(tmp_path, tmp_path / "out", label=label, split=ALL_IN_TRAIN)["train"]
+    assert {(row["target"], *row["references"]) for row in found} == {
+        (f"edited/{number}.jpg", f"raw/{number}.png") for number in range(1, 5)
+    }
+    assert max(row["copy_score"] for row in found) > likeness.COPY_SCORE  # as a group they would not meet
+    assert {row["way"] for row in found} == {"before_after"} and min(row["copy_score"] for row in found) > 0.6
+    assert counts(tmp_path / "out") == {"pictures": 11, "pictures_without_partner": 1, "pairs_too_alike": 1}
+
+
+def test_a_picture_alone_shows_a_part_of_itself(tmp_path: Path) -> None:
+    for number in range(30):
+        save(picture(number, 100, 70), tmp_path / f"in/{number}.png", "four colours" if number else None)
+    pair = {"self_share": 1.0, "self_sides": [0.5, 0.7], "self_mirrored": True}
+    found = run(tmp_path, tmp_path / "out", label={"alone": {}}, split=ALL_IN_TRAIN, pair=pair)["train"]
+    assert len(found) == 29 and {row["way"] for row in found} == {"itself"}
+    mirrored = 0
+    for row in found:
+        target, part = row["opened"]
+        box = [int(side) for side in row["references"][0].removesuffix(".png").removesuffix("-mirrored").split("-")[1:]]
+        is_mirrored = "mirrored" in row["references"][0]
+        mirrored += is_mirrored
+        seen = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_mirrored else part
+        assert seen.tobytes() == target.crop(box).tobytes() and 0.49 < part.width / 100 < 0.71
+    assert 5 < mirrored < 25
+
+
+def test_clusters_of_embeddings(tmp_path: Path) -> None:
+    paint_style_folders(tmp_path / "painted", size=64, num_contents=12)
+    for path in sorted((tmp_path / "painted/images").rglob("*.png")):
+        save(Image.open(path), tmp_path / f"in/{path.parent.name}-{path.name}", path.stem)
+    tower = WEIGHTS / "siglip2-so400m-patch16-naflex"
+    found = run(tmp_path, tmp_path / "out", dedup=None, embed={"model": str(tower)}, split=ALL_IN_TRAIN,
+                label={"clusters": {"min_similarity": 0.6}}, pair={"max_copy_score": 1.0})["train"]  # fmt: skip
+    same = [row["target"].split("-")[0] == row["references"][0].split("-")[0] for row in found]
+    print(f"references from the target's own style: {np.mean(same):.2f} of {len(same)}")
+    assert len(found) >= 40 and np.mean(same) > 0.5  # by chance one in six
+    text = (tmp_path / "out/manifest.json").read_text() + (tmp_path / "out/README.md").read_text()
+    assert str(tmp_path) not in text and str(WEIGHTS) not in text
+
+
+def test_copies_never_meet_and_never_cross_splits(tmp_path: Path) -> None:
+    contents = ["id,prompt,split"]
+    for number in range(12):
+        contents.append(f"{number},thing {number},{'val' if number > 8 else 'train'}")
+        for style in range(2):
+            save(picture(50 * style + number, 120, 120), tmp_path / f"in/style{style}/{number}.png")
+    (tmp_path / "contents.csv").write_text("\n".join(contents) + "\n")
+    # A smaller copy within a style, one in the other style, one in the other split.
+    for source, copy in (("style0/0", "style0/1"), ("style0/2", "style1/2"), ("style1/3", "style1/11")):
+        Image.open(tmp_path / f"in/{source}.png").resize((90, 90)).save(tmp_path / f"in/{copy}.png", quality=60)
+    label = {"styles": {"contents": "contents.csv"}}
+    found = run(tmp_path, tmp_path / "out", label=label)
+    used = {name for of_split in found.values() for row in of_split for name in (row["target"], *row["references"])}
+    assert used == {f"style{style}/{number}.png" for style in range(2) for number in range(12)} - {
+        "style0/1.png", "style1/2.png", "style1/11.png"
+    }  # fmt: skip
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["shared"] == {"train and validation": {"pictures": 0, "copies": 0, "contents": 0, "styles": 2}}
+    left_out = [json.loads(line) for line in (tmp_path / "out/left_out.jsonl").read_text().splitlines()]
+    assert {(row["name"], row["stage"]) for row in left_out} == {
+        (f"in/{name}.png", "dedup") for name in ("style0/1", "style1/2", "style1/11")
+    }
+    kept = run(tmp_path, tmp_path / "kept", label={**label, "keep_copies": True})
+    assert sum(map(len, kept.values())) == 23  # the small split keeps its copy, the large one loses the original
+    assert counts(tmp_path / "kept")["left_out_of_a_split_for_another"] == 1
+    for row in (row for of_split in kept.values() for row in of_split):
+        assert {row["target"], *row["references"]} != {"style0/0.png", "style0/1.png"}
+        assert row["copy_score"] < likeness.COPY_SCORE
+
+
+def test_real_drawings_leak_nothing(tmp_path: Path) -> None:
+    if not EMOJI.is_dir():
+        pytest.skip(f"{EMOJI} is absent")
+    out = tmp_path / "out"
+    assert build(["--config", str(ROOT / "configs/data/emoji_styles.yaml"), "--out", str(out)]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["shared"] == {"train and validation": {"pictures": 0, "copies": 0, "contents": 0, "styles": 5}}
+    prints: dict[str, list[tuple[str, bytes]]] = {}
+    for split in ("train", "validation"):
+        found = read_triplets(str(out), split).triplets
+        uses = Counter(each.name for row in found for each in row.references)
+        assert max(uses.values()) <= 3 and {row.columns["way"] for row in found} == {"styles"}
+        assert max(float(str(row.columns["copy_score"])) for row in found) < likeness.COPY_SCORE
+        names = sorted({each.name for row in found for each in (row.target, *row.references)})
+        prints[split] = [(name, likeness.fingerprint(open_image(Path(name)))) for name in names]
+    # Not by the clusters that the build has made: by the pictures themselves.
+    both = [each for of_split in prints.values() for each in of_split]
+    rows_of_bytes = np.frombuffer(b"".join(each for _, each in both), np.uint8).reshape(len(both), -1)
+    pairs = likeness.find_copies(rows_of_bytes).pairs
+    crossing = [pair for pair in pairs if (pair < len(prints["train"])).sum() == 1]
+    assert not crossing, [(both[one][0], both[other][0]) for one, other in crossing]
+    assert len(both) > 4500
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"label": {"alone": {}}}, "gets no triplet"),
+        ({"label": {"clusters": {}}}, "has no column embedding"),
+        ({"label": {"before_after": {}}}, "before/: no pictures below it"),
+        ({"label": {"styles": {"styles": ["oil"]}}}, "no style folder oil; found: in"),
+        ({"label": {"styles": {}}, "split": {"shares": {"a": 1, "b": 0}}}, "the share of b must be above 0"),
+        ({"label": {"styles": {}}, "split": {"apart": ["style"]}}, "hang together in 1 pieces by style"),
+        ({"label": {"clips": {"min_gap": 3, "max_gap": 2}}}, "max_gap 2 must be at least min_gap 3"),
+        ({"label": {"styles": {}}, "pair": {"self_sides": [0.9, 0.2]}}, "must be two shares"),
+        ({"label": {"styles": {}}, "filter": {"min_pixels": 10**6}}, "no picture is left"),
+    ],
+)
+def test_impossible_wishes(tmp_path: Path, config: dict[str, Any], message: str, capsys: Any) -> None:
+    for number in range(6):
+        save(picture(number), tmp_path / f"in/{number}.png", random.Random(number).choice(["a", "b"]))
+    (tmp_path / "build.yaml").write_text(dump_yaml({"sources": ["in"], **config}))
+    assert build(["--config", str(tmp_path / "build.yaml"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()

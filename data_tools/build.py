@@ -52,10 +52,11 @@ class Command:
 
 def build(command: Command) -> dict[str, int]:
     """Run the whole build; returns triplets per output split. Raises InputError."""
-    config, folder, out = command.build, command.config.parent, command.out.resolve()
+    folder, out = command.config.parent, command.out.resolve()
+    config = command.build.at(folder)
     work = command.work or out.with_name(f"{out.name}.work")
     tables = config.label.tables(folder)  # what is wrong with them is better known before hours of scanning
-    table = _look(command, folder, work)
+    table = _look(command, config, work)
     table = _tell(label(table, config.label, folder, work / "label"))
     table = _tell(split(table, config.split, work / "split"))
     table = _tell(pair(table, config.pair, work / "pair"))
@@ -67,9 +68,9 @@ def build(command: Command) -> dict[str, int]:
     return triplets
 
 
-def _look(command: Command, folder: Path, work: Path) -> Table:
+def _look(command: Command, config: BuildConfig, work: Path) -> Table:
     """The steps that look at pictures: scan, filter, embed, dedup, caption."""
-    config, engine = command.build, ENGINES[command.engine]
+    engine = ENGINES[command.engine]
     table = scan.scan(
         scan.Command(
             sources=config.sources,
@@ -79,7 +80,7 @@ def _look(command: Command, folder: Path, work: Path) -> Table:
             rows_per_shard=command.rows_per_shard,
             engine=command.engine,
             workers=command.workers,
-            folder=folder,
+            folder=command.config.parent,
         )
     )
     _tell(table)

@@ -43,6 +43,19 @@ class BuildConfig(pydantic.BaseModel):
     pair: PairRules = PairRules()
     pack: PackRules = PackRules()
 
+    def at(self, folder: Path) -> "BuildConfig":
+        """With models and questions that are files below `folder`, which relative paths are relative to."""
+
+        def place(given: str) -> str:
+            return str(folder / given) if (folder / given).exists() else given
+
+        embed = self.embed and self.embed.model_copy(update={"model": place(self.embed.model)})
+        caption = [
+            each.model_copy(update={"model": place(each.model), "template": place(each.template)})
+            for each in self.caption
+        ]
+        return self.model_copy(update={"embed": embed, "caption": caption})
+
     def told(self, labels: list[str]) -> dict[str, Any]:
         """For the manifest: what decides the result, with names in the place of this machine's paths."""
         from ztrain.models import public_name  # here, for it brings torch

@@ -119,28 +119,77 @@ def _pieces(ties: Sequence[Sequence[tuple[str, str]]]) -> list[int]:
     return labels
 
 
-def _shares(free: Mapping[int, int], items: Sequence[Item], pieces: Sequence[int], rules: SplitRules) -> dict[int, str]:
+def _shares(
+    free: Mapping[int, int], items: Sequence[Item], pieces: Sequence[int], rules: SplitRules
+) -> dict[int, str]:
     """Piece -> split. In an order by hash, so that a picture more moves hardly any other. Raises InputError."""
     names = list(rules.shares)
     first: dict[int, str] = {}
+    groups: dict[int, Counter[str]] = defaultdict(Counter)
     for item, piece in zip(items, pieces, strict=True):
-        first[piece] = min(first.get(piece, item.picture.digest), item.picture.digest)
+        if piece in free:
+            first[piece] = min(first.get(piece, item.picture.digest), item.picture.digest)
+            groups[piece].update([item.group] if item.group is not None else [])
     if len(free) < len(names):
         raise InputError(
             f"all {sum(free.values())} pictures hang together in {len(free)} pieces by"
             f" {', '.join(sorted(rules.apart))}, too few for the splits {', '.join(names)}; change split.apart or"
             " split.shares"
         )
-    order = sorted(free, key=lambda piece: fingerprint("split", rules.seed, first[piece]))
+    waiting = _Waiting(sorted(free, key=lambda piece: fingerprint("split", rules.seed, first[piece])), groups)
     total, share_sum = sum(free.values()), sum(rules.shares.values())
-    places, start = {}, 0
+    places: dict[int, str] = {}
     for later, name in reversed(list(enumerate(names))):  # the first split gets what the others leave
         wanted, filled = total * rules.shares[name] / share_sum, 0
-        while start < len(order) - later and (later == 0 or not filled or filled + free[order[start]] / 2 <= wanted):
-            places[order[start]] = name
-            filled += free[order[start]]
-            start += 1
+        waiting.begin()
+        while len(waiting) > later:
+            piece = waiting.next()
+            if later and filled and filled + free[piece] / 2 > wanted and not waiting.lonely:
+                break
+            waiting.take(piece)
+            places[piece] = name
+            filled += free[piece]
     return places
+
+
+class _Waiting:
+    """Pieces in order, until they are taken; first those that give a reference to what has come without one."""
+
+    def __init__(self, order: Sequence[int], groups: Mapping[int, Counter[str]]) -> None:
+        self._left, self._groups = dict.fromkeys(order), groups
+        self._of_group: dict[str, list[int]] = defaultdict(list)
+        self.begin()
+        for piece in reversed(order):
+            for group in groups[piece]:
+                self._of_group[group].append(piece)
+
+    def __len__(self) -> int:
+        return len(self._left)
+
+    def begin(self) -> None:
+        """Of the next split."""
+        self._members: Counter[str] = Counter()
+        self.lonely: dict[str, None] = {}
+        """Groups with a single picture in this split, of which there are more."""
+
+    def next(self) -> int:
+        while self.lonely:
+            pieces = self._of_group[group := next(iter(self.lonely))]
+            while pieces and pieces[-1] not in self._left:
+                pieces.pop()
+            if pieces:
+                return pieces[-1]
+            del self.lonely[group]
+        return next(iter(self._left))
+
+    def take(self, piece: int) -> None:
+        del self._left[piece]
+        self._members.update(self._groups[piece])
+        for group in self._groups[piece]:
+            if self._members[group] == 1:
+                self.lonely[group] = None
+            else:
+                self.lonely.pop(group, None)
 
 
 def _order(items: Sequence[Item]) -> dict[str, int]:

@@ -297,8 +297,9 @@ def run_stage(
             for shard, name in names.items()
             if not table.path(name).exists()
         ]
-        rows = sum(read_metadata(task.source).num_rows for task in missing)
-        with tqdm(total=rows, desc=stage.name, unit="row", disable=None) as bar:
+        rows = {task: read_metadata(task.source).num_rows for task in missing}
+        missing.sort(key=lambda task: -rows[task])  # the largest first: at the end no worker waits long for another
+        with tqdm(total=sum(rows.values()), desc=stage.name, unit="row", disable=None) as bar:
             for done in engine(stage, missing, workers or default_workers()):
                 bar.update(done)
     table.close()

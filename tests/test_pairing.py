@@ -83,6 +83,15 @@ def test_shares_are_met_and_a_picture_more_moves_hardly_any() -> None:
     assert other != before
 
 
+def test_styles_come_into_a_small_split_in_pairs() -> None:
+    """Three of sixty pictures: of one style two or three, or none, for one alone would have no reference."""
+    for seed in range(20):
+        items = [Item(picture=scanned(number), way="styles", group=f"style{number % 6}") for number in range(60)]
+        placed = assign(items, SplitRules(shares={"train": 0.95, "validation": 0.05}, seed=seed), Told())
+        counts = Counter(item.group for item in placed if item.split == "validation")
+        assert min(counts.values()) >= 2 and sum(counts.values()) in (3, 4)
+
+
 @settings(max_examples=100, deadline=None)
 @given(items=item_lists(), references=st.integers(1, 2), per_target=st.integers(1, 3), seed=st.integers(0, 2))
 def test_references_are_never_the_target(items: list[Item], references: int, per_target: int, seed: int) -> None:

@@ -16,7 +16,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from data_tools import label, pack, pair, scan, split
+from data_tools import build, label, pack, pair, scan, split
 from tests.test_build import ROOT, digests
 from tests.triplets import picture
 from ztrain.data import read_triplets
@@ -46,19 +46,23 @@ def paint(folder: Path, count: int) -> None:
     (folder / "build.yaml").write_text(dump_yaml(CONFIG))
 
 
-def command(folder: Path, out: Path, *words: object) -> list[str]:
-    given = ["--config", folder / "build.yaml", "--out", out, "--rows-per-shard", 8, "--workers", 2, *words]
-    return [sys.executable, "-m", "data_tools.build", *map(str, given)]
+def words(folder: Path, out: Path, *more: object) -> list[str]:
+    given = ["--config", folder / "build.yaml", "--out", out, "--rows-per-shard", 8, *more]
+    return list(map(str, given))
+
+
+def command(folder: Path, out: Path, *more: object) -> list[str]:
+    return [sys.executable, "-m", "data_tools.build", *words(folder, out, *more)]
 
 
 def test_killed_at_random_moments_it_gives_the_bytes_of_an_undisturbed_build(tmp_path: Path) -> None:
     paint(tmp_path, 60)
     started = time.monotonic()
-    subprocess.run(command(tmp_path, tmp_path / "whole"), cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(command(tmp_path, tmp_path / "whole", "--workers", 1), cwd=ROOT, check=True, capture_output=True)
     seconds, chance, out = time.monotonic() - started, random.Random(1), tmp_path / "killed"
     stages = set()
     for _ in range(5):
-        process = subprocess.Popen(command(tmp_path, out), cwd=ROOT, stderr=subprocess.DEVNULL,
+        process = subprocess.Popen(command(tmp_path, out, "--workers", 1), cwd=ROOT, stderr=subprocess.DEVNULL,
                                    stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
         time.sleep(seconds * (0.3 + 0.5 * chance.random()))
         process.kill()
@@ -66,7 +70,7 @@ def test_killed_at_random_moments_it_gives_the_bytes_of_an_undisturbed_build(tmp
         stages.add(len(list((tmp_path / "killed.work").glob("*/table.json"))))
         if out.exists():
             shutil.rmtree(out)  # it was too fast: what the steps have made stays
-    subprocess.run(command(tmp_path, out), cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(command(tmp_path, out, "--workers", 1), cwd=ROOT, check=True, capture_output=True)
     assert digests(out) == digests(tmp_path / "whole")
     assert digests(tmp_path / "killed.work") == digests(tmp_path / "whole.work")
     assert not list(tmp_path.glob(".writing-*")) and not list((tmp_path / "killed.work").rglob(".writing-*"))
@@ -78,13 +82,13 @@ def test_killed_at_random_moments_it_gives_the_bytes_of_an_undisturbed_build(tmp
 def test_ray_gives_the_same_bytes(tmp_path: Path) -> None:
     paint(tmp_path, 30)
     for engine in ("local", "ray"):
-        subprocess.run(command(tmp_path, tmp_path / engine, "--engine", engine), cwd=ROOT, check=True)
+        subprocess.run(command(tmp_path, tmp_path / engine, "--engine", engine, "--workers", 2), cwd=ROOT, check=True)
     assert digests(tmp_path / "local") == digests(tmp_path / "ray")
 
 
 def test_each_step_alone_makes_the_tables_of_the_build_and_every_layout_the_same_triplets(tmp_path: Path) -> None:
     paint(tmp_path, 20)
-    subprocess.run(command(tmp_path, tmp_path / "out"), cwd=ROOT, check=True, capture_output=True)
+    assert build.main(words(tmp_path, tmp_path / "out", "--workers", 2)) == 0
     work = tmp_path / "out.work"
     for number, (step, before) in enumerate(((label, "dedup"), (split, "label"), (pair, "split"))):
         name = step.__name__.rpartition(".")[2]
@@ -138,10 +142,16 @@ def test_pictures_of_tars_and_several_places(tmp_path: Path) -> None:
             tar.add(path, f"style2/{path.name}")
     shutil.rmtree(tmp_path / "in/style1")
     shutil.rmtree(tmp_path / "in/style2")
-    config = {**CONFIG, "sources": ["in", "pack.tar"], "split": {"apart": []}, "pair": {}, "max_refused_share": 0.1}
+    config = {
+        **CONFIG,
+        "sources": ["in", "pack.tar"],
+        "split": {"shares": {"train": 1, "validation": 1}},
+        "pair": {},
+        "max_refused_share": 0.1,
+    }
     (tmp_path / "build.yaml").write_text(dump_yaml(config))
     before = {path for path in tmp_path.parent.rglob("*") if tmp_path not in path.parents}
-    subprocess.run(command(tmp_path, tmp_path / "out"), cwd=ROOT, check=True, capture_output=True)
+    assert build.main(words(tmp_path, tmp_path / "out", "--workers", 1)) == 0
     assert {path for path in tmp_path.parent.rglob("*") if tmp_path not in path.parents} == before
     found = [row for name in ("train", "validation") for row in read_triplets(str(tmp_path / "out"), name).triplets]
     styles = Counter(row.columns["style"] for row in found)

@@ -84,15 +84,18 @@ def _look(command: Command, config: BuildConfig, work: Path) -> Table:
         )
     )
     _tell(table)
-    if config.filter != FilterRules():
-        table = _tell(run_stage(Filter(config.filter), table, work / "filter", engine=engine, workers=command.workers))
-    if config.embed is not None:
-        table = _tell(embed(table, config.embed, work / "embed", engine=engine, workers=command.workers or 1))
+    rules, workers = config.filter, command.workers
+    if rules != FilterRules() and not rules.has_scores:
+        table = _tell(run_stage(Filter(rules), table, work / "filter", engine=engine, workers=workers))
+    for column in config.embed:
+        table = _tell(embed(table, column, work / f"embed-{column.column}", engine=engine, workers=workers or 1))
+    if rules.has_scores:  # which embed has just made
+        table = _tell(run_stage(Filter(rules), table, work / "filter", engine=engine, workers=workers))
     if config.dedup is not None:
         table = _tell(dedup(table, config.dedup, work / "dedup"))
     for settings in config.caption:
-        of_column, workers = work / f"caption-{settings.column}", command.workers or 1
-        table = _tell(caption(table, settings, of_column, engine=engine, workers=workers))
+        of_column = work / f"caption-{settings.column}"
+        table = _tell(caption(table, settings, of_column, engine=engine, workers=workers or 1))
     return table
 
 

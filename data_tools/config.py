@@ -32,8 +32,8 @@ class BuildConfig(pydantic.BaseModel):
     """Fails where a larger share of the pictures is refused by the scan: 0 on the first, 1 never."""
     scan: ScanRules = ScanRules()
     filter: FilterRules = FilterRules()
-    embed: EmbedSettings | None = None
-    """None: no embeddings."""
+    embed: list[EmbedSettings] = []
+    """Each adds a column: vectors, or with a text scores, which `filter` may then go by."""
     dedup: DedupRules | None = DedupRules()
     """None: equal pixels alone are copies."""
     caption: list[CaptionSettings] = []
@@ -49,7 +49,7 @@ class BuildConfig(pydantic.BaseModel):
         def place(given: str) -> str:
             return str(folder / given) if (folder / given).exists() else given
 
-        embed = self.embed and self.embed.model_copy(update={"model": place(self.embed.model)})
+        embed = [each.model_copy(update={"model": place(each.model)}) for each in self.embed]
         caption = [
             each.model_copy(update={"model": place(each.model), "template": place(each.template)})
             for each in self.caption
@@ -61,7 +61,7 @@ class BuildConfig(pydantic.BaseModel):
         from ztrain.models import public_name  # here, for it brings torch
 
         document: dict[str, Any] = self.model_dump(mode="json", exclude_none=True) | {"sources": labels}
-        for step in (*document["caption"], *([document["embed"]] if self.embed else [])):
+        for step in (*document["caption"], *document["embed"]):
             step["model"] = public_name(step["model"])
         for step in document["caption"]:
             step["template"] = Path(step["template"]).name

@@ -3,14 +3,15 @@
     python -m data_tools.embed --table work/scan --out work/embed --model google/siglip2-so400m-patch16-naflex
 
 In: a table of data_tools.scan. Out: the same rows with a column of unit vectors in float16, for data_tools.dedup and
-for pairs by style. Refused pictures get none. The model is loaded once by each worker.
+for pairs by style; or, with --text, a column of scores: how near each picture is to that text, for data_tools.filter.
+Refused pictures get none. The model is loaded once by each worker.
 """
 
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,9 @@ from data_tools.sources import Reader
 from data_tools.stages import ENGINES, Batch, Engine, Table, run_here, run_stage
 from ztrain.errors import InputError
 from ztrain.images import decode_image
+
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+"""Of a repository: weights, settings, vocabulary in any of its forms."""
 
 
 class EmbedRules(pydantic.BaseModel):
@@ -37,6 +41,18 @@ class EmbedRules(pydantic.BaseModel):
     """Name of the column."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the model."""
+    text: str | None = None
+    """What pictures are compared with; None: they get their vectors."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tower:
+    """A loaded model."""
+
+    processor: Any
+    model: Any
+    text: Any
+    """(D,) unit vector in float32, or None."""
 
 
 class Embed:
@@ -49,8 +65,8 @@ class Embed:
         """location: folder of the model; batch_size: pictures at a time, which changes rounding at most."""
         self.config, self.location, self.batch_size = config, location, batch_size
         self.reader = Reader(roots)
-        self.adds = pa.schema([(config.column, pa.list_(pa.float16()))])
-        self._loaded: tuple[Any, Any] | None = None
+        self.adds = pa.schema([(config.column, pa.float32() if config.text else pa.list_(pa.float16()))])
+        self._loaded: _Tower | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_loaded": None}  # it travels without the model
@@ -66,24 +82,46 @@ class Embed:
         return {**batch, self.config.column: vectors}
 
     def _embed(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """(n, D) float16, of unit length."""
+        """(n, D) float16, of unit length; or (n,) float32, cosines with the text."""
         import torch
 
-        processor, model = self._load()
+        tower = self._load()
+        processor, model = tower.processor, tower.model
         images = [decode_image(self.reader.read_same(row), row["name"]) for row in rows]
         inputs = processor(images=images, return_tensors="pt").to(model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         with torch.no_grad():
             of_pictures = getattr(model, "get_image_features", None)  # of models with a text tower too
             found = of_pictures(**inputs) if of_pictures else model(**inputs)
+        unit = self._unit(found)
+        found = unit if tower.text is None else unit @ tower.text
+        values: np.ndarray = found.cpu().numpy()
+        return values.astype(np.float16) if tower.text is None else values
+
+    def _unit(self, found: Any) -> Any:
+        """(n, D) float32, of what a tower returns."""
+        import torch
+
         pooled = found if isinstance(found, torch.Tensor) else found.pooler_output
         if pooled is None:
             raise InputError(f"{self.config.model}: has no vector for a whole picture; take a model that pools")
-        unit = torch.nn.functional.normalize(pooled.float(), dim=-1)
-        vectors: np.ndarray = unit.cpu().numpy().astype(np.float16)
-        return vectors
+        return torch.nn.functional.normalize(pooled.float(), dim=-1)
 
-    def _load(self) -> tuple[Any, Any]:
+    def _embed_text(self, model: Any, text: str) -> Any:
+        """(D,) float32."""
+        import torch
+        from transformers import AutoTokenizer
+
+        if not hasattr(model, "get_text_features"):
+            raise InputError(f"{self.config.model}: reads no text; leave text out, or take a model like CLIP or SigLIP")
+        longest = model.config.text_config.max_position_embeddings
+        tokenizer = AutoTokenizer.from_pretrained(self.location)
+        # As long as it can be, as SigLIP was trained; others hide what is padding.
+        tokens = tokenizer([text], padding="max_length", truncation=True, max_length=longest, return_tensors="pt")
+        with torch.no_grad():
+            return self._unit(model.get_text_features(**tokens.to(model.device)))[0]
+
+    def _load(self) -> _Tower:
         if self._loaded is None:
             import torch
             from transformers import AutoImageProcessor, AutoModel
@@ -100,7 +138,10 @@ class Embed:
                     self.location, dtype=dtype, use_safetensors=True, output_loading_info=True
                 )
             require_loaded({"missing_keys": info["missing_keys"]}, self.config.model)
-            self._loaded = processor, model.to(device).eval().requires_grad_(False)
+            model = model.to(device).eval().requires_grad_(False)
+            with source.explained():
+                text = None if self.config.text is None else self._embed_text(model, self.config.text)
+            self._loaded = _Tower(processor, model, text)
         return self._loaded
 
 
@@ -119,6 +160,8 @@ class EmbedSettings(pydantic.BaseModel):
     """Pictures at a time."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the model."""
+    text: Annotated[str, pydantic.Field(min_length=1)] | None = None
+    """For models that read text too: the column is the cosine of picture and text, -1 to 1, instead of the vector."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,12 +185,11 @@ def embed(source: Table, settings: EmbedSettings, out: Path, *, engine: Engine =
 
     model = Source(settings.model, settings.revision)
     model.require("config.json", what="a vision model")
-    files = model.files("*.json", "*.safetensors")
+    files = model.files(*_FILES)
     weights = fingerprint([(path.name, digest_of(path)) for path in files])
-    rules = EmbedRules(
-        model=public_name(settings.model), weights=weights, column=settings.column, precision=settings.precision
-    )
-    stage = Embed(rules, model.local("*.json", "*.safetensors"), source.roots, settings.batch_size)
+    kept = settings.model_dump(include={"column", "precision", "text"})
+    rules = EmbedRules(model=public_name(settings.model), weights=weights, **kept)
+    stage = Embed(rules, model.local(*_FILES), source.roots, settings.batch_size)
     told = rules.model_dump() | {"revision": settings.revision}
     facts = {"embeddings": {**source.facts.get("embeddings", {}), settings.column: told}}
     return run_stage(stage, source, out, engine=engine, workers=workers, facts=facts)

@@ -34,6 +34,15 @@ class FilterRules(pydantic.BaseModel):
     max_border_share: Annotated[float, pydantic.Field(ge=0, le=1)] | None = None
     """0 takes no border at all, 1 blank pictures too."""
 
+    min_scores: dict[str, float] = {}
+    """Column -> smallest number, of any column: data_tools.embed --text makes such."""
+    max_scores: dict[str, float] = {}
+    """Column -> largest number."""
+
+    @property
+    def has_scores(self) -> bool:
+        return bool(self.min_scores or self.max_scores)
+
     def fault(self, row: Mapping[str, Any]) -> str | None:
         """The first limit that a row does not meet, in words. Raises InputError where its numbers were not measured."""
         if row["sharpness"] is None:
@@ -49,6 +58,12 @@ class FilterRules(pydantic.BaseModel):
             if limit is not None and sign * value > sign * limit:
                 what = name.partition("_")[2].replace("_", " ")
                 return f"{what} {value:.4g} is {'above' if sign > 0 else 'below'} {name} {limit:g}"
+        for limits, sign in ((self.min_scores, -1), (self.max_scores, 1)):
+            for column, limit in limits.items():
+                if not isinstance(value := row.get(column), int | float):
+                    raise InputError(f"{row['name']}: has no number {column!r}; data_tools.embed --text makes one")
+                if sign * value > sign * limit:
+                    return f"{column} {value:.4g} is {'above' if sign > 0 else 'below'} {limit:g}"
         return None
 
 

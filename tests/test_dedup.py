@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import tokenizers
+import torch
+import transformers
 from PIL import Image, ImageEnhance, ImageOps
 
 from data_tools import dedup, embed, filter, scan
@@ -144,6 +147,71 @@ def test_a_table_that_is_not_there_or_damaged_is_named(tmp_path: Path, capsys: p
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     run(dedup, "--table", tmp_path, "--out", tmp_path / "out", status=2)
     assert "a.parquet: damaged" in capsys.readouterr().err
+
+
+def tiny_clip(folder: Path) -> Path:
+    """Both towers of a CLIP of random weights, with a vocabulary of a few words."""
+    config = transformers.CLIPConfig(
+        text_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                     "vocab_size": 8, "max_position_embeddings": 12, "eos_token_id": 2, "bos_token_id": 1},
+        vision_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                       "image_size": 32, "patch_size": 8},
+        projection_dim=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    words = {
+        word: number for number, word in enumerate(["[PAD]", "[BOS]", "[EOS]", "a", "blurry", "photo", "cat", "?"])
+    }
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A [EOS]", special_tokens=[("[EOS]", 2)])
+    named = {"pad_token": "[PAD]", "eos_token": "[EOS]", "unk_token": "?"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    transformers.CLIPImageProcessorPil(**sizes).save_pretrained(folder)
+    return folder
+
+
+def test_a_text_gives_scores_and_filter_goes_by_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paint(tmp_path / "in", 12)
+    model = tiny_clip(tmp_path / "clip")
+    run(scan, "--sources", tmp_path / "in", "--out", tmp_path / "scan", "--workers", 1)
+    embeds = ("--table", tmp_path / "scan", "--model", model, "--batch-size", 5)
+    run(embed, *embeds, "--out", tmp_path / "vectors")
+    run(embed, *embeds, "--out", tmp_path / "scores", "--column", "blurry", "--text", "a blurry photo")
+    rows = Table.open(tmp_path / "scores").read().to_pylist()
+    clip = transformers.CLIPModel.from_pretrained(model).eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(model)(["a blurry photo"], return_tensors="pt")
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(model)
+    with torch.no_grad():  # as the model itself scores, without any of ours
+        for row in rows:
+            pixels = processor(images=Image.open(tmp_path / "in" / row["name"]).convert("RGB"), return_tensors="pt")
+            found = clip(**tokens, **pixels)
+            truth = (found.logits_per_image / clip.logit_scale.exp()).item()
+            assert row["blurry"] == pytest.approx(truth, abs=1e-5)
+    vectors = [row["embedding"] for row in Table.open(tmp_path / "vectors").read().to_pylist()]
+    assert len(vectors[0]) == 8 and np.linalg.norm(vectors[0]) == pytest.approx(1, abs=1e-2)
+    limit = sorted(row["blurry"] for row in rows)[5]
+    limits = ("--table", tmp_path / "scores", "--max-scores", "blurry", limit + 1e-7)
+    run(filter, *limits, "--out", tmp_path / "few", "--workers", 1)
+    left = Table.open(tmp_path / "few").read().to_pylist()
+    assert sum(row["refused"] is None for row in left) == 6
+    assert {row["refused_by"] for row in left} == {None, "filter"}
+    run(
+        filter,
+        "--table",
+        tmp_path / "scan",
+        "--max-scores",
+        "blurry",
+        1,
+        "--out",
+        tmp_path / "x",
+        "--workers",
+        1,
+        status=2,
+    )
+    assert "has no number 'blurry'" in capsys.readouterr().err
 
 
 @needs_photos

@@ -233,7 +233,7 @@ def test_clusters_of_embeddings(tmp_path: Path) -> None:
     for path in sorted((tmp_path / "painted/images").rglob("*.png")):
         save(Image.open(path), tmp_path / f"in/{path.parent.name}-{path.name}", path.stem)
     tower = WEIGHTS / "siglip2-so400m-patch16-naflex"
-    found = run(tmp_path, tmp_path / "out", dedup=None, embed={"model": str(tower)}, split=ALL_IN_TRAIN,
+    found = run(tmp_path, tmp_path / "out", dedup=None, embed=[{"model": str(tower)}], split=ALL_IN_TRAIN,
                 label={"clusters": {"min_similarity": 0.6}}, pair={"max_copy_score": 1.0})["train"]  # fmt: skip
     same = [row["target"].split("-")[0] == row["references"][0].split("-")[0] for row in found]
     print(f"references from the target's own style: {np.mean(same):.2f} of {len(same)}")

@@ -23,10 +23,11 @@ from data_tools.dedup import dedup
 from data_tools.embed import embed
 from data_tools.filter import Filter, FilterRules
 from data_tools.label import label
-from data_tools.pack import from_table, pack
+from data_tools.pack import check_free, from_table, pack
 from data_tools.pair import pair
 from data_tools.split import split
 from data_tools.stages import ENGINES, Table, run_stage
+from data_tools.triplets import LEFT_OUT_NAME
 from ztrain.errors import InputError
 from ztrain.yamls import describe_errors
 
@@ -55,17 +56,28 @@ def build(command: Command) -> dict[str, int]:
     folder, out = command.config.parent, command.out.resolve()
     config = command.build.at(folder)
     work = command.work or out.with_name(f"{out.name}.work")
+    _check_places(config.sources, folder, out)
     tables = config.label.tables(folder)  # what is wrong with them is better known before hours of scanning
     table = _look(command, config, work)
     table = _tell(label(table, config.label, folder, work / "label"))
     table = _tell(split(table, config.split, work / "split"))
     table = _tell(pair(table, config.pair, work / "pair"))
-    given = from_table(table, config.told(sorted(table.roots)), tables)
+    given = from_table(table, config.told(), tables)
     triplets = pack(given, config.pack, out)
     for name, count in given.about["counts"].items():
         if name != "pictures":
-            print(f"note: {name.replace('_', ' ')}: {count}, see {out / 'left_out.jsonl'}", file=sys.stderr)
+            print(f"note: {name.replace('_', ' ')}: {count}", file=sys.stderr)
+    print(f"what was left out, and why: {out / LEFT_OUT_NAME}", file=sys.stderr)
     return triplets
+
+
+def _check_places(sources: Sequence[str], folder: Path, out: Path) -> None:
+    """Raises InputError for an `out` that is taken, or that the next scan would find."""
+    check_free(out)
+    for source in sources:
+        if (folder / source).resolve() in (out, *out.parents):
+            searched = f"{folder / source}, which is searched for pictures"
+            raise InputError(f"{out}: lies inside {searched}; choose another --out")
 
 
 def _look(command: Command, config: BuildConfig, work: Path) -> Table:

@@ -3,12 +3,17 @@
 In: a manifest. Out: README.md, with the header by which the Hub and `datasets` find the splits.
 """
 
+import html
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ztrain.yamls import dump_yaml
 
-_FILES = {"imagefolder": "{split}/**", "webdataset": "{split}-*.tar", "parquet": "data/{split}-*.parquet"}
+_FILES = {"imagefolder": "{split}/**", "webdataset": "{split}-[0-9]*.tar", "parquet": "data/{split}-[0-9]*.parquet"}
+_NOTES = {
+    "webdataset": "`datasets` reads tars whose samples all have the same kinds of files, webdataset and ztrain any.\n"
+}
 
 
 def card(manifest: Mapping[str, Any]) -> str:
@@ -26,6 +31,7 @@ def card(manifest: Mapping[str, Any]) -> str:
         "# Triplets: (references, prompt, target)\n",
         "Each row asks for the target by its prompt, in the look of its references. Made by ztrain's data_tools;"
         f" fingerprint `{manifest['fingerprint']}`. `sha256sum -c SHA256SUMS` checks the files.\n",
+        _NOTES.get(manifest["format"], ""),
         _table(("split", "triplets"), manifest["triplets"].items()),
         _styles(manifest["styles"]),
         _shared(manifest["shared"]),
@@ -44,7 +50,11 @@ def _table(head: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|").replace("\n", " ")
+    if isinstance(value, int):
+        return f"{value:,}"
+    # As text, whatever a style is called: neither HTML nor Markdown.
+    plain = " ".join(html.escape(str(value), quote=False).split())
+    return re.sub(r"([\\`*\[\]|~])", r"\\\1", plain)
 
 
 def _words(counts: Mapping[str, int]) -> list[tuple[str, int]]:
@@ -71,4 +81,5 @@ def _licences(names: Iterable[str]) -> str:
     names = list(names)
     if not names:
         return "No licence file lay beside the pictures: find out whose they are before you pass them on.\n"
-    return "As stated in " + ", ".join(f"[{name}]({name})" for name in names) + ".\n"
+    told = ", ".join(f"[{name}]({name})" for name in names)
+    return f"As stated in {told}, of the sources that came with one.\n"

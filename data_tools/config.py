@@ -56,11 +56,12 @@ class BuildConfig(pydantic.BaseModel):
         ]
         return self.model_copy(update={"embed": embed, "caption": caption})
 
-    def told(self, labels: list[str]) -> dict[str, Any]:
+    def told(self) -> dict[str, Any]:
         """For the manifest: what decides the result, with names in the place of this machine's paths."""
         from ztrain.models import public_name  # here, for it brings torch
 
-        document: dict[str, Any] = self.model_dump(mode="json", exclude_none=True) | {"sources": labels}
+        document: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
+        document["sources"] = [each if each.startswith("hub:") else Path(each).name for each in self.sources]
         for step in (*document["caption"], *document["embed"]):
             step["model"] = public_name(step["model"])
         for step in document["caption"]:

@@ -6,7 +6,8 @@ In: a table of data_tools.scan or data_tools.filter. Out: the same rows with `cl
 `copy_of` (empty for a representative), `copy_by` (bytes, pixels, or likeness) and `copy_score`. With a column of
 embeddings also `meaning`: the community of pictures that show nearly the same (data_tools.communities).
 
-Of a cluster the picture with the most pixels represents, then the most bytes, then a caption, then the first name.
+Of a cluster the picture with the most pixels represents, then the most bytes, then a caption, then the first name. One
+without a caption takes over that of its first copy with one (`caption_from`).
 """
 
 import sys
@@ -46,15 +47,17 @@ ADDS = pa.schema(
         ("copy_of", pa.string()),
         ("copy_by", pa.string()),
         ("copy_score", pa.float32()),  # to the representative, 0..1; of chains it may be low
+        ("caption", pa.string()),
+        ("caption_from", pa.string()),
     ]
 )
-_RULES = 1
+_RULES = 2
 
 
 def dedup(source: Table, rules: DedupRules, out: Path) -> Table:
     """Raises InputError."""
-    columns = ["source", "name", "refused", "digest", "pixels", "width", "height", "bytes", "caption", "likeness"]
-    rows = source.read(columns)
+    columns = ["source", "name", "refused", "digest", "pixels", "width", "height", "bytes", "likeness"]
+    rows = source.read([*columns, "caption", "caption_from"])
     usable = np.flatnonzero(rows["refused"].is_null().to_numpy())
     if not len(usable):
         raise InputError(f"{source.folder}: no picture is left that could be a copy; lower the limits before it")
@@ -63,11 +66,17 @@ def dedup(source: Table, rules: DedupRules, out: Path) -> Table:
         raise InputError(f"{source.folder}: has no fingerprints; scan with --measures quality likeness")
     keys = [f"{row['source']}/{row['name']}" for row in kept]
     first = _representatives(kept, keys, rules.mirrored)
-    found: list[dict[str, Any]] = [dict.fromkeys(ADDS.names) for _ in range(rows.num_rows)]
+    captions = rows.select(["caption", "caption_from"]).to_pylist()
+    found: list[dict[str, Any]] = [dict.fromkeys(ADDS.names) | captions[row] for row in range(rows.num_rows)]
     for place, row in enumerate(usable):
         found[row] |= {"cluster": keys[first[place]]}
         if first[place] != place:
             found[row] |= _copy(kept[place], kept[first[place]], rules.mirrored) | {"copy_of": keys[first[place]]}
+    for place in sorted(range(len(kept)), key=lambda place: keys[place]):  # the first by name
+        first_row, row = usable[first[place]], kept[place]
+        if found[first_row]["caption"] is None and row["caption"] is not None:
+            author = f"{row['caption_from']} of its copy {keys[place]}"
+            found[first_row] |= {"caption": row["caption"], "caption_from": author}
     added = pa.Table.from_pylist(found, ADDS)
     if rules.embedding_column is not None:
         meaning = pa.array(_meaning(source, rules, usable, keys, rows.num_rows), pa.string())

@@ -5,13 +5,14 @@ In: the pictures of a table. Out: items that name their references.
 
 import csv
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pydantic
 
-from data_tools.groups import check_split
+from data_tools.groups import check_header, check_split
 from data_tools.likeness import COPY_SCORE
 from data_tools.output import check_share
 from data_tools.pictures import Pictures, Told, texts
@@ -24,7 +25,8 @@ _RESERVED = ("way", "copy_score")
 
 class PairTable(pydantic.BaseModel):
     """A table with one row per triplet: reference (several joined by "|"), target, prompt and perhaps split; CSV, or
-    JSONL with the same keys (several references as a list). Further columns travel with the row."""
+    JSONL with the same keys (several references as a list). Further columns travel with the row. Where no row names a
+    split, data_tools.split divides them; where some do, the others are for train."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -54,12 +56,13 @@ class PairTable(pydantic.BaseModel):
             except InputError as error:
                 rejected[where] = str(error)
         for where, reason in rejected.items():
-            row = where.removeprefix(f"{folder}/")
+            row = f"{Path(self.table).name}:{where.rpartition(':')[2]}"
             told.leave_out("rows_rejected", row, "label", reason.removeprefix(f"{where}: "))
         check_share(rejected, len(items) + len(rejected), self.max_reject_share, "rows")
         if not items:
             raise InputError(f"{folder / self.table}: no row is left; give the table at least one usable pair")
-        yield from items
+        some = any(item.split is not None for item in items)
+        yield from (replace(item, split="train") if some and item.split is None else item for item in items)
 
     def _item(self, row: dict[str, Any], known: Mapping[str, Scanned], pictures: Pictures, *, where: str) -> Item:
         given = row.pop("reference", [])
@@ -69,11 +72,12 @@ class PairTable(pydantic.BaseModel):
         references = tuple(_find(name, "reference", known, pictures, where=where) for name in names)
         target = _find(row.pop("target", ""), "target", known, pictures, where=where)
         prompt = take_text(row, "prompt", where=where)
-        split = row.pop("split", "") or "train"
+        split = row.pop("split", None) or None
         try:
-            check_split(str(split))
+            if split is not None:
+                check_split(check_text(split, "split", where=where))
         except ValueError as error:
-            raise InputError(f"{where}: split {error}") from error
+            raise InputError(f"{where}: {error}") from error
         for column in row:
             if column.endswith(("file_name", "file_names")):
                 raise InputError(f"{where}: `datasets` would take column {column!r} for pictures; rename it")
@@ -110,8 +114,8 @@ class BeforeAfter(pydantic.BaseModel):
         before = self._below(self.before, pictures)
         after = self._below(self.after, pictures)
         for name in sorted(before.keys() ^ after.keys()):
-            picture = (before.get(name) or after[name]).key
-            told.leave_out("pictures_without_partner", picture, "label", "no picture of its name on the other side")
+            picture, why = (before.get(name) or after[name]).key, "no usable picture of its name on the other side"
+            told.leave_out("pictures_without_partner", picture, "label", why)
         for name in sorted(before.keys() & after.keys()):
             target = after[name]
             yield Item(picture=target, way="before_after", content=target.key, whole=name, references=(before[name],),
@@ -147,9 +151,10 @@ def _read_table(path: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]
             header = reader.fieldnames or ()
             for column in (column for column in ("reference", "target", "prompt") if column not in header):
                 raise InputError(f"{path}: no column {column!r}; its columns are: {', '.join(header)}")
+            check_header(header, path)
             for row in reader:
                 yield f"{path}:{reader.line_num}", partial(_csv_columns, row, where=f"{path}:{reader.line_num}")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: cannot read the table of pairs ({error}); it must be UTF-8") from error
 
 

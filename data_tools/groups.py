@@ -4,8 +4,9 @@ In: the pictures of a table. Out: items; which of a group meet is data_tools.pai
 """
 
 import csv
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 
@@ -48,8 +49,7 @@ class StyleFolders(_Way):
     @pydantic.field_validator("splits")
     @classmethod
     def _folders_are_names(cls, splits: dict[str, str]) -> dict[str, str]:
-        for folder in splits.values():
-            check_split(folder)
+        check_splits(list(splits.values()))
         return splits
 
     def tables(self, folder: Path) -> list[Path]:
@@ -62,25 +62,38 @@ class StyleFolders(_Way):
         """Raises InputError."""
         contents = None if self.contents is None else self._read(folder, told)
         captions = dict(zip(pictures.usable, texts(pictures, self.caption_column), strict=True))
-        met: set[str] = set()
-        for style, of_style in self._styles(pictures.usable).items():
-            named: dict[str, str] = {}
-            for picture in of_style:
-                content = PurePosixPath(picture.name).stem
-                if contents is not None and content not in contents:
-                    told.leave_out("pictures_without_content", picture.key, "label", f"no id {content!r} in the table")
-                    continue
-                if content in named:
-                    raise InputError(f"{picture.key}: the same content as {named[content]}; keep one")
-                named[content] = PurePosixPath(picture.name).name
-                prompt, split = (captions[picture], None) if contents is None else contents[content]
-                yield Item(picture=picture, way="styles", group=style, content=content, whole=content, prompt=prompt,
-                           split=split, more={"style": style, "content": content})  # fmt: skip
-            met |= named.keys()
-            if not named:
-                raise InputError(f"{style}: no picture of a content in the table; check ids and splits")
+        styles = {style: self._with_content(style, of_style, contents, told)
+                  for style, of_style in self._styles(pictures.usable).items()}  # fmt: skip
         if contents is not None:
-            told.counts["contents_without_picture"] = len(contents.keys() - met)
+            met = {content for of_style in styles.values() for content in of_style}
+            told.counts["contents_without_picture"] = sum(split != "" for content, (_, split) in contents.items()
+                                                          if content not in met)  # fmt: skip
+        every = [picture for of_style in styles.values() for picture in of_style.values()]
+        kept = set(pictures.single(every, told))
+        for style, of_style in styles.items():
+            for content, picture in of_style.items():
+                if picture in kept:
+                    prompt, split = (captions[picture], None) if contents is None else contents[content]
+                    yield Item(picture=picture, way="styles", group=style, content=content, whole=content,
+                               prompt=prompt, split=split, more={"style": style, "content": content})  # fmt: skip
+
+    def _with_content(
+        self, style: str, pictures: Sequence[Scanned], contents: Mapping[str, tuple[str, str | None]] | None, told: Told
+    ) -> dict[str, Scanned]:
+        """Content -> its picture in this style. Raises InputError."""
+        named: dict[str, Scanned] = {}
+        for picture in pictures:
+            content = PurePosixPath(picture.name).stem
+            if contents is not None and (content not in contents or contents[content][1] == ""):
+                why = "its content is of another split" if content in contents else f"no id {content!r} in the table"
+                told.leave_out("pictures_without_content", picture.key, "label", why)
+                continue
+            if content in named:
+                raise InputError(f"{picture.key}: the same content as {named[content].key}; keep one")
+            named[content] = picture
+        if not named:
+            raise InputError(f"{style}: no picture of a content in the table; check ids and splits")
+        return named
 
     def _styles(self, usable: Sequence[Scanned]) -> dict[str, list[Scanned]]:
         """Raises InputError for styles that are not there."""
@@ -94,7 +107,7 @@ class StyleFolders(_Way):
         return {style: sorted(present[style], key=lambda each: each.name) for style in styles}
 
     def _read(self, folder: Path, told: Told) -> dict[str, tuple[str, str | None]]:
-        """Content id -> prompt and split; counts contents of other splits. Raises InputError."""
+        """Content id -> prompt and split, "" for one that is left out. Raises InputError."""
         path = folder / str(self.contents)
         contents: dict[str, tuple[str, str | None]] = {}
         columns = [name for name in (self.id_column, self.prompt_column, self.split_column) if name is not None]
@@ -104,6 +117,7 @@ class StyleFolders(_Way):
                 header = reader.fieldnames or ()
                 for column in (column for column in columns if column not in header):
                     raise InputError(f"{path}: no column {column!r}; its columns are: {', '.join(header)}")
+                check_header(header, path)
                 for row in reader:
                     where = f"{path}:{reader.line_num}"
                     if None in row or None in row.values():  # DictReader's marks for a long and for a short row
@@ -114,14 +128,13 @@ class StyleFolders(_Way):
                     if content in contents:
                         raise InputError(f"{where}: the {self.id_column} {content!r} stands twice; keep one")
                     contents[content] = (prompt, self.splits.get(split[0], "") if split else None)
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
+        except (OSError, ValueError, csv.Error) as error:
             raise InputError(f"{path}: cannot read the contents table ({error}); it must be UTF-8 CSV") from error
-        kept = {content: found for content, found in contents.items() if found[1] != ""}
-        told.counts["contents_of_other_splits"] = len(contents) - len(kept)
-        empty = sorted(set(self.splits.values()) - {folder for _, folder in kept.values() if folder is not None})
+        told.counts["contents_of_other_splits"] = sum(split == "" for _, split in contents.values())
+        empty = sorted(set(self.splits.values()) - {folder for _, folder in contents.values() if folder is not None})
         if empty and self.split_column is not None:
             raise InputError(f"{path}: split {empty[0]!r} gets no content; check splits and {self.split_column}")
-        return kept
+        return contents
 
 
 class StyleClusters(_Way):
@@ -143,27 +156,28 @@ class StyleClusters(_Way):
         vectors = pictures.column(self.column)
         if not vectors or any(vector is None for vector in vectors):
             raise InputError(f"not all pictures have {self.column!r}; embed them first")
-        embeddings = np.array(vectors, np.float16)  # (N, D)
-        labels = communities.communities(len(vectors), communities.neighbours(embeddings, self.min_similarity))
-        captions = texts(pictures, self.caption_column)
-        members: dict[int, list[int]] = defaultdict(list)
-        for place, label in enumerate(labels.tolist()):
-            members[label].append(place)
-        for places in members.values():
-            if len(places) < self.min_pictures:
-                for place in places:
-                    told.leave_out("pictures_without_style", pictures.usable[place].key, "label",
-                                   f"its cluster has {len(places)} pictures, fewer than min_pictures")  # fmt: skip
+        known = dict(zip(pictures.usable, zip(vectors, texts(pictures, self.caption_column), strict=True), strict=True))
+        single = pictures.single(pictures.usable, told)
+        embeddings = np.array([known[picture][0] for picture in single], np.float16)  # (N, D)
+        labels = communities.communities(len(single), communities.neighbours(embeddings, self.min_similarity))
+        members: dict[int, list[Scanned]] = defaultdict(list)
+        for picture, label in zip(single, labels.tolist(), strict=True):
+            members[label].append(picture)
+        for of_style in members.values():
+            if len(of_style) < self.min_pictures:
+                reason = f"its cluster has {len(of_style)} pictures, fewer than min_pictures {self.min_pictures}"
+                for picture in of_style:
+                    told.leave_out("pictures_without_style", picture.key, "label", reason)
                 continue
-            style = f"cluster-{fingerprint(pictures.usable[places[0]].key)[:8]}"
-            for place in places:
-                picture = pictures.usable[place]
+            style = f"cluster-{fingerprint(of_style[0].key)[:8]}"
+            for picture in of_style:
                 yield Item(picture=picture, way="clusters", group=style, content=picture.cluster, whole=picture.cluster,
-                           prompt=captions[place], more={"style": style})  # fmt: skip
+                           prompt=known[picture][1], more={"style": style})  # fmt: skip
 
 
 class Clips(_Way):
-    """Folders of frames: a reference shows the same things at another time."""
+    """Folders of frames, in the order of the numbers in their names: a reference shows the same things at another time.
+    Copies count as frames too; how alike two may be is `max_copy_score`'s to say."""
 
     min_gap: int = pydantic.Field(default=1, ge=1)
     """Fewest frames between target and reference."""
@@ -182,14 +196,16 @@ class Clips(_Way):
 
     def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
         captions = dict(zip(pictures.usable, texts(pictures, self.caption_column), strict=True))
-        clips: dict[str, list[Scanned]] = defaultdict(list)
-        for picture in sorted(pictures.usable, key=lambda each: each.key):
-            clips[str(PurePosixPath(picture.key).parent)].append(picture)
+        known = {picture.key: picture for picture in pictures.usable}
+        clips: dict[str, list[str]] = defaultdict(list)
+        for key in sorted([*known, *pictures.refused], key=_by_numbers):  # a refused frame is a frame all the same
+            clips[str(PurePosixPath(key).parent)].append(key)
         for clip, frames in clips.items():
-            for order, picture in enumerate(frames):
-                yield Item(picture=picture, way="clips", group=clip, content=picture.key, whole=clip, order=order,
-                           gap=(self.min_gap, self.max_gap or len(frames)), prompt=captions[picture],
-                           max_copy_score=self.max_copy_score, more={"clip": clip})  # fmt: skip
+            for order, key in enumerate(frames):
+                if (picture := known.get(key)) is not None:
+                    yield Item(picture=picture, way="clips", group=clip, content=key, whole=clip, order=order,
+                               gap=(self.min_gap, self.max_gap or len(frames)), prompt=captions[picture],
+                               max_copy_score=self.max_copy_score, more={"clip": clip})  # fmt: skip
 
 
 class Alone(_Way):
@@ -199,11 +215,34 @@ class Alone(_Way):
     """Column with prompts."""
 
     def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
-        for picture, prompt in zip(pictures.usable, texts(pictures, self.caption_column), strict=True):
-            yield Item(picture=picture, way="alone", content=picture.key, whole=picture.cluster, prompt=prompt)
+        captions = dict(zip(pictures.usable, texts(pictures, self.caption_column), strict=True))
+        for picture in pictures.single(pictures.usable, told):
+            yield Item(
+                picture=picture, way="alone", content=picture.key, whole=picture.cluster, prompt=captions[picture]
+            )
+
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    """frame2 before frame10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def check_split(name: str) -> None:
-    """Raises ValueError unless it can be the name of a folder."""
-    if name != Path(name).name or name.startswith(".") or not name:
-        raise ValueError(f"{name!r} must be the plain name of a folder")
+    """Raises ValueError unless `datasets` and every file system take it for the name of a split."""
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name == "all":
+        raise ValueError(f"{name!r} cannot be a split: letters, digits and _, and not all")
+
+
+def check_splits(names: Sequence[str]) -> None:
+    """The same of several, which no file system may take for one another."""
+    for name in names:
+        check_split(name)
+    if len({name.casefold() for name in names}) < len(set(names)):
+        raise ValueError(f"{', '.join(names)}: differ in capitals alone; rename one")
+
+
+def check_header(header: Sequence[str], path: Path) -> None:
+    """Raises InputError for a column that stands twice, of which one would win unseen."""
+    for column in header:
+        if header.count(column) > 1:
+            raise InputError(f"{path}: the column {column!r} stands {header.count(column)} times; keep one")

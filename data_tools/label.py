@@ -3,7 +3,7 @@
     python -m data_tools.label --config configs/data/emoji_styles.yaml --table work/dedup --out work/label
 
 In: a table of data_tools.dedup or of any stage before it, and the section `label` of a config. Out: a table of items,
-for data_tools.split. Copies (`copy_of`) are left out of groups; pictures that a table of pairs names are used.
+for data_tools.split. Copies (`copy_of`) are left out of groups; pictures that somebody has named, and frames, are used.
 """
 
 import sys
@@ -20,7 +20,7 @@ from data_tools.groups import Alone, Clips, StyleClusters, StyleFolders
 from data_tools.output import digest_of
 from data_tools.pictures import Pictures, Told
 from data_tools.stages import Table
-from data_tools.triplets import ITEMS, Item, LeftOut, item_rows, write_rows
+from data_tools.triplets import ITEMS, Item, item_rows, write_rows
 from ztrain.errors import InputError
 
 _RULES = 1
@@ -57,16 +57,10 @@ class LabelRules(pydantic.BaseModel):
             raise ValueError(f"needs at least one of {', '.join(names)}; `styles: {{}}` takes folders as styles")
         return self
 
-    def grouped(self) -> list[Way]:
-        """Those that go through all pictures."""
-        return [way for way in (self.styles, self.clusters, self.clips, self.alone) if way is not None]
-
-    def given(self) -> list[Way]:
-        """Those that go by what somebody has named."""
-        return [way for way in (self.pairs, self.before_after) if way is not None]
-
     def ways(self) -> list[Way]:
-        return [*self.grouped(), *self.given()]
+        """Those that are given."""
+        given = (self.styles, self.clusters, self.clips, self.pairs, self.before_after, self.alone)
+        return [way for way in given if way is not None]
 
     def tables(self, folder: Path) -> list[Path]:
         """Files that decide the labels, checked. Raises InputError."""
@@ -76,20 +70,19 @@ class LabelRules(pydantic.BaseModel):
 def label(source: Table, rules: LabelRules, folder: Path, out: Path) -> Table:
     """`folder`: what tables are relative to. Raises InputError."""
     digests = [digest_of(path) for path in rules.tables(folder)]
-    pictures, told = Pictures.read(source), Told()
-    single = pictures if rules.keep_copies or not rules.grouped() else pictures.without_copies()
-    told.left_out += [LeftOut(key, stage, reason) for key, (stage, reason) in pictures.refused.items()]
-    if single is not pictures:
-        told.left_out += [LeftOut(key, "dedup", reason) for key, reason in pictures.copies.items()]
-    told.counts["pictures_refused"] = len(pictures.refused)
-    told.counts["copies_left_out"] = len(pictures.usable) - len(single.usable)
+    pictures, told = Pictures.read(source, rules.keep_copies), Told()
+    for key, (stage, reason) in pictures.refused.items():
+        told.leave_out("pictures_refused", key, stage, reason)
     if not pictures.usable:
         raise InputError(f"{source.folder}: no picture is left; lower the limits before it")
-    items = [
-        item
-        for way, of_whom in [*((way, single) for way in rules.grouped()), *((way, pictures) for way in rules.given())]
-        for item in way.items(of_whom, folder, told)
-    ]
+    items = [item for way in rules.ways() for item in way.items(pictures, folder, told)]
+    if not items:
+        raise InputError(f"{source.folder}: no picture fits the section label; look at its folders and names")
+    met = {each.key for item in items for each in (item.picture, *(item.references or ()))}
+    met |= {each.name for each in told.left_out}
+    for picture in pictures.usable:
+        if picture.key not in met:
+            told.leave_out("pictures_not_asked_for", picture.key, "label", "no way of labelling takes it")
     facts = {"counts": {"pictures": len(pictures.usable) + len(pictures.refused), **told.counts}}
     about = (_RULES, rules.model_dump(mode="json"), digests)
     return write_rows(item_rows(items), ITEMS, out, source, name="label", about=about, left_out=told.left_out,

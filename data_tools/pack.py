@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import tyro
@@ -51,6 +51,18 @@ class PackRules(pydantic.BaseModel):
     parquet: tables with Image columns."""
     max_shard_mib: int = pydantic.Field(default=256, ge=1)
     """Largest sum of pictures in one tar or table, in MiB; a single larger triplet gets a file of its own."""
+    link: bool = True
+    """imagefolder: pictures are hard links where the file system can, which take no room; what edits one in place edits
+    the other too."""
+
+
+class _Carried(pydantic.BaseModel):
+    """What a manifest says that goes on with its triplets."""
+
+    counts: dict[str, int]
+    shared: dict[str, dict[str, int]]
+    config: dict[str, Any]
+    licences: list[Annotated[str, pydantic.Field(pattern=r"^LICENSE[\w.-]*$")]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +90,9 @@ def pack(given: Input, rules: PackRules, out: Path) -> dict[str, int]:
     about = {"counts": {}, "shared": {}, "config": {}, **given.about}
     rows = {split: [_identity(triplet, known) for triplet in of_split] for split, of_split in given.splits.items()}
     digests = [(name, digest_of(path)) for name, path in licences.items()]
-    made_from = fingerprint(_RULES, rules.model_dump(mode="json"), rows, digests, about, given.left_out)
+    made_from = fingerprint(
+        _RULES, rules.model_dump(mode="json", exclude={"link"}), rows, digests, about, given.left_out
+    )
     if manifest := read_manifest(out / PACK_MANIFEST_NAME, made_from):
         _check_files(out, manifest)
         print(f"{out} is up to date")
@@ -87,12 +101,13 @@ def pack(given: Input, rules: PackRules, out: Path) -> dict[str, int]:
         "fingerprint": made_from,
         "format": rules.format,
         "triplets": {split: len(of_split) for split, of_split in given.splits.items()},
-        "pictures": len({each.digest for each in known.values()}),
+        "picture_files": len(known),
         "styles": _styles(given.splits),
         **about,
         "licences": list(licences),
     }
-    content = Content(given.splits, known, given.place, rules.max_shard_mib << 20)
+    place = given.place if rules.link else _nowhere
+    content = Content(given.splits, known, place, rules.max_shard_mib << 20)
     with whole_folder(out) as building:
         files = LAYOUTS[rules.format](building, content)
         for name, path in licences.items():
@@ -102,6 +117,18 @@ def pack(given: Input, rules: PackRules, out: Path) -> dict[str, int]:
         _finish(building, manifest, files)
     triplets: dict[str, int] = manifest["triplets"]
     return triplets
+
+
+def check_free(out: Path) -> None:
+    """Raises InputError where there is something that no data set of ours is: better known before hours of work."""
+    if not out.resolve().name:
+        raise InputError(f"{out}: cannot be a data set; choose another --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / PACK_MANIFEST_NAME).is_file() or out.is_file():
+        raise InputError(f"{out}: already holds something else; remove it or choose another --out")
+
+
+def _nowhere(picture: Picture) -> Path | None:
+    return None
 
 
 def _finish(folder: Path, manifest: dict[str, Any], files: Files) -> None:
@@ -135,11 +162,11 @@ def _styles(splits: Mapping[str, Sequence[Triplet]]) -> dict[str, dict[str, int]
 
 
 def find_licences(folders: Iterable[Path]) -> list[Path]:
-    """The licence file of each folder, or of the one that it lies in."""
+    """The licence file of each folder; or the LICENSES.md beside it, since a LICENSE there may be of something else."""
     found = []
     for folder in folders:
-        places = [folder, folder.parent] if folder.is_dir() else [folder.parent]
-        paths = [path for place in places for name in _LICENCES if (path := place / name).is_file()]
+        beside = folder.parent / _LICENCES[0]
+        paths = [path for path in (*(folder / name for name in _LICENCES), beside) if path.is_file()]
         found += paths[:1]
     return list(dict.fromkeys(found))
 
@@ -164,7 +191,7 @@ def _check_files(out: Path, manifest: dict[str, Any]) -> None:
             if not path.is_file() or path.stat().st_size != shard["bytes"]:
                 raise InputError(f"{path}: is missing or damaged; remove {out} and pack again")
     try:
-        names = [line.split("  ", 1)[1] for line in (out / SUMS_NAME).read_text(encoding="utf-8").splitlines()]
+        names = [line.split("  ", 1)[1] for line in (out / SUMS_NAME).read_text(encoding="utf-8").split("\n")[:-1]]
     except (OSError, IndexError) as error:
         raise InputError(f"{out / SUMS_NAME}: is missing or damaged; remove {out} and pack again") from error
     for name in names:
@@ -210,15 +237,17 @@ def from_folder(data: Path, text_only: bool) -> Input:
         raise InputError(f"{data}: no split with a {MANIFEST_NAME} there; build it with data_tools.build")
     about, left_out, licences = {}, "", [data / name for name in _LICENCES if (data / name).is_file()][:1]
     try:
-        manifest = json.loads((data / PACK_MANIFEST_NAME).read_bytes())
-        about = {name: manifest[name] for name in ("counts", "shared", "config")}
-        licences = [data / PurePath(name).name for name in manifest["licences"]]
+        manifest = _Carried.model_validate_json((data / PACK_MANIFEST_NAME).read_bytes())
+        about = manifest.model_dump(include={"counts", "shared", "config"})
+        licences = [data / name for name in manifest.licences]
+        if strange := [path for path in licences if path.is_symlink() or not path.is_file()]:
+            raise ValueError(f"{strange[0].name} is no file there")
         left_out = (data / LEFT_OUT_NAME).read_text(encoding="utf-8")
     except FileNotFoundError:
         pass  # somebody's own folder has none
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{data / PACK_MANIFEST_NAME}: not a manifest of data_tools ({error}); remove it") from error
-    return Input(splits=splits, known=_known_by_reading, place=lambda picture: None, licences=licences,
+    return Input(splits=splits, known=_known_by_reading, place=_nowhere, licences=licences,
                  left_out=left_out, about=about)  # fmt: skip
 
 
@@ -250,6 +279,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{command.data}: imagefolder is made of a table of data_tools.pair, and text_only of a folder; choose"
                 " --format webdataset or parquet for a folder"
             )
+        check_free(command.out)
+        if command.data.resolve() in command.out.resolve().parents:
+            raise InputError(f"{command.out}: lies inside {command.data}; choose another --out")
         given = from_table(Table.open(command.data), {}) if is_table else from_folder(command.data, command.text_only)
         triplets = pack(given, command.rules, command.out.resolve())
     except InputError as error:

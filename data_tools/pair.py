@@ -85,8 +85,14 @@ class PairRules(pydantic.BaseModel):
 def pair(source: Table, rules: PairRules, out: Path) -> Table:
     """Raises InputError for a split that comes out empty."""
     told = Told(left_out=read_left_out(source))
-    splits = make_pairings(read_items(source), rules, told)
+    items = read_items(source)
+    splits = make_pairings(items, rules, told)
     pairings = [each for of_split in splits.values() for each in of_split]
+    met = {each.target.key for each in pairings} | {one.picture.key for each in pairings for one in each.references}
+    met |= {each.name for each in told.left_out}
+    for picture in {one.key: one for item in items for one in (item.picture, *(item.references or ()))}.values():
+        if picture.key not in met:
+            told.leave_out("pictures_in_no_triplet", picture.key, "pair", "neither target nor reference of any triplet")
     facts = {"counts": {**source.facts["counts"], **told.counts}}
     about = (_RULES, rules.model_dump(mode="json"))
     return write_rows(pairing_rows(pairings), PAIRINGS, out, source, name="pair", about=about, left_out=told.left_out,
@@ -95,13 +101,20 @@ def pair(source: Table, rules: PairRules, out: Path) -> Table:
 
 def make_pairings(items: Sequence[Item], rules: PairRules, told: Told) -> dict[str, list[Pairing]]:
     """Split -> triplets in the order of the seed; what has no reference is left out and counted."""
-    groups: dict[str, dict[str, list[Item]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[str, dict[tuple[str, str | None], list[Item]]] = defaultdict(lambda: defaultdict(list))
     for item in items:
-        groups[str(item.split)][item.group or item.way].append(item)
+        if item.split is None:
+            raise InputError("the items have no splits; run data_tools.split first")
+        groups[item.split][item.way, item.group].append(item)
     splits: dict[str, list[Pairing]] = {}
     for split, of_split in sorted(groups.items(), key=_largest_first):
-        streams = [_limited(_Group(members, rules, told), rules) for members in of_split.values()]
-        rows = _in_turn(streams, rules.max_triplets_per_split)
+        streams = [_limited(_Group(members, rules, told), rules, told) for members in of_split.values()]
+        rows = _in_turn(streams, rules.max_triplets_per_split, told)
+        if not rows and not any(item.prompt for members in of_split.values() for item in members):
+            raise InputError(
+                f"split {split!r} gets no triplet, for no picture has a prompt: write .txt files beside them, add the"
+                " section caption, or a table of contents"
+            )
         if not rows:
             raise InputError(
                 f"split {split!r} gets no triplet: a group needs {rules.references_per_triplet + 1} different pictures "
@@ -113,24 +126,26 @@ def make_pairings(items: Sequence[Item], rules: PairRules, told: Told) -> dict[s
     return splits
 
 
-def _largest_first(split: tuple[str, Mapping[str, Sequence[Item]]]) -> tuple[int, str]:
+def _largest_first(split: tuple[str, Mapping[tuple[str, str | None], Sequence[Item]]]) -> tuple[int, str]:
     return -sum(map(len, split[1].values())), split[0]
 
 
-def _limited(group: "_Group", rules: PairRules) -> Iterator[Pairing]:
+def _limited(group: "_Group", rules: PairRules, told: Told) -> Iterator[Pairing]:
     for number, pairing in enumerate(group.pairings()):
-        if number == rules.max_triplets_per_group:
-            return
-        yield pairing
+        if rules.max_triplets_per_group is None or number < rules.max_triplets_per_group:
+            yield pairing
+        else:
+            told.counts["triplets_cut"] += 1
 
 
-def _in_turn(streams: list[Iterator[Pairing]], limit: int | None) -> list[Pairing]:
+def _in_turn(streams: list[Iterator[Pairing]], limit: int | None, told: Told) -> list[Pairing]:
     """One of each stream after the other, so that a cut stays even."""
     rows: list[Pairing] = []
-    while streams and (limit is None or len(rows) < limit):
+    while streams:
         taken = [(stream, next(stream, None)) for stream in streams]
         streams = [stream for stream, row in taken if row]
         rows += [row for _, row in taken if row]
+    told.counts["triplets_cut"] += len(rows) - len(rows[:limit])
     return rows[:limit]
 
 
@@ -163,36 +178,33 @@ class _Group:
         yield from self._scored([(item, item.references or (), {}) for item in named])
 
     def _grouped(self) -> Iterator[tuple[Item, list[Item]]]:
-        """Every target with its references once, then every target again, in random order.
-
-        A heap by use hands out the least used picture first, so that all are references about equally often.
-        """
+        """Every target with its references once, then every target again, in random order."""
         members = [item for item in self.items if item.group is not None]
         alike = self._alike(members)
         chance = random.Random(f"references {self.rules.seed} {self.name}")
-        heap = sorted((0, chance.random(), position) for position in range(len(members)))
+        least_used = _LeastUsed(members, chance)
         seen = [{item.picture.pixels} for item in members]  # what a target has met, first of all itself
         wanted = self.rules.references_per_triplet
         for _ in range(self.rules.triplets_per_target):
             for target in chance.sample(range(len(members)), len(members)):
-                passed, chosen = heap[:0], heap[:0]
-                while heap and len(chosen) < wanted and members[target].prompt is not None:
-                    entry = heapq.heappop(heap)
-                    other = members[entry[2]]
-                    fits = other.picture.pixels not in seen[target] and self._may_meet(members[target], other, alike)
-                    (chosen if fits else passed).append(entry)
-                    if fits:
+                item = members[target]
+                if item.prompt is None:
+                    continue
+                chosen: list[int] = []
+                for position in least_used.of(item):
+                    other = members[position]
+                    if other.picture.pixels not in seen[target] and self._may_meet(item, other, alike):
+                        chosen.append(position)
                         seen[target].add(other.picture.pixels)
+                    if len(chosen) == wanted:
+                        break
                 complete = len(chosen) == wanted
-                for entry in passed:
-                    heapq.heappush(heap, entry)
-                for uses, _order, position in chosen:
-                    heapq.heappush(heap, (uses + complete, chance.random(), position))
+                least_used.give_back(chosen, used=complete)
                 if complete:
-                    yield members[target], [members[position] for _uses, _order, position in chosen]
-                elif members[target].prompt is not None:
+                    yield item, [members[position] for position in chosen]
+                else:
                     reason = f"no {'further ' if len(seen[target]) > 1 else ''}reference in {self.name}"
-                    self._leave_out("triplets_without_reference", members[target], reason)
+                    self._leave_out("triplets_without_reference", item, reason)
 
     def _alike(self, members: Sequence[Item]) -> set[frozenset[bytes]]:
         """Pairs of fingerprints that are too much alike to meet, though they differ."""
@@ -208,10 +220,10 @@ class _Group:
         return self.rules.max_copy_score if item.max_copy_score is None else item.max_copy_score
 
     def _may_meet(self, target: Item, other: Item, alike: set[frozenset[bytes]]) -> bool:
-        if target.content == other.content or target.picture.cluster == other.picture.cluster:
+        if target.content == other.content:
             return False
-        if target.gap and not target.gap[0] <= abs(target.order - other.order) <= target.gap[1]:
-            return False
+        if target.picture.cluster == other.picture.cluster and target.gap is None:
+            return False  # frames are alike by nature, and have a limit of their own
         one, two = target.picture.likeness, other.picture.likeness
         if one is None or two is None or self._most(target) >= 1:
             return True
@@ -238,6 +250,8 @@ class _Group:
             for item, references, columns in several:
                 score = max(islice(scores, len(references)), default=None)
                 same = item.picture.pixels in {each.pixels for each in references}
+                if self._most(item) < 1 and item.gap is None:
+                    same |= item.picture.cluster in {each.cluster for each in references}
                 if same or (score is not None and score > self._most(item)):
                     reason = f"is a copy of its reference (copy_score {1.0 if same else score:.3f})"
                     self._leave_out("pairs_too_alike", item, reason)
@@ -255,7 +269,8 @@ class _Group:
         """A triplet of a picture and a part of itself, which no copy score is asked of."""
         picture, (least, most) = item.picture, self.rules.self_sides
         share = least + (most - least) * chance.random()
-        width, height = (max(1, round(side * share)) for side in (picture.width, picture.height))
+        # One pixel less at the least, or it would be the target itself.
+        width, height = (max(1, min(side - 1, round(side * share))) for side in (picture.width, picture.height))
         left, top = chance.randint(0, picture.width - width), chance.randint(0, picture.height - height)
         mirrored = self.rules.self_mirrored and chance.random() < 0.5
         cut = Cut(left, top, left + width, top + height, mirrored)
@@ -269,6 +284,42 @@ class _Group:
 
     def _leave_out(self, what: str, item: Item, reason: str) -> None:
         self.told.leave_out(what, item.picture.key, "pair", reason)
+
+
+class _LeastUsed:
+    """Hands out members by how often they were references, so that all are about equally often."""
+
+    def __init__(self, members: Sequence[Item], chance: random.Random) -> None:
+        self._chance = chance
+        self._heap = sorted((0, chance.random(), position) for position in range(len(members)))
+        self._taken: list[tuple[int, float, int]] = []
+        # Of frames only those so many places away, or a long clip would be gone through for each of its frames.
+        self._places = {item.order: position for position, item in enumerate(members) if item.gap is not None}
+        self._keys = {position: (0, order) for _, order, position in self._heap}
+
+    def of(self, target: Item) -> Iterator[int]:
+        """Positions for a target, the least used first; to be given back."""
+        if target.gap is not None:
+            near, far = target.gap
+            orders = [target.order + sign * gap for gap in range(near, far + 1) for sign in (-1, 1)]
+            found = [self._places[order] for order in orders if order in self._places]
+            yield from sorted(found, key=self._keys.__getitem__)
+            return
+        while self._heap:
+            self._taken.append(heapq.heappop(self._heap))
+            yield self._taken[-1][2]
+
+    def give_back(self, chosen: Sequence[int], *, used: bool) -> None:
+        for entry in self._taken:
+            if entry[2] not in chosen:
+                heapq.heappush(self._heap, entry)
+        uses = {position: count for count, _, position in self._taken}
+        for position in chosen:
+            count = uses.get(position, self._keys[position][0]) + used
+            self._keys[position] = (count, self._chance.random())
+            if position in uses:
+                heapq.heappush(self._heap, (*self._keys[position], position))
+        self._taken = []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

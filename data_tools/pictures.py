@@ -22,15 +22,17 @@ class Pictures:
     """Key -> the program that refused it, and why."""
     copies: dict[str, str]
     """Key -> why it is a copy, for usable ones that another picture stands for."""
+    keep_copies: bool = False
+    """Whether groups get copies too."""
 
     @classmethod
-    def read(cls, table: Table) -> "Pictures":
+    def read(cls, table: Table, keep_copies: bool) -> "Pictures":
         """Raises InputError for a table of something else."""
         names = set(table.columns)
         location = [name for name in PICTURE_COLUMNS if name != "cluster"]
         copies = [name for name in ("cluster", "copy_of", "copy_by", "copy_score") if name in names]
         found = table.read([*location, "refused", "refused_by", *copies])
-        pictures = cls(table, [], [], {}, {})
+        pictures = cls(table, [], [], {}, {}, keep_copies)
         for place, row in enumerate(found.to_pylist()):
             if row["refused"] is not None:
                 pictures.refused[f"{row['source']}/{row['name']}"] = (row["refused_by"], row["refused"])
@@ -44,11 +46,24 @@ class Pictures:
                 pictures.copies[pictures.usable[-1].key] = like
         return pictures
 
-    def without_copies(self) -> "Pictures":
-        """Only those that stand for a cluster."""
-        kept = [place for place, picture in enumerate(self.usable) if picture.key not in self.copies]
-        usable, rows = [self.usable[place] for place in kept], [self.rows[place] for place in kept]
-        return Pictures(self.table, usable, rows, self.refused, {})
+    def single(self, chosen: Sequence[Scanned], told: "Told") -> list[Scanned]:
+        """Of each cluster the one that stands for it, or the largest where that one is not among the chosen; the others
+        are left out and counted."""
+        if self.keep_copies:
+            return list(chosen)
+        first: dict[str, Scanned] = {}
+        for picture in sorted(chosen, key=self._rank):
+            first.setdefault(picture.cluster, picture)
+        for picture in chosen:
+            if (stands := first[picture.cluster]) is not picture:
+                reason = self.copies.get(picture.key)
+                if reason is None or f"a copy of {stands.key} " not in reason:
+                    reason = f"a copy of {stands.key}"
+                told.leave_out("copies_left_out", picture.key, "dedup", reason)
+        return [picture for picture in chosen if first[picture.cluster] is picture]
+
+    def _rank(self, picture: Scanned) -> tuple[bool, int, str]:
+        return picture.key in self.copies, -picture.width * picture.height, picture.key
 
     def column(self, name: str) -> list[Any]:
         """Values of the usable pictures. Raises InputError where the table has no such column."""

@@ -4,9 +4,10 @@
 
 In: a table of data_tools.label, and the section `split` of a config. Out: the same items, each with its split. What
 hangs together (copies of one picture, pictures of one content, of one style if asked, a target and its named
-references) goes to one split. Where somebody has given splits, what would be in two of them is left out of the earlier.
+references) goes to one split. Where somebody has given splits, what would be in two of them is left out of the larger.
 """
 
+import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import tyro
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from data_tools.groups import check_split
+from data_tools.groups import check_splits
 from data_tools.output import fingerprint
 from data_tools.pictures import Told
 from data_tools.stages import Table
@@ -47,8 +48,8 @@ class SplitRules(pydantic.BaseModel):
     @pydantic.field_validator("shares")
     @classmethod
     def _possible(cls, shares: dict[str, float]) -> dict[str, float]:
+        check_splits(list(shares))
         for name, share in shares.items():
-            check_split(name)
             if not share > 0:
                 raise ValueError(f"the share of {name} must be above 0; leave the split out instead")
         if not shares:
@@ -84,7 +85,7 @@ def assign(items: Sequence[Item], rules: SplitRules, told: Told) -> list[Item]:
         if item.split is not None:
             given[piece][item.split] += 1
     free = Counter(piece for piece in pieces if piece not in given)
-    places = _shares(free, items, pieces, rules) if free else {}
+    places = _shares(free, items, pieces, rules, is_all=not given) if free else {}
     # What hangs together with given items goes where most of them are; of equals, the later in the alphabet.
     places |= {piece: max(counts, key=lambda name: (counts[name], name)) for piece, counts in given.items()}
     placed = [replace(item, split=item.split or places[piece]) for item, piece in zip(items, pieces, strict=True)]
@@ -120,9 +121,10 @@ def _pieces(ties: Sequence[Sequence[tuple[str, str]]]) -> list[int]:
 
 
 def _shares(
-    free: Mapping[int, int], items: Sequence[Item], pieces: Sequence[int], rules: SplitRules
+    free: Mapping[int, int], items: Sequence[Item], pieces: Sequence[int], rules: SplitRules, *, is_all: bool
 ) -> dict[int, str]:
-    """Piece -> split. In an order by hash, so that a picture more moves hardly any other. Raises InputError."""
+    """Piece -> split. In an order by hash, so that a picture more moves hardly any other. Raises InputError where there
+    are too few; is_all: no split has any item yet."""
     names = list(rules.shares)
     first: dict[int, str] = {}
     groups: dict[int, Counter[str]] = defaultdict(Counter)
@@ -130,11 +132,11 @@ def _shares(
         if piece in free:
             first[piece] = min(first.get(piece, item.picture.digest), item.picture.digest)
             groups[piece].update([item.group] if item.group is not None else [])
-    if len(free) < len(names):
+    if is_all and len(free) < len(names):
+        by = f" by {', '.join(sorted(rules.apart))}" if rules.apart else ""
         raise InputError(
-            f"all {sum(free.values())} pictures hang together in {len(free)} pieces by"
-            f" {', '.join(sorted(rules.apart))}, too few for the splits {', '.join(names)}; change split.apart or"
-            " split.shares"
+            f"all {sum(free.values())} pictures hang together in {len(free)} pieces{by}, too few for the splits"
+            f" {', '.join(names)}; change split.apart or split.shares"
         )
     waiting = _Waiting(sorted(free, key=lambda piece: fingerprint("split", rules.seed, first[piece])), groups)
     total, share_sum = sum(free.values()), sum(rules.shares.values())
@@ -142,7 +144,7 @@ def _shares(
     for later, name in reversed(list(enumerate(names))):  # the first split gets what the others leave
         wanted, filled = total * rules.shares[name] / share_sum, 0
         waiting.begin()
-        while len(waiting) > later:
+        while len(waiting) > (later if is_all else 0):
             piece = waiting.next()
             if later and filled and filled + free[piece] / 2 > wanted and not waiting.lonely:
                 break
@@ -224,8 +226,8 @@ def shared(splits: Mapping[str, Sequence[Pairing]]) -> dict[str, dict[str, int]]
         seen[name] = {
             "pictures": {picture.pixels for picture in pictures},
             "copies": {picture.cluster for picture in pictures},
-            "contents": {value for one in of_split for value in _contents(one.columns)},
-            "styles": {one.columns["style"] for one in of_split if "style" in one.columns},
+            "contents": {json.dumps(value) for one in of_split for value in _contents(one.columns)},
+            "styles": {json.dumps(one.columns["style"]) for one in of_split if "style" in one.columns},
         }
     names = list(splits)
     return {

@@ -104,7 +104,7 @@ class Table:
         sources = {label: os.path.relpath(root, self.folder) for label, root in self.roots.items()}
         document = {"shards": self.shards, "sources": sources, "facts": self.facts}
         text = json.dumps(document, ensure_ascii=False, indent=1) + "\n"
-        with workspace(self.folder) as scratch:
+        with scratch_folder(self.folder) as scratch:
             (scratch / TABLE_NAME).write_text(text, encoding="utf-8")
             os.replace(scratch / TABLE_NAME, self.folder / TABLE_NAME)
         current = set(self.shards)
@@ -142,13 +142,14 @@ def _damaged(path: Path, error: Exception) -> InputError:
 
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
-    """A scratch folder inside the folder of a table, which is made where it is not there. Raises InputError."""
+    """A scratch folder inside the folder of a table, which is made where it is not there. Raises InputError, also for
+    what cannot be written while it is there."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        with workspace(out) as scratch:
+            yield scratch
     except OSError as error:
-        raise InputError(f"{out}: cannot write it ({error.strerror}); choose another place") from error
-    with workspace(out) as scratch:
-        yield scratch
+        reason = error.strerror or str(error)
+        raise InputError(f"{out}: cannot write it ({reason}); make room or choose another place") from error
 
 
 def write_shard(rows: pa.Table, path: Path, scratch: Path) -> None:

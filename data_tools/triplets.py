@@ -9,6 +9,7 @@ import builtins
 import io
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
@@ -27,6 +28,7 @@ from ztrain.rows import Triplet
 
 LEFT_OUT_NAME = "left_out.jsonl"
 _ROWS_PER_SHARD = 100_000
+_LONGEST_PART, _LONGEST_PATH = 200, 1000  # bytes; most file systems end at 255, and at 4096 for all of a path
 
 _PICTURE = pa.struct(
     [
@@ -281,16 +283,9 @@ def as_triplets(table: Table) -> dict[str, list[Triplet]]:
     pairings, reader = read_pairings(table), Reader(table.roots)
     pictures = {each for split in pairings.values() for one in split
                 for each in (Reference(one.target), *one.references)}  # fmt: skip
-    several = len({each.picture.source for each in pictures}) > 1
-    names: dict[str, Reference] = {}
-    known: dict[Reference, TablePicture] = {}
-    for each in sorted(pictures, key=lambda each: (each.picture.key, str(each.cut))):
-        name = _file_name(each, reader, several)
-        if names.setdefault(name, each) != each:
-            path = PurePosixPath(name)
-            name = str(path.with_stem(f"{path.stem}-{fingerprint(each.picture.key, str(each.cut))[:8]}"))
-            names[name] = each
-        known[each] = TablePicture(name, each, reader)
+    names = _Names(reader, several=len({each.picture.source for each in pictures}) > 1)
+    order = sorted(pictures, key=lambda each: (each.picture.key, each.picture.digest, str(each.cut)))
+    known = {each: TablePicture(names.of(each), each, reader) for each in order}
     return {
         split: [
             Triplet(
@@ -307,18 +302,51 @@ def as_triplets(table: Table) -> dict[str, list[Triplet]]:
     }
 
 
-def _file_name(reference: Reference, reader: Reader, several: bool) -> str:
-    """Below images/; never outside, whatever an archive calls its members."""
-    picture, cut = reference.picture, reference.cut
-    path = PurePosixPath(picture.key if several else picture.name)
-    if path.is_absolute() or ".." in path.parts or not path.name or any(len(part) > 200 for part in path.parts):
-        path = PurePosixPath(picture.source, picture.digest)
-    if cut:
-        sides = "-".join(map(str, (cut.left, cut.top, cut.right, cut.bottom))) + ("-mirrored" if cut.mirrored else "")
-        path = path.with_name(f"{path.name}-{sides}.png")
-    elif path.suffix.lower() not in EXTENSIONS:
-        path = path.with_name(path.name + _extension(reader, picture))
-    return f"images/{path}"
+class _Names:
+    """Names of pictures in a data set: below images/, each once on every file system, whatever sources call them."""
+
+    def __init__(self, reader: Reader, *, several: bool) -> None:
+        """several: whether there are several sources, so that their labels are part of the names."""
+        self._reader, self._several = reader, several
+        self._files: set[str] = set()
+        self._folders: set[str] = set()
+
+    def of(self, reference: Reference) -> str:
+        picture = reference.picture
+        plain = self._named(PurePosixPath(picture.key if self._several else picture.name), reference)
+        digest = fingerprint(picture.key, picture.digest, str(reference.cut))
+        for path in (plain, plain.with_stem(f"{plain.stem}-{digest[:8]}"), PurePosixPath(f"{digest}{plain.suffix}")):
+            if self._is_free(path) and _is_portable(path):
+                self._files.add(_folded(path))
+                self._folders |= {_folded(parent) for parent in path.parents}
+                return f"images/{path}"
+        raise AssertionError(f"{picture.key}: two pictures have one digest")
+
+    def _named(self, path: PurePosixPath, reference: Reference) -> PurePosixPath:
+        if cut := reference.cut:
+            sides = "-".join(map(str, (cut.left, cut.top, cut.right, cut.bottom)))
+            return path.with_name(f"{path.name}-{sides}{'-mirrored' if cut.mirrored else ''}.png")
+        if path.suffix.lower() in EXTENSIONS:
+            return path
+        return path.with_name(path.name + _extension(self._reader, reference.picture))
+
+    def _is_free(self, path: PurePosixPath) -> bool:
+        folders = {_folded(parent) for parent in path.parents}
+        return _folded(path) not in self._files | self._folders and not folders & self._files
+
+
+def _folded(path: PurePosixPath) -> str:
+    """Equal for what some file systems take for one name."""
+    return unicodedata.normalize("NFC", str(path)).casefold()
+
+
+def _is_portable(path: PurePosixPath) -> bool:
+    """Whether a file may be called so, below a folder and without leaving it."""
+    if path.is_absolute() or ".." in path.parts or len(str(path).encode()) > _LONGEST_PATH:
+        return False
+    if any(len(part.encode()) > _LONGEST_PART for part in path.parts):
+        return False
+    return not any(unicodedata.category(letter)[0] == "C" or letter in "\\\u2028\u2029" for letter in str(path))
 
 
 def _extension(reader: Reader, picture: Scanned) -> str:

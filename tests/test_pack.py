@@ -387,7 +387,9 @@ def test_what_cannot_be_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     options = (tmp_path / "out", "--format", "parquet")
     assert "no split with a metadata.jsonl there" in refuse(capsys, folder / "train", *options)
     assert "no split with" in refuse(capsys, Path("pipe:touch canary"), *options)
-    assert "cannot write it" in refuse(capsys, folder, folder / "LICENSES.md/out", "--format", "parquet")
+    assert "lies inside" in refuse(capsys, folder, folder / "out", "--format", "parquet")
+    (tmp_path / "file").touch()
+    assert "cannot write it" in refuse(capsys, folder, tmp_path / "file/out", "--format", "parquet")
     manifest = folder / "train/metadata.jsonl"
     row = {"reference_file_name": "images/0a.png", "target_file_name": "images/0t.png", "prompt": "p"}
     for columns, message in (

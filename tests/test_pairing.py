@@ -2,9 +2,11 @@
 
 import json
 import random
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,9 @@ from data_tools import likeness
 from data_tools.build import main as build
 from data_tools.pair import PairRules, make_pairings
 from data_tools.pictures import Told
+from data_tools.sources import Reader
 from data_tools.split import SplitRules, assign
-from data_tools.triplets import Item, Scanned
+from data_tools.triplets import Cut, Item, Reference, Scanned, _Names
 from tests.test_build import EMOJI, ROOT
 from tests.triplets import picture
 from ztrain.data import read_triplets
@@ -208,7 +211,8 @@ def test_before_and_after(tmp_path: Path) -> None:
     }
     assert max(row["copy_score"] for row in found) > likeness.COPY_SCORE  # as a group they would not meet
     assert {row["way"] for row in found} == {"before_after"} and min(row["copy_score"] for row in found) > 0.6
-    assert counts(tmp_path / "out") == {"pictures": 11, "pictures_without_partner": 1, "pairs_too_alike": 1}
+    assert counts(tmp_path / "out") == {"pictures": 11, "pictures_without_partner": 1, "pairs_too_alike": 1,
+                                        "pictures_in_no_triplet": 1}  # fmt: skip
 
 
 def test_a_picture_alone_shows_a_part_of_itself(tmp_path: Path) -> None:
@@ -296,6 +300,117 @@ def test_real_drawings_leak_nothing(tmp_path: Path) -> None:
     assert len(both) > 4500
 
 
+WISHES: dict[str, dict[str, Any]] = {
+    "some styles": {"label": {"styles": {"styles": ["a", "c"]}}},
+    "cut": {"label": {"styles": {}}, "pair": {"max_triplets_per_split": 3}},
+    "cut groups": {"label": {"styles": {}}, "pair": {"max_triplets_per_group": 2}},
+    "some alone": {"label": {"alone": {}}, "pair": {"self_share": 0.3}, "split": ALL_IN_TRAIN},
+    "nobody alone": {"label": {"styles": {}, "alone": {}}},
+    "clips": {"label": {"clips": {"min_gap": 3}}},
+    "before and after": {"label": {"before_after": {"before": "a", "after": "b"}}, "split": ALL_IN_TRAIN},
+    "a table": {"label": {"pairs": {"table": "pairs.csv"}}, "split": ALL_IN_TRAIN},
+    "apart by nothing": {"label": {"styles": {}}, "split": {"apart": []}},
+    "with contents": {"label": {"styles": {"contents": "contents.csv", "splits": {"train": "train"}}}},
+    "limits": {"label": {"styles": {}}, "filter": {"min_pixels": 70 * 70}},
+}
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_every_picture_is_used_or_left_out_with_a_reason(tmp_path: Path, wish: str) -> None:
+    for place, style in enumerate("abc"):
+        for number in range(10):
+            side = 64 if number == 5 else 80
+            save(picture(20 * place + number, side, side), tmp_path / f"in/{style}/{number}.png", f"blocks {number}")
+    Image.open(tmp_path / "in/a/1.png").resize((90, 90)).save(tmp_path / "in/b/2.png")  # a copy, larger
+    (tmp_path / "in/c/3.png").write_bytes(b"none")
+    (tmp_path / "pairs.csv").write_text("reference,target,prompt\na/4.png,b/4.png,p\na/1.png,b/2.png,p\n")
+    rows = "".join(f"{number},p {number},{'train' if number < 7 else 'other'}\n" for number in range(9))
+    (tmp_path / "contents.csv").write_text("id,prompt,split\n" + rows)
+    config = {**WISHES[wish], "max_refused_share": 0.1}
+    if "table" in wish:
+        config["label"] = {"pairs": {"table": "pairs.csv", "max_reject_share": 0.5}}
+    found = run(tmp_path, tmp_path / "out", **config)
+    used = {f"in/{name.partition('.png')[0]}.png" for of_split in found.values() for row in of_split
+            for name in (row["target"], *row["references"])}  # fmt: skip
+    left_out = [json.loads(line) for line in (tmp_path / "out/left_out.jsonl").read_text().splitlines()]
+    every = {f"in/{style}/{number}.png" for style in "abc" for number in range(10)}
+    assert used | {row["name"] for row in left_out} >= every
+    assert all(row["reason"] and str(tmp_path) not in row["reason"] for row in left_out)
+    told = counts(tmp_path / "out")
+    cut = told.pop("triplets_cut", 0)
+    assert (cut > 0) == wish.startswith("cut")
+    without = {"pictures", "contents_of_other_splits", "contents_without_picture"}
+    assert sum(count for name, count in told.items() if name not in without) == len(left_out)
+    if wish in ("some styles", "clips"):  # nothing is lost to a copy that is not itself used
+        assert "in/a/1.png" in used
+
+
+def test_frames_are_in_the_order_of_their_numbers_and_refused_ones_count(tmp_path: Path) -> None:
+    for number in range(1, 13):
+        save(picture(number, 80, 80), tmp_path / f"in/clip/frame{number}.png", "p")
+    (tmp_path / "in/clip/frame5.png").write_bytes(b"none")
+    found = run(tmp_path, tmp_path / "out", split=ALL_IN_TRAIN, max_refused_share=0.1,
+                label={"clips": {"min_gap": 2, "max_gap": 3}}, pair={"triplets_per_target": 2})["train"]  # fmt: skip
+
+    def number_of(name: str) -> int:
+        return int(name.removesuffix(".png").partition("frame")[2])
+
+    gaps = {abs(number_of(row["target"]) - number_of(row["references"][0])) for row in found}
+    uses = Counter(row["references"][0] for row in found)
+    assert gaps == {2, 3} and len(found) > 18 and max(uses.values()) <= 4
+
+
+def test_a_mirror_image_is_no_reference_where_mirrors_are_copies(tmp_path: Path) -> None:
+    save(picture(1, 80, 80), tmp_path / "in/0.png")
+    save(picture(1, 80, 80).transpose(Image.Transpose.FLIP_LEFT_RIGHT), tmp_path / "in/1.png")
+    save(picture(2, 80, 80), tmp_path / "in/2.png")
+    (tmp_path / "pairs.csv").write_text("reference,target,prompt\n0.png,1.png,p\n2.png,1.png,q\n")
+    for mirrored, prompts in ((True, ["q"]), (False, ["p", "q"])):
+        found = run(tmp_path, tmp_path / str(mirrored), dedup={"mirrored": mirrored}, split=ALL_IN_TRAIN,
+                    label={"pairs": {"table": "pairs.csv"}})  # fmt: skip
+        assert [row["prompt"] for row in found["train"]] == prompts
+
+
+def test_what_stands_for_copies_has_their_caption(tmp_path: Path) -> None:
+    for number in range(3):
+        save(picture(number, 96, 96), tmp_path / f"in/{number}.png", None if number == 0 else "blocks")
+    save(picture(0, 96, 96).resize((80, 80)), tmp_path / "in/small.png", "blue blocks")
+    found = run(tmp_path, tmp_path / "out", split=ALL_IN_TRAIN, label={"styles": {}})["train"]
+    assert {row["target"]: row["prompt"] for row in found}["0.png"] == "blue blocks" and len(found) == 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(names=st.lists(st.text(max_size=120), min_size=1, max_size=12), several=st.booleans())
+def test_names_are_portable_and_never_meet(names: list[str], several: bool) -> None:
+    odd = ["a.png", "A.png", "a.png/b.png", "../x.png", "/etc/x.png", "x" * 300 + ".png", "山" * 90 + ".png", "l\n.png",
+           "r\u2028.png", "c:\\x.png", "caf\u00e9.png", "cafe\u0301.png"]  # fmt: skip
+    references = []
+    for number, name in enumerate([*odd, *(f"x{name}.png" for name in names)]):
+        one = replace(scanned(number), name=name)
+        references += [Reference(one), Reference(one, Cut(0, 0, 9, 9, mirrored=True))]
+    given_names = _Names(Reader({}), several=several)
+    made = [given_names.of(each) for each in references]
+    folded = [unicodedata.normalize("NFC", name).casefold() for name in made]
+    assert len(set(folded)) == len(folded)
+    folders = {str(parent) for name in folded for parent in PurePosixPath(name).parents}
+    assert not folders & set(folded)
+    for name in made:
+        assert name.startswith("images/") and ".." not in PurePosixPath(name).parts and name == name.strip("\n")
+        assert max(len(part.encode()) for part in name.split("/")) <= 200 and name.endswith(".png")
+
+
+def test_a_card_is_text_whatever_styles_are_called(tmp_path: Path) -> None:
+    hostile = ["<img src=x onerror=alert(1)>", "a|b\\|c", "[l](javascript:x)", "`code`", "*bold*"]
+    for place, style in enumerate(hostile):
+        for number in range(3):
+            save(picture(10 * place + number), tmp_path / f"in/{style}/{number}.png", "p")
+    run(tmp_path, tmp_path / "out", split={"shares": {"train": 1}, "apart": []}, label={"styles": {}})
+    card = (tmp_path / "out/README.md").read_text()
+    assert "<img" not in card and "[l](java" not in card and "a\\|b\\\\\\|c" in card
+    table = [line for line in card.splitlines() if line.startswith("| ") and "onerror" in line]
+    assert len(table) == 1
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -308,11 +423,37 @@ def test_real_drawings_leak_nothing(tmp_path: Path) -> None:
         ({"label": {"clips": {"min_gap": 3, "max_gap": 2}}}, "max_gap 2 must be at least min_gap 3"),
         ({"label": {"styles": {}}, "pair": {"self_sides": [0.9, 0.2]}}, "must be two shares"),
         ({"label": {"styles": {}}, "filter": {"min_pixels": 10**6}}, "no picture is left"),
+        ({"label": {"styles": {}}, "split": {"shares": {"train-val": 1}}}, "'train-val' cannot be a split"),
+        ({"label": {"styles": {}}, "split": {"shares": {"train": 1, "Train": 1}}}, "differ in capitals alone"),
+        ({"label": {"styles": {"caption_column": "nothing"}}}, "no picture has a prompt: write .txt files"),
+        ({"label": {"pairs": {"table": "pairs.jsonl"}}}, "split must be text, not 5"),
+        ({"label": {"pairs": {"table": "twice.csv"}}}, "twice.csv: the column 'prompt' stands 2 times"),
+        ({"label": {"before_after": {"before": "in", "after": "out"}}}, "out/: no pictures below it"),
     ],
 )
 def test_impossible_wishes(tmp_path: Path, config: dict[str, Any], message: str, capsys: Any) -> None:
     for number in range(6):
         save(picture(number), tmp_path / f"in/{number}.png", random.Random(number).choice(["a", "b"]))
+    (tmp_path / "pairs.jsonl").write_text('{"reference": "0.png", "target": "1.png", "prompt": "p", "split": 5}\n')
+    (tmp_path / "twice.csv").write_text("reference,target,prompt,prompt\n0.png,1.png,p,q\n")
     (tmp_path / "build.yaml").write_text(dump_yaml({"sources": ["in"], **config}))
     assert build(["--config", str(tmp_path / "build.yaml"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_places_that_cannot_be_are_refused_before_any_work(tmp_path: Path, capsys: Any) -> None:
+    for number in range(4):
+        save(picture(number), tmp_path / f"in/{number}.png", "blocks")
+    (tmp_path / "build.yaml").write_text(dump_yaml({"sources": ["in"], "label": {"styles": {}}}))
+    save(picture(9), tmp_path / "mine/photo.png")
+    for out, message in (
+        (tmp_path / "in/out", "lies inside"),
+        (tmp_path / "in", "already holds something else"),
+        (tmp_path / "mine", "already holds something else"),
+        (tmp_path / "in/0.png", "already holds something else"),
+        (Path("/"), "cannot be a data set"),
+    ):
+        words = ["--config", str(tmp_path / "build.yaml"), "--out", str(out), "--work", str(tmp_path / "work")]
+        assert build(words) == 2
+        assert message in capsys.readouterr().err, out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["build.yaml", "in", "mine"]

@@ -42,7 +42,7 @@ def paint(folder: Path, count: int) -> None:
     copy = Image.open(folder / "in/style0/000.png").resize((80, 80))
     copy.save(folder / "in/style0/001.png")
     (folder / "in/style1/002.png").write_bytes(b"no picture")
-    (folder / "LICENSE").write_text("by nobody")
+    (folder / "LICENSES.md").write_text("by nobody")
     (folder / "build.yaml").write_text(dump_yaml(CONFIG))
 
 
@@ -122,14 +122,14 @@ def check_manifest(folder: Path) -> None:
     listed = dict(reversed(line.split("  ", 1)) for line in sums.decode().splitlines())
     assert listed == {name: digest for name, digest in digests(folder).items()
                       if name not in ("SHA256SUMS", "manifest.json")}  # fmt: skip
-    assert len(listed) == manifest["files"] and manifest["licences"] == ["LICENSE"]
+    assert len(listed) == manifest["files"] and manifest["licences"] == ["LICENSES.md"]
     assert manifest["counts"]["pictures"] == 60 and manifest["counts"]["pictures_refused"] == 1
     assert manifest["counts"]["copies_left_out"] == 1
     assert {name: len(read_triplets(str(folder), name).triplets) for name in ("train", "validation")} == manifest[
         "triplets"
     ]
     card = (folder / "README.md").read_text()
-    assert card.startswith("---\nlicense: other\n") and "[LICENSE](LICENSE)" in card and "| style0 |" in card
+    assert card.startswith("---\nlicense: other\n") and "[LICENSES.md](LICENSES.md)" in card and "| style0 |" in card
 
 
 def test_pictures_of_tars_and_several_places(tmp_path: Path) -> None:

@@ -8,25 +8,23 @@ about, and captions that are there stay. The same command gives the same bytes; 
 now and then changes a word. The model is loaded once by each worker.
 """
 
-import importlib.util
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.compute as compute
 import pydantic
 import tyro
 from PIL import Image
-from safetensors import SafetensorError
 
+from data_tools.asking import MODELS, Model, read_template
 from data_tools.output import digest_of, fingerprint
-from data_tools.replies import Reply, judge, lay_out, load_processor, read_template
+from data_tools.replies import Reply, judge
 from data_tools.sources import Reader
 from data_tools.stages import ENGINES, Batch, Engine, Table, run_here, run_stage
 from ztrain.errors import InputError
@@ -89,133 +87,6 @@ class CaptionRules(Asking):
         return f"{self.model}@{self.revision or self.weights[:12]}, template {self.template} {hashed}"
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
-
-
-class Model(Protocol):
-    """Answers one question about pictures."""
-
-    def ask(self, images: Sequence[Image.Image]) -> list[Reply]:
-        """One reply for each picture, by greedy choice of every token."""
-
-
-class TransformersModel:
-    """By transformers, in one padded batch."""
-
-    @staticmethod
-    def check(location: Path, name: str) -> None:
-        """Raises InputError where it cannot be one, before anything large is read."""
-        from transformers import AutoConfig
-        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-        with _explained(name):
-            config = AutoConfig.from_pretrained(location)
-            if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-                raise ValueError(f"a {config.model_type} model does not answer questions about pictures")
-
-    def __init__(self, location: Path, rules: CaptionRules) -> None:
-        import torch
-        from transformers import AutoModelForImageTextToText, GenerationConfig
-
-        from ztrain.encoders import quiet_loading  # here, as below: other steps need not wait for torch
-        from ztrain.models import require_loaded
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        with _explained(rules.model), quiet_loading():
-            self.processor = load_processor(location)
-            dtype = getattr(torch, rules.precision)
-            model, info = AutoModelForImageTextToText.from_pretrained(
-                location, dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
-        require_loaded({"missing_keys": info["missing_keys"]}, rules.model)
-        self.model = model.to(device).eval().requires_grad_(False)
-        tokenizer = self.processor.tokenizer
-        tokenizer.padding_side = "left"  # so that all replies begin at the same place
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token  # masked, so any token will do
-        own = model.generation_config
-        ends = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
-        self.ends = [ends] if isinstance(ends, int) else list(ends)
-        # Of the repository's settings only the ids: sampling and penalties would change what is said.
-        self.model.generation_config = GenerationConfig(
-            do_sample=False, max_new_tokens=rules.max_new_tokens, eos_token_id=self.ends,
-            pad_token_id=tokenizer.pad_token_id, bos_token_id=own.bos_token_id,
-            decoder_start_token_id=own.decoder_start_token_id,
-        )  # fmt: skip
-        self.prompt = lay_out(self.processor, rules.question)
-
-    def ask(self, images: Sequence[Image.Image]) -> list[Reply]:
-        import torch
-
-        bos = self.processor.tokenizer.bos_token
-        inputs = self.processor(
-            text=[self.prompt] * len(images),
-            images=[[image] for image in images],  # of each prompt: the one form that all processors read
-            padding=True,
-            add_special_tokens=not (bos and self.prompt.startswith(bos)),
-            return_tensors="pt",
-        ).to(self.model.device, dtype=self.model.dtype)
-        with torch.no_grad():
-            ids = self.model.generate(**inputs)  # (B, L)
-        said = ids if self.model.config.is_encoder_decoder else ids[:, inputs["input_ids"].shape[1] :]
-        texts = self.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
-        ended = torch.isin(said, torch.tensor(self.ends, device=said.device)).any(1).tolist()
-        return [Reply(*each) for each in zip(texts, ended, strict=True)]
-
-
-class VllmModel:
-    """By vLLM, which schedules on its own and is many times faster on a GPU.
-
-    Written from vLLM's published interface and never run by us: it wants a GPU. It makes its own batches, so that
-    another run may round, and say, something else.
-    """
-
-    @staticmethod
-    def check(location: Path, name: str) -> None:
-        """Raises InputError where vLLM is not installed; what it can load it says itself."""
-        if importlib.util.find_spec("vllm") is None:
-            raise InputError("--backend vllm: vLLM is not installed; pip install 'ztrain[vllm]'")
-
-    def __init__(self, location: Path, rules: CaptionRules) -> None:
-        from vllm import LLM, SamplingParams
-
-        self.model = LLM(model=str(location), dtype=rules.precision, seed=0, limit_mm_per_prompt={"image": 1})
-        self.sampling = SamplingParams(temperature=0.0, max_tokens=rules.max_new_tokens)
-        self.question = rules.question
-
-    def ask(self, images: Sequence[Image.Image]) -> list[Reply]:
-        turns = [[{"role": "user", "content": [{"type": "image_pil", "image_pil": image},
-                                               {"type": "text", "text": self.question}]}]
-                 for image in images]  # fmt: skip
-        found = [output.outputs[0] for output in self.model.chat(turns, self.sampling, use_tqdm=False)]
-        return [Reply(each.text, each.finish_reason == "stop") for each in found]
-
-
-MODELS: Mapping[str, type[TransformersModel] | type[VllmModel]] = {
-    "transformers": TransformersModel,
-    "vllm": VllmModel,
-}
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turns what transformers raises about a repository that it cannot use into one sentence."""
-    from ztrain.models import Source
-
-    try:
-        with Source(name).explained():
-            yield
-    except InputError:
-        raise
-    except (ValueError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        said = f"{name}: cannot be loaded as an image-text model ({reason}); mend that, or give another --model"
-        raise InputError(said) from error
-
-
-# --- the stage --------------------------------------------------------------------------------------------------------
-
-
 def shrink(image: Image.Image, max_pixels: int) -> Image.Image:
     """At most so many pixels, with the same aspect."""
     scale = math.sqrt(max_pixels / (image.width * image.height))
@@ -262,7 +133,14 @@ class Caption:
     def _ask(self, rows: Sequence[Mapping[str, Any]]) -> list[Reply]:
         images = [decode_image(self.reader.read_same(row), row["name"]) for row in rows]
         if self._loaded is None:
-            self._loaded = MODELS[self.config.backend](self.location, self.config)
+            config = self.config
+            self._loaded = MODELS[config.backend](
+                self.location,
+                config.model,
+                config.question,
+                precision=config.precision,
+                max_new_tokens=config.max_new_tokens,
+            )
         return self._loaded.ask([shrink(image, self.config.max_pixels) for image in images])
 
 

@@ -3,11 +3,11 @@
 import csv
 import importlib.util
 import json
+import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_tools import caption, dedup, replies, scan
-from data_tools.replies import Reply, judge, lay_out, load_processor
+from data_tools.asking import TransformersModel, lay_out, load_processor
+from data_tools.replies import Reply, judge
 from data_tools.stages import Table
+from tests.forge import the_forge
 from ztrain.mini.painter import PaintedWorld
 from ztrain.mini.turns import CONTENT, DETAIL
 from ztrain.mini.world import COUNT_NAMES, KIND_NAMES, PLACE_NAMES, name_content
@@ -165,21 +167,22 @@ def test_faults_are_named_counted_and_stop_the_run(
     assert "3 captioned, 1 kept, 2 left out, 0 at fault" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("forge")
 def test_killed_and_gone_on_with_it_gives_the_same_bytes(
     pictures: tuple[Path, list[str], list[str]], question: Path, tmp_path: Path
 ) -> None:
-    look(some(pictures[0], tmp_path / "in", 60), tmp_path / "scan", "--rows-per-shard", 2)
-    total, out = len(Table.open(tmp_path / "scan").shards), tmp_path / "killed"
+    look(some(pictures[0], tmp_path / "in", 9), tmp_path / "scan", "--rows-per-shard", 1)
+    out = tmp_path / "killed"
     assert caption.main(words_for(tmp_path / "scan", tmp_path / "whole", question)) == 0
     words = words_for(tmp_path / "scan", out, question)
-    process = subprocess.Popen([sys.executable, "-m", "data_tools.caption", *words], cwd=ROOT)
-    while len(list(out.glob("*.parquet"))) < 3:
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.005)
-    process.kill()
+    process = the_forge().start(["data_tools.caption", *words], dict(os.environ), tmp_path / "said", tmp_path / "err")
+    while not list(out.glob("*.parquet")):
+        assert process.poll() is None, "it ended before it could be killed: " + (tmp_path / "err").read_text()
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
     process.wait()
     made = list(out.glob("*.parquet"))
-    assert len(made) < total and not (out / "table.json").exists()
+    assert len(made) < 9 and not (out / "table.json").exists()
     written = {path: path.stat().st_mtime_ns for path in made}
     assert caption.main(words) == 0
     assert contents(out) == contents(tmp_path / "whole")
@@ -361,11 +364,8 @@ def make_paligemma(out: Path) -> None:
 def test_other_families_answer_in_batches_as_alone(tmp_path: Path, make: Callable[[Path], None], prompt: str) -> None:
     torch.manual_seed(0)
     make(tmp_path / "model")
-    rules = caption.CaptionRules(
-        model="m", weights="w", template="t", question="what?", precision="float32", max_new_tokens=6
-    )
-    model = caption.TransformersModel(tmp_path / "model", rules)
-    assert model.prompt == prompt
+    model = TransformersModel(tmp_path / "model", "m", "what?", precision="float32", max_new_tokens=6)
+    assert model.prompt == prompt and model.model.dtype == torch.float32
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
     images = [noise, Image.new("RGB", (40, 80), "red"), noise.rotate(90, expand=True)]
     together = model.ask(images)

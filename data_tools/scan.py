@@ -70,7 +70,7 @@ class Scan:
     """Stage: opens and measures listed pictures."""
 
     name: ClassVar[str] = "scan"
-    rules: ClassVar[int] = 2
+    rules: ClassVar[int] = 3
     adds = MEASURED
 
     def __init__(self, config: ScanRules, roots: Mapping[str, Path]) -> None:

@@ -2,30 +2,33 @@
 
 In: places. Out: for each picture the place's label, a name in it, where its bytes are, and a caption that somebody has
 already written (a .txt beside it, a column). Pictures stay where they are; nothing is decoded here.
+
+Source and name are one row's alone. Tars: data_tools.members; Parquet files: data_tools.cells.
 """
 
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
+from data_tools.cells import list_cells, read_cell
+from data_tools.members import list_members
+from data_tools.names import SIDECAR, kind_of, kind_said, printable, reason_of, stem_of, texts_by_stem
 from data_tools.output import EXTENSIONS, fingerprint
 from data_tools.stages import Table, scratch_folder, write_shard
 from ztrain.errors import InputError
-from ztrain.tars import Archive, index_tar
 
 LISTING = pa.schema(
     [
         ("source", pa.string()),  # label of the place
-        ("name", pa.string()),  # in it: path, then member or row
+        ("name", pa.string()),  # in it, unique: path, then member, or column and row
         ("part", pa.string()),  # file that the bytes are in
         ("offset", pa.int64()),  # of the first byte, or the row; -1: the file is the picture
         ("bytes", pa.int64()),  # length; -1 for a row
@@ -35,8 +38,6 @@ LISTING = pa.schema(
         ("refused", pa.string()),  # why it cannot be used; null where it can
     ]
 )
-CAPTION_COLUMNS = ("caption", "text", "prompt")
-"""Of Parquet files and the Hub: the first that is there is taken for the caption."""
 _HUB = re.compile(r"hub:(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _LARGEST_SHARD = 4  # times the wanted one
 
@@ -46,7 +47,7 @@ class Found:
     """What a listing counts while it goes on."""
 
     ignored: Counter[str] = field(default_factory=Counter)
-    """Files that are no input, by kind: hidden, or an extension."""
+    """Files, members and columns that are no input, by kind: hidden, an extension, or what they are."""
 
 
 def resolve(places: Iterable[str], folder: Path) -> dict[str, Path]:
@@ -59,15 +60,26 @@ def resolve(places: Iterable[str], folder: Path) -> dict[str, Path]:
         if match := _HUB.fullmatch(place):
             root, label = _download(match["id"], match["revision"]), match["id"].replace("/", "--")
         else:
-            root = folder / place
-            label = root.resolve().name
-            if not root.exists():
-                raise InputError(f"{root}: no such folder, tar or Parquet file; correct sources")
+            root, label = _local(folder / place)
         unique, number = label, 2
         while unique in roots:
             unique, number = f"{label}-{number}", number + 1
         roots[unique] = root
     return roots
+
+
+def _local(root: Path) -> tuple[Path, str]:
+    """The place, and its own name. Raises InputError."""
+    try:
+        label = root.resolve(strict=True).name
+        label.encode()
+    except FileNotFoundError as error:
+        raise InputError(f"{root}: no such folder, tar or Parquet file; correct sources") from error
+    except UnicodeEncodeError as error:
+        raise InputError(f"{os.fsencode(root)!r}: its name is not UTF-8; rename it") from error
+    except (OSError, RuntimeError, ValueError) as error:  # a path with a NUL in it, too long, in a circle of links
+        raise InputError(f"{str(root)!r}: cannot be a place ({reason_of(error, root)}); correct sources") from error
+    return root, label
 
 
 def _download(location: str, revision: str | None) -> Path:
@@ -109,6 +121,17 @@ _Row = dict[str, Any]
 _Listed = Iterator[tuple[_Row, str]]  # with the stamp of what holds its bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file below a place."""
+
+    path: Path
+    name: str
+    """In the place."""
+    caption: Path | None
+    """Sidecar, where there is one."""
+
+
 def _chunks(listed: _Listed, rows_per_shard: int) -> Iterator[tuple[list[_Row], list[str]]]:
     rows: list[_Row] = []
     stamps: list[str] = []
@@ -125,125 +148,106 @@ def _chunks(listed: _Listed, rows_per_shard: int) -> Iterator[tuple[list[_Row], 
 
 def _walk_all(roots: Mapping[str, Path], found: Found) -> _Listed:
     for label, root in roots.items():
-        files = _walk(root, "", found) if root.is_dir() else [(root, root.name)]
-        for path, name in files:
-            for row, stamp in _list_file(path, name, found):
+        for file in _walk(root, "", found) if root.is_dir() else [_single(root)]:
+            for row, stamp in _list_file(file, found):
                 yield {name: None for name in LISTING.names} | {"source": label, **row}, stamp
 
 
-def _walk(folder: Path, prefix: str, found: Found) -> Iterator[tuple[Path, str]]:
-    """Files in order of their names, and what they are called below the root. Raises InputError."""
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot read the folder ({error.strerror}); give access to it") from error
+def _walk(folder: Path, prefix: str, found: Found) -> Iterator[_File]:
+    """Files in order of their names, without sidecars. Raises InputError."""
+    entries = _entries(folder)
+    folders = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
+    beside = _sidecars(folder, (entry.name for entry in entries if entry.name not in folders))
+    used = set(beside.values())
     for entry in entries:
         if entry.name.startswith("."):
             found.ignored["hidden"] += 1
-        elif entry.is_dir(follow_symlinks=False):
+        elif entry.name in folders:
             yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", found)
-        else:
-            yield Path(entry.path), prefix + entry.name
+        elif entry.name not in used:
+            text = beside.get(entry.name)
+            yield _File(Path(entry.path), prefix + entry.name, folder / text if text else None)
 
 
-def _list_file(path: Path, name: str, found: Found) -> _Listed:
-    kind = path.suffix.lower()
-    lister = _LISTERS.get(kind)
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        return sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot read the folder ({error.strerror}); give access to it") from error
+
+
+def _single(root: Path) -> _File:
+    text = _sidecars(root.parent, (entry.name for entry in _entries(root.parent))).get(root.name)
+    return _File(root, root.name, root.with_name(text) if text else None)
+
+
+def _sidecars(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Name of a picture -> name of the text beside it."""
+    shown = [name for name in names if not name.startswith(".")]
+    files = [name for name in shown if kind_of(name) != SIDECAR or os.path.isfile(folder / name)]
+    texts = texts_by_stem(files)
+    return {name: texts[stem] for name in files if kind_of(name) in EXTENSIONS and (stem := stem_of(name)) in texts}
+
+
+def _list_file(file: _File, found: Found) -> _Listed:
+    lister = _LISTERS.get(kind_of(file.name))
     if lister is None:
-        if kind != ".txt" or not _is_sidecar(path):
-            found.ignored[kind or "no extension"] += 1
+        found.ignored[kind_said(file.name)] += 1
+        return
+    name = printable(file.name)
+    if name != file.name:
+        root = str(file.path)[: -len(file.name)]
+        name += "#1" if os.path.lexists(root + name) else ""  # another file has the escaped name for its own
+        yield {"name": name, "part": name, "refused": "its name is not UTF-8; rename it"}, ""
         return
     try:
-        name.encode()
-    except UnicodeEncodeError:
-        printable = os.fsencode(name).decode(errors="backslashreplace")
-        yield {"name": printable, "part": printable, "refused": "its name is not UTF-8; rename it"}, ""
-        return
-    try:
-        now = path.stat()
+        now = file.path.stat()
+        if not stat.S_ISREG(now.st_mode):  # a pipe would be waited for
+            raise OSError(_NO_FILE)
         # Not ctime, which changes when data_tools.pack links the picture; Reader.read_same sees what escapes this.
         stamp = f"{now.st_size}-{now.st_mtime_ns}"
-        yield from ((row, stamp) for row in lister(path, name))
+        yield from ((row, stamp) for row in lister(file, found))
     except OSError as error:
-        yield {"name": name, "part": name, "refused": f"cannot be read ({error.strerror or error})"}, ""
+        yield {"name": name, "part": name, "refused": f"cannot be read ({reason_of(error, file.path)})"}, ""
 
 
-def _is_sidecar(path: Path) -> bool:
-    """Whether a .txt lies beside a picture of its name."""
-    return any(path.with_suffix(extension).exists() for extension in EXTENSIONS)
+_NO_FILE = "is no file, but a pipe, a socket, a device or a link to a folder"
 
 
-def _list_picture(path: Path, name: str) -> Iterator[_Row]:
-    row: _Row = {"name": name, "part": name, "offset": -1, "bytes": path.stat().st_size}
-    beside = path.with_suffix(".txt")
-    if beside.is_file():
-        row |= _caption(beside.read_bytes(), "sidecar")
-    yield row
+def _list_picture(file: _File, _: Found) -> Iterator[_Row]:
+    row: _Row = {"name": file.name, "part": file.name, "offset": -1, "bytes": file.path.stat().st_size}
+    yield row | (_caption(file.caption.read_bytes(), "sidecar") if file.caption else {})
 
 
 def _caption(raw: bytes, whose: str) -> _Row:
     try:
         text = " ".join(raw.decode("utf-8-sig").split())
     except UnicodeDecodeError:
-        return {"refused": "its caption (.txt) is not UTF-8; save it as UTF-8, or remove it"}
+        return {"refused": f"its caption ({whose}) is not UTF-8; save it as UTF-8, or remove it"}
     return {"caption": text, "caption_from": whose} if text else {}
 
 
-def _list_tar(path: Path, name: str) -> Iterator[_Row]:
+def _list_tar(file: _File, found: Found) -> Iterator[_Row]:
     try:
-        archive = index_tar(path)
+        for member in list_members(file.path, found.ignored):
+            row: _Row = {"name": f"{file.name}/{member.name}", "part": file.name}
+            if member.fault:
+                yield row | {"refused": member.fault}
+                continue
+            said = _caption(member.caption, "sidecar") if member.caption else {}
+            yield row | {"offset": member.offset, "bytes": member.size} | said
     except InputError as error:
-        yield {"name": name, "part": name, "refused": str(error).removeprefix(f"{path}: ")}
-        return
-    for _, members in archive.samples:
-        yield from _list_members(archive, members, name)
-    if archive.damage:
-        yield {"name": name, "part": name, "refused": f"{archive.damage}; what stands behind is lost"}
+        yield {"name": file.name, "part": file.name, "refused": str(error).removeprefix(f"{file.path}: ")}
 
 
-def _list_members(archive: Archive, members: list[Any], name: str) -> Iterator[_Row]:
-    """Pictures among the members with one key; a caption is the member `<key>.txt`."""
-    captions = [member for member in members if member.name.lower().endswith(".txt") and member.isreg()]
-    caption: _Row = {}
-    if captions:
-        with archive.path.open("rb") as file:
-            file.seek(captions[0].offset_data)
-            caption = _caption(file.read(captions[0].size), "sidecar")
-    for member in members:
-        if os.path.splitext(member.name)[1].lower() not in EXTENSIONS or not member.isreg():
-            continue
-        inside = member.name.encode(errors="backslashreplace").decode()
-        place = {"name": f"{name}/{inside}", "part": name, "offset": member.offset_data, "bytes": member.size}
-        yield place | caption
-
-
-def _list_parquet(path: Path, name: str) -> Iterator[_Row]:
+def _list_parquet(file: _File, found: Found) -> Iterator[_Row]:
     try:
-        file = pq.ParquetFile(path)
-        schema = file.schema_arrow
-    except (pa.ArrowInvalid, OSError) as error:
-        yield {"name": name, "part": name, "refused": f"not a readable Parquet file ({str(error).splitlines()[0]})"}
-        return
-    pictures = [known.name for known in schema if _is_picture(known.type)]
-    if not pictures:
-        yield {"name": name, "part": name, "refused": "has no column of pictures (datasets.Image, or bytes)"}
-        return
-    told = next((column for column in CAPTION_COLUMNS if column in schema.names), None)
-    captions = (value for batch in file.iter_batches(columns=[told] if told else [])
-                for value in (batch.column(0).to_pylist() if told else [None] * batch.num_rows))  # fmt: skip
-    for number in range(file.metadata.num_rows):
-        text = next(captions, None) if told else None
-        said = _caption(str(text).encode(), f"column {told}") if text else {}
-        for column in pictures:
-            place = {"name": f"{name}/{number}/{column}", "part": name, "offset": number, "bytes": -1, "column": column}
-            yield place | said
-
-
-def _is_picture(kind: pa.DataType) -> bool:
-    """`datasets.Image`, or plain bytes."""
-    if pa.types.is_struct(kind):
-        return {part.name for part in kind} == {"bytes", "path"}
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+        for cell in list_cells(file.path, found.ignored):
+            row: _Row = {"name": f"{file.name}/{cell.name}", "part": file.name, "offset": cell.row, "bytes": -1}
+            said = _caption(cell.caption, f"column {cell.told}") if cell.caption else {}
+            yield row | {"column": cell.column} | said
+    except InputError as error:
+        yield {"name": file.name, "part": file.name, "refused": str(error).removeprefix(f"{file.path}: ")}
 
 
 _LISTERS = dict.fromkeys(EXTENSIONS, _list_picture) | {".tar": _list_tar, ".parquet": _list_parquet}
@@ -252,7 +256,7 @@ KINDS = frozenset(_LISTERS)
 
 
 class Reader:
-    """The bytes of listed pictures. Picklable; keeps the last row group of a Parquet file."""
+    """The bytes of listed pictures. Picklable."""
 
     def __init__(self, roots: Mapping[str, Path]) -> None:
         self.roots = dict(roots)
@@ -261,15 +265,17 @@ class Reader:
         """Raises InputError, starting with the picture's name."""
         path = self.path(row)
         try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise OSError(_NO_FILE)
             if row["column"] is not None:
-                return _read_cell(path, int(row["offset"]), row["column"])
+                return read_cell(path, int(row["offset"]), row["column"])
             with path.open("rb") as file:
                 if row["offset"] < 0:
                     return file.read()
                 file.seek(int(row["offset"]))
                 return file.read(int(row["bytes"]))
-        except (OSError, pa.ArrowInvalid) as error:
-            raise InputError(f"{row['name']}: cannot be read ({str(error).splitlines()[0]})") from error
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{row['name']}: cannot be read ({reason_of(error, path)})") from error
 
     def path(self, row: Mapping[str, Any]) -> Path:
         """The file that holds them."""
@@ -280,29 +286,8 @@ class Reader:
         """As `read`, of a scanned picture: raises InputError too where its bytes are others than then."""
         data = self.read(row)
         if xxhash.xxh3_128_hexdigest(data) != row["digest"]:
-            raise InputError(f"{row['name']}: has changed since it was scanned; run data_tools.scan again")
+            raise InputError(
+                f"{row['name']}: has changed since it was scanned; scan again, and where that finds nothing new because"
+                " size and time are what they were, delete the table's folder and scan again"
+            )
         return data
-
-
-def _read_cell(path: Path, number: int, column: str) -> bytes:
-    group, start = 0, 0
-    sizes = _group_sizes(path)
-    while number >= start + sizes[group]:
-        start += sizes[group]
-        group += 1
-    cell = _read_group(path, group, column)[number - start].as_py()
-    data = cell["bytes"] if isinstance(cell, dict) else cell
-    if data is None:
-        raise OSError("the cell holds no bytes")
-    return bytes(data)
-
-
-@lru_cache(maxsize=64)
-def _group_sizes(path: Path) -> tuple[int, ...]:
-    metadata = pq.read_metadata(path)
-    return tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-
-
-@lru_cache(maxsize=1)
-def _read_group(path: Path, group: int, column: str) -> Any:
-    return pq.ParquetFile(path).read_row_group(group, columns=[column]).column(0)

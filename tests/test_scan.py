@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_tools import quality
+from data_tools import cells, quality
+from data_tools.names import reason_of
 from data_tools.scan import main
+from data_tools.sources import Reader, list_pictures
 from data_tools.stages import Table
+from ztrain.errors import InputError
 from ztrain.images import open_image
 
 ROOT = Path(__file__).parents[1]
@@ -116,7 +120,7 @@ def test_tars_and_tables_are_folders(tmp_path: Path) -> None:
     assert same[0] == same[1] == same[2] and len(same[0]) == 7
     assert [row["caption"] for row in same[0]][:4] == ["picture 0", None, None, "picture 3"]
     assert {row["caption_from"] for row in tables[2]} == {"column text", None}
-    assert tables[2][5]["name"] == "pictures.parquet/5/image" and tables[1][0]["name"] == "pictures.tar/000.png"
+    assert tables[2][5]["name"] == "pictures.parquet/image/005.png" and tables[1][0]["name"] == "pictures.tar/000.png"
 
 
 def test_what_is_wrong_with_a_place_is_said_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,6 +146,191 @@ def test_what_is_wrong_with_a_place_is_said_and_counted(tmp_path: Path, capsys: 
     scan("--sources", tmp_path / "none", "--out", tmp_path / "scan", status=2)
     (tmp_path / "empty").mkdir()
     scan("--sources", tmp_path / "empty", "--out", tmp_path / "other", status=2)
+
+
+Listed = tuple[dict[str, dict[str, Any]], dict[str, int]]
+
+
+def listed(root: Path, out: Path) -> Listed:
+    """Rows by name, and what was ignored; no two rows have one name, and none says where this machine keeps them."""
+    table = list_pictures({"it": root}, out, 512)
+    rows = table.read().to_pylist()
+    names = [row["name"] for row in rows]
+    assert len(set(names)) == len(names)
+    for row in rows:
+        assert str(root.parent) not in str(row)
+    return {row["name"]: row for row in rows}, dict(table.facts["ignored"])
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = "") -> None:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname, member.size = kind, link, len(data)
+    tar.addfile(member, io.BytesIO(data) if data else None)
+
+
+def test_every_member_of_a_tar_is_a_row_or_counted(tmp_path: Path) -> None:
+    place = tmp_path / "in"
+    place.mkdir()
+    with tarfile.open(place / "t.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for text in (b"first", b"second"):
+            add(tar, "c/a.png", text)
+            add(tar, "c/a.txt", text)
+            add(tar, "./c/a.b.TIFF", text)  # unpacked it is c/a.b.TIFF, and WebDataset's key is c/a
+        add(tar, "c", kind=tarfile.DIRTYPE)
+        add(tar, "c/hard.png", kind=tarfile.LNKTYPE, link="c/a.png")
+        add(tar, "c/late.png", kind=tarfile.LNKTYPE, link="c/z.png")
+        add(tar, "c/soft.png", kind=tarfile.SYMTYPE, link="a.png")
+        add(tar, "c/pipe.png", kind=tarfile.FIFOTYPE)
+        add(tar, "c/holes.png", kind=tarfile.GNUTYPE_SPARSE)
+        add(tar, "c/A.png", b"third")
+        add(tar, "c/A.TXT", b" a  caption\n")
+        add(tar, "c/z.png", b"fourth")
+        add(tar, "c/\udcff.png", b"fifth")
+        add(tar, "c/\\xff.png", b"sixth")  # what the one before is called in letters
+        for name in ("s/.5.png", "...png", "s/6", "s/.x/5.png", "__x__/7.png", "s/8.heic", "s/9.txt", "s/n\0.png"):
+            add(tar, name, b"other")
+        add(tar, "s/8.\udcff", b"other")
+        add(tar, "d.x\ny/a.png", b"a line break")
+        for name in ("k/a.png", "k/a.b.png", "k/a.txt", "k/a.b.txt"):
+            add(tar, name, name.encode())
+    rows, ignored = listed(place, tmp_path / "out")
+    refused = {name.removeprefix("t.tar/"): row["refused"].partition(";")[0] for name, row in rows.items()
+               if row["refused"]}  # fmt: skip
+    again, link = (
+        "stands again later in the archive, and unpacking it gives what stands last",
+        "is a link in the archive",
+    )
+    assert refused == {
+        "c/a.png#1": again, "c/a.b.TIFF#1": again, "c/late.png": link, "c/soft.png": link,
+        "c/pipe.png": "is no file in the archive",
+        "c/holes.png": "is stored with holes (sparse) in the archive",
+    }  # fmt: skip
+    read = Reader({"it": place}).read
+    found = {name.removeprefix("t.tar/"): (read(row), row["caption"]) for name, row in rows.items()
+             if not row["refused"]}  # fmt: skip
+    assert found == {
+        "c/a.png": (b"second", "second"), "c/a.b.TIFF": (b"second", "second"), "c/hard.png": (b"second", None),
+        "c/A.png": (b"third", "a caption"), "c/z.png": (b"fourth", None), "c/\\xff.png#1": (b"fifth", None),
+        "c/\\xff.png": (b"sixth", None), "d.x\ny/a.png": (b"a line break", None),
+        "k/a.png": (b"k/a.png", "k/a.txt"),
+        "k/a.b.png": (b"k/a.b.png", "k/a.b.txt"),
+    }  # fmt: skip
+    # Two texts: one that stands again, one without a picture. Two without extension: a NUL ends a name.
+    expected = {"hidden": 3, "no extension": 2, ".heic": 1, ".txt": 2, ".\\xff": 1}
+    assert ignored == {**expected, "__NAME__, no sample to WebDataset": 1}
+
+
+def test_only_files_are_opened_and_reasons_name_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "in"
+    paint(place, 1)
+    shutil.copyfile(place / "000.png", place / "2.PNG")
+    for name in ("1.png", "2.PNG"):
+        shutil.copyfile(place / "000.png", place / name)
+    for name, text in {"1.TXT": "large", "2.txt": "small", "2.Txt": "other", "3.TXT": "of none"}.items():
+        (place / name).write_text(text)
+    (place / "4.png").symlink_to("nowhere.png")
+    (place / "5.png").symlink_to(tmp_path, target_is_directory=True)
+    (place / "1.txt").symlink_to("nowhere.txt")
+    pipes = [place / "pipe.png", place / "pipe.tar", place / "pipe.parquet"]
+    is_over = threading.Event()
+
+    def write_nothing(pipe: Path) -> None:  # to whoever reads, and would wait for ever otherwise
+        while not is_over.is_set():
+            pipe.write_bytes(b"")
+
+    for pipe in pipes:
+        os.mkfifo(pipe)
+        threading.Thread(target=write_nothing, args=(pipe,), daemon=True).start()
+    scan("--sources", place, pipes[1], "--out", tmp_path / "scan", "--max-refused-share", 1)
+    table = Table.open(tmp_path / "scan")
+    rows = table.read().to_pylist()
+    assert str(tmp_path) not in str(rows)
+    captions = {row["name"]: row["caption"] for row in rows if not row["refused"]}
+    assert captions == {"000.png": "picture 0", "1.png": "large", "2.PNG": "small"}
+    assert table.facts["ignored"] == {".txt": 3}
+    refused = {f"{row['source']}/{row['name']}": row["refused"] for row in rows if row["refused"]}
+    assert refused.pop("in/4.png") == "cannot be read (No such file or directory)"
+    assert set(refused) == {"in/5.png", "pipe.tar/pipe.tar", *(f"in/{pipe.name}" for pipe in pipes)}
+    assert all("is no file" in why for why in refused.values())
+    is_over.set()
+    for pipe in pipes:  # lets the writers go
+        os.close(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))
+    reader, [row] = Reader(table.roots), [row for row in rows if row["name"] == "1.png"]
+    before = (place / "1.png").stat()
+    (place / "1.png").write_bytes(reader.read_same(row)[::-1])
+    os.utime(place / "1.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(InputError, match=r"^1.png: has changed since it was scanned.*delete the table's folder"):
+        reader.read_same(row)
+    (place / "1.png").unlink()
+    for path in (place / "1.png", place / "1.parquet"):
+        gone = {**row, "part": path.name, "column": "image" if path.suffix == ".parquet" else None, "offset": 0}
+        with pytest.raises(InputError, match="No such file") as raised:
+            reader.read(gone)
+        assert str(tmp_path) not in str(raised.value)
+    with pytest.raises(FileNotFoundError) as told:
+        pq.read_metadata(place / "1.parquet")  # as between a look at the file and its reading
+    assert "'1.parquet'" in (said := reason_of(told.value, place / "1.parquet")) and str(tmp_path) not in said
+    capsys.readouterr()
+    scan("--sources", "x\0y", "--out", tmp_path / "other", status=2)
+    assert "cannot be a place" in capsys.readouterr().err
+
+
+def test_rows_of_parquet_files_have_the_names_and_captions_that_are_meant(tmp_path: Path) -> None:
+    def cell(number: int, path: str | None = None) -> dict[str, Any]:
+        return {"bytes": str(number).encode(), "path": path}
+
+    place = tmp_path / "in"
+    place.mkdir()
+    texts = pa.array([["", " a\nb"], None, ["c", "d"]], pa.large_list(pa.string()))
+    pictures = [cell(0, "ink/cat.png"), cell(1, "./ink//dog.png"), cell(2, "oil/cat.png")]
+    other = [b"10", b"11", b"12"]
+    pq.write_table(
+        pa.table({"image": pictures, "a/b": other, "caption": [{"x": 1}] * 3, "text": texts}), place / "a.parquet"
+    )
+    climbing = [cell(0, "a.png"), cell(1, "x/../a.png"), cell(2, "b.png")]
+    said = pa.array([b"a", b"b", b"c"])
+    pq.write_table(pa.table({"image": climbing, "prompt": said}), place / "b.parquet")
+    named = pa.table({"image": [cell(0, "a"), cell(1, "a")], "file_name": ["ink/1.png", "ink/2.png"],
+                      "caption": pa.array(["x", "y"]).dictionary_encode()})  # fmt: skip
+    pq.write_table(named, place / "c.parquet")
+    pq.write_table(pa.Table.from_arrays([said, said], names=["image", "image"]), place / "d.parquet")
+    latin = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers())
+    pq.write_table(pa.table({"image": [b"0"], "text": latin}), place / "e.parquet")
+    pq.write_table(pa.table({"image": [cell(0, "a"), cell(1, "a")]}), place / "f.parquet")
+    rows, ignored = listed(place, tmp_path / "out")
+    reader = Reader({"it": place})
+    found = {name: (int(reader.read(row)), row["caption"]) for name, row in rows.items() if not row["refused"]}
+    assert found == {
+        "a.parquet/image/ink/cat.png": (0, "a b"), "a.parquet/a%2Fb/0": (10, "a b"),
+        "a.parquet/image/ink/dog.png": (1, None), "a.parquet/a%2Fb/1": (11, None),
+        "a.parquet/image/oil/cat.png": (2, "c"), "a.parquet/a%2Fb/2": (12, "c"),
+        "b.parquet/image/0": (0, None), "b.parquet/image/1": (1, None), "b.parquet/image/2": (2, None),
+        "f.parquet/image/0": (0, None),
+        "f.parquet/image/1": (1, None),
+        "c.parquet/image/ink/1.png": (0, "x"), "c.parquet/image/ink/2.png": (1, "y"),
+    }  # fmt: skip
+    assert "two columns 'image'" in rows["d.parquet"]["refused"] and "UTF-8" in rows["e.parquet/image/0"]["refused"]
+    assert sorted(ignored) == [
+        "caption column caption of struct<x: int64>", "caption column prompt of binary",
+        "file names in column image.path, which do not name each row once, and below the file",
+    ]  # fmt: skip
+    # Written again in the same process, shorter and with other groups.
+    pq.write_table(pa.table({"image": [cell(7), cell(8)]}), place / "b.parquet", row_group_size=1)
+    assert reader.read(rows["b.parquet/image/1"]) == b"8"
+    with pytest.raises(InputError, match=r"^b.parquet/image/2: .*fewer rows"):
+        reader.read(rows["b.parquet/image/2"])
+
+
+def test_small_row_groups_are_decoded_once_and_large_ones_do_not_pile_up(tmp_path: Path) -> None:
+    path, chance = tmp_path / "a.parquet", np.random.default_rng(0)
+    pq.write_table(pa.table({"image": [chance.bytes(1000) for _ in range(40)]}), path, row_group_size=10)
+    groups, state = cells._Groups(25_000), (0, 0)
+    first, second = groups.read(path, state, 0, "image"), groups.read(path, state, 1, "image")
+    assert groups.read(path, state, 0, "image") is first
+    groups.read(path, state, 2, "image")  # there is room for two
+    assert groups.read(path, state, 0, "image") is first and groups.read(path, state, 1, "image") is not second
+    assert groups.read(path, (1, 0), 0, "image") is not first, "another file under the name"
+    assert groups.size == sum(kept.nbytes for kept in groups.kept.values()) <= groups.limit
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +23,8 @@ PACK_MANIFEST_NAME = "manifest.json"
 """Lies beside shards of data_tools.pack and says how many samples each of them had: what a damaged one has lost."""
 
 _MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # key and field of a member, as WebDataset splits its name
-_META = re.compile(r"__[^/]*__(/|$)")
+META_MEMBER = re.compile(r"__[^/]*__(/|$)")
+"""Start of the name of a member that is no part of a sample to WebDataset."""
 _TARGET = re.compile(r"target\.[^.]+")
 _REFERENCE = re.compile(r"reference(?:\.(\d+))?\.[^.]+")
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
@@ -69,6 +70,8 @@ class Archive:
     state: str
     samples: list[tuple[str, list[tarfile.TarInfo]]]
     """Key and members of each run of members with one key, which is a sample to WebDataset."""
+    members: list[tarfile.TarInfo] = field(default_factory=list)
+    """All but folders, also those that are part of no sample."""
     damage: str = ""
     """Why samples may be missing at the end; empty for a whole archive."""
 
@@ -124,25 +127,33 @@ def index_tar(path: Path) -> Archive:
                         if member.size < 0 or not end < tar.offset <= found.st_size:
                             raise tarfile.ReadError("the next member reaches backwards or beyond the end of the file")
                         end = tar.offset
-                        _add_member(archive.samples, member)
+                        _add_member(archive, member)
                 _check_end(file, end)
             except _TAR_ERRORS as error:
                 if head.startswith(_COMPRESSED):
                     raise InputError(f"{path}: is compressed; random access needs a plain tar: unpack it") from error
                 archive.damage = f"the archive is damaged at byte {end:,} ({error})"
-                archive.samples = archive.samples[:-1]  # its last members may have stood behind the damage
+                _drop_last(archive)  # its last members may have stood behind the damage
     except OSError as error:
         raise InputError(f"{path}: cannot read the archive ({error.strerror or error})") from error
     return archive
 
 
-def _add_member(samples: list[tuple[str, list[tarfile.TarInfo]]], member: tarfile.TarInfo) -> None:
-    name = _MEMBER.fullmatch(member.name)
-    if member.isdir() or not name or _META.match(member.name):  # WebDataset skips these too
+def _add_member(archive: Archive, member: tarfile.TarInfo) -> None:
+    name, samples = _MEMBER.fullmatch(member.name), archive.samples
+    if not member.isdir():
+        archive.members.append(member)
+    if member.isdir() or not name or META_MEMBER.match(member.name):  # WebDataset skips these too
         return
     if not samples or samples[-1][0] != name[1]:
         samples.append((name[1], []))
     samples[-1][1].append(member)
+
+
+def _drop_last(archive: Archive) -> None:
+    """Drops the last sample, and every member from its first on."""
+    lost = archive.samples.pop()[1] if archive.samples else archive.members
+    archive.members = [member for member in archive.members if member.offset < lost[0].offset]
 
 
 def _check_end(file: BinaryIO, offset: int) -> None:

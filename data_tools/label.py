@@ -8,18 +8,17 @@ for data_tools.split. Copies (`copy_of`) are left out of groups; pictures that s
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import pydantic
-import tyro
 
 from data_tools.given import BeforeAfter, PairTable
 from data_tools.groups import Alone, Clips, StyleClusters, StyleFolders
 from data_tools.output import digest_of
 from data_tools.pictures import Pictures, Told
 from data_tools.stages import Table
+from data_tools.step import Command, run_step
 from data_tools.triplets import ITEMS, Item, item_rows, write_rows
 from ztrain.errors import InputError
 
@@ -89,32 +88,16 @@ def label(source: Table, rules: LabelRules, folder: Path, out: Path) -> Table:
                       facts=facts)  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """Say what each picture is there for."""
-
-    config: Path
-    """YAML file of data_tools.build; its section `label` is read."""
-    table: Path
-    """Table of data_tools.dedup, or of a stage before it."""
-    out: Path
-    """Folder of the table to make."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
-    from data_tools.config import read_config
 
-    try:
-        command = tyro.cli(Command, args=arguments, prog="data_tools.label")
-        rules = read_config(command.config).label
-        table = label(Table.open(command.table), rules, command.config.parent, command.out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in table.facts["counts"].items())
-    print(f"{table.folder}: {told}")
-    return 0
+    def make(table: Table, rules: LabelRules, command: Command) -> Table:
+        return label(table, rules, command.config.parent, command.out)
+
+    def say(table: Table) -> str:
+        return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in table.facts["counts"].items())
+
+    return run_step("label", LabelRules, make, say, arguments)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ clusters, by pixels and by `copy_score`, which each triplet carries. All are ref
 import heapq
 import random
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,11 +19,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import pydantic
-import tyro
 
 from data_tools import likeness
 from data_tools.pictures import Told
 from data_tools.stages import Table
+from data_tools.step import Command, count_splits, run_step
 from data_tools.triplets import (
     PAIRINGS,
     Cut,
@@ -322,31 +322,13 @@ class _LeastUsed:
         self._taken = []
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """Make triplets."""
-
-    config: Path
-    """YAML file of data_tools.build; its section `pair` is read."""
-    table: Path
-    """Table of data_tools.split."""
-    out: Path
-    """Folder of the table to make."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
-    from data_tools.config import read_config
 
-    try:
-        command = tyro.cli(Command, args=arguments, prog="data_tools.pair")
-        table = pair(Table.open(command.table), read_config(command.config).pair, command.out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    sizes = Counter(table.read(["split"])["split"].to_pylist())
-    print(f"{table.folder}: " + ", ".join(f"{name} {count}" for name, count in sizes.items()))
-    return 0
+    def make(table: Table, rules: PairRules, command: Command) -> Table:
+        return pair(table, rules, command.out)
+
+    return run_step("pair", PairRules, make, count_splits, arguments)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pydantic
-import tyro
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -25,6 +24,7 @@ from data_tools.groups import check_splits
 from data_tools.output import fingerprint
 from data_tools.pictures import Told
 from data_tools.stages import Table
+from data_tools.step import Command, count_splits, run_step
 from data_tools.triplets import ITEMS, Item, Pairing, item_rows, read_items, read_left_out, write_rows
 from ztrain.errors import InputError
 
@@ -245,31 +245,13 @@ def _contents(columns: Mapping[str, object]) -> Iterator[object]:
     yield from several if isinstance(several, list) else ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """Put each item into a split."""
-
-    config: Path
-    """YAML file of data_tools.build; its section `split` is read."""
-    table: Path
-    """Table of data_tools.label."""
-    out: Path
-    """Folder of the table to make."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
-    from data_tools.config import read_config
 
-    try:
-        command = tyro.cli(Command, args=arguments, prog="data_tools.split")
-        table = split(Table.open(command.table), read_config(command.config).split, command.out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    sizes = Counter(table.read(["split"])["split"].to_pylist())
-    print(f"{table.folder}: " + ", ".join(f"{name} {count}" for name, count in sizes.items()))
-    return 0
+    def make(table: Table, rules: SplitRules, command: Command) -> Table:
+        return split(table, rules, command.out)
+
+    return run_step("split", SplitRules, make, count_splits, arguments)
 
 
 if __name__ == "__main__":

@@ -51,11 +51,13 @@ class Pictures:
         are left out and counted."""
         if self.keep_copies:
             return list(chosen)
+        told_before = {each.name for each in told.left_out if each.stage == "dedup"}  # by another way of labelling
         first: dict[str, Scanned] = {}
         for picture in sorted(chosen, key=self._rank):
             first.setdefault(picture.cluster, picture)
         for picture in chosen:
-            if (stands := first[picture.cluster]) is not picture:
+            stands = first[picture.cluster]
+            if stands is not picture and picture.key not in told_before:
                 reason = self.copies.get(picture.key)
                 if reason is None or f"a copy of {stands.key} " not in reason:
                     reason = f"a copy of {stands.key}"

@@ -336,6 +336,8 @@ def test_every_picture_is_used_or_left_out_with_a_reason(tmp_path: Path, wish: s
     every = {f"in/{style}/{number}.png" for style in "abc" for number in range(10)}
     assert used | {row["name"] for row in left_out} >= every
     assert all(row["reason"] and str(tmp_path) not in row["reason"] for row in left_out)
+    copies = [row["name"] for row in left_out if row["stage"] == "dedup"]
+    assert len(copies) == len(set(copies))  # once, however many ways leave it out
     told = counts(tmp_path / "out")
     cut = told.pop("triplets_cut", 0)
     assert (cut > 0) == wish.startswith("cut")

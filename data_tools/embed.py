@@ -18,14 +18,10 @@ import pyarrow as pa
 import pydantic
 import tyro
 
-from data_tools.output import digest_of, fingerprint
 from data_tools.sources import Reader
 from data_tools.stages import ENGINES, Batch, Engine, Table, run_here, run_stage
 from ztrain.errors import InputError
 from ztrain.images import decode_image
-
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
-"""Of a repository: weights, settings, vocabulary in any of its forms."""
 
 
 class EmbedRules(pydantic.BaseModel):
@@ -46,27 +42,25 @@ class EmbedRules(pydantic.BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class _Tower:
-    """A loaded model."""
+class _Loaded:
+    """A model, and what pictures are compared with: (D,) unit vector in float32, or None."""
 
-    processor: Any
-    model: Any
+    tower: Any
     text: Any
-    """(D,) unit vector in float32, or None."""
 
 
 class Embed:
     """Stage: holds a model, and embeds pictures in batches."""
 
     name: ClassVar[str] = "embed"
-    rules: ClassVar[int] = 1
+    rules: ClassVar[int] = 2
 
     def __init__(self, config: EmbedRules, location: Path, roots: Mapping[str, Path], batch_size: int) -> None:
         """location: folder of the model; batch_size: pictures at a time, which changes rounding at most."""
         self.config, self.location, self.batch_size = config, location, batch_size
         self.reader = Reader(roots)
         self.adds = pa.schema([(config.column, pa.float32() if config.text else pa.list_(pa.float16()))])
-        self._loaded: _Tower | None = None
+        self._loaded: _Loaded | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_loaded": None}  # it travels without the model
@@ -83,65 +77,25 @@ class Embed:
 
     def _embed(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """(n, D) float16, of unit length; or (n,) float32, cosines with the text."""
-        import torch
+        loaded = self._load()
+        pictures = [decode_image(self.reader.read_same(row), row["name"]) for row in rows]
+        vectors = loaded.tower.images(pictures, self.batch_size)
+        found = vectors if loaded.text is None else vectors @ loaded.text
+        values: np.ndarray = found.numpy()
+        return values.astype(np.float16) if loaded.text is None else values
 
-        tower = self._load()
-        processor, model = tower.processor, tower.model
-        images = [decode_image(self.reader.read_same(row), row["name"]) for row in rows]
-        inputs = processor(images=images, return_tensors="pt").to(model.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        with torch.no_grad():
-            of_pictures = getattr(model, "get_image_features", None)  # of models with a text tower too
-            found = of_pictures(**inputs) if of_pictures else model(**inputs)
-        unit = self._unit(found)
-        found = unit if tower.text is None else unit @ tower.text
-        values: np.ndarray = found.cpu().numpy()
-        return values.astype(np.float16) if tower.text is None else values
-
-    def _unit(self, found: Any) -> Any:
-        """(n, D) float32, of what a tower returns."""
-        import torch
-
-        pooled = found if isinstance(found, torch.Tensor) else found.pooler_output
-        if pooled is None:
-            raise InputError(f"{self.config.model}: has no vector for a whole picture; take a model that pools")
-        return torch.nn.functional.normalize(pooled.float(), dim=-1)
-
-    def _embed_text(self, model: Any, text: str) -> Any:
-        """(D,) float32."""
-        import torch
-        from transformers import AutoTokenizer
-
-        if not hasattr(model, "get_text_features"):
-            raise InputError(f"{self.config.model}: reads no text; leave text out, or take a model like CLIP or SigLIP")
-        longest = model.config.text_config.max_position_embeddings
-        tokenizer = AutoTokenizer.from_pretrained(self.location)
-        # As long as it can be, as SigLIP was trained; others hide what is padding.
-        tokens = tokenizer([text], padding="max_length", truncation=True, max_length=longest, return_tensors="pt")
-        with torch.no_grad():
-            return self._unit(model.get_text_features(**tokens.to(model.device)))[0]
-
-    def _load(self) -> _Tower:
+    def _load(self) -> _Loaded:
         if self._loaded is None:
             import torch
-            from transformers import AutoImageProcessor, AutoModel
 
-            from ztrain.encoders import quiet_loading  # here, as below: other steps need not wait for torch
-            from ztrain.models import Source, require_loaded
+            from ztrain.features import Tower  # here: other steps need not wait for torch
+            from ztrain.models import Source
 
-            source = Source(str(self.location))
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            with source.explained(), quiet_loading():
-                processor = AutoImageProcessor.from_pretrained(self.location, backend="pil")
-                dtype = getattr(torch, self.config.precision)
-                model, info = AutoModel.from_pretrained(
-                    self.location, dtype=dtype, use_safetensors=True, output_loading_info=True
-                )
-            require_loaded({"missing_keys": info["missing_keys"]}, self.config.model)
-            model = model.to(device).eval().requires_grad_(False)
-            with source.explained():
-                text = None if self.config.text is None else self._embed_text(model, self.config.text)
-            self._loaded = _Tower(processor, model, text)
+            dtype = getattr(torch, self.config.precision)
+            tower = Tower.load(Source(str(self.location)), dtype, device, name=self.config.model)
+            text = None if self.config.text is None else tower.texts([self.config.text])[0]
+            self._loaded = _Loaded(tower, text)
         return self._loaded
 
 
@@ -181,15 +135,14 @@ class Command:
 
 def embed(source: Table, settings: EmbedSettings, out: Path, *, engine: Engine = run_here, workers: int = 1) -> Table:
     """Raises InputError."""
+    from ztrain.features import FILES, digest
     from ztrain.models import Source, public_name
 
     model = Source(settings.model, settings.revision)
     model.require("config.json", what="a vision model")
-    files = model.files(*_FILES)
-    weights = fingerprint([(path.name, digest_of(path)) for path in files])
     kept = settings.model_dump(include={"column", "precision", "text"})
-    rules = EmbedRules(model=public_name(settings.model), weights=weights, **kept)
-    stage = Embed(rules, model.local(*_FILES), source.roots, settings.batch_size)
+    rules = EmbedRules(model=public_name(settings.model), weights=digest(model), **kept)
+    stage = Embed(rules, model.local(*FILES), source.roots, settings.batch_size)
     told = rules.model_dump() | {"revision": settings.revision}
     facts = {"embeddings": {**source.facts.get("embeddings", {}), settings.column: told}}
     return run_stage(stage, source, out, engine=engine, workers=workers, facts=facts)

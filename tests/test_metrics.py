@@ -1,6 +1,5 @@
-"""Scores against closed forms and brute force; intervals against what they promise."""
+"""Scores against closed forms and brute force."""
 
-import json
 import math
 from itertools import combinations
 
@@ -11,20 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ztrain import metrics
 from ztrain.errors import InputError
+from ztrain.intervals import paired_bootstrap
 from ztrain.metrics import (
-    Interval,
-    bootstrap,
+    cmmd,
     copy_score,
     correct,
+    cosine,
+    diversity,
     high_frequency_energy,
+    kid,
     leak,
     leak_by_chance,
-    paired_bootstrap,
+    palette_error,
     psnr,
     retrieval_at_1,
-    style_cosine,
     topk_correct,
 )
 
@@ -39,117 +39,28 @@ def uniform(seed: int, *shape: int) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def width(interval: Interval) -> float:
-    return interval.high - interval.low
-
-
-# Intervals
-
-
-def test_an_interval_reads_and_is_written_plainly() -> None:
-    interval = Interval(0.4119, 0.39, 0.4341, 256)
-    assert str(interval) == "0.412 [0.390, 0.434]"
-    assert Interval(**json.loads(json.dumps(interval.to_json()))) == interval
-
-
-def test_bootstrap_is_the_normal_interval_where_that_holds() -> None:
-    values = normal(0, 2000) * 3 + 5
-    interval = bootstrap(values, resamples=4000)
-    half = 1.96 * float(values.std()) / math.sqrt(len(values))
-    assert interval.mean == pytest.approx(float(values.mean())) and interval.count == 2000
-    assert [interval.low, interval.high] == pytest.approx([interval.mean - half, interval.mean + half], abs=0.1 * half)
-    assert width(bootstrap(values, resamples=4000, confidence=0.5)) == pytest.approx(2 * half * 0.6745 / 1.96, rel=0.1)
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-def test_95_of_100_intervals_hold_the_true_mean(grouped: bool) -> None:
-    """Triplets of one group share half their variance: only the grouped interval may call itself 95 %."""
-    held = held_without = 0
-    for trial in range(200):
-        values = normal(trial, 60) + 0.3
-        groups = torch.arange(60)
-        if grouped:
-            groups = torch.arange(60) % 30
-            values = values + normal(trial + 1000, 30)[groups]
-        interval = bootstrap(values, groups=groups if grouped else None, resamples=400)
-        held += interval.low <= 0.3 <= interval.high
-        interval = bootstrap(values, resamples=400)
-        held_without += interval.low <= 0.3 <= interval.high
-    assert 0.9 <= held / 200 <= 0.99
-    assert held_without < held if grouped else held_without == held
-
-
-def test_copies_of_triplets_narrow_nothing_when_grouped() -> None:
-    values = normal(1, 100)
-    names = [f"reference {i}" for i in range(100)]
-    honest = bootstrap(values)
-    naive, grouped = bootstrap(values.repeat(4)), bootstrap(values.repeat(4), groups=names * 4)
-    assert grouped.count == 400 and grouped.mean == pytest.approx(honest.mean)
-    assert (grouped.low, grouped.high) == pytest.approx((honest.low, honest.high))
-    assert width(naive) == pytest.approx(width(honest) / 2, rel=0.1)
-
-
-def test_groups_of_one_change_nothing_and_uneven_groups_keep_the_mean_over_triplets() -> None:
-    values = normal(2, 50)
-    assert bootstrap(values, groups=torch.arange(50)) == bootstrap(values)
-    sizes = torch.tensor([9, 1] * 20)  # the large groups score 1, the small ones 0
-    uneven = bootstrap((sizes == 9).float().repeat_interleave(sizes), groups=torch.arange(40).repeat_interleave(sizes))
-    assert uneven.mean == pytest.approx(0.9) and 0.8 < uneven.low < 0.9 < uneven.high < 0.96
-
-
-def test_paired_beats_unpaired_on_correlated_scores() -> None:
-    common = normal(3, 300)
-    theirs = common + 0.1 * normal(4, 300)
-    ours = common + 0.1 * normal(5, 300) + 0.05
-    difference = paired_bootstrap(ours, theirs)
-    assert difference.low > 0 and difference.mean == pytest.approx(float((ours - theirs).mean()))
-    assert width(difference) < 0.3 * width(bootstrap(ours))
-    back = paired_bootstrap(theirs, ours)
-    assert (back.low, back.high) == pytest.approx((-difference.high, -difference.low))
-    assert paired_bootstrap(ours, ours) == Interval(0.0, 0.0, 0.0, 300)
-
-
-def test_draws_depend_on_the_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = normal(6, 40)
-    first = bootstrap(values, seed=7, resamples=500)
-    torch.manual_seed(1)
-    np.random.seed(1)
-    assert bootstrap(values, seed=7, resamples=500) == first != bootstrap(values, seed=8, resamples=500)
-    monkeypatch.setattr(metrics, "_DRAWS_AT_ONCE", 7 * 40)  # chunks that do not divide 500
-    assert bootstrap(values, seed=7, resamples=500) == first
-
-
-def test_triplets_that_cannot_tell_are_dropped_only_on_request() -> None:
-    values = torch.tensor([0.0, NAN, 1.0, 1.0, NAN, 0.0])
-    with pytest.raises(ValueError, match="2 of 6 values are NaN; drop_nan=True"):
-        bootstrap(values)
-    told = values[~values.isnan()]
-    assert bootstrap(values, drop_nan=True) == bootstrap(told) and bootstrap(told).count == 4
-    groups = ["a", "gone", "b", "b", "a", "c"]  # a group that lost all its triplets is no group
-    assert bootstrap(values, groups=groups, drop_nan=True) == bootstrap(told, groups=["a", "b", "b", "c"])
-    theirs = torch.tensor([NAN, 0.0, 0.0, 1.0, 0.0, 1.0])
-    assert paired_bootstrap(values, theirs, drop_nan=True) == bootstrap(torch.tensor([1.0, 0.0, -1.0]))
-
-
 @pytest.mark.parametrize(
     ("error", "complaint", "call"),
     [
-        (ValueError, r"must be \(T,\)", lambda: bootstrap(torch.zeros(3, 1))),
-        (ValueError, "infinite", lambda: bootstrap(torch.tensor([1.0, math.inf]))),
         (ValueError, "infinite", lambda: paired_bootstrap(*[torch.tensor([1.0, math.inf])] * 2, drop_nan=True)),
-        (ValueError, "2 groups for 3 triplets", lambda: bootstrap(torch.zeros(3), groups=[0, 1])),
-        (ValueError, r"groups must be \(T,\)", lambda: bootstrap(torch.zeros(3), groups=torch.zeros(3, 1))),
-        (ValueError, "resamples 0", lambda: bootstrap(torch.zeros(3), resamples=0)),
-        (ValueError, "confidence 95", lambda: bootstrap(torch.zeros(3), confidence=95)),
-        (InputError, "at least 2 triplets", lambda: bootstrap(torch.zeros(1))),
-        (InputError, "at least 2 triplets", lambda: bootstrap(torch.tensor([NAN, 1.0]), drop_nan=True)),
-        (InputError, "at least 2 groups", lambda: bootstrap(torch.zeros(3), groups=[0, 0, 0])),
-        (ValueError, "ours has 2 triplets and theirs 3", lambda: paired_bootstrap(torch.zeros(2), torch.zeros(3))),
         (ValueError, "of the same triplets", lambda: correct(torch.zeros(2).long(), torch.zeros(3).long())),
         (ValueError, "whole numbers", lambda: correct(torch.zeros(2), torch.zeros(2).long())),
         (ValueError, "k 4", lambda: topk_correct(torch.zeros(2, 3), torch.zeros(2).long(), 4)),
-        (ValueError, "1 of 2 triplets are NaN", lambda: style_cosine(torch.tensor([[1.0], [NAN]]), torch.ones(2, 1))),
-        (ValueError, "need the same", lambda: style_cosine(torch.ones(2, 3), torch.ones(2, 4))),
+        (ValueError, "1 of 2 triplets are NaN", lambda: cosine(torch.tensor([[1.0], [NAN]]), torch.ones(2, 1))),
+        (ValueError, "need the same", lambda: cosine(torch.ones(2, 3), torch.ones(2, 4))),
+        (ValueError, r"must be \(T, S, D\)", lambda: diversity(torch.ones(2, 3))),
+        (ValueError, "1 of 6 triplets are NaN", lambda: diversity(torch.tensor([1.0, 1, 1, 1, 1, NAN]).view(2, 3, 1))),
+        (InputError, "at least 2 seeds", lambda: diversity(torch.ones(2, 1, 4))),
+        (
+            ValueError,
+            "1 outputs and 2 references",
+            lambda: palette_error(torch.ones(1, 3, 4, 4), [torch.ones(3, 4, 4)] * 2),
+        ),
+        (ValueError, r"references must lie in", lambda: palette_error(torch.ones(1, 3, 4, 4), [-torch.ones(3, 4, 4)])),
+        (ValueError, "floats of shape", lambda: palette_error([torch.ones(4, 4)], [torch.ones(3, 4, 4)])),
+        (ValueError, "x has 3 features and y 4", lambda: kid(torch.ones(2, 3), torch.ones(2, 4))),
+        (ValueError, "size 1", lambda: kid(torch.ones(2, 3), torch.ones(2, 3), size=1)),
+        (InputError, "at least 2 pictures of each, not 5 and 1", lambda: cmmd(torch.ones(5, 3), torch.ones(1, 3))),
         (InputError, "choose 2 to that", lambda: retrieval_at_1(torch.ones(9, 2), torch.ones(9, 2))),
         (InputError, "2 different references", lambda: copy_score(torch.ones(3, 3, 16, 16), torch.ones(3, 3, 16, 16))),
         (ValueError, "at least 16 pixels", lambda: copy_score(torch.ones(3, 3, 8, 16), torch.ones(3, 3, 16, 16))),
@@ -183,10 +94,146 @@ def test_topk_is_torchs(seed: int, k: int) -> None:
     assert torch.equal(topk_correct(logits, true, k), (logits.topk(k).indices == true[:, None]).any(dim=1).float())
 
 
-def test_style_cosine() -> None:
+def test_cosine_is_of_directions() -> None:
     outputs = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
     targets = torch.tensor([[5.0, 0.0], [0.0, -3.0], [1.0, 0.0], [1.0, 0.0]])
-    assert style_cosine(outputs, targets).tolist() == pytest.approx([1, -1, math.sqrt(0.5), 0])
+    assert cosine(outputs, targets).tolist() == pytest.approx([1, -1, math.sqrt(0.5), 0])
+
+
+def test_diversity_is_the_mean_over_pairs() -> None:
+    embeddings = normal(0, 5, 4, 7)
+    expected = []
+    for rows in embeddings:
+        pairs = [torch.nn.functional.cosine_similarity(rows[a], rows[b], dim=0) for a, b in combinations(range(4), 2)]
+        expected.append(1 - float(torch.stack(pairs).mean()))
+    assert diversity(embeddings).tolist() == pytest.approx(expected, abs=1e-6)
+    assert diversity(3 * embeddings[:, :1].repeat(1, 9, 1)).tolist() == pytest.approx([0] * 5, abs=1e-6)
+    assert diversity(torch.eye(6)[None] * 0.1).item() == pytest.approx(1)
+    assert diversity(torch.tensor([[[1.0, 0.0], [-2.0, 0.0]]])).item() == pytest.approx(2)  # S / (S - 1)
+
+
+# Colours
+
+
+def rgb_of_lab(lab: Tensor) -> Tensor:
+    """Written the other way round from CIE 15 and IEC 61966-2-1, with the matrix to four places of the latter."""
+    light, a, b = lab.unbind(dim=-1)
+    y = (light + 16) / 116
+    bent = torch.stack([y + a / 500, y, y - b / 200], dim=-1)
+    low = (bent - 16 / 116) / 7.787037
+    xyz = torch.where(bent > 6 / 29, bent**3, low) * torch.tensor([0.95047, 1.0, 1.08883], dtype=lab.dtype)
+    matrix = [[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.2040, 1.0570]]
+    linear = (xyz @ torch.tensor(matrix, dtype=lab.dtype).T).clamp(0, 1)
+    return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def solid(*lab: float, height: int = 8, width: int = 8) -> Tensor:
+    colour = rgb_of_lab(torch.tensor(lab, dtype=torch.float64))
+    return colour[:, None, None].expand(3, height, width)
+
+
+def test_palette_error_of_solid_colours_is_their_delta_e() -> None:
+    """(Lightness, a, b) that sRGB can show; sizes do not matter."""
+    pairs = [
+        ((50, 0, 0), (60, 0, 0)),
+        ((50, 20, -10), (55, -5, 15)),
+        ((30, 10, 10), (80, 5, 40)),
+        ((60, 3, 4), (60, 0, 0)),
+    ]
+    outputs = [solid(*ours, height=4, width=9) for ours, _ in pairs]
+    found = palette_error(outputs, [solid(*theirs) for _, theirs in pairs])
+    assert found.tolist() == pytest.approx([math.dist(*pair) for pair in pairs], rel=0.03)
+    black_white = palette_error(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4))
+    assert black_white.item() == pytest.approx(100, rel=0.02)
+
+
+def test_palette_error_asks_what_colours_not_where() -> None:
+    picture = uniform(0, 3, 32, 48)
+    order = torch.randperm(32 * 48, generator=torch.Generator().manual_seed(1))
+    moved = picture.flatten(1)[:, order].view(3, 48, 32)
+    assert palette_error([moved, picture.flip(2)], [picture, picture]).tolist() == [0, 0]
+    doubled = picture.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    assert palette_error([doubled], [picture]).item() < 0.1
+    halves = torch.cat([solid(40, 0, 0), solid(60, 0, 0)], dim=2)
+    thirds = torch.cat([solid(40, 0, 0), solid(40, 0, 0), solid(60, 0, 0)], dim=2)
+    assert palette_error([thirds], [halves]).item() == pytest.approx(20 / 6, rel=0.03)  # a sixth moves by 20
+    channels = palette_error([picture[[1, 2, 0]] * torch.tensor([1, 0.5, 0.2])[:, None, None]], [picture])
+    assert channels.item() > 10  # every channel's values count, and with each other
+
+
+def test_palette_error_of_gaussian_clouds() -> None:
+    """Shifted by a vector: its length. Of other spread: the half normal's mean, twice the slices' sqrt(2 / pi)."""
+    cloud = normal(0, 200, 200, 3)
+    middle, shift = torch.tensor([55.0, 0, 0]).double(), torch.tensor([4.0, -6, 3]).double()
+    narrow, moved, wide = (
+        rgb_of_lab(x).permute(2, 0, 1) for x in (middle + 2 * cloud, middle + shift + 2 * cloud, middle + 6 * cloud)
+    )
+    found = palette_error([moved, wide], [narrow, narrow])
+    assert found.tolist() == pytest.approx([float(shift.norm()), 2 * 4 * math.sqrt(2 / math.pi)], rel=0.03)
+    many = rgb_of_lab(middle + 6 * normal(1, 400, 400, 3)).permute(2, 0, 1)  # more pixels than are looked at
+    assert palette_error([many], [wide]).item() < 0.25
+
+
+# Sets
+
+
+def by_loops(x: Tensor, y: Tensor, kernel) -> float:
+    """The definition, a pair at a time."""
+    total = 0.0
+    for rows in (x, y):
+        pairs = [kernel(a, b) for i, a in enumerate(rows) for j, b in enumerate(rows) if i != j]
+        total += sum(pairs) / len(pairs)
+    across = [kernel(a, b) for a in x for b in y]
+    return total - 2 * sum(across) / len(across)
+
+
+def test_distances_of_sets_are_their_definitions() -> None:
+    x, y = normal(0, 6, 5), normal(1, 9, 5) + 0.3
+    polynomial = by_loops(x, y, lambda a, b: float((a @ b / 5 + 1) ** 3))
+    assert kid(x, y) == pytest.approx(polynomial, rel=1e-9)
+    gaussian = by_loops(x, y, lambda a, b: math.exp(-float((a - b).square().sum()) / 200))
+    assert cmmd(x, y) == pytest.approx(1000 * gaussian, rel=1e-9)
+    assert cmmd(x.float(), y.float()) == pytest.approx(1000 * gaussian, rel=1e-5)
+
+
+def test_kid_and_cmmd_of_gaussians_are_what_integration_gives() -> None:
+    """N(0, I) against N(mean, I) in D dimensions, moments of the kernels worked out by hand."""
+    width, count = 6, 4000
+    mean = torch.tensor([1.0, -0.5, 0.8, 0, 0, 0.4]).double()
+    squared = float(mean.square().sum())
+    x, y = normal(0, count, width), normal(1, count, width) + mean
+    second = (squared**2 + 2 * squared + width) / width**2
+    third = (squared**3 + 6 * squared**2 + 3 * squared * width + 6 * squared) / width**3
+    within = (1 + 3 / width) + (1 + 3 * squared / width + 3 * second + third)
+    expected = within - 2 * (1 + 3 * (width + squared) / width**2)
+    assert kid(x, y, size=count) == pytest.approx(expected, rel=0.05)
+    assert kid(x, y, subsets=60, size=500, seed=1) == pytest.approx(expected, rel=0.1)
+    spread = 10.0**2
+    expected = 2000 * (spread / (spread + 2)) ** (width / 2) * (1 - math.exp(-squared / (2 * (spread + 2))))
+    assert cmmd(x, y) == pytest.approx(expected, rel=0.05)
+
+
+def test_sets_of_one_kind_are_at_no_distance_on_average() -> None:
+    """Also where few pictures are, which a biased estimate would call apart."""
+    apart = [
+        (kid(normal(i, 8, 4), normal(i + 900, 8, 4)), cmmd(normal(i, 8, 4), normal(i + 900, 8, 4))) for i in range(300)
+    ]
+    mean, error = np.mean(apart, axis=0), np.std(apart, axis=0) / math.sqrt(300)
+    assert (np.abs(mean) < 3 * error).all() and (np.min(apart, axis=0) < 0).all()
+
+
+def test_subsets_of_kid_are_the_seeds() -> None:
+    x, y = normal(2, 80, 4), normal(3, 90, 4) + 1
+    once = kid(x, y, subsets=5, size=20, seed=4)
+    torch.manual_seed(0)
+    assert kid(x, y, subsets=5, size=20, seed=4) == once != kid(x, y, subsets=5, size=20, seed=5)
+    assert kid(x, y, subsets=200, size=40) == pytest.approx(kid(x, y, size=90), rel=0.1)
+    few, others = x[:6], y[:5]
+    without = [kid(few[torch.arange(6) != i], others, size=5) for i in range(6)]
+    assert any(kid(few, others, subsets=1, size=5) == pytest.approx(one, rel=1e-9) for one in without)
+
+
+# What is found
 
 
 @given(st.integers(0, 10_000), st.integers(2, 7))
@@ -331,7 +378,9 @@ def test_scores_are_float32_one_for_each_triplet() -> None:
     scores = [
         correct(classes, classes),
         topk_correct(rows, classes % 4, 2),
-        style_cosine(rows, rows),
+        cosine(rows, rows),
+        diversity(rows[:, None].repeat(1, 3, 1)),
+        palette_error(images.bfloat16(), images),
         retrieval_at_1(rows.bfloat16(), rows.bfloat16(), 5),
         leak(classes, classes.flip(0), classes),
         leak_by_chance(classes, classes.flip(0), classes),

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ztrain.errors import InputError
-from ztrain.metrics import style_cosine
+from ztrain.metrics import cosine
 from ztrain.mini.exam import Clusters, Exam, Judges, draw_pairs
 from ztrain.mini.gallery import Gallery, Split
 from ztrain.mini.painter import PaintedWorld
@@ -229,7 +229,7 @@ def test_true_pictures_score_as_their_own_targets(smoked: Path) -> None:
     judges = Judges(smoked / "judges", CPU)
     gallery = WORLD.gallery("held", 16, 0, "cpu")
     seen = judges.look(gallery.images)
-    assert torch.allclose(style_cosine(seen.styles["style"], seen.styles["style"]), torch.ones(16))
+    assert torch.allclose(cosine(seen.styles["style"], seen.styles["style"]), torch.ones(16))
     assert not torch.allclose(seen.styles["style"], seen.styles["style_second"])
     assert torch.equal(to_bytes(gallery.pixels(torch.arange(16))), gallery.images)
     assert subject.through_codec(gallery.images).shape == gallery.images.shape

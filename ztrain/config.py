@@ -39,6 +39,9 @@ class ModelsConfig(_Section):
     """Only its visual part and two embedding rows are read, and only if an adapter reads them."""
     siglip: ModelConfig = ModelConfig(pretrained_model_name_or_path="google/siglip2-so400m-patch16-naflex")
     """Read only if an adapter reads it."""
+    transformer_file: str | None = None
+    """A GGUF file with the base's transformer, quantised, in place of its own weights; config and all else stay the
+    base's. For sampling and comparing on small cards; training needs the whole weights."""
     variant: Literal["auto", "base", "turbo"] = "auto"
     """Whose steps and guidance to sample with; auto tells by the scheduler's shift (3 Turbo, 6 Base)."""
 
@@ -49,6 +52,8 @@ class EncodersConfig(_Section):
     hidden_index: int | None = Field(default=None, ge=1)
     """Hidden state of the spliced model that is read: k = the residual stream after k layers, the number of layers =
     after the final norm as well. None: the second to last, as for prompts (35 of 36 in Z-Image)."""
+    text_hidden_index: int | None = Field(default=None, ge=1)
+    """The same for the tokens of that sequence that are neither the image's nor its markers; None: hidden_index."""
     rope_theta: Literal["text_encoder", "vl"] = "text_encoder"
     """Rotary base of the spliced model: that of the weights it runs (1e6), or Qwen3-VL's (5e6)."""
     positions: Literal["mrope", "1d"] = "mrope"
@@ -224,6 +229,11 @@ class ValidationConfig(_Section):
     """Optimizer steps between two preview grids, the first at step 0; 0 = never."""
     num_previews: int = Field(default=4, ge=1)
     """Rows of the grid: held-out triplets, spread evenly."""
+    score_steps: int = Field(default=0, ge=0)
+    """Optimizer steps between two scorings of what the list draws, by the models of `judges`; 0 = never. The best step
+    so far is written to `<output_dir>/best.json`, by the rule of compare.keep_adherence."""
+    num_scored: int = Field(default=16, ge=2)
+    """Held-out triplets that are drawn and scored, spread evenly."""
 
     @model_validator(mode="after")
     def _inside(self) -> "ValidationConfig":
@@ -253,6 +263,9 @@ class TrackingConfig(_Section):
     """Whether the list of triplets (names, prompts, hashes; no pictures) is uploaded as an artifact."""
 
 
+Aspect = Literal["21:9", "16:9", "3:2", "4:3", "5:4", "1:1", "4:5", "3:4", "2:3", "9:16", "9:21"]
+
+
 class SampleConfig(_Section):
     num_inference_steps: int | None = Field(default=None, ge=1)
     """None: as the base was released (8 Turbo, 50 Base)."""
@@ -263,19 +276,33 @@ class SampleConfig(_Section):
     guidance_normalization: float = Field(default=0.0, ge=0.0)
     """The guided velocity is at most this many times as long as the unguided one; 0 = off."""
     guidance_window: tuple[float, float] = (0.0, 1.0)
-    """Lowest and highest sigma at which guidance acts."""
+    """Low and high: guidance acts where low < sigma <= high, so of zero width never, and (0, 1) is every step."""
+    scales: float | list[float] = 1.0
+    """Of every adapter, or one for each: 1 = as trained, 0 = as if it were not in the list."""
+    strength: float = Field(default=1.0, gt=0.0, le=1.0)
+    """How far from the start image, which `ztrain sample` is given and which is the reference elsewhere: 1 = from noise
+    alone, without one."""
+    reference_window: tuple[float, float] = (0.0, 1.0)
+    """The same for reading the reference; elsewhere the prompt is alone."""
+    aspect: Aspect | None = None
+    """Width to height, at about as many pixels as a square of data.resolution; in place of height and width."""
     height: int | None = Field(default=None, ge=32)
     """Pixels; None: data.resolution."""
     width: int | None = Field(default=None, ge=32)
+    batch_size: int = Field(default=1, ge=1)
+    """Pictures that are sampled together."""
 
     @model_validator(mode="after")
     def _sizes(self) -> "SampleConfig":
+        if self.aspect is not None and (self.height, self.width) != (None, None):
+            raise ValueError(f"aspect {self.aspect} decides height and width; leave those out, or aspect")
         for name in ("height", "width"):
             if (side := getattr(self, name)) is not None and side % IMAGE_MULTIPLE:
                 raise ValueError(f"{name} {side} is not a multiple of {IMAGE_MULTIPLE}")
-        low, high = self.guidance_window
-        if not 0.0 <= low <= high <= 1.0:
-            raise ValueError(f"guidance_window {self.guidance_window} must be two sigmas, 0 <= low <= high <= 1")
+        for name in ("guidance_window", "reference_window"):
+            low, high = getattr(self, name)
+            if not 0.0 <= low <= high <= 1.0:
+                raise ValueError(f"{name} {getattr(self, name)} must be two sigmas, 0 <= low <= high <= 1")
         return self
 
 
@@ -284,17 +311,65 @@ class ExportConfig(_Section):
     """Of the exported weights: float32 loads again bit for bit, bfloat16 is half as large and loses 16 bits."""
 
 
+class JudgesConfig(_Section):
+    """Models that score pictures; each is optional, and scores that need one that is missing are left out. The more,
+    the less a result hangs on one opinion."""
+
+    siglip: ModelConfig | None = None
+    """SigLIP2, or CLIP, with its text tower: likeness to the reference, and adherence to the prompt."""
+    dino: ModelConfig | None = None
+    """DINOv2: likeness to the reference, and diversity."""
+    style: ModelConfig | None = None
+    """A style descriptor: any vision model that gives one vector for a picture, such as CSD."""
+    truth: str | None = None
+    """Folder of a miniature family (ztrain/mini/weights): its judges know content and style of painted triplets."""
+    batch_size: int = Field(default=32, ge=1)
+    """Pictures that a judge looks at together."""
+
+
 class CompareConfig(_Section):
+    """What `ztrain compare` draws: columns (lists of adapters) on the same rows (prompt and references) and seeds."""
+
     adapters: list[str] = Field(default_factory=list)
-    """Exported adapter folders, a column each."""
+    """Exported adapter folders or folders of finished runs, a column each."""
     presets: list[str] = Field(default_factory=list)
-    """YAML files with encoders and adapters of further splices, a column each."""
+    """YAML files with encoders and adapters of further splices, a column each; `ztrain sweep` writes one too."""
     splice: SpliceConfig = SpliceConfig()
     """The splice that is always shown."""
+    shuffled: bool = False
+    """The control: every list that reads references is shown once more with another row's."""
+    drift: bool = True
+    """Whether trained lists are also drawn without any reference and compared with the base, on the first seed."""
     split: str = "validation"
-    num_samples: int = Field(default=6, ge=1)
+    num_samples: int = Field(default=16, ge=1)
     """Rows: triplets of the split, spread evenly over it."""
+    prompts: str | None = None
+    """A text file, a prompt a line: rows are each of these with each of `references`, in place of triplets."""
+    references: str | None = None
+    """A folder of pictures, for `prompts`."""
+    prompt: Literal["own", "none"] = "own"
+    """none: rows are drawn without their prompts, to see what a reference alone says."""
+    num_seeds: int = Field(default=1, ge=1)
+    """Pictures of a row and column, each from noise of its own; diversity needs 2."""
+    keep_adherence: float = Field(default=0.95, ge=0.0, le=1.0)
+    """The best is the list with most style among those that keep this share of the adherence to the prompt that
+    pictures without a reference have above chance."""
     output_dir: str = "out/compare"
+    """Pictures that are there already and were made from the same are not drawn again."""
+
+    @model_validator(mode="after")
+    def _rows(self) -> "CompareConfig":
+        if (self.prompts is None) != (self.references is None):
+            raise ValueError("prompts and references go together: a file of prompts and a folder of pictures")
+        return self
+
+
+class SweepConfig(_Section):
+    """What `ztrain sweep` varies around compare.splice; rows, seeds and rule are compare's."""
+
+    axes: dict[str, list[bool | int | float | str | None]] = Field(default_factory=dict)
+    """Values by key: any key of `encoders.`, `splice.` or `sample.`. All combinations are drawn."""
+    output_dir: str = "out/sweep"
 
 
 class Config(_Section):
@@ -318,7 +393,9 @@ class Config(_Section):
     tracking: TrackingConfig = TrackingConfig()
     sample: SampleConfig = SampleConfig()
     export: ExportConfig = ExportConfig()
+    judges: JudgesConfig = JudgesConfig()
     compare: CompareConfig = CompareConfig()
+    sweep: SweepConfig = SweepConfig()
 
     @model_validator(mode="after")
     def _possible_list(self) -> "Config":

@@ -1,116 +1,35 @@
-"""Scores of generated pictures against their triplets (reference, prompt, target), each with its uncertainty.
+"""Scores of generated pictures against their triplets (reference, prompt, target).
 
-In come pictures and what a judge said of them (classes, logits, embeddings); no model is loaded here. Every score is a
-function to one number for each triplet, (T,) float32, in the triplets' order; NaN where a triplet cannot tell.
-`bootstrap` turns them into a mean with its interval, `paired_bootstrap` compares two lists on the same triplets. A new
-score is one more such function.
+In come pictures, vectors of them (ztrain.features) and what a judge said (classes, logits); no model is loaded here.
+A score is a function to one number for each triplet, (T,) float32, in the triplets' order; NaN where a triplet cannot
+tell. ztrain.intervals turns them into means with their uncertainty. `kid` and `cmmd` compare whole sets of vectors.
+docs/metrics.md says what each is good for.
 
-Legend: T triplets, K classes, D dimensions of an embedding, H and W a picture's height and width; RGB in [0, 1].
+Legend: T triplets, S seeds, K classes, D dimensions of an embedding, H and W a picture's height and width, P pixels;
+RGB in [0, 1].
 """
 
-from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TypeAlias
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ztrain.errors import InputError
 
-Groups: TypeAlias = Tensor | Sequence[Hashable]
-"""One name or number for each triplet; equal ones are resampled together."""
-
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what Pillow's convert("L") uses
 _STRUCTURE = 16  # copy_score compares pictures of 16 x 16
-_DRAWS_AT_ONCE = 1 << 22  # resampled entries held at a time: 32 MiB of indices
+_PALETTE_DIRECTIONS, _PALETTE_LEVELS, _PALETTE_PIXELS = 64, 1024, 1 << 16
+_XYZ_OF_RGB = (
+    (506752 / 1228815, 87881 / 245763, 12673 / 70218),
+    (87098 / 409605, 175762 / 245763, 12673 / 175545),
+    (7918 / 409605, 87881 / 737289, 1001167 / 1053270),
+)
+_WHITE = (0.3127 / 0.3290, 1.0, (1 - 0.3127 - 0.3290) / 0.3290)  # D65
 _PICTURES_AT_ONCE = 16  # spectra held at a time
 _TIE = 1e-9  # cosines this close are one: float64 sums over D differ by less, distinct pictures by more
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean over `count` triplets (those that could tell), and the interval around it."""
-
-    mean: float
-    low: float
-    high: float
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-    def to_json(self) -> dict[str, float]:
-        return asdict(self)
-
-
-def bootstrap(
-    values: Tensor,
-    *,
-    groups: Groups | None = None,
-    drop_nan: bool = False,
-    seed: int = 0,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-) -> Interval:
-    """The mean of `values`, (T,), and its percentile bootstrap interval.
-
-    `groups` draws whole groups with replacement, for triplets that are not independent (they share a reference, or are
-    seeds of one prompt); the mean stays the one over triplets. `drop_nan` leaves out the triplets that cannot tell and
-    counts the rest; without it a NaN is an error, and an infinity always is. With few triplets or groups (under about
-    20) the interval is somewhat too narrow, and where all values are equal it has no width.
-
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
-    """
-    told = _vector("values", values)
-    names = None if groups is None else _group_numbers(groups, len(told))
-    if not drop_nan and np.isnan(told).any():
-        raise ValueError(f"{np.isnan(told).sum()} of {len(told)} values are NaN; drop_nan=True leaves them out")
-    if resamples < 1 or not 0.0 < confidence < 1.0:
-        raise ValueError(f"resamples {resamples} must be positive, confidence {confidence} above 0 and below 1")
-    kept = ~np.isnan(told)
-    if kept.sum() < 2:
-        raise InputError(f"an interval needs at least 2 triplets that can tell, not {kept.sum()}; score more")
-    told = told[kept]
-    sums, sizes = told, np.ones_like(told)
-    if names is not None:
-        _, names = np.unique(names[kept], return_inverse=True)
-        sums, sizes = (np.bincount(names, weights=each).astype(np.float64) for each in (told, sizes))
-        if len(sums) < 2:
-            raise InputError("an interval needs at least 2 groups of triplets, not 1; score more")
-    means = _resampled_means(sums, sizes, resamples, np.random.default_rng(seed))
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(told.mean()), float(low), float(high), len(told))
-
-
-def paired_bootstrap(
-    ours: Tensor,
-    theirs: Tensor,
-    *,
-    groups: Groups | None = None,
-    drop_nan: bool = False,
-    seed: int = 0,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-) -> Interval:
-    """The mean of `ours - theirs`, both (T,) over the same triplets in the same order; above 0 when ours is larger.
-
-    What both find easy or hard cancels, so that an interval without 0 is a difference even where the two intervals of
-    their own overlap. `drop_nan` leaves out triplets where either cannot tell.
-    """
-    mine, others = _vector("ours", ours), _vector("theirs", theirs)
-    if len(mine) != len(others):
-        raise ValueError(f"ours has {len(mine)} triplets and theirs {len(others)}; compare over the same triplets")
-    return bootstrap(
-        torch.from_numpy(mine - others),
-        groups=groups,
-        drop_nan=drop_nan,
-        seed=seed,
-        resamples=resamples,
-        confidence=confidence,
-    )
 
 
 def correct(predicted: Tensor, true: Tensor) -> Tensor:
@@ -132,10 +51,32 @@ def topk_correct(logits: Tensor, true: Tensor, k: int) -> Tensor:
     return ((logits >= own).sum(dim=1) <= k).float()  # its own is one of them
 
 
-def style_cosine(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Cosine of each output's style embedding to its target's, (T,) in [-1, 1]; 1 is best. Both (T, D)."""
+def cosine(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cosine of each output's vector to its target's, (T,) in [-1, 1]; 1 is best. Both (T, D).
+
+    Likeness of style where both are vectors of pictures, obedience to the prompt where targets are vectors of texts.
+    What is good depends on the model; compare with what another triplet's target gets.
+    """
     _embeddings(outputs, targets)
     return F.cosine_similarity(outputs.double(), targets.double(), dim=1).float()
+
+
+def diversity(embeddings: Tensor) -> Tensor:
+    """How different a triplet's pictures are over seeds, (T,) in [0, S / (S - 1)]: 1 - the mean cosine of two of them.
+
+    0 where all are alike, 1 where they share nothing. More is better only among pictures that obey: noise is diverse.
+    `embeddings`: (T, S, D), S at least 2.
+    """
+    if embeddings.ndim != 3:
+        raise ValueError(f"embeddings must be (T, S, D), not {tuple(embeddings.shape)}")
+    triplets, seeds, width = embeddings.shape
+    _rows("embeddings", embeddings.reshape(triplets * seeds, width))
+    if seeds < 2:
+        raise InputError("diversity needs at least 2 seeds of each triplet, not 1; draw more")
+    vectors = F.normalize(embeddings.double(), dim=2)
+    together = vectors.sum(dim=1).square().sum(dim=1)  # (T,): every pair twice, and each with itself
+    alone = vectors.square().sum(dim=(1, 2))
+    return (1 - (together - alone) / (seeds * (seeds - 1))).float()
 
 
 def retrieval_at_1(outputs: Tensor, targets: Tensor, pool: int = 256) -> Tensor:
@@ -207,6 +148,9 @@ def copy_score(outputs: Tensor, references: Tensor) -> Tensor:
     `copy_score(targets, references)`, what the true pictures have (`paired_bootstrap`). Luminance, because hue is
     style that should be taken over while light and dark draw the objects; 16 x 16, because texture is style as well.
 
+    It knows a copy that is recoloured, paler, darker, grainy or of another size. It does not know one that is
+    mirrored, turned, inverted, moved by an eighth of a side or cut to two thirds (tests/test_metrics_truth.py).
+
     `outputs`, `references`: (T, 3, H, W), at least 16 pixels wide and high; their sizes may differ.
     """
     if len(outputs) != len(references):
@@ -220,6 +164,71 @@ def copy_score(outputs: Tensor, references: Tensor) -> Tensor:
         raise InputError("copy_score needs at least 2 different references; score more triplets")
     by_chance = (drawn * (shown.sum(dim=0) - same[picture])).sum(dim=1) / others
     return ((drawn * shown).sum(dim=1) - by_chance).float()
+
+
+def palette_error(outputs: Sequence[Tensor] | Tensor, references: Sequence[Tensor] | Tensor) -> Tensor:
+    """How far apart the colours of two pictures are, whatever is where, (T,) in Delta E (CIE 1976); 0 is best.
+
+    The least mean distance that one picture's colours must be moved to become the other's, sliced: twice the mean
+    Wasserstein-1 distance of both along 64 directions through CIELAB. For pictures of one colour each that is their
+    Delta E (within 2 %), about 2 is just noticed, black to white is 100. A patch of the right colour in the wrong place
+    costs nothing, too large a patch does.
+
+    `outputs`, `references`: T pictures (3, H, W) each, of any sizes. Of a picture of over 65,536 pixels as many are
+    drawn, the same each time.
+
+    Source: Bonneel et al., Sliced and Radon Wasserstein Barycenters of Measures, 2015.
+    """
+    if len(outputs) != len(references) or not len(outputs):
+        raise ValueError(f"{len(outputs)} outputs and {len(references)} references")
+    errors = []
+    for output, reference in zip(outputs, references, strict=True):
+        drawn, shown = (_palette(name, x) for name, x in (("outputs", output), ("references", reference)))
+        errors.append(2 * (drawn - shown).abs().mean())
+    return torch.stack(errors).to(outputs[0].device)
+
+
+def kid(x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 0) -> float:
+    """Kernel distance of two sets of features, (N, D) and (M, D): 0 in expectation where both are of one kind.
+
+    The unbiased squared MMD with the kernel (a . b / D + 1)^3, mean over `subsets` draws of `size` from each; where
+    neither set has more, over all at once. It may come out below 0. The kernel wants entries of about 1, as Inception's
+    are: give vectors of unit length times sqrt(D).
+
+    Source: Binkowski et al., Demystifying MMD GANs, 2018 (arXiv 1801.01401), section 4.
+    """
+    _sets(x, y)
+    if subsets < 1 or size < 2:
+        raise ValueError(f"subsets {subsets} must be positive, size {size} at least 2")
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    first, second = x.double(), y.double()
+    if max(len(first), len(second)) <= size:
+        return _squared_mmd(first, second, kernel)
+    generator = torch.Generator().manual_seed(seed)
+    found = 0.0
+    for _ in range(subsets):
+        some = [rows[torch.randperm(len(rows), generator=generator)[:size].to(rows.device)] for rows in (first, second)]
+        found += _squared_mmd(some[0], some[1], kernel)
+    return found / subsets
+
+
+def cmmd(x: Tensor, y: Tensor) -> float:
+    """Kernel distance of two sets of unit vectors, (N, D) and (M, D), times 1000: 0 in expectation for one kind.
+
+    The unbiased squared MMD with a Gaussian kernel of sigma 10, so it may come out below 0. The authors' program keeps
+    each vector's likeness to itself in the means, which for few pictures gives more than 0 for equal kinds.
+
+    Source: Jayasumana et al., Rethinking FID, 2024 (arXiv 2401.09603), section 4.1.
+    """
+    _sets(x, y)
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return torch.exp(-torch.cdist(a, b).square() / (2 * 10.0**2))
+
+    return 1000 * _squared_mmd(x.double(), y.double(), kernel)
 
 
 def high_frequency_energy(images: Tensor) -> Tensor:
@@ -249,7 +258,7 @@ def high_frequency_energy(images: Tensor) -> Tensor:
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB, (T,): -10 log10 of the mean squared error; larger is better.
 
-    Infinite for equal pictures, which `bootstrap` refuses. `images`, `originals`: (T, 3, H, W).
+    Infinite for equal pictures, which ztrain.intervals refuses. `images`, `originals`: (T, 3, H, W).
     """
     _images("images", images)
     _images("originals", originals)
@@ -259,17 +268,48 @@ def psnr(images: Tensor, originals: Tensor) -> Tensor:
     return (-10 * error.log10()).float()
 
 
-def _resampled_means(
-    sums: NDArray[np.float64], sizes: NDArray[np.float64], resamples: int, generator: np.random.Generator
-) -> NDArray[np.float64]:
-    """Means over triplets of `resamples` draws of as many groups, (resamples,); given each group's sum and size."""
-    drawn_at_once = max(1, _DRAWS_AT_ONCE // len(sums))
-    means = []
-    for start in range(0, resamples, drawn_at_once):
-        rows = min(drawn_at_once, resamples - start)
-        drawn = generator.integers(len(sums), size=(rows, len(sums)))
-        means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
-    return np.concatenate(means)
+def _squared_mmd(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Unbiased, of (N, D) and (M, D): Gretton et al., A Kernel Two-Sample Test, JMLR 13, 2012, equation 3."""
+    within = 0.0
+    for rows in (x, y):
+        likeness = kernel(rows, rows)
+        within += float(likeness.sum() - likeness.diagonal().sum()) / (len(rows) * (len(rows) - 1))
+    return within - 2 * float(kernel(x, y).mean())
+
+
+def _palette(name: str, picture: Tensor) -> Tensor:
+    """Quantiles of a picture's colours along each direction, (directions, levels)."""
+    _images(name, picture[None])
+    pixels = picture.flatten(1).T  # (P, 3)
+    if len(pixels) > _PALETTE_PIXELS:
+        drawn = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:_PALETTE_PIXELS]
+        pixels = pixels[drawn.to(pixels.device)]
+    along = _directions() @ _lab(pixels.double()).T.cpu()  # (directions, P)
+    ordered = torch.from_numpy(np.sort(along.float().numpy(), axis=1))  # five times as fast as torch's
+    levels = (torch.arange(_PALETTE_LEVELS) + 0.5) / _PALETTE_LEVELS
+    return ordered[:, (levels * len(pixels)).long()]
+
+
+def _directions() -> Tensor:
+    """Even over a half sphere, (directions, 3): a Fibonacci spiral (Swinbank and Purser, 2006)."""
+    number = torch.arange(_PALETTE_DIRECTIONS, dtype=torch.float64)
+    height = (number + 0.5) / _PALETTE_DIRECTIONS
+    turn = number * math.pi * (3 - math.sqrt(5))
+    radius = (1 - height.square()).sqrt()
+    return torch.stack([height, radius * turn.cos(), radius * turn.sin()], dim=1)
+
+
+def _lab(rgb: Tensor) -> Tensor:
+    """CIELAB under D65, (P, 3), of sRGB (P, 3).
+
+    Transfer function, matrix and white of CSS Color Module Level 4, sections 10.2 and 18; the rest CIE 15:2004.
+    """
+    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    xyz = linear @ torch.tensor(_XYZ_OF_RGB, dtype=rgb.dtype, device=rgb.device).T
+    relative = xyz / torch.tensor(_WHITE, dtype=rgb.dtype, device=rgb.device)
+    bent = torch.where(relative > 216 / 24389, relative.clamp(min=0) ** (1 / 3), (24389 / 27 * relative + 16) / 116)
+    x, y, z = bent.unbind(dim=1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
 
 
 def _structure(name: str, images: Tensor) -> Tensor:
@@ -285,27 +325,6 @@ def _structure(name: str, images: Tensor) -> Tensor:
     centred = light - light.mean(dim=1, keepdim=True)
     length = centred.norm(dim=1, keepdim=True)
     return torch.where(length < 1e-6, 0.0, centred / length.clamp(min=1e-6))
-
-
-def _vector(name: str, values: Tensor) -> NDArray[np.float64]:
-    """One number for each triplet, as numpy; NaN passes."""
-    if values.ndim != 1:
-        raise ValueError(f"{name} must be (T,), one number for each triplet, not {tuple(values.shape)}")
-    numbers: NDArray[np.float64] = values.detach().double().cpu().numpy()
-    if np.isinf(numbers).any():
-        raise ValueError(f"{np.isinf(numbers).sum()} of {len(numbers)} {name} are infinite; their mean says nothing")
-    return numbers
-
-
-def _group_numbers(groups: Groups, count: int) -> NDArray[np.int64]:
-    """Each triplet's group as a number, (T,)."""
-    if isinstance(groups, Tensor) and groups.ndim != 1:
-        raise ValueError(f"groups must be (T,), one for each triplet, not {tuple(groups.shape)}")
-    names: list[Hashable] = groups.tolist() if isinstance(groups, Tensor) else list(groups)
-    if len(names) != count:
-        raise ValueError(f"{len(names)} groups for {count} triplets; give one for each")
-    number = {name: place for place, name in enumerate(dict.fromkeys(names))}
-    return np.array([number[name] for name in names], dtype=np.int64)
 
 
 def _classes(**tensors: Tensor) -> None:
@@ -330,6 +349,15 @@ def _embeddings(outputs: Tensor, targets: Tensor) -> None:
     _rows("targets", targets)
     if outputs.shape != targets.shape:
         raise ValueError(f"outputs are {tuple(outputs.shape)} and targets {tuple(targets.shape)}; need the same")
+
+
+def _sets(x: Tensor, y: Tensor) -> None:
+    _rows("x", x)
+    _rows("y", y)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"x has {x.shape[1]} features and y {y.shape[1]}; need the same model's")
+    if min(len(x), len(y)) < 2:
+        raise InputError(f"a distance of sets needs at least 2 pictures of each, not {len(x)} and {len(y)}; draw more")
 
 
 def _images(name: str, images: Tensor) -> None:

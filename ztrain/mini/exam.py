@@ -15,16 +15,8 @@ import torch
 from torch import Tensor
 
 from ztrain.errors import InputError
-from ztrain.metrics import (
-    bootstrap,
-    correct,
-    high_frequency_energy,
-    leak,
-    leak_by_chance,
-    paired_bootstrap,
-    retrieval_at_1,
-    style_cosine,
-)
+from ztrain.intervals import bootstrap, paired_bootstrap
+from ztrain.metrics import correct, cosine, high_frequency_energy, leak, leak_by_chance, retrieval_at_1
 from ztrain.mini.gallery import Gallery, Split, World
 from ztrain.mini.judges import STYLE_JUDGES, load_content_judge, load_style_judge
 from ztrain.mini.subject import Subject
@@ -96,7 +88,7 @@ class Seen:
         """Style cosine to the targets by both judges and, for the pool sizes of consecutive rows, R@1."""
         scores: Scores = {}
         for name, embedding in self.styles.items():
-            scores[f"{name}_cosine"] = style_cosine(embedding, targets.styles[name])
+            scores[f"{name}_cosine"] = cosine(embedding, targets.styles[name])
             if pools:
                 pairs = zip(embedding.split(list(pools)), targets.styles[name].split(list(pools)), strict=True)
                 found = [retrieval_at_1(ours, theirs, min(RETRIEVAL_POOL, len(ours))) for ours, theirs in pairs]

@@ -8,33 +8,25 @@ data_tools.pack lays beside them, where there are some. Rows may carry `style`, 
 data give the same bytes.
 """
 
-import base64
-import hashlib
-import io
-import json
-import os
-import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
-import xxhash
-from PIL import Image
 from tqdm import tqdm
 
 from data_tools.charts import STYLES, aspect_chart, number_chart, score_chart, style_bars
 from data_tools.likeness import COPY_SCORE
 from data_tools.survey import SUREST_SHARE, DataSet, Row, choose, measure_targets, read_data_set, text_of
 from ztrain.errors import InputError
-from ztrain.images import Picture, decode_image, read_picture
-from ztrain.workspace import workspace
+from ztrain.images import Picture
+from ztrain.pages import Thumbnails, check_out, render, write_page
 
-MARK = b"<!doctype html>\n<html lang=en data-made-by=ztrain.data_tools.inspect>"
-"""How a page begins: only such a file is replaced."""
+MAKER = "ztrain.data_tools.inspect"
+"""Whose pages are replaced."""
 _TEMPLATE = Path(__file__).with_name("inspect.html.jinja")
 _LONG = 2000  # characters of a further column that are shown
 
@@ -58,46 +50,20 @@ class Command:
     """Longest side of a picture on the page, in pixels, 32 to 1024: 96 suits a page of 10,000 triplets."""
 
 
-class Thumbnails:
-    """Pictures of the page, each made once, however many rows and files hold it."""
+def _add(thumbnails: Thumbnails, data: DataSet, picture: Picture) -> int:
+    """Its place on the page. One that cannot be read is counted with what is lost, once."""
 
-    def __init__(self, side: int, data: DataSet) -> None:
-        self.side, self.data = side, data
-        self.made: list[dict[str, Any]] = []
-        self._places: dict[str, int] = {}  # name, or hash of bytes -> place in `made`
+    def lose(error: InputError) -> str:
+        if data.shorten(picture.name) not in {fault.name for fault in data.unusable}:
+            data.lose(picture.name, error)
+        return data.shorten(str(error))
 
-    def add(self, picture: Picture) -> int:
-        """Its place in `made`. One that cannot be read has a fault in the place of a picture."""
-        if picture.name not in self._places:
-            self._places[picture.name] = self._add(picture)
-        return self._places[picture.name]
-
-    def _add(self, picture: Picture) -> int:
-        try:
-            raw = read_picture(picture)
-            digest = xxhash.xxh3_128_hexdigest(raw)
-            if digest in self._places:
-                return self._places[digest]
-            self._places[digest] = len(self.made)
-            image = decode_image(raw, picture.name)
-        except InputError as error:
-            known = {fault.name for fault in self.data.unusable}
-            if self.data.shorten(picture.name) not in known:
-                self.data.lose(picture.name, error)
-            self.made.append({"fault": self.data.shorten(str(error))})
-            return len(self.made) - 1
-        width, height = image.size
-        image.thumbnail((self.side, self.side), Image.Resampling.LANCZOS, reducing_gap=3.0)
-        file = io.BytesIO()
-        image.save(file, "WEBP", quality=75)
-        url = f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
-        self.made.append({"url": url, "width": width, "height": height})
-        return len(self.made) - 1
+    return thumbnails.add(picture, lose)
 
 
-def _card(row: Row, thumbnails: Thumbnails) -> dict[str, Any]:
+def _card(row: Row, thumbnails: Thumbnails, data: DataSet) -> dict[str, Any]:
     """A row as the page's script reads it."""
-    triplet, shorten = row.triplet, thumbnails.data.shorten
+    triplet, shorten = row.triplet, data.shorten
     shown = {"style", "way", "copy_score"}
     columns = [(name, text_of(value)) for name, value in triplet.columns.items() if name not in shown]
     cut = [(name, text if len(text) <= _LONG else f"{text[:_LONG]}… ({len(text):,} characters)")
@@ -109,8 +75,8 @@ def _card(row: Row, thumbnails: Thumbnails) -> dict[str, Any]:
         "style": row.style,
         "way": row.way,
         "score": row.score,
-        "references": [thumbnails.add(picture) for picture in triplet.references],
-        "target": thumbnails.add(triplet.target),
+        "references": [_add(thumbnails, data, picture) for picture in triplet.references],
+        "target": _add(thumbnails, data, triplet.target),
         "names": [shorten(picture.name) for picture in (*triplet.references, triplet.target)],
         "columns": cut,
     }
@@ -124,9 +90,9 @@ def make_page(command: Command) -> tuple[bytes, dict[str, int]]:
     data = read_data_set(command.data, text_only=command.text_only)
     splits = sorted({row.split for row in data.rows})
     sizes = measure_targets(data)
-    thumbnails = Thumbnails(command.thumbnail_side, data)
+    thumbnails = Thumbnails(command.thumbnail_side)
     chosen = choose(data.rows, command.max_triplets)
-    cards = [_card(data.rows[i], thumbnails) for i in tqdm(chosen, desc="drawing", unit="triplet", disable=None)]
+    cards = [_card(data.rows[i], thumbnails, data) for i in tqdm(chosen, desc="drawing", unit="triplet", disable=None)]
     lost = [*data.unusable, *data.refused]
     scores = [row.score for row in data.rows if row.score is not None]
     charts = [
@@ -166,7 +132,7 @@ def make_page(command: Command) -> tuple[bytes, dict[str, int]]:
         "refused_left_out": len(lost) - len(listed_files),
     }
     counts = {"rows": len(data.rows), "shown": len(cards), "refused": len(data.refused), "lost": len(data.unusable)}
-    return render(facts, payload), counts
+    return render(_TEMPLATE, facts, payload), counts
 
 
 def _warnings(data: DataSet, splits: Sequence[str]) -> list[str]:
@@ -183,64 +149,13 @@ def _warnings(data: DataSet, splits: Sequence[str]) -> list[str]:
     return wrong
 
 
-def as_json(payload: Any) -> str:
-    """JSON that may stand inside a script element: nothing in it ends the element or begins a comment."""
-    text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
-    return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
-
-
-def render(facts: Mapping[str, Any], payload: Any) -> bytes:
-    import jinja2
-    from markupsafe import Markup
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    policy = ["default-src 'none'", "img-src data:", "base-uri 'none'", "form-action 'none'"]
-    for block in ("style", "script"):
-        text = "".join(template.blocks[block](template.new_context()))
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        policy.append(f"{block}-src 'sha256-{digest}'")
-    # Names of files may hold bytes that are no UTF-8: written as escapes, in JSON and in text.
-    page = template.render(facts, policy=Markup("; ".join(policy)), payload=Markup(as_json(payload)))
-    return page.encode(errors="backslashreplace")
-
-
-def write_page(page: bytes, out: Path) -> None:
-    """Whole or not at all. Raises InputError."""
-    try:
-        with workspace(out.parent) as scratch:
-            place = scratch / "page.html"
-            with place.open("wb") as file:
-                file.write(page)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(place, out)
-    except OSError as error:
-        raise InputError(f"{out}: cannot write it ({error.strerror}); make room or choose another --out") from error
-
-
-def check_out(out: Path) -> None:
-    """Raises InputError where something is there that is no page of ours."""
-    if not out.exists():
-        return
-    try:
-        with out.open("rb") as file:
-            ours = file.read(len(MARK)) == MARK
-    except OSError as error:
-        raise InputError(f"{out}: cannot be replaced ({error.strerror}); choose another --out") from error
-    if not ours:
-        raise InputError(f"{out}: holds something else than a page of data_tools.inspect; choose another --out")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 written, 2 something the user can mend."""
     command = tyro.cli(Command, args=arguments, prog="data_tools.inspect")
     try:
         if command.max_triplets < 1 or command.max_refused < 0 or not 32 <= command.thumbnail_side <= 1024:
             raise InputError("max_triplets must be at least 1, max_refused at least 0, thumbnail_side 32 to 1024")
-        check_out(command.out)
+        check_out(command.out, MAKER)
         page, counts = make_page(command)
         write_page(page, command.out)
     except InputError as error:

@@ -1,0 +1,238 @@
+"""What a comparison found, as one file: columns x rows x seeds, their pictures, scores and differences.
+
+`ztrain compare`, `ztrain sweep` and `--checkpoints` write a `Comparison` to `comparison.json`, beside the pictures it
+names; `ztrain report` reads it. No absolute path is in it: names of pictures are relative to the file, models and data
+are called by their public names.
+
+Legend: C columns, R rows, S seeds, M metrics.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from ztrain.errors import InputError
+from ztrain.rows import parse_object
+from ztrain.yamls import describe_errors
+
+FILE_NAME = "comparison.json"
+BEST_NAME = "best.json"
+"""In a run: which of its steps is best."""
+
+Direction = Literal["higher", "lower", "neither"]
+Verdict = Literal["better", "worse", "undecided", "none"]
+Role = Literal["none", "splice", "adapter", "control", "checkpoint", "setting"]
+
+
+class _Part(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Column(_Part):
+    """A list of adapters and how it was sampled."""
+
+    name: str
+    """Short, unique, fit for a file name."""
+    label: str
+    """For people."""
+    role: Role
+    """none: no image; control: shuffled references, or a list that reads none; setting: a cell of a sweep."""
+    adapters: list[dict[str, Any]] = []
+    encoders: dict[str, Any] = {}
+    sampling: dict[str, Any] = {}
+    """Steps, guidance, shift, scales, strength."""
+    settings: dict[str, bool | int | float | str | None] = {}
+    """Of a sweep: what this cell has on each axis."""
+    sees: Literal["own", "shuffled", "none"] = "own"
+    of: int | None = None
+    """Place of the column that this is the control of."""
+    folder: str | None = None
+    """Name of the exported adapter's folder."""
+    step: int | None = None
+    """Optimizer steps that it was trained for."""
+    num_weights: int = 0
+    """That were trained."""
+
+
+class Row(_Part):
+    """A prompt with its references."""
+
+    prompt: str
+    prompt_group: int
+    """Rows with equal numbers share the prompt."""
+    reference_group: int
+    """Rows with equal numbers share the references."""
+    where: str = ""
+    """What messages call it."""
+    references: list[str] = []
+    """Pictures, relative to the file."""
+    target: str | None = None
+    style: str | None = None
+    seeds: list[int]
+    """S numbers: `ztrain sample --seed` starts from the same noise."""
+
+
+class Model(_Part):
+    """Who judged."""
+
+    name: str
+    revision: str | None = None
+    weights: str
+    """Hash of its weights."""
+
+
+class Interval(_Part):
+    """A mean over `count` rows, and its 95 % interval; without one where fewer than two prompts or references are."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    count: int
+
+
+class Difference(Interval):
+    """Paired, over the same rows."""
+
+    verdict: Verdict
+    """By the metric's direction, where the interval excludes 0; none: it has no direction, or no interval."""
+
+
+class Metric(_Part):
+    """One score of every picture (or of a whole column), with what it means."""
+
+    name: str
+    title: str
+    definition: str
+    low: float | None
+    """Least possible value; None: unbounded."""
+    high: float | None
+    direction: Direction
+    model: Model | None = None
+    """None: pixels alone."""
+    chance: float | None = None
+    """What pictures get with another row's prompt or reference."""
+    values: list[list[list[float | None]]] | None = None
+    """C x R x S, null where a picture cannot tell; None: a score of whole columns."""
+    means: list[Interval | None]
+    """C: None where the column cannot be scored."""
+    differences: list[Difference | None]
+    """C: to the baseline, whose own is None."""
+
+
+class Choice(_Part):
+    """The best column, by a rule that was fixed before."""
+
+    column: int | None
+    """None: no column fits the rule, or nothing judged."""
+    rule: str
+    """A sentence."""
+    found: str
+    """A sentence: what it has, or why there is none."""
+
+
+class Comparison(_Part):
+    """All of it."""
+
+    format_version: Literal[1] = 1
+    ztrain_version: str
+    kind: Literal["compare", "sweep", "checkpoints"]
+    title: str
+    columns: list[Column]
+    rows: list[Row]
+    pictures: list[list[list[str]]]
+    """C x R x S, relative to the file."""
+    metrics: list[Metric]
+    baseline: int | None
+    """Place of the column that differences are taken to: the best of the splices. None: there is none."""
+    style: str | None
+    """Name of the metric that stands for likeness to the reference in headlines; None: nothing judged it."""
+    adherence: str | None
+    """The same for obedience to the prompt."""
+    best: Choice
+    best_splice: Choice
+    axes: dict[str, list[bool | int | float | str | None]] = {}
+    """Of a sweep."""
+    conditions: dict[str, bool | int | float | str | None]
+    """Base, steps, size, precision, machine, versions: in words and numbers, for a table."""
+    data: dict[str, bool | int | float | str | None] = {}
+    """The data set's own words: name, split, triplets, fingerprint, licence."""
+    config: str
+    """The resolved experiment as YAML, without paths of this machine."""
+    loading: str | None = None
+    """Python that loads the best adapter, or None."""
+    seconds: float
+
+    def metric(self, name: str) -> Metric:
+        return next(metric for metric in self.metrics if metric.name == name)
+
+
+def write_comparison(found: Comparison, folder: Path) -> Path:
+    """Writes the file whole or not at all."""
+    path = folder / FILE_NAME
+    writing = path.with_name(f".writing-{FILE_NAME}")
+    writing.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    writing.replace(path)
+    return path
+
+
+def read_comparison(path: Path) -> Comparison:
+    """The record of a folder or a file. Raises InputError, also where a picture that it names is not below it."""
+    file = path / FILE_NAME if path.is_dir() else path
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file}: cannot read it ({error.strerror}); give the folder of a comparison") from error
+    parse_object(raw, where=str(file))  # a key twice, NaN, bad UTF-8
+    try:
+        found = Comparison.model_validate_json(raw)
+    except pydantic.ValidationError as error:
+        raise InputError(describe_errors(error, source=str(file), model=Comparison)) from error
+    _check(found, file)
+    return found
+
+
+def _check(found: Comparison, file: Path) -> None:
+    columns, rows = len(found.columns), len(found.rows)
+    shapes = [("pictures", found.pictures), *((metric.name, metric.values) for metric in found.metrics)]
+    for name, table in shapes:
+        seeds = [len(row.seeds) for row in found.rows]
+        if table is not None and not _has_shape(table, columns, seeds):
+            raise InputError(f"{file}: {name} are not columns x rows x seeds, {columns} x {rows}; write it again")
+    for metric in found.metrics:
+        if len(metric.means) != columns or len(metric.differences) != columns:
+            raise InputError(f"{file}: {metric.name} has not one mean and difference for each column; write it again")
+    places = [found.baseline, found.best.column, found.best_splice.column, *(c.of for c in found.columns)]
+    if any(place is not None and not 0 <= place < columns for place in places):
+        raise InputError(f"{file}: a place among the columns is out of range; write it again")
+    names = {metric.name for metric in found.metrics}
+    if any(name is not None and name not in names for name in (found.style, found.adherence)):
+        raise InputError(f"{file}: style or adherence is no metric of this file; write it again")
+    root = file.parent.resolve()
+    for name in pictures_of(found):
+        if not (root / name).resolve().is_relative_to(root):
+            raise InputError(f"{file}: the picture {name!r} is outside of its folder")
+
+
+def _has_shape(table: Sequence[Sequence[Sequence[Any]]], columns: int, seeds: Sequence[int]) -> bool:
+    return len(table) == columns and all([len(row) for row in of_column] == list(seeds) for of_column in table)
+
+
+def pictures_of(found: Comparison) -> list[str]:
+    """Names of all pictures, each once."""
+    drawn = [name for column in found.pictures for row in column for name in row]
+    given = [name for row in found.rows for name in (*row.references, *([row.target] if row.target else []))]
+    return list(dict.fromkeys([*given, *drawn]))
+
+
+def write_best(run: Path, best: Choice, step: int | None, steps: Mapping[str, Any]) -> Path:
+    """Writes whole which step of a run is best, by which rule, and what was seen of each: likeness and share of the
+    prompt's adherence that is kept."""
+    path = run / BEST_NAME
+    writing = path.with_name(f".writing-{BEST_NAME}")
+    document = {"step": step, "rule": best.rule, "found": best.found, "steps": dict(steps)}
+    writing.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    writing.replace(path)
+    return path

@@ -1,0 +1,220 @@
+"""A run of `ztrain train` as a report reads it: its settings, curves and previews, from the files of its folder.
+
+In: config.yaml, env.json, metrics.jsonl, samples/, and where they are there best.json and export/. Out: `Run`, and its
+previews as a `Comparison` whose columns are the base's and each step's. A folder that is still written to is read as
+far as it is whole.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ztrain.comparison import BEST_NAME, Choice, Column, Comparison, Row
+from ztrain.errors import InputError
+from ztrain.privacy import public_config, public_text
+from ztrain.rows import parse_object
+from ztrain.version import VERSION
+from ztrain.yamls import dump_yaml, load_yaml
+
+METRICS = "metrics.jsonl"
+_BASE = {"no_image": ("no image", "none"), "splice": ("splice", "splice")}
+_STEP = re.compile(r"step-(\d+)")
+
+Scalar = bool | int | float | str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What the folder holds, without paths of this machine."""
+
+    name: str
+    config: dict[str, Any]
+    environment: dict[str, Scalar]
+    rows: list[dict[str, float]]
+    """metrics.jsonl: `step` and numbers."""
+    best: Choice | None
+    """What best.json says, without a column."""
+    best_step: int | None
+    is_exported: bool
+    steps: list[int]
+    """With whole previews."""
+    base: list[str]
+    """Of `no_image` and `splice` what is there."""
+    prompts: list[str]
+    """Of the previews' rows."""
+    warnings: list[str]
+    """What was left out, in sentences."""
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        """Steps and values of the rows that have it."""
+        found = [(row["step"], row[name]) for row in self.rows if name in row]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def names(self) -> list[str]:
+        return sorted({name for row in self.rows for name in row} - {"step"})
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / METRICS).is_file()
+
+
+def read_run(folder: Path) -> Run:
+    """Raises InputError naming the file at fault."""
+    config = public_config(load_yaml(folder / "config.yaml"))
+    rows, cut = _read_rows(folder / METRICS)
+    warnings = [f"{METRICS}: the last line is not finished and left out."] if cut else []
+    environment = _read_object(folder / "env.json")
+    best, best_step = _read_best(folder / BEST_NAME)
+    samples = folder / "samples"
+    prompts = _prompts(samples / "base" / "key.json")
+    steps = []
+    for path in sorted(samples.glob("step-*")):
+        if not (found := _STEP.fullmatch(path.name)) or not path.is_dir() or not prompts:
+            continue
+        if all((path / f"{i}.png").is_file() for i in range(len(prompts))):
+            steps.append(int(found[1]))
+        else:
+            warnings.append(f"samples/{path.name}: not all of its pictures are there; left out.")
+    base = [name for name in _BASE if prompts and (samples / "base" / f"{name}-0.png").is_file()]
+    return Run(
+        name=folder.resolve().name,
+        config=config,
+        environment=_flat(environment),
+        rows=rows,
+        best=best,
+        best_step=best_step,
+        is_exported=(folder / "export" / "adapter_config.json").is_file(),
+        steps=sorted(steps),
+        base=base,
+        prompts=prompts,
+        warnings=warnings,
+    )
+
+
+def _read_rows(path: Path) -> tuple[list[dict[str, float]], bool]:
+    """The rows, and whether the last line was never finished."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot read it ({error.strerror}); give the folder of a run") from error
+    rows: list[dict[str, float]] = []
+    for number, line in enumerate(lines[:-1], start=1):
+        row = parse_object(line, where=f"{path}:{number}")
+        wrong = next((name for name, value in row.items() if type(value) not in (int, float)), None)
+        if wrong is not None or type(row.get("step")) is not int:
+            raise InputError(f"{path}:{number}: {wrong or 'step'} is no number; restore the file or remove the line")
+        if rows and row["step"] <= rows[-1]["step"]:
+            raise InputError(
+                f"{path}:{number}: step {row['step']} does not come after the one before; restore the file"
+            )
+        rows.append(row)
+    return rows, bool(lines[-1])
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        return parse_object(path.read_bytes(), where=str(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read it ({error.strerror}); restore the run's file") from error
+
+
+def _read_best(path: Path) -> tuple[Choice | None, int | None]:
+    """The choice and the step that it fell on; nothing where no step was scored."""
+    if not path.is_file():
+        return None, None
+    told = _read_object(path)
+    step, rule, found = (told.get(key) for key in ("step", "rule", "found"))
+    if not isinstance(rule, str) or not isinstance(found, str) or not (step is None or type(step) is int):
+        raise InputError(f"{path}: has no step, rule and found; restore it, or remove it to report without a best step")
+    return Choice(column=None, rule=public_text(rule), found=public_text(found)), step
+
+
+def _flat(document: Mapping[str, Any], above: str = "") -> dict[str, Scalar]:
+    """Scalars by dotted key; texts without paths of this machine, lists as JSON."""
+    found: dict[str, Scalar] = {}
+    for key, value in document.items():
+        name = f"{above}{key}"
+        match value:
+            case dict():
+                found |= _flat(value, f"{name}.")
+            case str():
+                found[name] = public_text(value)
+            case list():
+                found[name] = public_text(json.dumps(value, ensure_ascii=False))
+            case _:
+                found[name] = value
+    return found
+
+
+def _prompts(path: Path) -> list[str]:
+    """Of the rows that are previewed; none where the run previews nothing."""
+    if not path.is_file():
+        return []
+    rows = _read_object(path).get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, list) and row and isinstance(row[0], str) for row in rows):
+        raise InputError(f"{path}: has no rows with prompts; restore it, or remove samples/ to report without previews")
+    return [row[0] for row in rows]
+
+
+def as_comparison(run: Run, kept: Sequence[int]) -> Comparison:
+    """The previews: columns are those of the base and the `kept` steps; nothing is scored."""
+    columns = [Column(name=name, label=_BASE[name][0], role=_role(name)) for name in run.base]
+    columns += [Column(name=f"step-{step:08d}", label=f"step {step:,}", role="checkpoint", step=step) for step in kept]
+    places = [f"samples/base/{name}-{{}}.png" for name in run.base]
+    places += [f"samples/step-{step:08d}/{{}}.png" for step in kept]
+    seed = run.config.get("seed", 0)
+    rows = [
+        Row(
+            prompt=prompt, prompt_group=i, reference_group=i, where=f"preview {i}", seeds=[seed + i],
+            references=[f"samples/base/reference-{i}.png"], target=f"samples/base/target-{i}.png",
+        )
+        for i, prompt in enumerate(run.prompts)
+    ]  # fmt: skip
+    nothing = Choice(column=None, rule="Nothing judged these previews.", found="There is no best column.")
+    best = run.best or nothing
+    if run.best_step is not None and run.best_step in kept:
+        best = best.model_copy(update={"column": len(run.base) + list(kept).index(run.best_step)})
+    return Comparison(
+        ztrain_version=VERSION,
+        kind="checkpoints",
+        title=run.name,
+        columns=columns,
+        rows=rows,
+        pictures=[[[place.format(i)] for i in range(len(rows))] for place in places],
+        metrics=[],
+        baseline=run.base.index("splice") if "splice" in run.base else None,
+        style=None,
+        adherence=None,
+        best=best,
+        best_splice=nothing,
+        conditions=run.environment,
+        data=_data_card(run.config),
+        config=dump_yaml(run.config),
+        loading=_loading(run) if run.is_exported else None,
+        seconds=sum(row.get("perf/step_seconds", 0.0) for row in run.rows),
+    )
+
+
+def _role(name: str) -> Any:
+    return _BASE[name][1]
+
+
+def _data_card(config: Mapping[str, Any]) -> dict[str, Scalar]:
+    return {key: value for key, value in config.get("data", {}).items() if not isinstance(value, dict | list)}
+
+
+def _loading(run: Run) -> str:
+    base = run.config.get("models", {}).get("base", {}).get("pretrained_model_name_or_path", "Tongyi-MAI/Z-Image")
+    return f"""\
+import torch
+import ztrain
+from diffusers import ZImagePipeline
+from PIL import Image
+
+pipe = ZImagePipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16).to("cuda")
+adapted = ztrain.load_adapter(pipe, {run.name + "/export"!r})
+images = adapted("a lighthouse", Image.open("reference.png"))
+"""

@@ -55,21 +55,26 @@ class Forge:
         self.folder, self.place = folder, folder / "forge"
         self.server = subprocess.Popen([sys.executable, "-m", "tests.forge", str(self.place)], cwd=ROOT)
 
-    def start(self, arguments: Sequence[str], environment: dict[str, str], out: Path, err: Path) -> Forged:
-        """`python -m <arguments>` from the project's root."""
+    def start(
+        self, arguments: Sequence[str], environment: dict[str, str], out: Path, err: Path, folder: Path = ROOT
+    ) -> Forged:
+        """`python -m <arguments>` from the project's root, or another folder."""
         while not self.place.exists():
             assert self.server.poll() is None, "the forge did not start"
             time.sleep(0.05)
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(str(self.place))
-        request = {"arguments": list(arguments), "environment": environment, "out": str(out), "err": str(err)}
+        request = {"arguments": list(arguments), "environment": environment, "folder": str(folder)}
+        request |= {"out": str(out), "err": str(err)}
         connection.sendall(json.dumps(request).encode() + b"\n")
         return Forged(connection)
 
-    def run(self, arguments: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, arguments: Sequence[str], environment: dict[str, str], folder: Path = ROOT
+    ) -> subprocess.CompletedProcess[str]:
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
             out, err = Path(place) / "out", Path(place) / "err"
-            status = self.start(arguments, environment, out, err).wait()
+            status = self.start(arguments, environment, out, err, folder).wait()
             return subprocess.CompletedProcess(list(arguments), status, out.read_text(), err.read_text())
 
     def close(self) -> None:
@@ -116,6 +121,7 @@ def child(request: dict) -> None:
             os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600), number)
         os.environ.clear()
         os.environ.update(request["environment"])
+        os.chdir(request["folder"])
         signal.set_wakeup_fd(-1)
         module, *words = request["arguments"]
         sys.argv = [module, *words]

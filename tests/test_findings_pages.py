@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks import findings, real_drawings
+from benchmarks import compare_miniature, findings, real_drawings
 from benchmarks.findings_book import BOOK
-from benchmarks.pages import MARKS, PAGES, RESULTS
+from benchmarks.pages import MARKS, PAGES, RESULTS, ROOT
 
 TABLES: dict[str, Callable[[Any], str]] = dict.fromkeys(BOOK, findings.table) | {
-    real_drawings.NAME: real_drawings.table
+    real_drawings.NAME: real_drawings.table,
+    "layer_spectrum": compare_miniature.layers_table,
+}
+COMMANDS = {name: f"python -m benchmarks.findings {name}" for name in BOOK} | {
+    real_drawings.NAME: "python -m benchmarks.real_drawings --family",
+    "layer_spectrum": "python -m benchmarks.compare_miniature",
 }
 
 
@@ -28,7 +33,15 @@ def _read(name: str) -> tuple[str, str, Any]:
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_are_of_the_committed_result(name: str) -> None:
     _, table, result = _read(name)
-    assert table == TABLES[name](result), f"run: python -m benchmarks.findings {name}"
+    assert table == TABLES[name](result), f"run: {COMMANDS[name]}"
+
+
+def test_the_comparison_of_the_shipped_adapters_is_the_committed_result() -> None:
+    page = (ROOT / "docs/compare.md").read_text(encoding="utf-8").split(MARKS[0])[1].split(MARKS[1])[0]
+    result = json.loads(compare_miniature.LISTS.read_text(encoding="utf-8"))
+    assert page.strip() == compare_miniature.lists_table(result), "run: python -m benchmarks.compare_miniature"
+    assert result["num_rows"] == 64 and result["num_seeds"] == 2
+    assert {column["role"] for column in result["columns"]} >= {"none", "splice", "adapter", "control"}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -56,8 +69,7 @@ def test_every_page_has_its_pictures_and_its_command_and_is_in_the_index() -> No
     for name in TABLES:
         words, _, _ = _read(name)
         assert f"({name}.md)" in index
-        command = f"python -m benchmarks.findings {name}" if name in BOOK else f"python -m benchmarks.{name} --family"
-        assert command in words
+        assert COMMANDS[name] in words
         for picture in re.findall(r"!\[.*?\]\((.*?)\)", words):
             Image.open(PAGES / picture).verify()
             shown.add(picture)

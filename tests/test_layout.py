@@ -27,9 +27,11 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "sampler": set(),
     "flow": set(),
     "conditioning": set(),
-    "adapters": {"conditioning"},
+    "adapters": {"conditioning", "quantised"},
     "config": {"adapters", "images", "yamls"},
-    "models": {"config"},
+    "aspects": {"config", "images"},
+    "quantised": set(),
+    "models": {"config", "quantised"},
     "vision_language": {"config", "models", "conditioning"},
     "encoders": {"config", "models", "conditioning", "vision_language"},
     "storage": set(),
@@ -40,12 +42,12 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "graphs": {"block", "blocks"},
     "memory": {"block"},
     "layout": {"block", "blocks", "conditioning"},
-    "dit": {"block", "blocks", "layout", "models"},
+    "dit": {"block", "blocks", "layout", "models", "quantised"},
     "model": {"conditioning", "adapters", "blocks", "dit", "layout"},
     "sample": {"flow", "conditioning", "config", "models"},
     "export": {
         "config", "models", "conditioning", "adapters", "model", "encoders", "vision_language", "sample", "flow",
-        "version", "images",
+        "version", "images", "aspects",
     },
     "privacy": {"models"},
     "tracking": {"config", "privacy"},
@@ -65,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "meter": {"sampler", "version"},
     "validate": {
         "adapters", "batches", "cache", "conditioning", "config", "encoders", "flow", "grid", "images",
-        "metrics", "model", "models", "sample", "sampler", "samples", "together",
+        "intervals", "model", "models", "sample", "sampler", "samples", "together",
     },
     "tune": {
         "batches", "block", "blocks", "cache", "compiling", "config", "dit", "flow", "graphs", "images", "memory",
@@ -73,7 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     },
     "run": {
         "adapters", "blocks", "cache", "checkpoint", "config", "dit", "encoders", "export", "meter", "model", "models",
-        "flow", "prepare", "samples", "together", "tracking", "tune", "validate", "yamls",
+        "flow", "prepare", "samples", "scoring", "together", "tracking", "tune", "validate", "yamls",
     },
     "train": {
         "batches", "checkpoint", "config", "flow", "interrupt", "memory", "meter", "run", "sampler", "samples", "stats",
@@ -81,27 +83,53 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     },
     "from_checkpoint": {"checkpoint", "config", "dit", "models", "run"},
     "grid": set(),
-    "compare": {
-        "adapters", "conditioning", "config", "data", "dit", "encoders", "export", "flow", "grid", "images", "model",
-        "models", "rows", "sample", "sampler", "stats", "yamls",
+    "intervals": set(),
+    "features": {"encoders", "models"},
+    "comparison": {"rows", "yamls"},
+    "lineup": {
+        "adapters", "comparison", "config", "data", "digests", "export", "images", "sampler", "stats", "yamls",
     },
+    "studio": {
+        "adapters", "aspects", "cache", "conditioning", "config", "digests", "dit", "encoders", "export", "flow",
+        "images", "lineup", "model", "models", "sample", "workspace",
+    },
+    "judging": {"comparison", "config", "features", "images", "lineup", "metrics", "mini", "models"},
+    "ranking": {"comparison", "intervals", "judging"},
+    "scoring": {
+        "comparison", "config", "images", "judging", "lineup", "model", "ranking", "samples", "together", "validate",
+    },
+    "compare": {
+        "aspects", "cache", "checkpoint", "comparison", "config", "digests", "export", "from_checkpoint", "grid",
+        "images", "judging", "lineup", "models", "privacy", "ranking", "studio", "tars", "version", "workspace",
+        "yamls",
+    },
+    "sweep": {"compare", "comparison", "config", "lineup", "yamls"},
+    "pages": {"images", "workspace"},
+    "report": {"comparison", "images", "pages", "privacy", "rows", "version", "yamls"},
     "render": {
-        "config", "models", "images", "flow", "adapters", "dit", "encoders", "model", "sample", "export", "stats",
+        "adapters", "aspects", "blocks", "conditioning", "config", "dit", "encoders", "export", "grid", "images",
+        "model", "models", "sample", "stats", "version",
     },
     "stats": {"config", "models", "data", "images", "encoders", "adapters"},
-    "cli": {"config", "yamls", "prepare", "train", "from_checkpoint", "compare", "stats", "render", "mini"},
+    "cli": {
+        "compare", "config", "from_checkpoint", "mini", "prepare", "render", "report", "stats", "sweep", "train",
+        "yamls",
+    },
     "demo": {"adapters", "config", "data", "grid", "mini"},
     "mini": {
         "adapters", "compiling", "conditioning", "config", "dit", "encoders", "export", "flow", "grid", "images",
-        "metrics", "model", "models", "rows", "sample", "vision_language",
+        "intervals", "metrics", "model", "models", "rows", "sample", "vision_language",
     },
-    "data_tools": {"data", "encoders", "images", "interrupt", "models", "rows", "tars", "workspace", "yamls"},
+    "data_tools": {
+        "data", "encoders", "features", "images", "interrupt", "models", "pages", "rows", "tars", "workspace", "yamls",
+    },
     "ztrain/__init__": {"export", "version"},
     "metrics": set(),
     "version": set(),
 }
 # fmt: on
-OWNS_TIMESTEPS = {"flow", "dit", "model"}  # the only rooms with 1000 and 1 - sigma in them
+# The only rooms with 1000 and 1 - sigma in them; metrics knows no sigma, its 1000s are KID's subsets and CMMD's scale.
+OWNS_TIMESTEPS = {"flow", "dit", "model", "metrics"}
 OWNS_KINDS = {"adapters"}  # the only room that asks an adapter for its kind
 HEAVY = {"accelerate", "datasets", "diffusers", "peft", "transformers", "wandb", "webdataset"}
 

@@ -23,6 +23,7 @@ from tests.forge import the_forge
 from tests.test_parity import picture
 from tests.triplets import model_words
 from ztrain.cli import _VERBS, _parser
+from ztrain.comparison import read_comparison
 from ztrain.config import load_config
 from ztrain.demo import Plan
 from ztrain.export import read_adapter
@@ -153,15 +154,18 @@ def check_comparison(project: Path, finished: subprocess.CompletedProcess[str], 
     first = next(line for line in finished.stdout.splitlines() if line.startswith("cache: computed"))
     busy = re.search(r"encoders busy (\d+)%", first)
     assert busy and int(busy[1]) >= 80, first  # 95 alone; here other tests want the two cores as well
-    assert finished.stdout.splitlines()[-1] == "out/compare/compare.png"
-    result = json.loads((project / "out/compare/compare.json").read_text())
-    labels = [column["label"] for column in result["columns"]]
+    assert finished.stdout.splitlines()[-1] == "out/compare/report.html"
+    assert (project / "out/compare/report.html").is_file()
+    result = read_comparison(project / "out/compare")
+    labels = [column.label for column in result.columns]
     assert labels == ["no image", "splice", *(f"[{name.replace('_', ', ')}]" for name in names)]
-    assert result["num_inference_steps"] == 4 and result["shift"] == 3.0 and len(result["rows"]) == 6
-    changed = {column["label"]: column["difference_to_no_image"] for column in result["columns"]}
+    assert len(result.rows) == 16
+    assert all(c.sampling["num_inference_steps"] == 4 and c.sampling["shift"] == 3.0 for c in result.columns)
+    means = [mean.mean for mean in result.metric("change").means if mean is not None]
+    changed = dict(zip(labels, means, strict=True))
     assert changed.pop("no image") == 0 and min(changed.values()) > 0.1, changed
     with Image.open(project / "out/compare/compare.png") as sheet:
-        assert sheet.size == (8 + 200 * (len(labels) + 2), 24 + 16 + 224 * 6)
+        assert sheet.size == (8 + 200 * (len(labels) + 2), 24 + 16 + 224 * 16)
 
 
 @pytest.mark.slow
@@ -239,8 +243,9 @@ def test_stats_feed_the_scaled_splice_and_presets_are_columns(family: Path, pain
         "ztrain.cli", "compare", "--config", "configs/splice.yaml", "configs/tiny.yaml", *common, *other, status=2
     )
     assert "was measured with encoders.hidden_index 4, this run has 5" in failed.stderr
-    columns = {c["label"]: c for c in json.loads((tmp_path / "compare.json").read_text())["columns"]}
-    assert columns["scaled"]["difference_to_no_image"] != columns["splice"]["difference_to_no_image"] > 0
+    found = read_comparison(tmp_path)
+    changed = {c.label: m.mean for c, m in zip(found.columns, found.metric("change").means, strict=True) if m}
+    assert changed["scaled"] != changed["splice"] > 0
 
 
 def test_sample_with_strength_scales_and_odd_references(family: Path, paintings: Path, tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ config show   prints the resolved experiment
 cache         computes every state that training reads; --verify checks what is there
 train         trains the adapter list in this process (accelerate launch -m ztrain.train for several)
 export        writes the adapter of a checkpoint: --checkpoint RUN/checkpoints/step-00000500 --out DIR
-compare       renders no image, splice and exported adapters into one labelled picture
-sample        renders one prompt with references
+compare       draws and judges no image, splice and exported adapters; --checkpoints RUN: a run's checkpoints
+sweep         draws and judges settings of the splice, and names the best
+report        makes one page of a comparison or a run: --blind asks A or B instead
+sample        renders prompts with references
 stats         measures state statistics for the splice's scaling
 
 `ztrain mini pretrain|measure`: makes a miniature family and judges it; see `ztrain mini --help`.
@@ -15,8 +17,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
-from ztrain.config import Config, load_config
+from ztrain.config import Aspect, Config, load_config
 from ztrain.errors import InputError, sentence
 from ztrain.yamls import dump_yaml
 
@@ -38,9 +41,22 @@ def _export(config: Config, options: argparse.Namespace) -> str:
 
 
 def _compare(config: Config, options: argparse.Namespace) -> str:
-    from ztrain.compare import compare
+    from ztrain.compare import compare, compare_checkpoints, table
+    from ztrain.report.page import make_report
 
-    return str(compare(config))
+    if options.checkpoints is None:
+        found = compare(config)
+    else:
+        found = compare_checkpoints(config, options.checkpoints)
+    return f"{table(found)}\n{make_report(Path(config.compare.output_dir))}"
+
+
+def _sweep(config: Config, options: argparse.Namespace) -> str:
+    from ztrain.compare import table
+    from ztrain.report.page import make_report
+    from ztrain.sweep import sweep
+
+    return f"{table(sweep(config))}\n{make_report(Path(config.sweep.output_dir))}"
 
 
 def _stats(config: Config, options: argparse.Namespace) -> str:
@@ -50,20 +66,22 @@ def _stats(config: Config, options: argparse.Namespace) -> str:
 
 
 def _sample(config: Config, options: argparse.Namespace) -> str:
-    from ztrain.render import render
+    from ztrain.render import Order, render
 
-    return str(
-        render(
-            config,
-            options.prompt,
-            options.reference,
-            options.adapter,
-            options.out,
-            start_image=options.start_image,
-            strength=options.strength,
-            scales=options.scales,
-        )
+    order = Order(
+        prompts=options.prompt,
+        out=options.out,
+        references=options.reference,
+        weights=options.reference_weights,
+        adapter=options.adapter,
+        scales=options.scales,
+        start_image=options.start_image,
+        strength=options.strength,
+        aspects=options.aspect,
+        num_images=options.num_images,
+        offload=options.offload,
     )
+    return str(render(config, order))
 
 
 def _mini(words: Sequence[str]) -> int:
@@ -78,11 +96,29 @@ def _mini(words: Sequence[str]) -> int:
     return 0
 
 
+def _report(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="ztrain report", allow_abbrev=False)
+    parser.add_argument("place", type=Path, help="folder of a comparison, a sweep or a run")
+    parser.add_argument("--out", type=Path, default=None, help="page to write (default: report.html in the folder)")
+    parser.add_argument("--blind", action="store_true", help="a page that asks A or B and writes the votes as JSON")
+    parser.add_argument("--max-rows", type=int, default=None, help="rows with pictures, spread evenly")
+    options = parser.parse_args(words)
+    from ztrain.report.page import make_report
+
+    try:
+        print(make_report(options.place, options.out, blind=options.blind, max_rows=options.max_rows))
+    except (InputError, OSError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
 _VERBS = {
     "config show": _config_show,
     "cache": _cache,
     "export": _export,
     "compare": _compare,
+    "sweep": _sweep,
     "stats": _stats,
     "sample": _sample,
 }
@@ -95,11 +131,17 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("--out", type=Path, required=True)
     if verb == "export":
         parser.add_argument("--checkpoint", type=Path, required=True)
+    if verb == "compare":
+        parser.add_argument("--checkpoints", type=Path, default=None)
     if verb == "cache":
         parser.add_argument("--verify", action="store_true")
     if verb == "sample":
-        parser.add_argument("--prompt", default="")
+        parser.add_argument("--prompt", nargs="+", default=[""])
         parser.add_argument("--reference", nargs="*", type=Path, default=[])
+        parser.add_argument("--reference-weights", nargs="+", type=float, default=None)
+        parser.add_argument("--aspect", nargs="+", choices=get_args(Aspect), default=[])
+        parser.add_argument("--num-images", type=int, default=1)
+        parser.add_argument("--offload", action="store_true")
         parser.add_argument("--adapter", type=Path, default=None)
         parser.add_argument("--start-image", type=Path, default=None)
         parser.add_argument("--strength", type=float, default=None)
@@ -115,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return train(words[1:])
     if words[:1] == ["mini"]:
         return _mini(words[1:])
+    if words[:1] == ["report"]:
+        return _report(words[1:])
     verb = next((name for name in _VERBS if words[: len(name.split())] == name.split()), None)
     if verb is None:
         helped = bool(words) and words[0] in ("-h", "--help")

@@ -1,176 +1,343 @@
-"""Renders adapter lists side by side on the same prompts, references and seeds, into one labelled picture.
+"""`ztrain compare`: adapter lists side by side on the same rows and seeds, judged, with what the numbers can bear.
 
-Columns: reference | no image | splice | presets ... | adapters ... | target. Out: `<output_dir>/compare.png` and
-`compare.json`. The splice and plain text-to-image need no special case: they are lists without weights.
+Columns: no image, the splice, presets, exported adapters, controls. In `<compare.output_dir>`: the pictures,
+`comparison.json` (comparison.py) and `compare.png`, a labelled sheet. The splice and plain text-to-image need no
+special case: they are lists without weights. With `--checkpoints` the columns are the checkpoints of a run.
 """
 
 import json
+import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
-from ztrain.adapters import build_adapters, describe_list
-from ztrain.conditioning import Encoded
-from ztrain.config import Config, EncodersConfig, list_reads, parse
-from ztrain.data import read_triplets
-from ztrain.dit import load_transformer
-from ztrain.encoders import Encoders, LatentCodec
+from ztrain import checkpoint
+from ztrain.aspects import output_size
+from ztrain.cache import Cache
+from ztrain.comparison import Column, Comparison, Row, write_best, write_comparison
+from ztrain.config import Config
+from ztrain.digests import digest_bytes
 from ztrain.errors import InputError
-from ztrain.export import ExportedAdapter, Identities, adapt, check_identity, encoder_identities, read_adapter
-from ztrain.flow import sampler_noise
+from ztrain.export import read_adapter
+from ztrain.from_checkpoint import export_checkpoint
 from ztrain.grid import draw_grid
-from ztrain.images import check_reference, open_image
-from ztrain.model import AdaptedDiT
-from ztrain.models import Source, base_defaults, base_dtype, identity
-from ztrain.rows import Triplet
-from ztrain.sample import SampleSettings, released_or, sample
-from ztrain.sampler import spread
-from ztrain.stats import check_statistics
-from ztrain.yamls import load_yaml
+from ztrain.images import Picture, PictureFile, open_image
+from ztrain.judging import Judging, Sheet, Verdicts
+from ztrain.lineup import Case, Entry, check_entries, entries_of, exported_entries, names_of, read_cases
+from ztrain.models import public_name
+from ztrain.privacy import public_config
+from ztrain.ranking import Groups, choose, grouped, metric_of
+from ztrain.studio import Studio
+from ztrain.tars import PACK_MANIFEST_NAME
+from ztrain.version import VERSION
+from ztrain.workspace import workspace
+from ztrain.yamls import dump_yaml
+
+SHEET_NAME = "compare.png"
+_ROWS_SHOWN = 16  # of the sheet; the report shows all
+_SETTINGS_SHOWN = 8  # rows of a sheet that has a line for each setting
+_GIVEN_SIDE = 1024  # pixels of references and targets that are kept beside the pictures
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One list of adapters to render: by its settings, or as exported with weights."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is compared: `entries` in their order, the first without images. `candidates`: roles that may be best."""
 
-    label: str
-    adapters: list[Any]
-    encoders: EncodersConfig
-    exported: ExportedAdapter | None = None
-
-
-def columns_of(config: Config) -> list[Column]:
-    columns = [
-        Column("no image", [], config.encoders),
-        Column("splice", [config.compare.splice], config.encoders),
-    ]
-    for file in config.compare.presets:
-        preset = parse(Config, load_yaml(Path(file)), file)
-        columns.append(Column(Path(file).stem, list(preset.adapters), preset.encoders))
-    for folder in config.compare.adapters:
-        exported = read_adapter(Path(folder))
-        columns.append(Column(describe_list(exported.adapters), exported.adapters, exported.encoders, exported))
-    return columns
+    kind: Literal["compare", "sweep", "checkpoints"]
+    title: str
+    folder: Path
+    entries: Sequence[Entry]
+    candidates: frozenset[str]
+    axes: dict[str, list[Any]]
 
 
-def compare(config: Config) -> Path:
-    """Renders every column and gives the picture's path."""
-    started, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
-    dtype, base = base_dtype(config.train.mixed_precision), Source.of(config.models.base)
-    settings = released_or(config.sample, base_defaults(config.models))
-    triplets = spread(
-        read_triplets(config.data.train_data_dir, config.compare.split, config.data.revision).triplets,
-        config.compare.num_samples,
+def compare(config: Config) -> Comparison:
+    """Draws, judges and writes what compare.* asks for. Raises InputError."""
+    entries = entries_of(config)
+    lists = [entry.label for entry in entries if entry.role == "adapter"]
+    said = ", ".join(lists[:-1]) + (" and " if len(lists) > 1 else "") + lists[-1] if lists else ""
+    title = f"{said} beside the splice" if lists else "The splice beside no image"
+    return carry_out(
+        config,
+        Plan(
+            kind="compare",
+            title=title,
+            folder=Path(config.compare.output_dir),
+            entries=entries,
+            candidates=frozenset({"adapter", "splice"}),
+            axes={},
+        ),
     )
-    references = [[open_image(picture) for picture in triplet.references] for triplet in triplets]
-    for triplet, images in zip(triplets, references, strict=True):
-        for picture, image in zip(triplet.references, images, strict=True):
-            check_reference(
-                image.size,
-                picture.name,
-                min_side=config.data.reference_min_side,
-                max_aspect=config.data.reference_max_aspect,
-            )
-    columns = columns_of(config)
-    for column in columns:
-        check_statistics(column.adapters, column.encoders)
-        if column.exported is None and any(adapter.needs_training for adapter in column.adapters):
-            raise InputError(f"compare: {column.label} {describe_list(column.adapters)} is untrained; export it first")
-    encoded, known, codec, siglip_dim = _encode(config, columns, triplets, references, dtype, device)
-    rendered: list[list[Image.Image]] = []
-    dit = model = None
-    for column, states in zip(tqdm(columns, desc="columns", unit="list"), encoded, strict=True):
-        # Weights change the transformer, so each trained list gets a fresh one, after the last one is gone.
-        if column.exported:
-            dit = model = None
-        dit = load_transformer(base, dtype, device) if dit is None else dit
-        if column.exported is None:
-            model = AdaptedDiT(dit, build_adapters(column.adapters, siglip_dim)).eval()
-        else:
-            check_identity(column.exported, known | {"transformer": identity(dit, "transformer")})
-            model = adapt(dit, column.exported)
-        rendered.append(_render(config, model, codec, settings, states))
-        if column.exported:
-            dit = model = None
-    return _write(config, columns, rendered, triplets, references, settings, time.perf_counter() - started)
 
 
-def _encode(
-    config: Config,
-    columns: Sequence[Column],
-    triplets: Sequence[Triplet],
-    references: Sequence[Sequence[Image.Image]],
-    dtype: torch.dtype,
-    device: str,
-) -> tuple[list[list[Encoded]], Identities, LatentCodec, int | None]:
-    """Every column's states of every triplet, on the CPU: the encoders leave before the transformer comes."""
-    encoders = Encoders.load(config, frozenset().union(*(list_reads(c.adapters) for c in columns)), dtype, device)
-    encoded = []
-    for column in columns:
-        reads = list_reads(column.adapters)
-        encoded.append(
-            [
-                encoders.encode([triplet.prompt], [pictures], reads, column.encoders).to(torch.device("cpu"))
-                for triplet, pictures in zip(triplets, references, strict=True)
-            ]
-        )
-    return encoded, encoder_identities(encoders), encoders.codec, encoders.siglip_dim
-
-
-def _render(
-    config: Config, model: AdaptedDiT, codec: LatentCodec, settings: SampleSettings, encoded: Sequence[Encoded]
-) -> list[Image.Image]:
-    height = config.sample.height or config.data.resolution
-    width = config.sample.width or config.data.resolution
-    shape, device = codec.latent_shape(height, width), codec.vae.device
-    images = []
-    for row, states in enumerate(encoded):
-        noise = sampler_noise(config.seed + row, shape).to(device)
-        images.append(codec.decode(sample(model, states.to(device), [noise], settings)[0]))
-    return images
-
-
-def _write(
-    config: Config,
-    columns: Sequence[Column],
-    rendered: Sequence[Sequence[Image.Image]],
-    triplets: Sequence[Triplet],
-    references: Sequence[Sequence[Image.Image]],
-    settings: SampleSettings,
-    seconds: float,
-) -> Path:
+def compare_checkpoints(config: Config, run: Path) -> Comparison:
+    """Every checkpoint of a run in the place of adapters; the best is also written to `<run>/best.json`."""
+    found = checkpoint.checkpoints(run / "checkpoints")
+    if not found:
+        raise InputError(f"{run}: no checkpoints there; give the output_dir of a run")
     folder = Path(config.compare.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    labels = ["reference", *(column.label for column in columns), "target"]
-    targets = [open_image(triplet.target) for triplet in triplets]
-    rows = [[references[i][0], *(images[i] for images in rendered), targets[i]] for i in range(len(triplets))]
-    draw_grid(labels, [triplet.prompt for triplet in triplets], rows).save(folder / "compare.png")
-    plain = np.stack([np.asarray(image, np.float32) for image in rendered[0]])
-    document = {
-        "columns": [
-            {
-                "label": column.label,
-                "adapters": [adapter.model_dump(mode="json") for adapter in column.adapters],
-                # Whether the reference does anything at all: mean absolute difference in 8-bit levels.
-                "difference_to_no_image": float(
-                    np.abs(np.stack([np.asarray(image, np.float32) for image in images]) - plain).mean()
-                ),
-            }
-            for column, images in zip(columns, rendered, strict=True)
+    with workspace(folder) as scratch:
+        # Written anew each time: a name says nothing about what a checkpoint holds now.
+        folders = [export_checkpoint(config, path, scratch / path.name) for path in found]
+        exported = [
+            replace(entry, label=f"step {entry.exported.step}" if entry.exported else entry.label, role="checkpoint")
+            for entry in exported_entries(folders, config)
+        ]
+        config = config.model_copy(
+            update={"compare": config.compare.model_copy(update={"presets": [], "adapters": []})}
+        )
+        entries = [*entries_of(config), *exported]
+        check_entries(entries)
+        plan = Plan(
+            kind="checkpoints",
+            title=f"Checkpoints of {run.name}",
+            folder=folder,
+            entries=entries,
+            candidates=frozenset({"checkpoint"}),
+            axes={},
+        )
+        judged = carry_out(config, plan)
+    _mark_best(run, judged)
+    return judged
+
+
+def _mark_best(run: Path, judged: Comparison) -> None:
+    place = judged.best.column
+    steps: dict[str, Any] = {}
+    for i, column in enumerate(judged.columns):
+        if column.role == "checkpoint":
+            told = [judged.metric(name).means[i] for name in (judged.style, judged.adherence) if name is not None]
+            steps[str(column.step)] = [None if mean is None else mean.mean for mean in told]
+    write_best(run, judged.best, None if place is None else judged.columns[place].step, steps)
+
+
+def carry_out(config: Config, plan: Plan) -> Comparison:
+    """Draws what is missing, judges all of it, and writes sheet and record."""
+    started = time.perf_counter()
+    cache = Cache(config)
+    cases = read_cases(config, cache.digests)
+    studio = Studio(config, cases, plan.folder, cache)
+    drawn = studio.draw(plan.entries)
+    trained = [place for place, entry in enumerate(plan.entries) if entry.exported and not entry.is_shuffled]
+    trained = trained if config.compare.drift else []
+    bare = studio.draw([plan.entries[place].without_reference for place in trained], num_seeds=1)
+    sheet = Sheet(
+        cases=cases,
+        pictures=[[[PictureFile(path) for path in row] for row in column] for column in drawn],
+        plain=0,
+        bare={place: [PictureFile(row[0]) for row in column] for place, column in zip(trained, bare, strict=True)},
+    )
+    verdicts = Judging(config.judges, studio.device).score(sheet)
+    given = _keep_given(cases, plan.folder)
+    found = _record(config, plan, studio, drawn, verdicts, given, time.perf_counter() - started)
+    _draw_sheet(found, plan.folder).save(plan.folder / SHEET_NAME)
+    write_comparison(found, plan.folder)
+    return found
+
+
+def _keep_given(cases: Sequence[Case], folder: Path) -> dict[str, str]:
+    """References and targets as pictures of the comparison, by their own names."""
+    pictures: dict[str, Picture] = {}
+    for case in cases:
+        pictures |= {known.picture.name: known.picture for known in case.references}
+        pictures |= {case.target.name: case.target} if case.target else {}
+    place = folder / "given"
+    place.mkdir(exist_ok=True)
+    kept = {}
+    for name, picture in pictures.items():
+        image = open_image(picture)
+        image.thumbnail((_GIVEN_SIDE, _GIVEN_SIDE))
+        path = place / f"{digest_bytes(image.tobytes())[:16]}.png"
+        if not path.is_file():
+            image.save(path)
+        kept[name] = path.relative_to(folder).as_posix()
+    return kept
+
+
+def _record(
+    config: Config,
+    plan: Plan,
+    studio: Studio,
+    drawn: Sequence[Sequence[Sequence[Path]]],
+    verdicts: Verdicts,
+    given: dict[str, str],
+    seconds: float,
+) -> Comparison:
+    cases, entries = studio.cases, plan.entries
+    prompts = grouped([case.prompt for case in cases])
+    references = grouped([case.look for case in cases])
+    labels, keep = [entry.label for entry in entries], config.compare.keep_adherence
+    splices = [place for place, entry in enumerate(entries) if entry.role == "splice"]
+    best_splice = choose(verdicts, splices, 0, keep, labels)
+    # Where none keeps the prompt, the first is still what everybody has for free.
+    baseline = best_splice.column if best_splice.column is not None else next(iter(splices), None)
+    groups = Groups([prompts[i] for i in range(len(cases))], references)
+    candidates = [place for place, entry in enumerate(entries) if entry.role in plan.candidates]
+    best = choose(verdicts, candidates, 0, keep, labels)
+    return Comparison(
+        ztrain_version=VERSION,
+        kind=plan.kind,
+        title=plan.title,
+        columns=[_column(entries, place, name, studio) for place, name in enumerate(names_of(entries))],
+        rows=[
+            Row(
+                prompt=case.prompt,
+                prompt_group=prompts[i],
+                reference_group=references[i],
+                where=_without_folder(case.where, config),
+                references=[given[known.picture.name] for known in case.references],
+                target=given[case.target.name] if case.target else None,
+                style=None if case.columns.get("style") is None else str(case.columns["style"]),
+                seeds=studio.seeds(i),
+            )
+            for i, case in enumerate(cases)
         ],
-        "rows": [{"prompt": t.prompt, "index": t.index, "seed": config.seed + i} for i, t in enumerate(triplets)],
-        "num_inference_steps": settings.num_inference_steps,
-        "guidance_scale": settings.guidance_scale,
-        "image_guidance_scale": settings.image_guidance_scale,
-        "shift": settings.shift,
-        "seconds": round(seconds, 1),
+        pictures=[[[p.relative_to(plan.folder).as_posix() for p in row] for row in column] for column in drawn],
+        metrics=[metric_of(score, baseline, groups) for score in verdicts.scores],
+        baseline=baseline,
+        style=verdicts.style,
+        adherence=verdicts.adherence,
+        best=best,
+        best_splice=best_splice,
+        axes=plan.axes,
+        conditions=_conditions(config, studio, verdicts),
+        data=_data(config),
+        config=dump_yaml(public_config(config.model_dump(mode="json"))),
+        loading=_loading(entries, best.column),
+        seconds=round(seconds, 1),
+    )
+
+
+def _column(entries: Sequence[Entry], place: int, name: str, studio: Studio) -> Column:
+    entry = entries[place]
+    settings = studio.settings(entry)
+    exported = entry.exported
+    return Column(
+        name=name,
+        label=entry.label,
+        role=entry.role,
+        adapters=[public_config(adapter.model_dump(mode="json")) for adapter in entry.adapters],
+        encoders=entry.encoders.model_dump(mode="json"),
+        sampling={
+            "num_inference_steps": settings.num_inference_steps,
+            "shift": settings.shift,
+            **entry.sample.model_dump(
+                mode="json",
+                include={"image_guidance_scale", "guidance_normalization", "guidance_window", "reference_window"}
+                | {"scales", "strength"},
+            ),
+            "guidance_scale": settings.guidance_scale,
+        },
+        settings=dict(entry.settings),
+        sees="shuffled" if entry.is_shuffled else "own" if entry.looks else "none",
+        of=next((i for i, other in enumerate(entries) if other.label == entry.of), None),
+        folder=None if exported is None else public_name(str(exported.folder)),
+        step=None if exported is None else exported.step,
+        num_weights=0 if exported is None else _num_weights(exported.folder),
+    )
+
+
+def _num_weights(folder: Path) -> int:
+    """Each weight once, though a LoRA is exported in several layouts."""
+    files = read_adapter(folder).files
+    return max((sum(tensor.numel() for tensor in tensors.values()) for tensors in files.values()), default=0)
+
+
+def _without_folder(where: str, config: Config) -> str:
+    place = config.data.train_data_dir
+    return where.replace(f"{place.rstrip('/')}/", "") if place else where
+
+
+def _conditions(config: Config, studio: Studio, verdicts: Verdicts) -> dict[str, Any]:
+    cuda = studio.device.type == "cuda"
+    found: dict[str, Any] = {
+        "base": public_name(config.models.base.pretrained_model_name_or_path),
+        "base revision": config.models.base.revision,
+        "size": "{1} x {0}".format(*output_size(config)),
+        "precision": "float32" if studio.dtype == torch.float32 else "bfloat16",
+        "seeds for each row": config.compare.num_seeds,
+        "machine": torch.cuda.get_device_name() if cuda else platform.machine(),
     }
-    (folder / "compare.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    return folder / "compare.png"
+    found |= {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    if verdicts.missing:
+        found["not scored"] = "; ".join(verdicts.missing)
+    return found
+
+
+def _data(config: Config) -> dict[str, Any]:
+    """What the data set says of itself."""
+    chosen = config.compare
+    if chosen.prompts is not None and chosen.references is not None:
+        return {"prompts": Path(chosen.prompts).name, "references": public_name(chosen.references)}
+    found: dict[str, Any] = {"name": public_name(config.data.train_data_dir), "split": chosen.split}
+    manifest = Path(config.data.train_data_dir) / PACK_MANIFEST_NAME
+    if manifest.is_file():
+        told = json.loads(manifest.read_text(encoding="utf-8"))
+        found["fingerprint"] = told.get("fingerprint")
+        found |= {f"triplets in {split}": count for split, count in (told.get("triplets") or {}).items()}
+        found["licences"] = ", ".join(told.get("licences") or []) or None
+    return found
+
+
+def _loading(entries: Sequence[Entry], best: int | None) -> str | None:
+    """How the best adapter, or else the last one, is loaded onto a stock pipeline."""
+    exported = [entry for entry in entries if entry.exported and not entry.is_shuffled]
+    if not exported:
+        return None
+    chosen = entries[best] if best is not None and entries[best].exported else exported[-1]
+    assert chosen.exported is not None
+    base = chosen.exported.models["base"]["pretrained_model_name_or_path"]
+    return (
+        "import torch\nimport ztrain\nfrom diffusers import ZImagePipeline\n\n"
+        f'pipe = ZImagePipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")\n'
+        f'adapted = ztrain.load_adapter(pipe, "{public_name(str(chosen.exported.folder))}")\n'
+        "images = adapted(prompt, reference)\n"
+    )
+
+
+def _draw_sheet(found: Comparison, folder: Path) -> Image.Image:
+    """The first seed of some rows; of a sweep a line for each setting."""
+
+    def opened(name: str) -> Image.Image:
+        return open_image(folder / name)
+
+    if found.axes:
+        rows = range(min(_SETTINGS_SHOWN, len(found.rows)))
+        lines = [[opened(found.rows[i].references[0]) for i in rows]]
+        lines += [[opened(column[i][0]) for i in rows] for column in found.pictures]
+        headers = [found.rows[i].prompt[:24] for i in rows]
+        return draw_grid(headers, ["reference", *(column.label for column in found.columns)], lines)
+    shown = found.rows[:_ROWS_SHOWN]
+    cells = []
+    for i, row in enumerate(shown):
+        target = [opened(row.target)] if row.target else []
+        cells.append([opened(row.references[0]), *(opened(c[i][0]) for c in found.pictures), *target])
+    has_targets = all(row.target for row in shown)
+    labels = ["reference", *(column.label for column in found.columns), *(["target"] if has_targets else [])]
+    return draw_grid(labels, [row.prompt for row in shown], cells)
+
+
+def table(found: Comparison) -> str:
+    """Headline metrics as a Markdown table, for the terminal."""
+    shown = [metric for metric in found.metrics if metric.name in {found.style, found.adherence}]
+    shown += [m for m in found.metrics if m.name in {"copy", "diversity", "drift", "truth_leak"} and m not in shown]
+    lines = [f"| | {' | '.join(m.title for m in shown)} |", "|" + "---|" * (len(shown) + 1)]
+    for place, column in enumerate(found.columns):
+        cells = [_cell(metric.means[place], metric.differences[place]) for metric in shown]
+        mark = " (best)" if place == found.best.column else ""
+        lines.append(f"| {column.label}{mark} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", found.best.rule, found.best.found])
+
+
+def _cell(mean: Any, difference: Any) -> str:
+    if mean is None:
+        return ""
+    told = f"{mean.mean:.3f}" if mean.low is None else f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]"
+    marks = {"better": " +", "worse": " -"}
+    return told + (marks.get(difference.verdict, "") if difference is not None else "")

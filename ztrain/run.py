@@ -28,7 +28,7 @@ from ztrain.blocks import slow_because
 from ztrain.cache import Cache
 from ztrain.config import Config, TrainConfig
 from ztrain.dit import load_transformer
-from ztrain.encoders import siglip_width
+from ztrain.encoders import LatentCodec, siglip_width
 from ztrain.errors import InputError
 from ztrain.export import Identities, save_adapter
 from ztrain.flow import SigmaDensity, resolution_shift
@@ -37,6 +37,7 @@ from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype, identity
 from ztrain.prepare import prepare
 from ztrain.samples import Samples, write_manifest
+from ztrain.scoring import Scoring
 from ztrain.together import together
 from ztrain.tracking import Record
 from ztrain.tune import tune
@@ -61,6 +62,7 @@ class Run:
     identities: dict[str, dict[str, str]]
     density: SigmaDensity
     previews: Previews | None
+    scoring: Scoring | None
     record: Record | None = None
     step: int = 0
     """Optimizer steps done."""
@@ -80,12 +82,15 @@ class Run:
     def is_rendered(self) -> bool:
         return self.previews is not None and self._comes_up(self.config.validation.preview_steps)
 
+    def is_scored(self) -> bool:
+        return self.scoring is not None and self._comes_up(self.config.validation.score_steps)
+
     def is_saved(self) -> bool:
         return self._comes_up(self.config.train.checkpointing_steps)
 
     def is_looked_at(self) -> bool:
         """Whether anything but the next step reads this step's weights."""
-        return self.is_validated() or self.is_rendered() or self.is_saved()
+        return self.is_validated() or self.is_rendered() or self.is_scored() or self.is_saved()
 
     def _comes_up(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.config.train.max_train_steps)
@@ -186,10 +191,11 @@ def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoi
     cache, samples, kinds = prepare(config, device, accelerator)
     dit = load_transformer(Source.of(config.models.base), dtype, device)
     known = {"transformer": identity(dit, "transformer"), **cache.identities(kinds)}
-    previews = None
-    if config.validation.preview_steps:
-        previews = Previews.of(config, cache, samples, accelerator)
+    previews, scoring = _watchers(config, accelerator, cache, samples)
+    if previews is not None:
         previews.render_base(dit)
+    if scoring is not None:
+        scoring.previews.render_base(dit)
     model = make_model(config, dit)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, schedule = make_optimizer(t, trained)
@@ -215,11 +221,30 @@ def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoi
         identities=known,
         density=density,
         previews=previews,
+        scoring=scoring,
     )
     with together(accelerator):
         if resumed is not None:
             _restore(run, resumed)
     return run
+
+
+def _watchers(
+    config: Config, accelerator: Accelerator, cache: Cache, samples: Samples
+) -> tuple[Previews | None, Scoring | None]:
+    """What draws while the run goes on; None for what is off."""
+    v = config.validation
+    if not (v.preview_steps or v.score_steps):
+        return None, None
+    codec = LatentCodec.load(
+        Source.of(config.models.base), base_dtype(config.train.mixed_precision), accelerator.device
+    )
+
+    def shown(count: int, name: str) -> Previews:
+        return Previews.of(config, cache, samples.held_out(count), accelerator, codec, name)
+
+    scoring = Scoring.of(config, shown(v.num_scored, "scored"), accelerator) if v.score_steps else None
+    return shown(v.num_previews, "samples") if v.preview_steps else None, scoring
 
 
 @contextmanager
@@ -253,7 +278,7 @@ def recorded(run: Run, resumed: checkpoint.Checkpoint | None) -> Iterator[None]:
 def after_step(run: Run, values: dict[str, float]) -> None:
     """Validates and renders when it is time, and writes the step down. Values that are empty are those of step 0."""
     sheet, table = None, None
-    if run.is_validated() or run.is_rendered():
+    if run.is_validated() or run.is_rendered() or run.is_scored():
         with _averaged(run):
             if run.is_validated():
                 losses = validation_losses(run.model, run.accelerator, run.config, run.cache, run.samples)
@@ -262,6 +287,11 @@ def after_step(run: Run, values: dict[str, float]) -> None:
                 if run.accelerator.is_main_process:
                     tqdm.write(f"step {run.step}: {describe_losses(losses)}")
                 values = values | losses
+            if run.scoring is not None and run.is_scored():
+                scores = run.scoring.score(run.model, run.step)
+                if run.accelerator.is_main_process:
+                    tqdm.write(f"step {run.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+                values = values | scores
             if run.previews is not None and run.is_rendered():
                 sheet, table = run.previews.grid(run.model, run.step)
     if run.record is not None and values:

@@ -7,7 +7,7 @@ to data.max_bad_share, and stops everything beyond it.
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,6 +33,8 @@ class Sample:
     bucket: Bucket
     where: str
     """What messages call it."""
+    columns: Mapping[str, object] = field(default_factory=dict)
+    """The row's further keys, for judges; training reads none."""
 
 
 @dataclass(slots=True)
@@ -99,13 +101,13 @@ def read_samples(config: Config, cache: Cache) -> Samples:
     samples = Samples(_read_split(config, cache, data.train_data_dir, data.train_split))
     if data.text_only_data_dir is not None and data.text_only_share:
         samples.text_only = _read_split(config, cache, data.text_only_data_dir, data.text_only_split, text_only=True)
-    if validation.validation_steps or validation.preview_steps:
+    if validation.validation_steps or validation.preview_steps or validation.score_steps:
         try:
             samples.validation = _read_split(config, cache, data.train_data_dir, data.validation_split)
         except InputError as error:
             raise InputError(
-                f"{error} (for training without held-out triplets set validation.validation_steps and "
-                "validation.preview_steps to 0)"
+                f"{error} (for training without held-out triplets set validation.validation_steps, "
+                "validation.preview_steps and validation.score_steps to 0)"
             ) from error
     for split in samples.splits:
         split.check(data.max_bad_share)
@@ -151,7 +153,12 @@ def _sample(
     picture = whole[0]
     bucket = pick_bucket((picture.width, picture.height), buckets, data.max_crop, picture.picture.name)
     return Sample(
-        prompt=triplet.prompt, references=tuple(whole[1:]), target=picture, bucket=bucket, where=triplet.where
+        prompt=triplet.prompt,
+        references=tuple(whole[1:]),
+        target=picture,
+        bucket=bucket,
+        where=triplet.where,
+        columns=triplet.columns,
     )
 
 
@@ -206,6 +213,9 @@ def all_needs(config: Config, samples: Samples) -> Needs:
     if config.validation.preview_steps:
         reads = config.reads | config.compare.splice.reads
         needs_of(samples.held_out(config.validation.num_previews), reads, needs)
+    if config.validation.score_steps:
+        reads = config.reads | config.compare.splice.reads
+        needs_of(samples.held_out(config.validation.num_scored), reads, needs)
     return needs
 
 

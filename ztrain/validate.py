@@ -25,9 +25,9 @@ from ztrain.encoders import LatentCodec
 from ztrain.flow import draw_noise, interpolate, sampler_noise, velocity_losses
 from ztrain.grid import draw_grid
 from ztrain.images import open_image
-from ztrain.metrics import paired_bootstrap
+from ztrain.intervals import paired_bootstrap
 from ztrain.model import AdaptedDiT
-from ztrain.models import Source, base_defaults, base_dtype, identity
+from ztrain.models import base_defaults, identity
 from ztrain.sample import released_or, sample
 from ztrain.sampler import SampleKey
 from ztrain.samples import Sample, Samples
@@ -90,11 +90,11 @@ class Previews:
     codec: LatentCodec
 
     @classmethod
-    def of(cls, config: Config, cache: Cache, samples: Samples, accelerator: Accelerator) -> "Previews":
-        base, dtype = Source.of(config.models.base), base_dtype(config.train.mixed_precision)
-        codec = LatentCodec.load(base, dtype, accelerator.device)
-        rows = samples.held_out(config.validation.num_previews)
-        return cls(config, cache, rows, accelerator, Path(config.output_dir) / "samples", codec)
+    def of(
+        cls, config: Config, cache: Cache, rows: list[Sample], accelerator: Accelerator, codec: LatentCodec, name: str
+    ) -> "Previews":
+        """Kept in the folder `name` of the run."""
+        return cls(config, cache, rows, accelerator, Path(config.output_dir) / name, codec)
 
     def render_base(self, dit: Any) -> None:
         """The columns that training does not change; kept from an earlier life of the run that had the same ones."""
@@ -136,24 +136,31 @@ class Previews:
         }
         return json.dumps(document, indent=1, sort_keys=True)
 
-    def grid(self, model: AdaptedDiT, step: int) -> tuple[Path, list[dict[str, str | Path]]]:
-        """The sheet of a step, and its cells as rows of a table. Every process calls it; the main one writes."""
+    def base(self, name: str) -> list[Path]:
+        """Pictures of a column that training does not change: no_image, splice, reference or target."""
+        return [self.folder / "base" / f"{name}-{i}.png" for i in range(len(self.rows))]
+
+    def draw(self, model: AdaptedDiT, step: int) -> list[Path]:
+        """What the list draws at a step. Every process calls it; the main one writes."""
         model.eval()
         images = self._render(model, self.config.reads)
         model.train()
         name = f"step-{step:08d}"
         self._save({f"{name}/{i}.png": image for i, image in images.items()})
+        return [self.folder / name / f"{i}.png" for i in range(len(self.rows))]
+
+    def grid(self, model: AdaptedDiT, step: int) -> tuple[Path, list[dict[str, str | Path]]]:
+        """The sheet of a step, and its cells as rows of a table. Every process calls it; the main one writes."""
+        drawn = self.draw(model, step)
         columns = {
-            "reference": "base/reference-{}.png",
-            "no image": "base/no_image-{}.png",
-            "splice": "base/splice-{}.png",
-            describe_list(self.config.adapters): name + "/{}.png",
-            "target": "base/target-{}.png",
+            "reference": self.base("reference"),
+            "no image": self.base("no_image"),
+            "splice": self.base("splice"),
+            describe_list(self.config.adapters): drawn,
+            "target": self.base("target"),
         }
-        places = [
-            {label: self.folder / place.format(i) for label, place in columns.items()} for i in range(len(self.rows))
-        ]
-        sheet = self.folder / f"{name}.png"
+        places = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        sheet = self.folder / f"step-{step:08d}.png"
         with together(self.accelerator):
             if self.accelerator.is_main_process:
                 cells = [[Image.open(path) for path in row.values()] for row in places]

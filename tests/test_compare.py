@@ -1,0 +1,356 @@
+"""Comparisons, sweeps and checkpoints on the shipped miniature: what is drawn, what is judged, what is chosen."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from data_tools.build import main as build
+from ztrain.compare import compare, compare_checkpoints
+from ztrain.comparison import FILE_NAME, Comparison, Difference, pictures_of, read_comparison
+from ztrain.config import Config, load_config
+from ztrain.errors import InputError
+from ztrain.intervals import two_way
+from ztrain.judging import Score, Verdicts
+from ztrain.mini.style_folders import paint_many_styles
+from ztrain.mini.trials import ADAPTERS
+from ztrain.ranking import Groups, choose, metric_of
+from ztrain.sweep import sweep
+from ztrain.train import train
+
+ROWS, SEEDS = 6, 2
+STEPS = ("--sample.num_inference_steps", "2")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Triplets of painted drawings, two for each of six styles in the validation split."""
+    folder = tmp_path_factory.mktemp("painted")
+    paint_many_styles(folder / "paintings", {"train": (4, 3), "validation": (ROWS, 2)}, seed=1)
+    label = {"styles": {"contents": "contents.csv", "splits": {"train": "train", "validation": "validation"}}}
+    rules = {"sources": ["images"], "dedup": None, "label": label, "pair": {"max_copy_score": 1.0}}
+    (folder / "paintings/build.yaml").write_text(yaml.safe_dump(rules))
+    assert build(["--config", str(folder / "paintings/build.yaml"), "--out", str(folder / "data")]) == 0
+    return folder / "data"
+
+
+def settings(data: Path, out: Path, *words: str, experiment: str = "splice") -> Config:
+    files = [Path(f"configs/{experiment}.yaml"), Path("configs/miniature.yaml")]
+    common = [
+        *("--data.train_data_dir", str(data), "--cache.dir", str(data.parent / "cache")),
+        *("--compare.output_dir", str(out), "--compare.num_samples", str(ROWS), *STEPS),
+    ]
+    return load_config(files, [*common, *words])
+
+
+def two_lists(data: Path, out: Path, *words: str) -> Config:
+    lists = ("--compare.adapters", str(ADAPTERS / "projector"), str(ADAPTERS / "lora"))
+    return settings(data, out, *lists, "--compare.num_seeds", str(SEEDS), "--compare.shuffled", *words)
+
+
+@pytest.fixture(scope="module")
+def compared(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
+    out = tmp_path_factory.mktemp("compared")
+    return out, compare(two_lists(data, out))
+
+
+def column(found: Comparison, label: str) -> int:
+    return next(place for place, column in enumerate(found.columns) if column.label == label)
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+# What is drawn
+
+
+def test_every_column_is_on_the_same_rows_and_seeds(compared: tuple[Path, Comparison]) -> None:
+    out, found = compared
+    roles = {column.label: (column.role, column.sees) for column in found.columns}
+    assert roles == {
+        "no image": ("none", "none"),
+        "splice": ("splice", "own"),
+        "[projector]": ("adapter", "own"),
+        "[lora]": ("control", "none"),  # it reads no reference
+        "splice, shuffled": ("control", "shuffled"),
+        "[projector], shuffled": ("control", "shuffled"),
+    }
+    assert found.columns[column(found, "splice, shuffled")].of == column(found, "splice")
+    assert [len(of_row) for of_column in found.pictures for of_row in of_column] == [SEEDS] * ROWS * 6
+    seeds = [seed for row in found.rows for seed in row.seeds]
+    assert len(set(seeds)) == len(seeds) == ROWS * SEEDS
+    assert all((out / name).is_file() for name in pictures_of(found))
+    assert read_comparison(out) == found
+    assert str(out.parent) not in (out / FILE_NAME).read_text()
+
+
+def test_a_picture_is_the_one_that_sample_draws(data: Path, compared: tuple[Path, Comparison], tmp_path: Path) -> None:
+    """Same prompt, reference, list and seed: what a comparison shows is what people get."""
+    from ztrain.cli import main
+
+    out, found = compared
+    row = found.rows[3]
+    words = [
+        *("sample", "--config", "configs/splice.yaml", "configs/miniature.yaml", "--prompt", row.prompt),
+        *("--reference", str(out / row.references[0]), "--adapter", str(ADAPTERS / "projector"), *STEPS),
+        *("--seed", str(row.seeds[1]), "--out", str(tmp_path / "one.png"), "--sample.batch_size", "1"),
+    ]
+    assert main(words) == 0
+    ours = pixels(out / found.pictures[column(found, "[projector]")][3][1])
+    theirs = pixels(tmp_path / "one.png")
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= 1  # batched sums round otherwise
+
+
+def test_what_is_drawn_is_kept_and_only_what_is_missing_is_drawn(
+    data: Path, compared: tuple[Path, Comparison], tmp_path: Path
+) -> None:
+    out, first = compared
+    drawn = sorted((out / "pictures").iterdir())
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in drawn}
+    lost = [out / first.pictures[2][0][0], out / first.pictures[4][5][1]]
+    for path in lost:
+        path.unlink()
+    again = compare(two_lists(data, out))
+    after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted((out / "pictures").iterdir())}
+    assert after.keys() == before.keys()
+    assert {path for path in after if after[path][0] != before[path][0]} == set(lost)
+    assert again.pictures == first.pictures and again.metrics == first.metrics
+    # One seed more adds its own; other steps are other pictures.
+    more = compare(two_lists(data, out, "--compare.num_seeds", "3"))
+    assert [[row[:SEEDS] for row in of_column] for of_column in more.pictures] == first.pictures
+    other = compare(settings(data, out, "--sample.num_inference_steps", "1"))
+    assert not set(pictures_of(other)) & {name for of in first.pictures for row in of for name in row}
+
+
+def test_shuffled_references_are_of_another_style_each_once(data: Path, compared: tuple[Path, Comparison]) -> None:
+    from ztrain.cache import Cache
+    from ztrain.lineup import exchanged, read_cases
+
+    config = two_lists(data, compared[0])
+    cases = read_cases(config, Cache(config).digests)
+    given = exchanged(cases, config.seed)
+    of = {case.look: case.columns["style"] for case in cases}
+    looks = [tuple(known.digest for known in references) for references in given]
+    assert all(of[look] != case.columns["style"] for look, case in zip(looks, cases, strict=True))
+    assert sorted(looks) == sorted(case.look for case in cases)
+    alike = [replace(case, columns={"style": "one"}) for case in cases]
+    with pytest.raises(InputError, match="none can be shuffled"):
+        exchanged(alike, 0)
+
+
+def test_prompts_are_crossed_with_pictures(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("two stars on the left\n\none fish in the middle\ntwo stars on the left\n")
+    (tmp_path / "looks").mkdir()
+    for number, path in enumerate(sorted((data.parent / "paintings/images").rglob("*.png"))[:3]):
+        (tmp_path / f"looks/{number}.png").write_bytes(path.read_bytes())
+    words = ("--compare.prompts", str(tmp_path / "prompts.txt"), "--compare.references", str(tmp_path / "looks"))
+    found = compare(settings(data, tmp_path / "out", *words, "--judges.truth", "None"))
+    groups = [(row.prompt_group, row.reference_group) for row in found.rows]
+    assert groups == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert all(row.target is None for row in found.rows)
+    # Nobody judges: that is said, and nothing is called the best.
+    assert found.best.column is None and "judges" in found.best.found
+    assert "likeness" in str(found.conditions["not scored"]) and "adherence" in str(found.conditions["not scored"])
+    (tmp_path / "prompts.txt").write_text("\n")
+    with pytest.raises(InputError, match="no line has a prompt"):
+        compare(settings(data, tmp_path / "out", *words))
+
+
+# What is judged
+
+
+def test_scores_say_what_the_columns_are(compared: tuple[Path, Comparison]) -> None:
+    _, found = compared
+    plain, projector, lora = (column(found, name) for name in ("no image", "[projector]", "[lora]"))
+    change, drift = found.metric("change"), found.metric("drift")
+    assert change.values is not None and drift.values is not None
+    assert {value for row in change.values[plain] for value in row} == {0.0}
+    assert all(value > 0 for row in change.values[projector] for value in row if value is not None)
+    # The projector without a reference is the base; the LoRA is not. Drift is of the first seed.
+    assert [row[0] for row in drift.values[projector]] == [0.0] * ROWS
+    assert all((row[0] or 0) > 0 and row[1] is None for row in drift.values[lora])
+    assert drift.means[plain] is None
+    assert found.metric("diversity").means[plain] is not None
+
+
+def test_differences_are_paired_to_the_best_splice(compared: tuple[Path, Comparison]) -> None:
+    _, found = compared
+    splice, projector = column(found, "splice"), column(found, "[projector]")
+    assert found.baseline == splice
+    metric = found.metric("truth_style")
+    assert metric.values is not None and metric.differences[splice] is None
+    values = torch.tensor(metric.values, dtype=torch.float64).mean(2)
+    groups = [row.prompt_group for row in found.rows], [row.reference_group for row in found.rows]
+    expected = two_way(values[projector] - values[splice], *groups, resamples=2000)
+    told = metric.differences[projector]
+    assert told is not None and (told.mean, told.low, told.high) == (expected.mean, expected.low, expected.high)
+
+
+def sheet_of(styles: list[float], kept: list[float] | None, chance: float = 0.2) -> Verdicts:
+    """Scores of four rows and two seeds: column 0 is text alone."""
+
+    def score(name: str, values: list[float]) -> Score:
+        table = torch.tensor(values, dtype=torch.float64)[:, None, None].expand(-1, 4, 2)
+        return Score(name=name, title=name, definition="", low=-1.0, high=1.0, direction="higher", chance=chance,
+                     values=table)  # fmt: skip
+
+    scores = [score("style", styles)] + ([] if kept is None else [score("prompt", kept)])
+    return Verdicts(scores, "style", None if kept is None else "prompt", [])
+
+
+def test_the_best_has_most_style_among_those_that_keep_the_prompt() -> None:
+    labels = ["none", "a", "b", "c"]
+    # b has most style, and keeps (0.6 - 0.2) / (1.0 - 0.2) = half of the prompt.
+    verdicts = sheet_of([0.0, 0.5, 0.9, 0.7], [1.0, 1.0, 0.6, 0.97])
+    assert choose(verdicts, [1, 2, 3], 0, 0.95, labels).column == 3
+    assert choose(verdicts, [1, 2, 3], 0, 0.49, labels).column == 2
+    assert choose(verdicts, [1, 2], 0, 0.95, labels).column == 1
+    none = choose(verdicts, [2], 0, 0.95, labels)
+    assert none.column == 2 and "None keeps 95%; b keeps 50%" in none.found
+    assert choose(verdicts, [2, 3], 0, 1.0, labels).column == 3  # it keeps most
+    assert choose(sheet_of([0.0, 0.5, 0.9, 0.7], None), [1, 2, 3], 0, 0.95, labels).column == 2
+    blind = choose(sheet_of([0, 0.4, 0.5], [0.2, 0.2, 0.1]), [1, 2], 0, 0.95, labels[:3])
+    assert blind.column == 2 and "not looked at" in blind.rule
+
+
+def test_verdicts_need_an_interval_without_zero_and_a_direction() -> None:
+    noise = torch.randn(3, 12, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = 0.1 * noise
+    values[1] += 1.0
+    values[2] = values[0] + 0.001 * noise[2] * noise[1]
+    values[1, 5] = torch.nan
+
+    def verdicts(direction: str) -> list[Difference | None]:
+        score = Score(name="x", title="x", definition="", low=None, high=None, direction=direction, values=values)
+        return metric_of(score, 0, Groups(range(12), range(12))).differences
+
+    assert [d and d.verdict for d in verdicts("higher")] == [None, "better", "undecided"]
+    assert [d and d.verdict for d in verdicts("lower")] == [None, "worse", "undecided"]
+    assert [d and d.verdict for d in verdicts("neither")] == [None, "none", "none"]
+    assert verdicts("higher")[1].count == 11
+    one = Score(name="x", title="x", definition="", low=None, high=None, direction="higher", values=values[:, :1])
+    alone = metric_of(one, 0, Groups([0], [0])).differences[1]
+    assert alone is not None and (alone.low, alone.verdict) == (None, "none")
+
+
+# Sweeps
+
+
+def test_a_sweep_draws_every_combination_and_its_best_is_a_preset(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    axes = {"encoders.hidden_index": [2, 5], "splice.tokens": ["text", "all"], "sample.strength": [1.0, 0.5]}
+    file = tmp_path / "axes.yaml"
+    file.write_text(yaml.safe_dump({"sweep": {"axes": axes, "output_dir": str(out)}}, sort_keys=False))
+    config = settings(data, out, "--compare.num_samples", "3")
+    swept = config.model_copy(update={"sweep": load_config([file]).sweep})
+    found = sweep(swept)
+    assert [c.label for c in found.columns[:4]] == [
+        "no image", "splice", "layer 2 · tokens text · strength 1", "layer 2 · tokens text · strength 0.5",
+    ]  # fmt: skip
+    assert [tuple(c.settings.values()) for c in found.columns[2:]] == [
+        (layer, tokens, strength) for layer in (2, 5) for tokens in ("text", "all") for strength in (1.0, 0.5)
+    ]
+    change = found.metric("change")
+    assert change.values is not None
+    assert len({str(change.values[place]) for place in range(2, 10)}) == 8
+    best = found.best.column
+    assert best is not None
+    preset = settings(data, out, "--compare.num_samples", "3", "--compare.presets", str(out / "best_splice.yaml"))
+    again = compare(preset)
+    assert again.pictures[column(again, "best splice")] == found.pictures[best]
+
+
+def test_axes_that_do_not_exist_are_named(data: Path, tmp_path: Path) -> None:
+    for axes, complaint in (
+        ({}, "sweep.axes is empty"),
+        ({"encoders.layer": [1]}, "'encoders.layer' is no such key"),
+        ({"train.learning_rate": [1]}, "'train.learning_rate' is no such key"),
+        ({"sample.scales": []}, "sample.scales has no values"),
+        ({"splice.tokens": ["image", "words"]}, "splice.tokens words"),
+    ):
+        config = settings(data, tmp_path)
+        swept = config.model_copy(update={"sweep": config.sweep.model_copy(update={"axes": axes})})
+        with pytest.raises(InputError, match=complaint):
+            sweep(swept)
+
+
+# Runs
+
+
+def test_checkpoints_are_compared_and_the_run_marks_its_best_step(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = (
+        *("--output_dir", str(run), "--train.max_train_steps", "4", "--train.checkpointing_steps", "2"),
+        *("--validation.validation_steps", "0", "--validation.preview_steps", "0", "--validation.score_steps", "2"),
+        *("--validation.num_scored", "4", "--adapters.0.rank", "4"),
+    )
+    config = settings(data, tmp_path / "out", *words, experiment="lora")
+    assert train(config).exported is not None
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scored = {row["step"]: row for row in metrics if "score/truth_style" in row}
+    assert list(scored) == [0, 2, 4]
+    assert scored[0]["score/change"] == 0.0 < scored[4]["score/change"]  # a fresh LoRA is the base
+    assert "score/truth_style_above_splice_low" in scored[4]
+    best = json.loads((run / "best.json").read_text())
+    assert list(best["steps"]) == ["0", "2", "4"] and "largest" in best["rule"]
+    assert best["step"] == int(max(best["steps"], key=lambda step: best["steps"][step][0]))
+
+    found = compare_checkpoints(config, run)
+    assert [c.label for c in found.columns] == ["no image", "splice", "step 2", "step 4"]
+    exported = compare(settings(data, tmp_path / "out", "--compare.adapters", str(run)))
+    assert exported.pictures[2] == found.pictures[3], "the last checkpoint is what was exported"
+    marked = json.loads((run / "best.json").read_text())
+    assert found.best.column is not None
+    assert marked["step"] == found.columns[found.best.column].step and list(marked["steps"]) == ["2", "4"]
+    with pytest.raises(InputError, match="no checkpoints there"):
+        compare_checkpoints(config, tmp_path)
+
+
+def test_scores_while_training_need_a_judge(data: Path, tmp_path: Path) -> None:
+    words = ("--output_dir", str(tmp_path / "run"), "--validation.score_steps", "1", "--judges.truth", "None")
+    with pytest.raises(InputError, match="needs someone who judges"):
+        train(settings(data, tmp_path, *words, experiment="lora"))
+
+
+# What is wrong
+
+
+def test_what_cannot_be_compared_is_refused_in_one_sentence(data: Path, tmp_path: Path) -> None:
+    projector = str(ADAPTERS / "projector")
+    for words, complaint in (
+        (("--compare.adapters", str(data)), "is no exported adapter"),
+        (("--compare.adapters", projector, "--sample.scales", "1.0", "0.5"), "sample.scales has 2 numbers for the 1"),
+        (("--compare.num_samples", "1", "--compare.shuffled"), "none can be shuffled"),
+        (("--judges.truth", str(tmp_path)), "has no judges"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            compare(settings(data, tmp_path / "out", *words))
+
+
+def test_a_damaged_record_is_refused(compared: tuple[Path, Comparison], tmp_path: Path) -> None:
+    out, found = compared
+    text = (out / FILE_NAME).read_text()
+    file = tmp_path / FILE_NAME
+    document = json.loads(text)
+    for change, complaint in (
+        (lambda d: d.update(format_version=2), "format_version"),
+        (lambda d: d["pictures"].pop(), "columns x rows x seeds"),
+        (lambda d: d["metrics"][0]["means"].pop(), "one mean and difference for each column"),
+        (lambda d: d.update(baseline=99), "out of range"),
+        (lambda d: d.update(style="beauty"), "no metric"),
+        (lambda d: d["pictures"][0][0].__setitem__(0, "../../etc/passwd"), "outside of its folder"),
+    ):
+        damaged = json.loads(json.dumps(document))
+        change(damaged)
+        file.write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match=complaint):
+            read_comparison(tmp_path)
+    file.write_text(text[:-10])
+    with pytest.raises(InputError, match=FILE_NAME):
+        read_comparison(tmp_path)

@@ -1,0 +1,265 @@
+"""Who is compared on what: the rows (a prompt with references) and the columns (a list of adapters, how it is sampled).
+
+In: an experiment, its data set or a file of prompts and a folder of pictures, exported adapters and preset files. Out:
+`Case`s and `Entry`s. Nothing is loaded but adapter folders, and pictures are not opened here, only hashed.
+"""
+
+import itertools
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ztrain.adapters import describe_list
+from ztrain.comparison import Role
+from ztrain.config import Config, EncodersConfig, SampleConfig, list_reads, parse
+from ztrain.data import read_triplets
+from ztrain.digests import Digests, Known
+from ztrain.errors import InputError
+from ztrain.export import CONFIG_FILE, ExportedAdapter, read_adapter
+from ztrain.images import Picture, PictureFile, check_reference
+from ztrain.sampler import spread
+from ztrain.stats import check_statistics
+from ztrain.yamls import load_yaml
+
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A row: what is asked for, and in the look of what."""
+
+    prompt: str
+    references: tuple[Known, ...]
+    target: Picture | None
+    where: str
+    columns: Mapping[str, object] = field(default_factory=dict)
+    """What else the data set says: style, content."""
+
+    @property
+    def look(self) -> tuple[str, ...]:
+        """Equal for rows with the same references."""
+        return tuple(known.digest for known in self.references)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A column: a list of adapters, by its settings or as exported with weights, and how it is sampled."""
+
+    label: str
+    role: Role
+    adapters: tuple[Any, ...]
+    encoders: EncodersConfig
+    sample: SampleConfig
+    exported: ExportedAdapter | None = None
+    is_shuffled: bool = False
+    """Whether it is shown another row's references."""
+    has_reference: bool = True
+    """Without: the trained list on its prompt alone."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of a sweep: what it has on each axis."""
+    of: str | None = None
+    """Label of the entry that this is the control of."""
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return list_reads(self.adapters)
+
+    @property
+    def looks(self) -> bool:
+        """Whether a reference can change what it draws."""
+        return self.has_reference and (bool(self.reads) or self.sample.strength < 1.0)
+
+    @property
+    def without_reference(self) -> "Entry":
+        return replace(self, has_reference=False, sample=self.sample.model_copy(update={"strength": 1.0}))
+
+
+# Rows
+
+
+def read_cases(config: Config, digests: Digests) -> list[Case]:
+    """At most compare.num_samples rows, spread evenly. Raises InputError."""
+    chosen = config.compare
+    if chosen.prompts is not None and chosen.references is not None:
+        cases = _crossed(Path(chosen.prompts), Path(chosen.references), config, digests)
+    else:
+        listing = read_triplets(config.data.train_data_dir, chosen.split, config.data.revision)
+        triplets = spread(listing.triplets, chosen.num_samples)
+        known = iter(_known([p for triplet in triplets for p in triplet.references], config, digests))
+        cases = [
+            Case(
+                prompt=triplet.prompt,
+                references=tuple(next(known) for _ in triplet.references),
+                target=triplet.target,
+                where=triplet.where,
+                columns=triplet.columns,
+            )
+            for triplet in triplets
+        ]
+    if chosen.prompt == "none":
+        cases = [replace(case, prompt="") for case in cases]
+    return cases
+
+
+def _crossed(prompts: Path, folder: Path, config: Config, digests: Digests) -> list[Case]:
+    """Each prompt of a file with each picture of a folder."""
+    try:
+        lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{prompts}: cannot read prompts ({error}); correct compare.prompts") from error
+    asked = list(dict.fromkeys(line for line in lines if line))
+    if not asked:
+        raise InputError(f"{prompts}: no line has a prompt; write one a line")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; correct compare.references")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)
+    if not files:
+        raise InputError(f"{folder}: no pictures there; correct compare.references")
+    pairs = spread(list(itertools.product(asked, files)), config.compare.num_samples)
+    known = _known([PictureFile(file) for _, file in pairs], config, digests)
+    return [
+        Case(prompt=prompt, references=(reference,), target=None, where=f"{prompts.name} with {file.name}")
+        for (prompt, file), reference in zip(pairs, known, strict=True)
+    ]
+
+
+def _known(pictures: Sequence[Picture], config: Config, digests: Digests) -> list[Known]:
+    """Their digests, after checking that they are fit to be references."""
+    found = digests.of_pictures(pictures, config.data.dataloader_num_workers)
+    for known in found:
+        if isinstance(known, InputError):
+            raise known
+        check_reference(
+            (known.width, known.height),
+            known.picture.name,
+            min_side=config.data.reference_min_side,
+            max_aspect=config.data.reference_max_aspect,
+        )
+    return [known for known in found if isinstance(known, Known)]
+
+
+def exchanged(cases: Sequence[Case], seed: int) -> list[tuple[Known, ...]]:
+    """For each row another row's references: of another style where styles are known, else other pictures.
+
+    In an order of the seed; every row's are given away once or, where styles come unevenly, nearly so. Raises
+    InputError where all are alike.
+    """
+    kinds = [str(case.columns.get("style", case.look)) for case in cases]
+    if len(set(kinds)) < 2:
+        raise InputError(
+            f"all {len(cases)} rows have references of one kind, so none can be shuffled; compare more, or leave out "
+            "compare.shuffled"
+        )
+    order = random.Random(f"shuffled references {seed}").sample(range(len(cases)), len(cases))
+    # Rows of one kind stand together, so that a turn by the largest kind gives none its own.
+    order.sort(key=lambda row: kinds[row])
+    turn = max(kinds.count(kind) for kind in set(kinds))
+    given: list[tuple[Known, ...]] = [()] * len(cases)
+    for place, row in enumerate(order):
+        following = (order[(place + turn + step) % len(order)] for step in range(len(order)))
+        given[row] = cases[next(other for other in following if kinds[other] != kinds[row])].references
+    return given
+
+
+# Columns
+
+
+def entries_of(config: Config) -> list[Entry]:
+    """No image, the splice, presets and exported adapters, with the controls that are asked for. Raises InputError."""
+    chosen, encoders, sampled = config.compare, config.encoders, config.sample
+    splice = (chosen.splice,)
+    entries = [plain(config), Entry(label="splice", role="splice", adapters=splice, encoders=encoders, sample=sampled)]
+    for file in chosen.presets:
+        preset = parse(Config, load_yaml(Path(file)), file)
+        own = load_yaml(Path(file)).get("sample", {})
+        drawn = sampled.model_copy(update={key: getattr(preset.sample, key) for key in own})
+        adapters = tuple(preset.adapters)
+        entries.append(
+            Entry(
+                label=Path(file).stem.replace("_", " "),
+                role="splice",
+                adapters=adapters,
+                encoders=preset.encoders,
+                sample=drawn,
+            )
+        )
+    entries += exported_entries([Path(folder) for folder in chosen.adapters], config)
+    if chosen.shuffled:
+        read = [entry for entry in entries if entry.looks]
+        entries += [
+            replace(e, label=f"{e.label}, shuffled", role="control", is_shuffled=True, of=e.label) for e in read
+        ]
+    check_entries(entries)
+    return entries
+
+
+def plain(config: Config) -> Entry:
+    """Text alone: what every likeness and every loss of adherence is seen against."""
+    sample = config.sample.model_copy(update={"strength": 1.0, "scales": 1.0})
+    return Entry(label="no image", role="none", adapters=(), encoders=config.encoders, sample=sample)
+
+
+def exported_entries(folders: Sequence[Path], config: Config) -> list[Entry]:
+    """A column for each exported folder, or folder of a run that has exported."""
+    found = [_exported(folder, config) for folder in folders]
+    labels = [entry.label for entry in found]
+    return [
+        entry if labels.count(entry.label) == 1 else replace(entry, label=f"{entry.label} {_told_apart(folders, i)}")
+        for i, entry in enumerate(found)
+    ]
+
+
+def _exported(folder: Path, config: Config) -> Entry:
+    inside = folder / "export"
+    place = inside if (inside / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file() else folder
+    exported = read_adapter(place)
+    adapters = tuple(exported.adapters)
+    return Entry(
+        label=describe_list(exported.adapters),
+        # A list that reads nothing shows what training alone does.
+        role="adapter" if list_reads(adapters) else "control",
+        adapters=adapters,
+        encoders=exported.encoders,
+        sample=config.sample,
+        exported=exported,
+    )
+
+
+def _told_apart(folders: Sequence[Path], place: int) -> str:
+    """The part of its path that the others do not have."""
+    parts = [[part for part in folder.parts if part != "export"] for folder in folders]
+    own = parts[place]
+    different = [part for part in own if sum(part in other for other in parts) == 1]
+    return different[-1] if different else f"{own[-1] if own else ''} ({place + 1})"
+
+
+def check_entries(entries: Sequence[Entry]) -> None:
+    """Raises InputError for what cannot be drawn."""
+    for entry in entries:
+        check_statistics(list(entry.adapters), entry.encoders)
+        if entry.exported is None and any(adapter.needs_training for adapter in entry.adapters):
+            raise InputError(
+                f"compare: {entry.label} {describe_list(list(entry.adapters))} is untrained; export it first"
+            )
+        scales = entry.sample.scales
+        if isinstance(scales, list) and entry.adapters and len(scales) != len(entry.adapters):
+            raise InputError(
+                f"sample.scales has {len(scales)} numbers for the {len(entry.adapters)} adapters of {entry.label}; give"
+                " one for each, or one number for all"
+            )
+    labels = [entry.label for entry in entries]
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        raise InputError(f"compare: two columns are called {twice!r}; give each adapter or preset once")
+
+
+def names_of(entries: Sequence[Entry]) -> list[str]:
+    """For each a short name of letters, digits and hyphens, unique."""
+    names: list[str] = []
+    for entry in entries:
+        name = re.sub(r"[^a-z0-9]+", "-", entry.label.lower()).strip("-")[:48] or "column"
+        number = sum(other == name or other.startswith(f"{name}~") for other in names)
+        names.append(f"{name}~{number + 1}" if number else name)
+    return names

@@ -1,0 +1,111 @@
+"""How good a run's list is while it trains: held-out samples drawn every so many steps, judged, the best step marked.
+
+In: a model at a step, the cache, the judges. Out: metrics under score/, pictures in `<output_dir>/scored`, and
+`best.json`, which says by which rule a step is the best so far. The columns are those of a comparison: no image, the
+splice, this list; so are scores and rule.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from ztrain.comparison import BEST_NAME, Choice, write_best
+from ztrain.config import Config
+from ztrain.errors import InputError
+from ztrain.images import PictureFile
+from ztrain.judging import Judging, Sheet
+from ztrain.lineup import Case
+from ztrain.model import AdaptedDiT
+from ztrain.ranking import Groups, Standing, grouped, metric_of, pick, stand
+from ztrain.samples import Sample
+from ztrain.together import together
+from ztrain.validate import Previews
+
+_PLAIN, _SPLICE, _OURS = range(3)
+
+
+@dataclass(slots=True)
+class Scoring:
+    """Draws and judges. `judging` is loaded on the main process alone."""
+
+    config: Config
+    previews: Previews
+    accelerator: Accelerator
+    judging: Judging | None
+
+    @classmethod
+    def of(cls, config: Config, previews: Previews, accelerator: Accelerator) -> "Scoring":
+        """Raises InputError where nothing judges."""
+        judges = config.judges
+        if not any((judges.siglip, judges.dino, judges.style, judges.truth)):
+            raise InputError(
+                f"validation.score_steps {config.validation.score_steps} needs someone who judges: set judges.siglip,"
+                " judges.dino or judges.style, or score_steps to 0"
+            )
+        judging = None
+        with together(accelerator):
+            if accelerator.is_main_process:
+                judging = Judging(judges, accelerator.device)
+        return cls(config, previews, accelerator, judging)
+
+    def score(self, model: AdaptedDiT, step: int) -> dict[str, float]:
+        """`score/<name>` of the list, and of the headline's likeness its paired difference to the splice with interval.
+        Every process calls it; the main one judges, the others get nothing."""
+        drawn = self.previews.draw(model, step)
+        values: dict[str, float] = {}
+        with together(self.accelerator):
+            if self.judging is not None:
+                values = self._judge(self.judging, drawn, step)
+        return values
+
+    def _judge(self, judging: Judging, drawn: Sequence[Path], step: int) -> dict[str, float]:
+        columns = [self.previews.base("no_image"), self.previews.base("splice"), drawn]
+        rows = self.previews.rows
+        sheet = Sheet(
+            cases=[_case(row) for row in rows],
+            pictures=[[[PictureFile(path)] for path in column] for column in columns],
+            plain=_PLAIN,
+        )
+        verdicts = judging.score(sheet)
+        groups = Groups(grouped([row.prompt for row in rows]), grouped([case.look for case in sheet.cases]))
+        values: dict[str, float] = {}
+        for score in verdicts.scores:
+            metric = metric_of(score, _SPLICE, groups)
+            mean, above = metric.means[_OURS], metric.differences[_OURS]
+            values |= {f"score/{score.name}": mean.mean} if mean is not None else {}
+            if score.name == verdicts.style and above is not None:
+                values[f"score/{score.name}_above_splice"] = above.mean
+                if above.low is not None and above.high is not None:
+                    values |= {f"score/{score.name}_above_splice_low": above.low}
+                    values |= {f"score/{score.name}_above_splice_high": above.high}
+        standing = stand(verdicts, _PLAIN, self.config.compare.keep_adherence)
+        self._mark(standing, step)
+        return values
+
+    def _mark(self, standing: Standing | Choice, step: int) -> None:
+        """Writes the best step so far; what an earlier life of the run found beyond this step does not count."""
+        path = Path(self.config.output_dir) / BEST_NAME
+        steps: dict[str, list[float | None]] = {}
+        if path.is_file():
+            told = json.loads(path.read_text(encoding="utf-8")).get("steps", {})
+            steps = {number: values for number, values in told.items() if int(number) < step}
+        if isinstance(standing, Choice):
+            write_best(path.parent, standing, None, steps)
+            return
+        kept = None if standing.kept is None else standing.kept[_OURS]
+        steps[str(step)] = [standing.styles[_OURS], kept]
+        numbers = list(steps)
+        shares = [1.0 if values[1] is None else values[1] for values in steps.values()]
+        so_far = Standing([values[0] or 0.0 for values in steps.values()], shares, standing.rule)
+        keep = self.config.compare.keep_adherence
+        best = pick(so_far, range(len(numbers)), keep, [f"step {number}" for number in numbers])
+        write_best(path.parent, best, None if best.column is None else int(numbers[best.column]), steps)
+
+
+def _case(row: Sample) -> Case:
+    return Case(
+        prompt=row.prompt, references=row.references, target=row.target.picture, where=row.where, columns=row.columns
+    )

@@ -148,6 +148,7 @@ TABLE: list[tuple[str, Callable[[Place], None], dict[str, int]]] = [
     ("learning rate", set_to("train.learning_rate", "0.5"), {}),
     ("shift", set_to("flow.shift", "2.0"), {}),
     ("hidden_index", set_to("encoders.hidden_index", "4"), SPLICED),
+    ("text_hidden_index", set_to("encoders.text_hidden_index", "4"), SPLICED),
     ("rope_theta", set_to("encoders.rope_theta", "vl"), SPLICED),
     ("positions", set_to("encoders.positions", "1d"), SPLICED),
     ("marker_rows", set_to("encoders.marker_rows", "vl"), SPLICED),
@@ -197,6 +198,7 @@ def test_a_change_recomputes_what_depends_on_it(
 
 def test_every_encoder_setting_has_its_place_in_a_fingerprint() -> None:
     placed = {name for names in cache_room._SETTINGS.values() for name in names}
+    placed |= {name for names in cache_room._OPTIONAL.values() for name in names}
     assert placed == set(EncodersConfig.model_fields)
 
 

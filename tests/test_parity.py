@@ -17,7 +17,7 @@ from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.projector import ProjectorConfig
 from ztrain.adapters.siglip import SiglipConfig, scramble, unscramble
 from ztrain.adapters.splice import SpliceConfig
-from ztrain.conditioning import Encoded, concatenate
+from ztrain.conditioning import TEXT, Encoded, TokenStates, concatenate
 from ztrain.config import Config, EncodersConfig, ModelConfig, ModelsConfig
 from ztrain.dit import load_transformer
 from ztrain.encoders import Encoders, LatentCodec, TextEncoder
@@ -185,18 +185,30 @@ def test_siglip_tokens_sit_where_their_patch_is(family: Path, encoded: Encoded) 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("guidance", [0.0, 3.0])
-@pytest.mark.parametrize("normalization", [0.0, 1.0])
-def test_sampler_equals_zimage_pipeline(family: Path, guidance: float, normalization: float) -> None:
-    pipeline = ZImagePipeline.from_pretrained(family / "Z-Image")
+@pytest.mark.parametrize(
+    ("base", "shift", "steps", "guidance", "normalization"),
+    [
+        ("Z-Image", 6.0, 24, 4.0, 0.0),
+        ("Z-Image", 6.0, 24, 4.0, 1.0),
+        ("Z-Image", 6.0, 8, 0.5, 0.0),  # diffusers' number: 0.5 guides, where others' 1 is off
+        ("Z-Image", 6.0, 8, 0.0, 1.0),
+        ("Z-Image-Turbo", 3.0, 8, 0.0, 0.0),
+    ],
+)
+def test_sampler_equals_zimage_pipeline(
+    family: Path, base: str, shift: float, steps: int, guidance: float, normalization: float
+) -> None:
+    """As Base and as Turbo were released, and between."""
+    pipeline = ZImagePipeline.from_pretrained(family / base)
     pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.scheduler.config.shift == shift
     prompts = ["a red fox", "two pears, one plum and a very long description of the table below them"]
     noise = torch.randn((2, 16, 8, 12), generator=torch.Generator().manual_seed(3))
     theirs = pipeline(
         prompt=list(prompts),
         height=64,
         width=96,
-        num_inference_steps=8,
+        num_inference_steps=steps,
         guidance_scale=guidance,
         cfg_normalization=normalization,
         latents=noise.clone(),
@@ -205,7 +217,7 @@ def test_sampler_equals_zimage_pipeline(family: Path, guidance: float, normaliza
     encoders = Encoders(TextEncoder(pipeline.text_encoder, pipeline.tokenizer, 512), LatentCodec(pipeline.vae))
     encoded = encoders.encode(prompts, [[], []], frozenset(), SETTINGS)
     settings = SampleSettings(
-        num_inference_steps=8, shift=6.0, guidance_scale=guidance, guidance_normalization=normalization
+        num_inference_steps=steps, shift=shift, guidance_scale=guidance, guidance_normalization=normalization
     )
     ours = sample(AdaptedDiT(pipeline.transformer, []), encoded, list(noise), settings)
     assert relative_error(torch.stack(ours), theirs) < 1e-4
@@ -338,7 +350,7 @@ def test_splice_equals_load_state_dict_on_the_stock_class(family: Path, encoders
 @pytest.mark.parametrize(
     "change",
     [{"positions": "1d"}, {"deepstack": False}, {"marker_rows": "vl"}, {"rope_theta": "vl"}, {"hidden_index": 4},
-     {"fused_order": "prompt_first"}, {"max_reference_pixels": 4096}],
+     {"fused_order": "prompt_first"}, {"max_reference_pixels": 4096}, {"text_hidden_index": 3}],
     ids=str,
 )  # fmt: skip
 def test_every_encoder_setting_changes_the_states(encoders: Encoders, change: dict) -> None:
@@ -346,6 +358,29 @@ def test_every_encoder_setting_changes_the_states(encoders: Encoders, change: di
     after = encoders.spliced.encode([picture(1, 96, 96)], "a boat", SETTINGS.model_copy(update=change))
     assert before is not None and after is not None
     assert before.states.shape != after.states.shape or relative_error(after.states, before.states) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("index", "of_text"), [(None, 2), (2, 6), (4, 3)])
+def test_image_and_text_tokens_are_read_at_layers_of_their_own(
+    encoders: Encoders, index: int | None, of_text: int
+) -> None:
+    """Each token is bit for bit what the whole sequence read at its layer has there."""
+
+    def states(**layers: int | None) -> TokenStates:
+        return encoders.spliced.encode([picture(1, 96, 64)], "a boat", SETTINGS.model_copy(update=layers))
+
+    both = states(hidden_index=index, text_hidden_index=of_text)
+    images, texts = states(hidden_index=index), states(hidden_index=of_text)
+    is_text = both.kinds == TEXT
+    assert int(is_text.sum()) > 5 and int((~is_text).sum()) == 6 + 2
+    assert torch.equal(both.states[~is_text], images.states[~is_text])
+    assert torch.equal(both.states[is_text], texts.states[is_text])
+    assert not torch.equal(texts.states[is_text], images.states[is_text])
+    same = states(hidden_index=of_text, text_hidden_index=of_text)
+    assert torch.equal(same.states, texts.states)
+    with pytest.raises(InputError, match="encoders.text_hidden_index is 7"):
+        states(text_hidden_index=7)
 
 
 @torch.no_grad()

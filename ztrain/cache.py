@@ -42,6 +42,7 @@ _SETTINGS: dict[StateName, list[str]] = {
     "reference": _SPLICE_SETTINGS,
     "fused": [*_SPLICE_SETTINGS, "fused_order"],
 }
+_OPTIONAL: dict[StateName, list[str]] = {"reference": ["text_hidden_index"], "fused": ["text_hidden_index"]}
 # Models that a kind is computed with, by role, and the libraries whose preprocessing it goes through.
 ROLES: dict[StateName, list[str]] = {
     "latents": ["vae"],
@@ -147,23 +148,30 @@ class Cache:
 
     def fingerprint(self, kind: StateName) -> dict[str, Any]:
         """All that decides what the kind's encoder gives for a prompt or picture; docs/training.md, "The cache"."""
-        settings = self.config.encoders.model_dump(mode="json")
+        encoders = self.config.encoders.model_dump(mode="json")
+        settings = {name: encoders[name] for name in _SETTINGS[kind]}
+        # Left out where it is not set, so that what was cached before there was such a setting is found.
+        settings |= {name: encoders[name] for name in _OPTIONAL.get(kind, ()) if encoders[name] is not None}
         libraries = sorted({name for role in ROLES[kind] for name in _LIBRARIES[role]})
         return {
             "rules": _RULES,
             "precision": self.config.train.mixed_precision,
-            "settings": {name: settings[name] for name in _SETTINGS[kind]},
-            "models": {role: self._model_files(role) for role in ROLES[kind]},
+            "settings": settings,
+            "models": {role: self.model_files(role) for role in ROLES[kind]},
             "libraries": {name: ".".join(version(name).split(".")[:2]) for name in libraries},
         }
 
-    def _model_files(self, role: str) -> str:
-        """Digest of the names and bytes of every file that an encoder is made from."""
+    def model_files(self, role: str) -> str:
+        """Digest of the names and bytes of every file that a model is made from; `transformer` is a role too."""
         if role not in self._files:
             models = self.config.models
             match role:
                 case "vae":
                     source, files = _files(Source.of(models.base), "vae/*")
+                case "transformer" if models.transformer_file is not None:
+                    source, files = Source.of(models.base), [Path(models.transformer_file)]
+                case "transformer":
+                    source, files = _files(Source.of(models.base), "transformer/*")
                 case "text_encoder":
                     source, files = _files(Source.of(models.base), "text_encoder/*", "tokenizer/*")
                 case "siglip":

@@ -21,17 +21,31 @@ TEXT, IMAGE, MARKER = 0, 1, 2
 class TokenStates:
     """Hidden states of one sequence with what each token is: `states` (L, D), `kinds` (L,) of TEXT, IMAGE, MARKER.
 
-    `kinds` is on the host: how many tokens a selection leaves must be known there, and asking a device would wait for
-    all the work it has been given.
+    `weights`: (L,) float32 > 0 or None: the attention to each token is multiplied by this; None = 1 for all.
+    `kinds` and `weights` are on the host: how many tokens a selection leaves must be known there, and asking a device
+    would wait for all the work it has been given.
     """
 
     states: Tensor
     kinds: Tensor
+    weights: Tensor | None = None
 
     def select(self, kinds: Sequence[int]) -> "TokenStates":
         places = torch.isin(self.kinds, torch.tensor(list(kinds))).nonzero().squeeze(1)
         there = places.to(self.states.device, non_blocking=True)
-        return TokenStates(self.states.index_select(0, there), self.kinds[places])
+        weights = None if self.weights is None else self.weights[places]
+        return TokenStates(self.states.index_select(0, there), self.kinds[places], weights)
+
+
+def weighted(sequences: Sequence[TokenStates], weights: Sequence[float]) -> TokenStates:
+    """Sequences one after the other, the attention to all tokens of each multiplied by its weight > 0."""
+    if len(sequences) == 1 and weights[0] == 1.0:
+        return sequences[0]
+    return TokenStates(
+        torch.cat([sequence.states for sequence in sequences]),
+        torch.cat([sequence.kinds for sequence in sequences]),
+        torch.cat([torch.full((len(s.kinds),), weight) for s, weight in zip(sequences, weights, strict=True)]),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +67,7 @@ class Encoded:
     text: prompt alone, B x (L, D).          null_text: the empty prompt, (L, D).
     reference: image(s) alone through the spliced model, B x TokenStates or None.
     fused: image(s) and prompt in one sequence, B x TokenStates or None.
-    siglip: B x R x (h, w, S).
+    siglip: B x R x (h, w, S).              siglip_weights: B x R factors on the attention to them; empty = all 1.
     omni, null_omni: B x StockOmni with the prompt and with the empty one; bare_omni, null_bare_omni: the same two
     without references.
     """
@@ -63,6 +77,7 @@ class Encoded:
     reference: list[TokenStates | None]
     fused: list[TokenStates | None]
     siglip: list[list[Tensor]]
+    siglip_weights: list[list[float]] = field(default_factory=list)
     omni: list[StockOmni] = field(default_factory=list)
     null_omni: list[StockOmni] = field(default_factory=list)
     bare_omni: list[StockOmni] = field(default_factory=list)
@@ -95,9 +110,15 @@ class Encoded:
             reference=absent,
             fused=absent,
             siglip=[[] for _ in range(len(self))],
+            siglip_weights=[],
             omni=self.bare_omni,
             null_omni=self.null_bare_omni,
         )
+
+    @property
+    def siglip_factors(self) -> list[list[float]]:
+        """`siglip_weights` written out, B x R."""
+        return self.siglip_weights or [[1.0] * len(references) for references in self.siglip]
 
     @property
     def with_reference(self) -> list[bool]:
@@ -159,11 +180,15 @@ class Dropout:
         return encoded
 
 
-_PER_SAMPLE = ("text", "reference", "fused", "siglip", "omni", "null_omni", "bare_omni", "null_bare_omni")
+_PER_SAMPLE = (
+    "text", "reference", "fused", "siglip", "siglip_weights", "omni", "null_omni", "bare_omni", "null_bare_omni",
+)  # fmt: skip
 
 
 def concatenate(batches: Sequence[Encoded]) -> Encoded:
     """Batches with the same null text one after the other, as one batch."""
+    if any(batch.siglip_weights for batch in batches):
+        batches = [replace(batch, siglip_weights=batch.siglip_factors) for batch in batches]
     lists = {name: [value for batch in batches for value in getattr(batch, name)] for name in _PER_SAMPLE}
     return Encoded(null_text=batches[0].null_text, **lists)
 
@@ -175,18 +200,23 @@ class Conditioning:
     caption: B x (L, D) caption features.
     caption_scale: B x (L,) or None: attention to each caption token is multiplied by this before normalisation
     (1 = as it is, 0 = unseen).
-    siglip: B x R x (h, w, S) grids, empty lists without references; siglip_scale: the same factor for all of them.
+    siglip: B x R x (h, w, S) grids, empty lists without references; siglip_scale: B x R, the same factor for each.
     omni: B x StockOmni when the stock Omni layout is asked for; it then replaces caption.
     """
 
     caption: list[Tensor]
     caption_scale: list[Tensor | None]
     siglip: list[list[Tensor]]
-    siglip_scale: float = 1.0
+    siglip_scale: list[list[float]]
     omni: list[StockOmni] | None = None
 
 
 def text_conditioning(encoded: Encoded) -> Conditioning:
     """Plain text-to-image: what every list of adapters starts from."""
     count = len(encoded)
-    return Conditioning(caption=encoded.text, caption_scale=[None] * count, siglip=[[] for _ in range(count)])
+    return Conditioning(
+        caption=encoded.text,
+        caption_scale=[None] * count,
+        siglip=[[] for _ in range(count)],
+        siglip_scale=[[] for _ in range(count)],
+    )

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -22,7 +23,8 @@ from ztrain.block import Keep, Seen
 from ztrain.blocks import run
 from ztrain.errors import InputError
 from ztrain.layout import MULTIPLE, Grid, Layouts, Rows, Sequencing, padded
-from ztrain.models import Source, load_part
+from ztrain.models import Source, load_part, require_loaded
+from ztrain.quantised import read_gguf, unpack_rest, unpacked
 
 PATCH = 2  # all_patch_size of the released transformer/config.json
 
@@ -60,11 +62,51 @@ class Execution:
     run: Callable[..., Tensor] = run
 
 
-def load_transformer(source: Source, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """The frozen transformer of a Z-Image repository, in eval mode."""
+def load_transformer(source: Source, dtype: torch.dtype, device: torch.device | str, file: str | None = None) -> Any:
+    """The frozen transformer of a Z-Image repository, in eval mode; with `file` its weights are those of a GGUF."""
     from diffusers import ZImageTransformer2DModel
 
+    if file is not None:
+        return _load_quantised(source, Path(file), dtype, device)
     return load_part(ZImageTransformer2DModel, source, "transformer", device, torch_dtype=dtype)
+
+
+_BLOCKS = ("layers", "noise_refiner", "context_refiner")  # where nearly all weights are
+
+
+def _load_quantised(source: Source, file: Path, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """The transformer of the repository's config with the weights of a GGUF file; products run in `dtype`.
+
+    Blocks keep their weights packed. Raises InputError where the file is damaged or another model's.
+    """
+    from diffusers import GGUFQuantizationConfig, ZImageTransformer2DModel
+
+    source.require("transformer/config.json", what="a Z-Image model")
+    weights = read_gguf(file)
+    place: dict[str, Any] = {"subfolder": "transformer"}
+    with source.explained():
+        config = ZImageTransformer2DModel.load_config(source.location, revision=source.revision, **place)
+    with torch.device("meta"):
+        expected = ZImageTransformer2DModel.from_config(config).state_dict()
+    for name in expected.keys() & weights.keys():
+        if name.endswith("pad_token"):  # some writers drop their leading axis of 1
+            weights[name] = unpacked(weights[name], dtype).view(-1, expected[name].shape[-1])
+    differences = {"missing_keys": expected.keys() - weights, "unexpected_keys": weights.keys() - expected}
+    require_loaded(differences, f"{file} beside the config of {source.location}")
+    try:
+        dit = ZImageTransformer2DModel.from_single_file(
+            weights,
+            config=source.location,
+            config_revision=source.revision,
+            quantization_config=GGUFQuantizationConfig(compute_dtype=dtype),
+            torch_dtype=dtype,
+            **place,
+        )
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{file} does not fit the transformer of {source.location}: {reason}") from error
+    unpack_rest(dit, _BLOCKS, dtype)
+    return dit.to(device).eval().requires_grad_(False)
 
 
 def check_room(dit: Any, captions: Sequence[Tensor], siglip: Sequence[Sequence[Tensor]], noisy: Samples) -> None:
@@ -124,14 +166,14 @@ def forward(
     captions: Sequence[Tensor],
     siglip: Sequence[Sequence[Tensor]],
     caption_scale: Sequence[Tensor | None],
-    siglip_scale: float,
+    siglip_scale: Sequence[Sequence[float]],
     execution: Execution,
 ) -> list[Tensor]:
     """The transformer's raw output, B x (C, H, W) as one tensor for each run of neighbours of one shape (see `stacks`).
 
     noisy: B x (C, H, W), a list or one tensor; captions: B x (L, cap_feat_dim); siglip: B x R x (h, w, S); all three
     in any dtype. t: (B,) float32 in [0, 1], the transformer's own time; caption_scale: B x (L,) or None, siglip_scale:
-    factors on the attention that these tokens get in the main layers.
+    B x R: factors on the attention that these tokens get in the main layers.
     """
     check_room(dit, captions, siglip, noisy)
     layouts, keeping = execution.layouts, execution.keeping or (nothing if dit.gradient_checkpointing else everything)
@@ -169,7 +211,8 @@ def forward(
     caption = _Block(caption_rows.fill(tokens, dit.cap_pad_token), freqs, caption_rows.seen)
     blocks.append(_refined(dit.context_refiner, caption, None, refined))
 
-    sequence = _with_scales(_join(blocks, sequencing), parts, caption_scale, siglip_scale)
+    sequence = _join(blocks, sequencing)
+    sequence = _with_scales(sequence, image_rows.ends, _Scales(caption_scale, siglip, siglip_scale))
     longest = max(height * width for height, width in sides)
     states = execution.run(dit.layers, *sequence, modulation, keeps, read=longest)
     output = dit.all_final_layer[f"{PATCH}-1"](states[:, :longest], c=modulation)  # (B, N, 4 C)
@@ -245,20 +288,33 @@ def _taken(tensor: Tensor, places: Tensor) -> Tensor:
     return tensor.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
-def _with_scales(
-    sequence: _Block, parts: Sequence[Rows], caption_scale: Sequence[Tensor | None], siglip_scale: float
-) -> _Block:
-    """What is attended to as an additive bias (B, 1, 1, N) of log factors, where any token has one."""
-    if all(scale is None for scale in caption_scale) and (siglip_scale == 1.0 or len(parts) == 2):
+class _Scales(NamedTuple):
+    """Factors on attention: of caption tokens B x (L,) or None, of all tokens of each reference B x R."""
+
+    caption: Sequence[Tensor | None]
+    references: Sequence[Sequence[Tensor]]
+    siglip: Sequence[Sequence[float]]
+
+    @property
+    def are_ones(self) -> bool:
+        return all(each is None for each in self.caption) and all(f == 1.0 for each in self.siglip for f in each)
+
+
+def _with_scales(sequence: _Block, starts: Sequence[int], scales: _Scales) -> _Block:
+    """What is attended to as an additive bias (B, 1, 1, N) of log factors, where any token has one.
+
+    starts: of the tokens after each sample's image: those of its references, each with its padding, then its caption's.
+    """
+    if scales.are_ones:
         return sequence
-    image, *references, _ = parts
     factors = torch.ones(sequence.states.shape[:2], device=sequence.states.device)
-    for i, scale in enumerate(caption_scale):
-        start = image.ends[i]
-        end = start + sum(rows.ends[i] for rows in references)
-        factors[i, start:end] = siglip_scale
-        if scale is not None:
-            factors[i, end : end + len(scale)] = scale
+    for i, (place, caption) in enumerate(zip(starts, scales.caption, strict=True)):
+        for grid, factor in zip(scales.references[i], scales.siglip[i], strict=True):
+            end = place + padded(grid.shape[0] * grid.shape[1])
+            factors[i, place:end] = factor
+            place = end
+        if caption is not None:
+            factors[i, place : place + len(caption)] = caption
     bias = factors.log()
     if sequence.seen is not None:
         bias = bias.masked_fill(~sequence.seen.mask, -math.inf)

@@ -6,9 +6,11 @@ template, the latents' shift and scale, SigLIP grids in row order.
 Legend: L tokens, D text width, C latent channels, H and W latent sides, (h, w, S) SigLIP grid and width.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -17,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ztrain.conditioning import Encoded, StockOmni, TokenStates
+from ztrain.conditioning import Encoded, StockOmni, TokenStates, weighted
 from ztrain.config import Config, EncodersConfig
 from ztrain.errors import InputError
 from ztrain.models import Source, load_part, require_loaded
@@ -213,10 +215,27 @@ class States(Protocol[Reference]):
 
 
 def assemble(
-    states: States[Reference], prompts: Sequence[str], references: Sequence[Sequence[Reference]], reads: frozenset[str]
+    states: States[Reference],
+    prompts: Sequence[str],
+    references: Sequence[Sequence[Reference]],
+    reads: frozenset[str],
+    weights: Sequence[Sequence[float]] | None = None,
 ) -> Encoded:
-    """The batch that `reads` asks for, out of single states: the one place that knows which ones a triplet needs."""
+    """The batch that `reads` asks for, out of single states: the one place that knows which ones a triplet needs.
+
+    `weights`: B x R, see Encoders.encode; None: the references of a sample go into one sequence, as in training.
+    """
     pairs = list(zip(prompts, references, strict=True))
+    if weights is None:
+        factors: list[list[float]] = []
+    else:
+        kept = [_kept(images, each) for images, each in zip(references, weights, strict=True)]
+        pairs = [(prompt, [image for image, _ in each]) for prompt, each in zip(prompts, kept, strict=True)]
+        factors = [[weight for _, weight in each] for each in kept]
+
+    def sequence(i: int, read: Callable[[Sequence[Reference]], TokenStates]) -> TokenStates:
+        images = pairs[i][1]
+        return weighted([read([image]) for image in images], factors[i]) if factors else read(images)
 
     def omni(prompt: str, images: Sequence[Reference]) -> StockOmni:
         return StockOmni(
@@ -225,17 +244,39 @@ def assemble(
         )
 
     stock = "omni" in reads
+    reference: list[TokenStates | None] = [None] * len(pairs)
+    fused: list[TokenStates | None] = [None] * len(pairs)
+    for i, (prompt, images) in enumerate(pairs):
+        if images and "reference" in reads:
+            reference[i] = sequence(i, states.reference)
+        if images and "fused" in reads:
+            fused[i] = sequence(i, partial(states.fused, prompt=prompt))
     return Encoded(
         text=[states.text(prompt) for prompt in prompts],
         null_text=states.text(""),
-        reference=[states.reference(images) if images and "reference" in reads else None for _, images in pairs],
-        fused=[states.fused(images, prompt) if images and "fused" in reads else None for prompt, images in pairs],
+        reference=reference,
+        fused=fused,
         siglip=[[states.siglip(image) for image in images] if "siglip" in reads else [] for _, images in pairs],
+        siglip_weights=factors if "siglip" in reads else [],
         omni=[omni(prompt, images) for prompt, images in pairs] if stock else [],
         null_omni=[omni("", images) for _, images in pairs] if stock else [],
         bare_omni=[omni(prompt, []) for prompt in prompts] if stock else [],
         null_bare_omni=[omni("", []) for _ in prompts] if stock else [],
     )
+
+
+def _kept(references: Sequence[Reference], weights: Sequence[float]) -> list[tuple[Reference, float]]:
+    """Those with a weight above 0, with it."""
+    check_weights(weights, len(references))
+    return [(image, weight) for image, weight in zip(references, weights, strict=True) if weight > 0]
+
+
+def check_weights(weights: Sequence[float], num_references: int) -> None:
+    """Refuses weights that are not one number of at least 0 for each reference."""
+    if len(weights) != num_references:
+        raise InputError(f"{len(weights)} reference weights for {num_references} references; give one for each")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+        raise InputError(f"reference weights {', '.join(f'{w:g}' for w in weights)}: each must be 0 or more")
 
 
 def _omni_segments(prompt: str, num_references: int) -> list[str]:
@@ -284,9 +325,15 @@ class Encoders:
         references: Sequence[Sequence[Image.Image]],
         reads: frozenset[str],
         settings: EncodersConfig,
+        weights: Sequence[Sequence[float]] | None = None,
     ) -> Encoded:
-        """Everything that `reads` names for each prompt and its references (any number, own sizes)."""
-        return assemble(_Computed(self, settings), prompts, references, reads)
+        """Everything that `reads` names for each prompt and its references (any number, own sizes).
+
+        `weights`: one number >= 0 for each reference of each sample. Each reference is then read alone, and attention
+        to its tokens in the main layers is multiplied by its weight; 0 leaves it out, so that (1, 0) is the first one
+        alone. None: the references of a sample are read in one sequence, as in training.
+        """
+        return assemble(_Computed(self, settings), prompts, references, reads, weights)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,15 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ztrain.adapters import build_adapters, describe_list
+from ztrain.aspects import size_in
 from ztrain.conditioning import Encoded
-from ztrain.config import Config, DataConfig, EncodersConfig, ModelConfig, list_reads, parse
+from ztrain.config import Aspect, Config, DataConfig, EncodersConfig, ModelConfig, SampleConfig, list_reads, parse
 from ztrain.encoders import Encoders, LatentCodec, SiglipEncoder, TextEncoder
 from ztrain.errors import InputError
-from ztrain.flow import sampler_noise
-from ztrain.images import as_rgb, check_reference
+from ztrain.images import Bucket, as_rgb, check_reference, fit_target
 from ztrain.model import AdaptedDiT
-from ztrain.models import BaseDefaults, Source, defaults_for, identity, public_name
-from ztrain.sample import SampleSettings, sample
+from ztrain.models import QUANTISED, BaseDefaults, Source, defaults_for, identity, public_name
+from ztrain.sample import Picture, released_or, sample_all
 from ztrain.version import VERSION
 from ztrain.vision_language import SplicedModel
 
@@ -199,14 +199,26 @@ def read_adapter(folder: Path) -> ExportedAdapter:
 
 
 def check_identity(exported: ExportedAdapter, found: Identities) -> None:
-    """Refuses a base or an encoder other than the one the adapter was trained with."""
+    """Refuses a base or an encoder other than the one the adapter was trained with.
+
+    Of a quantised base only the config can be compared; that is printed.
+    """
     for role, expected in exported.identity.items():
-        if role in found and found[role] != expected:
-            part = "config" if found[role]["config"] != expected["config"] else "weights"
-            raise InputError(
-                f"{exported.folder}: made for another {role}: its {part} hash is {expected[part]},"
-                f" this one's is {found[role][part]}; load the model it was trained on"
+        if role not in found or found[role] == expected:
+            continue
+        part = "config" if found[role]["config"] != expected["config"] else "weights"
+        if part == "weights" and found[role][part] == QUANTISED:
+            name = exported.models["base"]["pretrained_model_name_or_path"]
+            print(
+                f"{role}: its weights are quantised, so only its config was compared with that of {name}, which"
+                f" {exported.folder.name} was trained on; make sure that the file was made from it",
+                flush=True,
             )
+            continue
+        raise InputError(
+            f"{exported.folder}: made for another {role}: its {part} hash is {expected[part]},"
+            f" this one's is {found[role][part]}; load the model it was trained on"
+        )
 
 
 def adapt(dit: Any, exported: ExportedAdapter) -> AdaptedDiT:
@@ -224,55 +236,90 @@ class AdaptedPipeline:
         self.model, self.encoders, self.settings, self.defaults = model, encoders, settings, defaults
         self.reads = list_reads([adapter.config for adapter in model.adapters])
 
-    def encode(self, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]]) -> Encoded:
-        return self.encoders.encode(prompts, references, self.reads, self.settings)
+    def encode(
+        self,
+        prompts: Sequence[str],
+        references: Sequence[Sequence[Image.Image]],
+        weights: Sequence[float] | None = None,
+    ) -> Encoded:
+        """What the adapters read; `weights`: one for each reference, the same for all prompts."""
+        of_each = None if weights is None else [weights] * len(prompts)
+        return self.encoders.encode(prompts, references, self.reads, self.settings, of_each)
 
     def __call__(
         self,
         prompt: str | Sequence[str],
         reference: Image.Image | Sequence[Image.Image] | None = None,
         *,
-        height: int = 1024,
-        width: int = 1024,
+        reference_weights: Sequence[float] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        aspect: Aspect | None = None,
+        resolution: int = 1024,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         image_guidance_scale: float = 0.0,
-        seed: int = 0,
+        guidance_normalization: float = 0.0,
+        guidance_window: tuple[float, float] = (0.0, 1.0),
+        reference_window: tuple[float, float] = (0.0, 1.0),
+        seed: int | Sequence[int] = 0,
         scales: Sequence[float] | None = None,
+        start_image: Image.Image | None = None,
+        strength: float = 1.0,
+        batch_size: int | None = None,
     ) -> list[Image.Image]:
-        """One image for each prompt, all with the same references; sides in multiples of 16.
+        """Pictures of each prompt, all with the same references, in the prompts' order.
 
-        Steps and guidance left out are the base's own (8 and 0 for Turbo, 50 and 4 for Base). Guidance is in diffusers'
-        convention, 0 = off; `scales`: one for each adapter.
+        `seed`: one number gives prompt i one picture, from noise seed + i; several give each prompt one from each.
+        `batch_size`: pictures sampled together, None = all. `reference_weights`: as for Encoders.encode. `start_image`
+        is resized to cover the output and cut at its centre; `strength` is how far the picture goes from it, 1 = all
+        the way. `scales`: one for each adapter. The rest is as in a YAML's `sample` section (config.SampleConfig):
+        sides left out are those of the aspect, or of the square, at `resolution`; steps and guidance left out are the
+        base's own (8 and 0 for Turbo, 50 and 4 for Base), guidance is in diffusers' convention, 0 = off.
         """
+        given = {
+            "height": height, "width": width, "aspect": aspect, "strength": strength,
+            "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,
+            "image_guidance_scale": image_guidance_scale, "guidance_normalization": guidance_normalization,
+            "guidance_window": guidance_window, "reference_window": reference_window,
+            "batch_size": 1 if batch_size is None else batch_size,
+        }  # fmt: skip
+        wanted = parse(SampleConfig, given, "this call")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        given = [reference] if isinstance(reference, Image.Image) else list(reference or [])
-        images = [as_rgb(image) for image in given]
-        limits = DataConfig()
-        for image in images:
-            check_reference(
-                image.size,
-                "the given reference",
-                min_side=limits.reference_min_side,
-                max_aspect=limits.reference_max_aspect,
-            )
+        images = _references(reference)
         if not images and not all(text.strip() for text in prompts):
             raise InputError("the prompt is empty and there is no reference; give one of the two")
+        if start_image is None and strength != 1.0:
+            raise InputError(f"strength {strength:g} needs a start_image")
         if scales is not None:
             self.model.set_scales(scales)
-        shape = self.encoders.codec.latent_shape(height, width)
-        device = self.encoders.codec.vae.device
-        noise = [sampler_noise(seed + i, shape).to(device) for i in range(len(prompts))]
-        settings = SampleSettings(
-            num_inference_steps=self.defaults.num_inference_steps
-            if num_inference_steps is None
-            else num_inference_steps,
-            shift=self.defaults.shift,
-            guidance_scale=self.defaults.guidance_scale if guidance_scale is None else guidance_scale,
-            image_guidance_scale=image_guidance_scale,
+        codec, sides = self.encoders.codec, size_in(wanted, resolution)
+        shape = codec.latent_shape(*sides)
+        start = None if start_image is None else codec.encode(fit_target(as_rgb(start_image), Bucket(*sides)))
+        pictures = [
+            Picture(row=i, seed=each, shape=shape, start=start)
+            for i in range(len(prompts))
+            for each in ([seed + i] if isinstance(seed, int) else seed)
+        ]
+        encoded = self.encode(prompts, [images] * len(prompts), reference_weights)
+        settings = released_or(wanted, self.defaults)
+        together, device = wanted.batch_size if batch_size else max(1, len(pictures)), codec.vae.device
+        latents = sample_all(self.model, encoded, pictures, settings, batch_size=together, device=device)
+        return [codec.decode(each) for each in latents]
+
+
+def _references(given: Image.Image | Sequence[Image.Image] | None) -> list[Image.Image]:
+    """Pictures in memory as training prepares those of files."""
+    images = [as_rgb(image) for image in ([given] if isinstance(given, Image.Image) else given or [])]
+    limits = DataConfig()
+    for image in images:
+        check_reference(
+            image.size,
+            "the given reference",
+            min_side=limits.reference_min_side,
+            max_aspect=limits.reference_max_aspect,
         )
-        encoded = self.encode(prompts, [images] * len(prompts))
-        return [self.encoders.codec.decode(x) for x in sample(self.model, encoded, noise, settings)]
+    return images
 
 
 def load_adapter(

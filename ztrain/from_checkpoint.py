@@ -10,7 +10,7 @@ from ztrain import checkpoint
 from ztrain.config import Config
 from ztrain.dit import load_transformer
 from ztrain.errors import InputError
-from ztrain.models import Source, base_dtype, identity
+from ztrain.models import Source, base_dtype, check_trainable, identity
 from ztrain.run import make_model, publish_adapter
 
 _DECIDING = ("adapters", "encoders", "seed")
@@ -20,6 +20,7 @@ _DECIDING = ("adapters", "encoders", "seed")
 def export_checkpoint(config: Config, path: Path, out: Path) -> Path:
     """Writes `out`, which must not exist, with the averaged weights where the run keeps an average. Raises InputError,
     also where the configuration or the transformer is not the run's."""
+    check_trainable(config.models)
     if out.exists():
         raise InputError(f"{out} exists already; remove it or choose another --out")
     found = checkpoint.read(path)

@@ -29,7 +29,8 @@ class AdaptedDiT(nn.Module):
     def __init__(self, dit: Any, adapters: Sequence[Adapter[Any]]) -> None:
         super().__init__()
         self.dit = dit.requires_grad_(False)
-        self.base_dtype = dit.layers[0].attention.to_q.weight.dtype
+        # Of a norm: linear layers may hold quantised bytes.
+        self.base_dtype = dit.layers[0].attention_norm1.weight.dtype
         self.adapters = nn.ModuleList(adapters)
         self.execution = transformer.Execution(Layouts(dit))
         self.weights_of: list[list[str]] = []
@@ -123,8 +124,8 @@ class AdaptedDiT(nn.Module):
 
         Samples with and without references never share a call: diffusers decides by the first sample for all.
         """
-        if conditioning.siglip_scale != 1.0:
-            raise InputError("adapters siglip: layout stock only runs at scale 0 or 1")
+        if any(factor != 1.0 for factors in conditioning.siglip_scale for factor in factors):
+            raise InputError("adapters siglip: layout stock only runs at scales and reference weights of 0 or 1")
         output: list[Tensor | None] = [None] * len(noisy)
         groups: dict[int, list[int]] = {}
         for i, sample in enumerate(omni):

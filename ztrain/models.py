@@ -17,6 +17,7 @@ from torch import nn
 
 from ztrain.config import ModelConfig, ModelsConfig
 from ztrain.errors import InputError
+from ztrain.quantised import is_quantised
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,25 +172,40 @@ _IDENTITY_KEYS = {
 
 _SAMPLED_ELEMENTS = 64
 
+QUANTISED = "quantised"
+"""In the place of the weights' hash where they are stored in fewer bits than they were trained in."""
+
 
 def identity(module: nn.Module, role: str) -> dict[str, str]:
     """Hashes that tell checkpoints apart: `config` of the settings that matter, `weights` of the weights.
 
     The weights hash covers every tensor's name and shape and 64 of its elements rounded to bfloat16, so that it costs
     nothing, and a model has the same one whether it was loaded in float32 or bfloat16. Adapters inside are ignored.
+    Quantised weights are others: their hash is QUANTISED.
     """
     stored = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
     settings = {key: stored.get(key) for key in _IDENTITY_KEYS[role].split()}
     if role == "text_encoder":
         settings["rope_theta"] = stored["rope_parameters"]["rope_theta"]
+    config_hash = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    if is_quantised(module):
+        return {"config": config_hash[:16], "weights": QUANTISED}
     digest = hashlib.sha256()
     for name, parameter in sorted(_base_parameters(module).items()):
         flat = parameter.detach().flatten()
         sampled = flat[:: max(1, len(flat) // _SAMPLED_ELEMENTS)][:_SAMPLED_ELEMENTS]
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sampled.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    config_hash = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return {"config": config_hash[:16], "weights": digest.hexdigest()[:16]}
+
+
+def check_trainable(models: ModelsConfig) -> None:
+    """Refuses to train on quantised weights."""
+    if models.transformer_file is not None:
+        raise InputError(
+            f"models.transformer_file {public_name(models.transformer_file)} is for sampling and comparing; training "
+            "needs the base's own weights: leave it out"
+        )
 
 
 def _base_parameters(module: nn.Module) -> dict[str, torch.Tensor]:

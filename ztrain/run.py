@@ -34,7 +34,7 @@ from ztrain.export import Identities, save_adapter
 from ztrain.flow import SigmaDensity, resolution_shift
 from ztrain.meter import environment
 from ztrain.model import AdaptedDiT
-from ztrain.models import Source, base_defaults, base_dtype, identity
+from ztrain.models import Source, base_defaults, base_dtype, check_trainable, identity
 from ztrain.prepare import prepare
 from ztrain.samples import Samples, write_manifest
 from ztrain.scoring import Scoring
@@ -186,6 +186,7 @@ def enter_folder(config: Config, accelerator: Accelerator, held: ExitStack) -> c
 
 def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoint | None) -> Run:
     """Everything loaded and, where there is a checkpoint, restored from it."""
+    check_trainable(config.models)
     t, device, dtype = config.train, accelerator.device, base_dtype(config.train.mixed_precision)
     density = sigma_density(config, base_defaults(config.models).shift)
     cache, samples, kinds = prepare(config, device, accelerator)

@@ -8,7 +8,7 @@ makes. Guidance is diffusers' number, 0 = off:
 Legend: B batch, C latent channels, H and W latent sides.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ztrain.conditioning import Encoded, concatenate
 from ztrain.config import SampleConfig
-from ztrain.flow import euler_step, interpolate, sigma_schedule
+from ztrain.flow import euler_step, interpolate, sampler_noise, sigma_schedule
 from ztrain.models import BaseDefaults
 
 Model = Callable[[Sequence[Tensor], Tensor, Encoded], list[Tensor]]
@@ -28,7 +28,11 @@ class SampleSettings:
 
     `shift` > 0 of the schedule; `guidance_scale` and `image_guidance_scale` >= 0, 0 = off; `guidance_normalization`:
     the guided velocity's norm is at most this many times the positive one's, 0 = off (diffusers' cfg_normalization);
-    `guidance_window`: guidance acts where low <= sigma <= high; `strength` in (0, 1] with a start image.
+    `guidance_window`: guidance acts where low < sigma <= high; `reference_window`: the reference is read where low <
+    sigma <= high, elsewhere the prompt is alone; `strength` in (0, 1] with a start image.
+
+    Windows are open below: neighbours such as (0, 0.5) and (0.5, 1) share no step, one of zero width holds none, and
+    (0, 1) holds all, because a step begins at its sigma and none begins at 0.
     """
 
     num_inference_steps: int
@@ -37,6 +41,7 @@ class SampleSettings:
     image_guidance_scale: float = 0.0
     guidance_normalization: float = 0.0
     guidance_window: tuple[float, float] = (0.0, 1.0)
+    reference_window: tuple[float, float] = (0.0, 1.0)
     strength: float = 1.0
 
 
@@ -50,7 +55,40 @@ def released_or(config: SampleConfig, defaults: BaseDefaults) -> SampleSettings:
         image_guidance_scale=config.image_guidance_scale,
         guidance_normalization=config.guidance_normalization,
         guidance_window=config.guidance_window,
+        reference_window=config.reference_window,
+        strength=config.strength,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """One picture to sample: `row` of its prompt and references in the encoded batch, `seed` of its noise, `shape` of
+    its latents (C, H, W), `start`: latents of that shape for `strength`, or None."""
+
+    row: int
+    seed: int
+    shape: tuple[int, int, int]
+    start: Tensor | None = None
+
+
+def sample_all(
+    model: Model,
+    encoded: Encoded,
+    pictures: Sequence[Picture],
+    settings: SampleSettings,
+    *,
+    batch_size: int,
+    device: torch.device,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Iterator[Tensor]:
+    """Latents of each picture in order, `batch_size` sampled together whatever their sizes; `progress` over the steps
+    of each batch."""
+    for first in range(0, len(pictures), batch_size):
+        some = pictures[first : first + batch_size]
+        noise = [sampler_noise(picture.seed, picture.shape).to(device) for picture in some]
+        starts = [picture.start for picture in some if picture.start is not None]
+        rows = encoded.select([picture.row for picture in some]).to(device)
+        yield from sample(model, rows, noise, settings, start=starts or None, progress=progress)
 
 
 @torch.no_grad()
@@ -71,26 +109,35 @@ def sample(
     elif settings.strength != 1.0:
         raise ValueError(f"strength {settings.strength} needs a start image; without one it is 1")
 
+    bare = encoded.without_reference()
     for step in progress(range(len(schedule) - 1)):
         sigma, next_sigma = schedule[step], schedule[step + 1]
-        velocities = _guided(model, noisy, sigma, encoded, settings)
+        read = encoded if _holds(settings.reference_window, sigma) else bare
+        velocities = _guided(model, noisy, sigma, read, settings)
         noisy = euler_step(noisy, velocities, sigma, next_sigma)
     return noisy
+
+
+def _holds(window: tuple[float, float], sigma: Tensor) -> bool:
+    low, high = window
+    return low < float(sigma) <= high
 
 
 def _guided(
     model: Model, noisy: Sequence[Tensor], sigma: Tensor, encoded: Encoded, settings: SampleSettings
 ) -> list[Tensor]:
-    """Velocities in float32; positives and negatives share one call."""
-    low, high = settings.guidance_window
+    """Velocities in float32; positives and negatives share one call. Guidance away from a reference that nobody reads
+    is none, and costs nothing."""
     scales = [settings.guidance_scale, settings.image_guidance_scale]
-    if not low <= float(sigma) <= high:
+    if not _holds(settings.guidance_window, sigma):
         scales = [0.0, 0.0]
     variants = [encoded]
     if scales[0] > 0:
         variants.append(encoded.without_text())
-    if scales[1] > 0:
+    if scales[1] > 0 and any(encoded.with_reference):
         variants.append(encoded.without_reference())
+    else:
+        scales[1] = 0.0
     count = len(noisy)
     joined = concatenate(variants) if len(variants) > 1 else encoded
     output = [v.float() for v in model(list(noisy) * len(variants), sigma.expand(count * len(variants)), joined)]

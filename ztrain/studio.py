@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -28,7 +27,7 @@ from ztrain.dit import load_transformer
 from ztrain.encoders import Encoders, LatentCodec
 from ztrain.export import Identities, adapt, check_identity, encoder_identities
 from ztrain.flow import sampler_noise
-from ztrain.images import open_image
+from ztrain.images import Bucket, fit_target, open_image
 from ztrain.lineup import Case, Entry, exchanged
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype, identity
@@ -146,7 +145,7 @@ class Studio:
                 by_weights.setdefault(folder, {}).setdefault(id(shot.entry), []).append(shot)
             for of_weights in by_weights.values():
                 dit = None
-                dit = load_transformer(base, self.dtype, self.device)
+                dit = load_transformer(base, self.dtype, self.device, self.config.models.transformer_file)
                 if "transformer" not in known:
                     known["transformer"] = identity(dit, "transformer")
                 adapted = None
@@ -180,9 +179,8 @@ class Studio:
 
     def _start(self, codec: LatentCodec, shot: Shot) -> Tensor:
         """The reference, cut to the shape of the output."""
-        height, width = self.size(shot.entry)
         image = open_image(self.references(shot.entry, shot.row)[0].picture)
-        return codec.encode(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+        return codec.encode(fit_target(image, Bucket(*self.size(shot.entry))))
 
     # States
 

@@ -7,7 +7,7 @@ none. Right lower than another's means that the image is used. Nothing here draw
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ztrain.images import open_image
 from ztrain.intervals import paired_bootstrap
 from ztrain.model import AdaptedDiT
 from ztrain.models import base_defaults, identity
-from ztrain.sample import released_or, sample
+from ztrain.sample import SampleSettings, released_or, sample
 from ztrain.sampler import SampleKey
 from ztrain.samples import Sample, Samples
 from ztrain.together import together
@@ -118,9 +118,14 @@ class Previews:
                         image.save(self.folder / "base" / f"{name}-{i}.png")
                 place.write_text(key, encoding="utf-8")
 
+    @property
+    def _settings(self) -> SampleSettings:
+        """As configured, from noise alone."""
+        return replace(released_or(self.config.sample, base_defaults(self.config.models)), strength=1.0)
+
     def _key(self, dit: Any) -> str:
         """All that decides the columns of the base."""
-        settings = released_or(self.config.sample, base_defaults(self.config.models))
+        settings = self._settings
         rows = [
             [row.prompt, *(k.digest for k in row.references), row.target.digest, asdict(row.bucket)]
             for row in self.rows
@@ -172,8 +177,7 @@ class Previews:
 
     def _render(self, model: AdaptedDiT, reads: frozenset[str]) -> dict[int, Image.Image]:
         """Each row's image, on the main process; rows are divided among all."""
-        settings = released_or(self.config.sample, base_defaults(self.config.models))
-        device, mine = self.accelerator.device, []
+        settings, device, mine = self._settings, self.accelerator.device, []
         with together(self.accelerator):
             for i in range(self.accelerator.process_index, len(self.rows), self.accelerator.num_processes):
                 row = self.rows[i]

@@ -30,12 +30,12 @@ VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|i
 _TURN = "<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def check_hidden_index(index: int | None, num_layers: int) -> int:
+def check_hidden_index(index: int | None, num_layers: int, name: str = "hidden_index") -> int:
     """The index to read, 1 .. num_layers; None is the pipelines' own choice, the second to last state."""
     if index is None:
         return num_layers - 1
     if not 1 <= index <= num_layers:
-        raise InputError(f"encoders.hidden_index is {index}; this language model has states 1 to {num_layers}")
+        raise InputError(f"encoders.{name} is {index}; this language model has states 1 to {num_layers}")
     return index
 
 
@@ -99,7 +99,10 @@ class SplicedModel:
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image], prompt: str, settings: EncodersConfig) -> TokenStates:
-        """Hidden states of one user turn with images and prompt, (L, D), with each token's kind."""
+        """Hidden states of one user turn with images and prompt, (L, D), with each token's kind.
+
+        Tokens of the image and its markers are read at `hidden_index`, the others at `text_hidden_index` if it is set.
+        """
         device = self.model.language_model.embed_tokens.weight.device
         pixels, grid = self._pixels(images, settings)
         # The visual part itself: what Qwen3VLModel.get_image_features splits by image differs between versions.
@@ -118,11 +121,25 @@ class SplicedModel:
         if settings.positions == "mrope":
             positions, _ = self.model.get_rope_index(ids, is_image.int(), image_grid_thw=grid.to(device))
         deepstack = features.deepstack_features if settings.deepstack else None  # 3 x (V, D)
-        states = self.decode(embeds, settings, positions=positions, is_image=is_image, deepstack=deepstack)
+        inputs: dict[str, Any] = {"positions": positions, "is_image": is_image, "deepstack": deepstack}
+        image_layer, text_layer = self._layers(settings)
+        states = self.decode(embeds, settings, **inputs)
         kinds = torch.full_like(ids[0], TEXT, dtype=torch.uint8)
         kinds[is_image[0]] = IMAGE
         kinds[(ids[0] == self.ids[VISION_START]) | (ids[0] == self.ids[VISION_END])] = MARKER
+        if text_layer != image_layer:
+            # A second pass: what hooks see in one is not the residual stream where DeepStack adds to it.
+            of_text = self.decode(embeds, settings.model_copy(update={"hidden_index": text_layer}), **inputs)
+            states = torch.where((kinds == TEXT).unsqueeze(1), of_text, states)
         return TokenStates(states, kinds.cpu())
+
+    def _layers(self, settings: EncodersConfig) -> tuple[int, int]:
+        """Hidden index of the image's tokens and of the others."""
+        num_layers = len(self.model.language_model.layers)
+        of_image = check_hidden_index(settings.hidden_index, num_layers)
+        if settings.text_hidden_index is None:
+            return of_image, of_image
+        return of_image, check_hidden_index(settings.text_hidden_index, num_layers, "text_hidden_index")
 
     def decode(
         self,

@@ -5,7 +5,6 @@ Omni layout does. They are constructed here with real initialisations, because l
 config with siglip_feat_dim leaves uninitialised memory (zimage_facts.md 0.3).
 """
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from ztrain.adapters.base import Adapter, AdapterConfig, Reads
 from ztrain.conditioning import Conditioning, Encoded
 from ztrain.errors import InputError
+from ztrain.quantised import plain_copy
 
 Initialisation = Literal["context_refiner", "random", "statistics_matched", "cap_embedder_slice", "file", "checkpoint"]
 
@@ -112,7 +112,8 @@ class Siglip(Adapter[SiglipConfig]):
             siglip = _each(siglip, unscramble) if order == "rows" else siglip
             if layout == "stock_without_latents":
                 omni = [replace(sample, latents=[torch.zeros_like(x) for x in sample.latents]) for sample in omni]
-        return replace(conditioning, siglip=siglip, siglip_scale=self.scale, omni=omni)
+        factors = [[self.scale * factor for factor in references] for references in encoded.siglip_factors]
+        return replace(conditioning, siglip=siglip, siglip_scale=factors, omni=omni)
 
     def exported_config(self) -> dict[str, Any]:
         config = self.config.model_dump(mode="json")
@@ -144,7 +145,7 @@ def _build(dit: Any, config: SiglipConfig, width: int) -> None:
     embedder = nn.Sequential(RMSNorm(width, eps=dit.config.norm_eps), nn.Linear(width, dit.dim))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.init_seed)
-        refiner = copy.deepcopy(dit.context_refiner).requires_grad_(False)
+        refiner = plain_copy(dit.context_refiner).requires_grad_(False)
         if config.init == "random":
             for module in refiner.modules():
                 if isinstance(module, nn.Linear):

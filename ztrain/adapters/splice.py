@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ztrain.adapters.base import Adapter, AdapterConfig, Reads
-from ztrain.conditioning import IMAGE, MARKER, TEXT, Conditioning, Encoded, TokenStates
+from ztrain.conditioning import IMAGE, MARKER, TEXT, Conditioning, Encoded, TokenStates, moved
 from ztrain.errors import InputError
 
 _TOKENS = {
@@ -111,7 +111,7 @@ def match_statistics(states: TokenStates, statistics: dict[str, Tensor], scaling
             score = ((matched - mean) / std.clamp_min(1e-6)).clamp(-_CLIP_SIGMAS, _CLIP_SIGMAS)
             scaled = score * table["prompt_std"] + table["prompt_mean"]
         matched = torch.where(rows, scaled, matched)
-    return TokenStates(matched.to(states.states.dtype), states.kinds)
+    return replace(states, states=matched.to(states.states.dtype))
 
 
 def _blend(text: Tensor, states: Tensor, alpha: float, blend_length: str) -> Tensor:
@@ -134,23 +134,29 @@ def compose(
     """Caption features (L, D) and attention scales (L,) or None from a prompt's (L, D) and a sequence's states.
 
     `correct` maps the selected states (L, D) to corrected ones, before they meet the prompt. `scale` weakens the
-    reference: blending shares are multiplied by it, tokens of the other two are attended to that much less.
+    reference: blending shares are multiplied by it, tokens of the other two are attended to that much less, each by
+    its own weight too. Blending several references that have weights is an InputError: it has one share for all.
     """
-    selected = states.select(_TOKENS[config.tokens]).states
-    if correct is not None:
-        selected = correct(selected)
+    chosen = states.select(_TOKENS[config.tokens])
+    selected = chosen.states if correct is None else correct(chosen.states)
     if config.compose == "blend":
+        if chosen.weights is not None:
+            raise InputError(
+                "references with weights cannot be blended; set the splice's compose to concatenate or replace, or "
+                "give all weights but one as 0"
+            )
         return _blend(text, selected, config.alpha * scale, config.blend_length), None
+    weights = torch.full((len(selected),), scale) if chosen.weights is None else scale * chosen.weights
+    of_text = torch.ones(len(text))
+    parts = [(text, of_text), (selected, weights)]
     if config.compose == "replace":
-        parts = [(selected, scale)]
-    elif config.order == "prompt_first":
-        parts = [(text, 1.0), (selected, scale)]
-    else:
-        parts = [(selected, scale), (text, 1.0)]
+        parts = [(selected, weights)]
+    elif config.order == "reference_first":
+        parts.reverse()
     caption = torch.cat([part for part, _ in parts])
-    if scale == 1.0:
+    if bool((weights == 1.0).all()):
         return caption, None
-    return caption, torch.cat([torch.full((len(part),), value, device=part.device) for part, value in parts])
+    return caption, moved(torch.cat([factors for _, factors in parts]), caption.device)
 
 
 class ComposingAdapter(Adapter[ComposeConfig]):

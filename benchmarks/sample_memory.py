@@ -80,17 +80,16 @@ def main() -> None:
         for role, name in folders.items()
         for word in (f"--models.{role}.pretrained_model_name_or_path", str(family / name))
     ]
-    cases = dict(CASES)
+    cases, file = dict(CASES), work / "transformer-q8_0.gguf"
     if options.gguf:
-        file = work / "transformer-q8_0.gguf"
-        if not file.exists():
-            write_gguf(family / "Z-Image/transformer", file)
         cases["--offload, GGUF Q8_0"] = ("--offload", "--models.transformer_file", str(file), *PLAIN)
     from PIL import Image
 
     Image.linear_gradient("L").convert("RGB").resize((512, 512)).save(work / "reference.png")
-    rows = []
+    rows: list[dict[str, object]] = []
     for name, words in cases.items():
+        if str(file) in words and not file.exists():
+            write_gguf(family / "Z-Image/transformer", file)
         several, tiny = "--num-images" in words, ["configs/tiny.yaml"] if options.smoke else []
         said, seconds = run(
             "ztrain.cli", "sample", "--config", "configs/splice.yaml", *tiny, *models,
@@ -105,7 +104,11 @@ def main() -> None:
         }
         print(json.dumps(row), flush=True)
         rows.append(row)
-    gpu = "cpu" if options.smoke else torch.cuda.get_device_name()
+        write(options.out, rows, "cpu" if options.smoke else torch.cuda.get_device_name())
+
+
+def write(out: Path, rows: list[dict[str, object]], gpu: str) -> None:
+    """After each case: who stops it keeps what was measured."""
     document = {
         "command": "python -m benchmarks.sample_memory --work out/real --out benchmarks/results --gguf",
         "what": "ztrain sample, [splice], 1024 px, bfloat16, random weights, one reference, 4 steps; gib: reserved at"
@@ -113,10 +116,9 @@ def main() -> None:
         "machine": {"gpu": gpu, "torch": torch.__version__},
         "rows": rows,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"sample_memory_{re.sub(r'[^a-z0-9]+', '_', gpu.lower())}.json"
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"sample_memory_{re.sub(r'[^a-z0-9]+', '_', gpu.lower())}.json"
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(path)
 
 
 if __name__ == "__main__":

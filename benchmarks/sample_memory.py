@@ -1,6 +1,7 @@
 """What `ztrain sample` takes of a GPU's memory at the real size, stage by stage, with random weights.
 
     python -m benchmarks.sample_memory --work out/real --out benchmarks/results [--gguf] [--smoke]
+    python -m benchmarks.sample_memory --page
 
 Builds Z-Image, Qwen3-VL's front-end and SigLIP2 at their released sizes as train_real_size does (22 GB of random bf16;
 a family that is in --work already is used), and runs the project's own command for a splice at 1024 px: with the VAE
@@ -14,9 +15,11 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks.pages import ROOT, write_page
 from benchmarks.train_real_size import build_real_family, run
 
 PROMPT = "a lighthouse on a cliff at dusk, the sea below it, drawn in ink with a wide brush"
@@ -67,11 +70,16 @@ def write_gguf(transformer: Path, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("out/real"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--gguf", action="store_true")
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--page", action="store_true", help="write docs/sampling.md's table from --out only")
     options = parser.parse_args()
+    if options.page:
+        [result] = options.out.glob("sample_memory_nvidia*.json")
+        write_page(ROOT / "docs/sampling.md", table(json.loads(result.read_text(encoding="utf-8"))))
+        return
     work: Path = options.work
     family = prepared(work, is_real=not options.smoke)
     folders = {"base": "Z-Image", "vision_language": "Qwen3-VL-4B-Instruct"}
@@ -119,6 +127,25 @@ def write(out: Path, rows: list[dict[str, object]], gpu: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"sample_memory_{re.sub(r'[^a-z0-9]+', '_', gpu.lower())}.json"
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def table(result: dict[str, Any]) -> str:
+    """For docs/sampling.md."""
+    stages = ("encoders", "transformer", "VAE")
+    lines = ["| | encoders | transformer | VAE |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        gib = dict(row["gib"])
+        gib["transformer"] = gib.pop("transformer and VAE", gib.get("transformer"))
+        cells = " | ".join(f"{gib[stage]:.1f}" if stage in gib else "with it" for stage in stages)
+        lines.append(f"| {row['case']} | {cells} |")
+    machine = result["machine"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"GiB reserved at most on {machine['gpu']}, torch {machine['torch']}: {result['what'].split(';')[0]}.",
+        ]
+    )
 
 
 if __name__ == "__main__":

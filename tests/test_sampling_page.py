@@ -1,5 +1,6 @@
 """docs/sampling.md: its commands run as they stand on the miniature, and its tables are true."""
 
+import json
 import os
 import re
 import shlex
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks.pages import MARKS, RESULTS
+from benchmarks.sample_memory import table
 from tests.test_main_path import ROOT, named_files
 from tests.test_parity import picture
 from ztrain.aspects import ASPECTS, size_of
@@ -36,6 +39,11 @@ def test_every_command_draws_what_the_page_says(tmp_path: Path, monkeypatch: pyt
         with Image.open(Path("out") / name) as image:
             assert image.size == size, name
     assert len(os.listdir("out/many")) == 2 * 3 * 2 + 2
+
+
+def test_the_memory_table_is_the_committed_result() -> None:
+    result = json.loads((RESULTS.parent / "sample_memory_nvidia_h200.json").read_text(encoding="utf-8"))
+    assert PAGE.split(MARKS[0])[1].split(MARKS[1])[0].strip() == table(result), "run: benchmarks.sample_memory --page"
 
 
 def test_the_aspects_and_keys_of_the_page_are_those_there_are() -> None:

@@ -13,6 +13,7 @@ from ztrain.mini.style_folders import paint_many_styles
 STEPS = 96
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forge")
 def test_the_right_reference_lowers_the_loss_after_a_few_dozen_steps(tmp_path: Path) -> None:
     paint_many_styles(tmp_path / "paintings", {"train": (60, 6), "val": (24, 2), "test": (2, 2)})

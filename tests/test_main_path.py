@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tests.forge import the_forge
 from tests.test_parity import picture
 from tests.triplets import model_words
-from ztrain.cli import _VERBS, _parser
+from ztrain.cli import _VERBS, _parser, report_parser
 from ztrain.comparison import read_comparison
 from ztrain.config import load_config
 from ztrain.demo import Plan
@@ -391,7 +391,7 @@ def named_files(page: str) -> dict[str, str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_on_a_page_name_what_exists(page: Path, tmp_path: Path) -> None:
     """Programs, verbs, files and options of every shell line; the README's two paths also run as they stand."""
-    for name, text in named_files((ROOT / "README.md").read_text()).items():
+    for name, text in (named_files((ROOT / "README.md").read_text()) | named_files(page.read_text())).items():
         (tmp_path / name).write_text(text)
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
@@ -406,12 +406,15 @@ def test_commands_on_a_page_name_what_exists(page: Path, tmp_path: Path) -> None
         assert not missing, words
         if words[:2] == ["ztrain", "mini"]:
             assert mini_parser().parse_args(words[2:])
+        elif words[:2] == ["ztrain", "report"]:
+            assert report_parser().parse_args(words[2:])
         elif words[0] == "ztrain" or "ztrain.train" in words:
             verb = next((v for v in _VERBS if words[1 : 1 + len(v.split())] == v.split()), "train")
             start = words.index("--config")
             options, overrides = _parser(verb).parse_known_args(words[start:])
             files = [tmp_path / file if (tmp_path / file).is_file() else ROOT / file for file in options.config]
-            assert load_config(files, overrides)
+            # What a run has written is there when it has run.
+            assert load_config([file for file in files if "runs" not in file.parts], overrides)
 
 
 def hub_cache(family: Path, home: Path) -> None:

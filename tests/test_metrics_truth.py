@@ -92,7 +92,8 @@ def test_shuffled_pairs_show_no_difference(looked: Looked, judge: str) -> None:
     """Who ignores the reference is as near to another's; who reads it is not. Shuffled in 200 ways."""
     outputs, references = SAME.repeat_interleave(STYLES), REFERENCES.repeat(STYLES)
     if judge == "palette":
-        found = -palette_error(looked.pixels[outputs], looked.pixels[references])
+        some = looked.pixels[..., ::2, ::2]  # a quarter of the pixels has the palette too
+        found = -palette_error(some[outputs], some[references])
     else:
         found = cosine(looked.vectors[judge][outputs], looked.vectors[judge][references])
     table = found.view(STYLES, STYLES)  # of each output to each reference

@@ -92,4 +92,5 @@ def test_the_card_is_what_the_result_files_say() -> None:
 def test_a_wheel_holds_every_file() -> None:
     package_data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["ztrain"]
     packed = {path for pattern in package_data for path in (ROOT / "ztrain").glob(pattern) if path.is_file()}
-    assert packed == {path for folder in (WEIGHTS, ADAPTERS) for path in folder.rglob("*") if path.is_file()}
+    every = {path for path in (ROOT / "ztrain").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert packed == {path for path in every if path.suffix != ".py"}

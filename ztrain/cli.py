@@ -96,13 +96,17 @@ def _mini(words: Sequence[str]) -> int:
     return 0
 
 
-def _report(words: Sequence[str]) -> int:
+def report_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ztrain report", allow_abbrev=False)
     parser.add_argument("place", type=Path, help="folder of a comparison, a sweep or a run")
     parser.add_argument("--out", type=Path, default=None, help="page to write (default: report.html in the folder)")
     parser.add_argument("--blind", action="store_true", help="a page that asks A or B and writes the votes as JSON")
     parser.add_argument("--max-rows", type=int, default=None, help="rows with pictures, spread evenly")
-    options = parser.parse_args(words)
+    return parser
+
+
+def _report(words: Sequence[str]) -> int:
+    options = report_parser().parse_args(words)
     from ztrain.report.page import make_report
 
     try:

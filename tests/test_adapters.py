@@ -1,9 +1,12 @@
 """One battery for every list of adapters: gradients, learning, saving, exports that others read."""
 
+import hashlib
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,18 +34,20 @@ from tests.test_parity import (
 from ztrain.adapters import ADAPTERS
 from ztrain.adapters.lora import COMFYUI_FILE, DIFFUSERS_FILE, LoraAdapterConfig
 from ztrain.adapters.siglip import SiglipConfig
-from ztrain.adapters.splice import SpliceConfig, match_statistics
+from ztrain.adapters.splice import SpliceConfig, match_statistics, read_statistics
 from ztrain.blocks import slow_because
 from ztrain.conditioning import Encoded, TokenStates
 from ztrain.config import Config, ExportConfig
 from ztrain.encoders import Encoders, LatentCodec, TextEncoder
 from ztrain.errors import InputError
-from ztrain.export import adapt, identities, load_adapter, read_adapter, save_adapter
+from ztrain.export import CONFIG_FILE, adapt, identities, load_adapter, read_adapter, save_adapter
 from ztrain.flow import SigmaDensity, draw_noise, draw_sigma, interpolate, velocity_losses
+from ztrain.mini.trials import WEIGHTS
 from ztrain.model import AdaptedDiT
 from ztrain.sample import SampleSettings, sample
 from ztrain.sampler import SampleKey
 
+MINI_ADAPTERS = WEIGHTS.parent / "adapters"
 SPLICE = SpliceConfig()
 FUSED = SpliceConfig(states="fused", compose="replace", tokens="all")
 LISTS = {
@@ -359,6 +364,59 @@ def test_a_damaged_or_foreign_export_is_refused(family: Path, encoded: Encoded, 
     path.write_bytes(content)
     with pytest.raises(InputError, match="is not the file that was exported"):
         read_adapter(tmp_path)
+    path.write_bytes(b"junk")
+    document = json.loads((tmp_path / CONFIG_FILE).read_text())
+    document["files"][DIFFUSERS_FILE] = hashlib.sha256(b"junk").hexdigest()
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(document))
+    with pytest.raises(InputError, match=f"{DIFFUSERS_FILE} is no safetensors file"):
+        read_adapter(tmp_path)
+
+
+def without(document: dict, *path: str) -> bytes:
+    """The document without one key, as the bytes of a file."""
+    *above, last = path
+    inside = document
+    for key in above:
+        inside = inside[key]
+    del inside[last]
+    return json.dumps(document).encode()
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        *(
+            (lambda found, key=key: without(found, *key.split(".")), f": {key}: is missing; give it a value")
+            for key in ("adapters", "encoders", "identity", "files", "models", "step", "identity.transformer.weights",
+                        "models.base", "models.vision_language", "models.siglip.pretrained_model_name_or_path")
+        ),
+        (lambda found: json.dumps({**found, "adapters": [1]}).encode(), ": adapters.0: "),
+        (lambda found: json.dumps({**found, "step": "7"}).encode(), ": step: "),
+        (lambda found: json.dumps({**found, "adapters": [{"kind": "splice", "statistics_file": 5}]}).encode(),
+         ": adapters.0.statistics_file: "),
+        (lambda found: json.dumps([found]).encode(), " must hold a JSON object, not a list"),
+        (lambda found: b"null", " must hold a JSON object, not a NoneType"),
+        (lambda found: json.dumps(found).encode()[:-9], " is damaged: "),
+        (lambda found: b"\xff" + json.dumps(found).encode(), " is damaged: "),
+        (lambda found: b"[" * 100_000, " is damaged: "),
+    ],
+)  # fmt: skip
+def test_a_damaged_document_is_one_sentence_that_names_file_and_key(tmp_path: Path, damage: Any, told: str) -> None:
+    shutil.copytree(MINI_ADAPTERS / "siglip_lora", tmp_path / "a")
+    path = tmp_path / "a" / CONFIG_FILE
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({**found, "of_a_later_version": 1}))
+    assert read_adapter(path.parent).step == found["step"]
+    path.write_bytes(damage(found))
+    with pytest.raises(InputError) as raised:
+        read_adapter(path.parent)
+    assert str(raised.value).startswith(f"{path}{told}") and "\n" not in str(raised.value)
+
+
+def test_a_statistics_file_that_is_junk_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    with pytest.raises(InputError, match=r"junk\.safetensors is no safetensors file .*; write it anew"):
+        read_statistics(str(tmp_path / "junk.safetensors"))
 
 
 INITS = ["context_refiner", "random", "statistics_matched", "cap_embedder_slice"]

@@ -152,6 +152,28 @@ def test_retention_keeps_the_newest_and_never_looks_at_clocks(tmp_path: Path) ->
     assert found is not None and found.state["again"]
 
 
+def test_retention_keeps_the_best_step_beside_the_newest(tmp_path: Path) -> None:
+    """As long as best.json names it; a file that cannot be read, or names none, protects nothing."""
+    folder, best = tmp_path / "checkpoints", tmp_path / "best.json"
+
+    def left() -> list[int]:
+        prune(folder, 2)
+        return [int(path.name.removeprefix("step-")) for path in checkpoint.checkpoints(folder)]
+
+    for step in (1, 2, 3, 4, 5):
+        publish(folder, step, tensors(step), {})
+    best.write_text('{"step": 2}')
+    assert left() == [2, 4, 5] == left()
+    best.write_text('{"step": 4}')
+    assert left() == [4, 5]
+    publish(folder, 6, tensors(6), {})
+    assert left() == [4, 5, 6]
+    for damaged in (b'{"step": 4', b"[4]", b'{"step": null}', b'{"step": "4"}', b'{"rule": ""}', b"\xff", b"4"):
+        publish(folder, 4, tensors(4), {})
+        best.write_bytes(damaged)
+        assert left() == [5, 6], damaged
+
+
 def test_a_run_that_goes_back_keeps_what_it_went_back_to(tmp_path: Path) -> None:
     """The abandoned branch must not outlive, in the place of, what is saved after the step that was gone back to."""
     for step in (100, 200, 300):
@@ -257,6 +279,27 @@ def test_free_settings_exist_and_the_end_is_frozen_where_the_schedule_needs_it()
     )
     before = Config.model_validate(CONFIG.model_dump() | {"train": CONFIG.train.model_dump() | cosine})
     assert frozen_differences(before.model_dump(mode="json"), longer) == ["train.max_train_steps: 50 -> 9"]
+
+
+def test_a_key_that_a_run_began_without_counts_as_its_default() -> None:
+    """Runs from before issue 8 go on; a value other than the default is still a difference."""
+    before = CONFIG.model_dump(mode="json")
+    for section in ("judges", "sweep"):
+        del before[section]
+    del before["encoders"]["text_hidden_index"], before["models"]["transformer_file"], before["sample"]["scales"]
+    del before["train"]["ema_decay"], before["adapters"][1]["dropout"], before["flow"]
+    assert CONFIG.adapters[1].kind == "lora" and frozen_differences(before, CONFIG) == []
+    now = CONFIG.model_dump()
+    now["encoders"]["text_hidden_index"], now["train"]["ema_decay"], now["flow"]["loss_weight"] = 3, 0.5, "bump"
+    now["adapters"][1]["dropout"], now["judges"]["truth"] = 0.25, "somewhere"
+    assert frozen_differences(before, Config.model_validate(now)) == [
+        "adapters.1.dropout: 0.0 -> 0.25",
+        "encoders.text_hidden_index: null -> 3",
+        'flow.loss_weight: "none" -> "bump"',
+        "train.ema_decay: 0.0 -> 0.5",
+    ]
+    del before["adapters"][1]["kind"], before["adapters"][0]
+    assert any(words.startswith("adapters.1.kind: null") for words in frozen_differences(before, CONFIG))
 
 
 # ---- the optimizer

@@ -11,11 +11,12 @@ from PIL import Image
 
 from data_tools.build import main as build
 from ztrain.compare import compare, compare_checkpoints
-from ztrain.comparison import FILE_NAME, Comparison, Difference, pictures_of, read_comparison
-from ztrain.config import Config, load_config
+from ztrain.comparison import FILE_NAME, Choice, Comparison, Difference, pictures_of, read_best, read_comparison
+from ztrain.config import Config, JudgesConfig, ModelConfig, load_config
 from ztrain.errors import InputError
 from ztrain.intervals import two_way
 from ztrain.judging import Score, Verdicts
+from ztrain.lineup import entries_of
 from ztrain.mini.style_folders import paint_many_styles
 from ztrain.mini.trials import ADAPTERS
 from ztrain.ranking import Groups, choose, metric_of
@@ -133,7 +134,8 @@ def test_shuffled_references_are_of_another_style_each_once(data: Path, compared
     from ztrain.lineup import exchanged, read_cases
 
     config = two_lists(data, compared[0])
-    cases = read_cases(config, Cache(config).digests)
+    cases, lost = read_cases(config, Cache(config).digests)
+    assert lost == 0
     given = exchanged(cases, config.seed)
     of = {case.look: case.columns["style"] for case in cases}
     looks = [tuple(known.digest for known in references) for references in given]
@@ -142,6 +144,11 @@ def test_shuffled_references_are_of_another_style_each_once(data: Path, compared
     alike = [replace(case, columns={"style": "one"}) for case in cases]
     with pytest.raises(InputError, match="none can be shuffled"):
         exchanged(alike, 0)
+    unnamed = [replace(case, columns={"style": None}) for case in cases]
+    assert all(a != b.references for a, b in zip(exchanged(unnamed, 0), unnamed, strict=True))
+    one_look = [replace(case, references=cases[0].references) for case in cases]
+    with pytest.raises(InputError, match="has the same references"):
+        exchanged(one_look, 0)
 
 
 def test_prompts_are_crossed_with_pictures(data: Path, tmp_path: Path) -> None:
@@ -205,18 +212,32 @@ def sheet_of(styles: list[float], kept: list[float] | None, chance: float = 0.2)
 
 
 def test_the_best_has_most_style_among_those_that_keep_the_prompt() -> None:
-    labels = ["none", "a", "b", "c"]
+    labels, groups = ["none", "a", "b", "c"], Groups(range(4), range(4))
+
+    def best(verdicts: Verdicts, candidates: list[int], keep: float = 0.95) -> Choice:
+        return choose(verdicts, candidates, 0, keep, labels, groups)
+
     # b has most style, and keeps (0.6 - 0.2) / (1.0 - 0.2) = half of the prompt.
     verdicts = sheet_of([0.0, 0.5, 0.9, 0.7], [1.0, 1.0, 0.6, 0.97])
-    assert choose(verdicts, [1, 2, 3], 0, 0.95, labels).column == 3
-    assert choose(verdicts, [1, 2, 3], 0, 0.49, labels).column == 2
-    assert choose(verdicts, [1, 2], 0, 0.95, labels).column == 1
-    none = choose(verdicts, [2], 0, 0.95, labels)
+    assert best(verdicts, [1, 2, 3]).column == 3
+    assert best(verdicts, [1, 2, 3], 0.49).column == 2
+    assert best(verdicts, [1, 2]).column == 1
+    none = best(verdicts, [2])
     assert none.column == 2 and "None keeps 95%; b keeps 50%" in none.found
-    assert choose(verdicts, [2, 3], 0, 1.0, labels).column == 3  # it keeps most
-    assert choose(sheet_of([0.0, 0.5, 0.9, 0.7], None), [1, 2, 3], 0, 0.95, labels).column == 2
-    blind = choose(sheet_of([0, 0.4, 0.5], [0.2, 0.2, 0.1]), [1, 2], 0, 0.95, labels[:3])
-    assert blind.column == 2 and "not looked at" in blind.rule
+    assert best(verdicts, [2, 3], 1.0).column == 3  # it keeps most
+    assert best(sheet_of([0.0, 0.5, 0.9, 0.7], None), [1, 2, 3]).column == 2
+    assert "keeping 100%" in best(sheet_of([0, 0.5], [0.6, 0.9]), [1]).found  # more than all
+    for near in ([0.2, 0.2, 0.1], [0.1, 0.2, 0.1]):
+        blind = best(sheet_of([0, 0.4, 0.5], near), [1, 2])
+        assert blind.column == 2 and "near chance" in blind.rule
+    unsure = sheet_of([0, 0.4, 0.5], [0.25, 0.25, 0.1])
+    prompt = unsure.scores[1].values
+    assert prompt is not None
+    unsure.scores[1] = replace(unsure.scores[1], values=prompt + torch.tensor([-0.2, 0.2, -0.1, 0.1])[:, None])
+    assert "near chance" in best(unsure, [1, 2]).rule  # above it by less than the interval
+    unknown = sheet_of([0, 0.4, 0.5], [0.9, 0.9, 0.9])
+    unknown.scores[1] = replace(unknown.scores[1], chance=None)
+    assert "cannot be told" in best(unknown, [1, 2]).rule
 
 
 def test_verdicts_need_an_interval_without_zero_and_a_direction() -> None:
@@ -298,7 +319,7 @@ def test_checkpoints_are_compared_and_the_run_marks_its_best_step(data: Path, tm
     assert scored[0]["score/change"] == 0.0 < scored[4]["score/change"]  # a fresh LoRA is the base
     assert "score/truth_style_above_splice_low" in scored[4]
     best = json.loads((run / "best.json").read_text())
-    assert list(best["steps"]) == ["0", "2", "4"] and "largest" in best["rule"]
+    assert list(best["steps"]) == ["2", "4"] and "largest" in best["rule"]  # nothing is trained at step 0
     assert best["step"] == int(max(best["steps"], key=lambda step: best["steps"][step][0]))
 
     found = compare_checkpoints(config, run)
@@ -310,6 +331,10 @@ def test_checkpoints_are_compared_and_the_run_marks_its_best_step(data: Path, tm
     assert marked["step"] == found.columns[found.best.column].step and list(marked["steps"]) == ["2", "4"]
     with pytest.raises(InputError, match="no checkpoints there"):
         compare_checkpoints(config, tmp_path)
+    # Other rows and settings marked it, so the run goes on without their figures; a damaged file ends nothing.
+    assert read_best(run / "best.json", marked["by"]) and not read_best(run / "best.json", best["by"])
+    (run / "best.json").write_text("[]")
+    assert read_best(run / "best.json", best["by"]) == {}
 
 
 def test_scores_while_training_need_a_judge(data: Path, tmp_path: Path) -> None:
@@ -323,14 +348,65 @@ def test_scores_while_training_need_a_judge(data: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_compared_is_refused_in_one_sentence(data: Path, tmp_path: Path) -> None:
     projector = str(ADAPTERS / "projector")
+    presets = {"empty": {"seed": 7}, "plain": {"adapters": []}, "sized": {"adapters": [{"kind": "splice"}],
+               "sample": {"height": 96}}}  # fmt: skip
+    for name, document in presets.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(document))
     for words, complaint in (
         (("--compare.adapters", str(data)), "is no exported adapter"),
+        (("--compare.adapters", projector, f"{projector}/../projector"), "twice"),
         (("--compare.adapters", projector, "--sample.scales", "1.0", "0.5"), "sample.scales has 2 numbers for the 1"),
         (("--compare.num_samples", "1", "--compare.shuffled"), "none can be shuffled"),
         (("--judges.truth", str(tmp_path)), "has no judges"),
+        (("--compare.presets", str(tmp_path / "empty.yaml")), "seed has no place in it"),
+        (("--compare.presets", str(tmp_path / "plain.yaml")), "read no reference"),
+        (("--compare.presets", str(tmp_path / "sized.yaml"), "--sample.aspect", "1:1"), "decides height and width"),
     ):
         with pytest.raises(InputError, match=complaint):
             compare(settings(data, tmp_path / "out", *words))
+        assert not list((tmp_path / "out").rglob("pictures/*.png")), "drawn before it was looked at"
+    absent = JudgesConfig(siglip=ModelConfig(pretrained_model_name_or_path=str(tmp_path / "none")))
+    with pytest.raises(InputError, match="give a folder or a Hub id"):
+        compare(settings(data, tmp_path / "out").model_copy(update={"judges": absent}))
+    assert not list((tmp_path / "out").rglob("pictures/*.png")), "drawn before it was looked at"
+    with pytest.raises(SystemExit, match="2"):  # not a number is none
+        compare(settings(data, tmp_path / "out", "--sample.scales", "nan"))
+    with pytest.raises(InputError, match="differ in size"):
+        compare(settings(data, tmp_path / "sizes", "--sample.height", "96"))
+
+
+def test_presets_of_one_name_are_told_apart_and_lists_of_scales_go_where_they_fit(data: Path, tmp_path: Path) -> None:
+    for name, tokens in (("a", "text"), ("b", "all")):
+        (tmp_path / name).mkdir()
+        adapters = [{"kind": "splice", "tokens": tokens}]
+        (tmp_path / name / "best_splice.yaml").write_text(yaml.safe_dump({"adapters": adapters}))
+    config = settings(
+        data, tmp_path, "--compare.presets", str(tmp_path / "a/best_splice.yaml"), str(tmp_path / "b/best_splice.yaml"),
+        "--compare.adapters", str(ADAPTERS / "siglip_lora"), "--sample.scales", "1.0", "0.5",
+    )  # fmt: skip
+    found = {entry.label: entry.sample.scales for entry in entries_of(config)}
+    assert found == {"no image": 1.0, "splice": 1.0, "best splice a": 1.0, "best splice b": 1.0,
+                     "[siglip, lora]": [1.0, 0.5]}  # fmt: skip
+
+
+def test_a_picture_cut_short_is_drawn_again(data: Path, tmp_path: Path) -> None:
+    config = settings(data, tmp_path, "--compare.num_samples", "2", "--sample.batch_size", "1")
+    found = compare(config)
+    path = tmp_path / found.pictures[1][0][0]
+    whole = path.read_bytes()
+    for cut in (0, len(whole) // 2):
+        path.write_bytes(whole[:cut])
+        compare(config)
+        assert path.read_bytes() == whole
+
+
+def test_cells_that_start_at_the_reference_are_chosen_among_each_other_only(data: Path, tmp_path: Path) -> None:
+    config = settings(data, tmp_path, "--compare.num_samples", "3")
+    for values, expected in (([0.3, 1.0], {1.0}), ([0.3, 0.5], {1.0})):  # the splice itself starts from noise
+        axes = config.sweep.model_copy(update={"axes": {"sample.strength": values}, "output_dir": str(tmp_path)})
+        found = sweep(config.model_copy(update={"sweep": axes}))
+        assert found.best.column is not None
+        assert found.columns[found.best.column].sampling["strength"] in expected
 
 
 def test_a_damaged_record_is_refused(compared: tuple[Path, Comparison], tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "prepare": {"cache", "config", "fill", "samples", "together"},
     "interrupt": set(),
     "batches": {"cache", "conditioning", "config", "encoders", "flow", "sampler", "samples"},
-    "checkpoint": {"config"},
+    "checkpoint": {"comparison", "config"},
     "meter": {"sampler", "version"},
     "validate": {
         "adapters", "batches", "cache", "conditioning", "config", "encoders", "flow", "grid", "images",
@@ -96,7 +96,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
     "judging": {"comparison", "config", "features", "images", "lineup", "metrics", "mini", "models"},
     "ranking": {"comparison", "intervals", "judging"},
     "scoring": {
-        "comparison", "config", "images", "judging", "lineup", "model", "ranking", "samples", "together", "validate",
+        "cache", "comparison", "config", "images", "judging", "lineup", "model", "ranking", "samples", "together",
+        "validate",
     },
     "compare": {
         "aspects", "cache", "checkpoint", "comparison", "config", "digests", "export", "from_checkpoint", "grid",

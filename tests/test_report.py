@@ -1,5 +1,6 @@
 """The report: what it says is what the record holds. In a browser: test_report_browser.py."""
 
+import html
 import os
 import re
 import shutil
@@ -13,8 +14,18 @@ from hypothesis import strategies as st
 from tests.comparisons import make_comparison, make_run, make_sweep
 from tests.test_inspect import HOSTILE, Page
 from tests.triplets import ROOT
-from ztrain.comparison import Choice, Comparison, Difference, write_best, write_comparison
+from ztrain.comparison import (
+    Choice,
+    Column,
+    Comparison,
+    Difference,
+    Interval,
+    Metric,
+    write_best,
+    write_comparison,
+)
 from ztrain.errors import InputError
+from ztrain.report.caveats import caveats_of
 from ztrain.report.charts import (
     Box,
     front_of,
@@ -186,7 +197,9 @@ def test_a_run_shows_its_curves_and_previews(tmp_path: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 301, "train/lo')  # as it is while training writes
     (run / "samples/step-00000400").mkdir()
-    write_best(run, Choice(column=1, rule="Most style of all.", found="step 200: 0.4."), 200, {"200": [0.4, 1.0]})
+    write_best(
+        run, Choice(column=1, rule="Most style of all.", found="step 200: 0.4."), 200, {"200": [0.4, 1.0]}, "digest"
+    )
     page = page_of(run, tmp_path / "page.html")
     text = words_of(page)
     for told in ("my-run", "300 steps", "Validation loss by reference", "Image use", "Training loss by σ",
@@ -241,6 +254,9 @@ def test_same_input_same_bytes_and_no_path_of_this_machine(made: tuple[Path, Com
         ("set", lambda at: shutil.rmtree(at / "set"), "cannot read it"),
         ("run", lambda at: (at / "run/env.json").unlink(), "env.json: cannot read it"),
         ("run", lambda at: (at / "run/config.yaml").unlink(), "config.yaml: cannot read the file"),
+        ("run", lambda at: (at / "run/config.yaml").write_text("data: [1]"), "config.yaml: data: "),
+        ("run", lambda at: (at / "run/config.yaml").write_text("models: {base: x}"), "config.yaml: models.base: "),
+        ("run", lambda at: (at / "run/config.yaml").write_text("models: {base: {}}\nseed: x"), "config.yaml: seed: "),
         ("run", lambda at: (at / "run/metrics.jsonl").write_text('{"step": 1, "a": "x"}\n'), "jsonl:1: a is no number"),
         ("run", lambda at: (at / "run/metrics.jsonl").write_text('{"step": 2}\n{"step": 2}\n'), "2: step 2 does not"),
         (
@@ -386,3 +402,97 @@ def test_scales_curves_and_averages() -> None:
 )  # fmt: skip
 def test_numbers_for_people(value: float, digits: int, signed: bool, told: str) -> None:
     assert number(value, digits, signed=signed) == told
+
+
+# --- what makes an answer too sure ------------------------------------------------------------------------------------
+
+
+def changed_columns(found: Comparison, **updates: dict[str, Any]) -> list[Column]:
+    """The columns, those that are named with other values."""
+    return [column.model_copy(update=updates.get(column.name, {})) for column in found.columns]
+
+
+def caveats(found: Comparison) -> list[str]:
+    return caveats_of(found, {answer.column for answer in answers_of(found)})
+
+
+def answer_part(place: Path, out: Path) -> str:
+    make_report(place, out)
+    raw = out.read_text(encoding="utf-8").split('id="answer"')[1].split("</section>")[0]
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", "", raw)).split())
+
+
+def test_what_was_chosen_on_these_rows_is_said_beside_the_answer(made: tuple[Path, Comparison], tmp_path: Path) -> None:
+    found = make_sweep(tmp_path / "sweep")
+    told = "The best was chosen among 31 settings on these same rows"  # 30 cells and the splice as configured
+    assert told in answer_part(tmp_path / "sweep", tmp_path / "page.html")
+    rough = {f"cell-{i}": {"sampling": {"strength": 0.5}} for i in range(10)}
+    (said,) = caveats(found.model_copy(update={"columns": changed_columns(found, **rough)}))
+    assert "chosen among 21 settings" in said  # those that start at the reference are no choice
+    nobody = found.model_copy(update={"best": found.best.model_copy(update={"column": None})})
+    assert caveats(nobody) == []
+    steps = {name: {"role": "checkpoint"} for name in ("projector", "siglip_lora", "lora")}
+    update = {"columns": changed_columns(made[1], **steps), "kind": "checkpoints"}
+    (said,) = caveats(made[1].model_copy(update=update))
+    assert "chosen among 3 checkpoints on these same rows" in said and "compare it on other rows" in said
+    assert caveats(made[1]) == []  # one splice, and adapters that people named
+
+
+def test_a_baseline_of_little_style_is_not_the_whole_truth(made: tuple[Path, Comparison]) -> None:
+    """The projector as a second splice: it has more style than the baseline, or is it."""
+    columns = changed_columns(made[1], projector={"role": "splice", "label": "strong splice"})
+    found = made[1].model_copy(update={"columns": columns})
+    assert caveats(found) == ["The baseline, splice, is the best of 2 splices by the rule, on these same rows."]
+    style, prompt = found.metric("style"), found.metric("prompt")
+
+    def mean(metric: Metric, place: int) -> str:
+        at = metric.means[place]
+        assert at is not None
+        return number(at.mean, digits_of(metric))
+
+    for answer in answers_of(found):
+        told = (
+            f"The splice with most style, strong splice, has Style likeness {mean(style, 2)}, this has"
+            f" {mean(style, answer.column)}; Prompt adherence {mean(prompt, 2)} and {mean(prompt, answer.column)}."
+        )
+        assert told in answer.sentence, answer.sentence
+    strongest = found.model_copy(
+        update={"baseline": 2, "best_splice": found.best_splice.model_copy(update={"column": 2})}
+    )
+    assert not any("splice with most style" in answer.sentence for answer in answers_of(strongest))
+    assert not any("splice with most style" in answer.sentence for answer in answers_of(made[1]))
+    chosen_by_nobody = found.model_copy(update={"best_splice": Choice(column=None, rule="None.", found="None.")})
+    assert caveats(chosen_by_nobody) == []
+
+
+def test_pictures_that_start_at_the_reference_are_said_to(made: tuple[Path, Comparison], tmp_path: Path) -> None:
+    part = {"sampling": {"strength": 0.6}}
+    columns = changed_columns(made[1], none={"sampling": {"strength": 1.0}}, splice=part, siglip_lora=part)
+    shutil.copytree(made[0], tmp_path / "set")
+    write_comparison(found := made[1].model_copy(update={"columns": columns}), tmp_path / "set")
+    told = "start at the reference (strength 0.6), so their likeness to it is partly a copy."
+    assert [told in answer.sentence for answer in answers_of(found)] == [True, False, False]
+    assert caveats(found) == [f"The pictures of splice {told}"]  # it has no answer of its own
+    # Style that is a copy is no measure for an adapter's.
+    part = {"role": "splice", "sampling": {"strength": 0.6}}
+    columns = changed_columns(made[1], projector=part, lora={"role": "splice"})
+    copied = made[1].model_copy(update={"columns": columns})
+    assert caveats(copied) == ["The baseline, splice, is the best of 2 splices by the rule, on these same rows."]
+    assert not any("splice with most style" in answer.sentence for answer in answers_of(copied))
+    assert answer_part(tmp_path / "set", tmp_path / "page.html").count(told) == 2
+    payload = page_of(tmp_path / "set", tmp_path / "page.html").payload
+    tagged = ["starts at the reference" in column["tags"] for column in payload["columns"]]
+    assert tagged == [False, True, False, True, False, False, False]
+
+
+def test_a_score_of_whole_columns_counts_no_rows(made: tuple[Path, Comparison], tmp_path: Path) -> None:
+    means = [Interval(mean=0.1 * place, count=1) for place in range(7)]
+    update = {"name": "kid", "title": "KID", "values": None, "means": means, "differences": [None] * 7}
+    whole = made[1].metrics[0].model_copy(update=update)
+    shutil.copytree(made[0], tmp_path / "set")
+    found = made[1].model_copy(update={"metrics": [*made[1].metrics, whole]})
+    write_comparison(found, tmp_path / "set")
+    raw = make_report(tmp_path / "set", tmp_path / "page.html").read_text(encoding="utf-8")
+    tips = re.findall(r'<td data-tip="([^"]*)"', raw)
+    assert len([tip for tip in tips if "KID" in tip]) == 7 and not any("KID" in t and "row" in t for t in tips)
+    assert any("Style likeness" in tip and "over 12 rows" in tip for tip in tips)

@@ -330,6 +330,24 @@ def test_one_reference_to_five_aspects_in_one_batch(family: Path, encoders: Enco
             assert relative_error(ours, theirs) < 1e-4
 
 
+@torch.no_grad()
+def test_latents_that_are_not_finite_are_refused_by_number(family: Path, encoders: Encoders) -> None:
+    encoded, device = encode(encoders, picture(1)), torch.device("cpu")
+    pictures = [Picture(row=0, seed=i, shape=(16, 8, 8)) for i in range(5)]
+    pictures[3] = replace(pictures[3], start=torch.full((16, 8, 8), torch.inf))
+    model = make_model(family, LISTS["splice"])
+    settings = replace(STEPS, num_inference_steps=2, strength=0.5)
+    pictures = [replace(each, start=torch.zeros(each.shape)) if each.start is None else each for each in pictures]
+    for batch_size in (1, 2, 5):
+        found = sample_all(model, encoded, pictures, settings, batch_size=batch_size, device=device)
+        with pytest.raises(InputError, match="^sample 4: the latents are not finite: .* guidance is too strong$"):
+            list(found)
+    weights = make_model(family, LISTS["siglip"])
+    with pytest.raises(InputError, match="^samples 1, 2: the latents are not finite"):
+        weights.set_scales([float("nan")])
+        sample(weights, concatenate([encoded, encoded]), [*noise_like((8, 8)), *noise_like((8, 8))], STEPS)
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -468,6 +486,10 @@ PLACES = {
         (("--prompt", "a", "--start-image", "s.png", "--out", "x.png"), "--start-image and --strength go together"),
         (("--prompt", "a", "--strength", 0.5, "--out", "x.png"), "--start-image and --strength go together"),
         (("--prompt", "a", "--strength", 0, "--start-image", "s.png", "--out", "x.png"), "above 0 and at most 1"),
+        (("--prompt", "a", "--scales", "nan", "--out", "x.png"), "--scales nan: each must be a finite number"),
+        (("--prompt", "a", "--reference", ADAPTERS / "x.png", "--reference-weights", "nan", "--out", "x.png"),
+         "reference weights nan: each must be"),
+        (("--prompt", "a", "--strength", "nan", "--start-image", "s.png", "--out", "x.png"), "above 0 and at most 1"),
         (("--prompt", "a", "--strength", 2, "--start-image", "s.png", "--out", "x.png"), "above 0 and at most 1"),
     ],
     ids=str,

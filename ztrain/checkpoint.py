@@ -18,10 +18,13 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ztrain.comparison import BEST_NAME
 from ztrain.config import Config
 from ztrain.errors import InputError
 
@@ -55,7 +58,9 @@ FREE_ON_RESUME = (
     "tracking",
     "sample",
     "export",
+    "judges",
     "compare",
+    "sweep",
 )
 """Keys, or sections, that a resumed run may change. Everything else decides what is trained."""
 
@@ -188,9 +193,24 @@ def find(wanted: str, folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints. Call it after the newest has been verified."""
+    """Removes all but the newest `keep` checkpoints, and the one of the run's best step, if best.json names one.
+
+    `folder`: `<run>/checkpoints`. Call it after the newest has been verified.
+    """
+    best = _best_step(folder.parent / BEST_NAME)
     for path in checkpoints(folder)[:-keep]:
-        shutil.rmtree(_condemn(path))
+        if _step_of(path) != best:
+            shutil.rmtree(_condemn(path))
+
+
+def _best_step(path: Path) -> int | None:
+    """None where the file is not there, not readable or names no step: retention never ends a run."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    step = told.get("step") if isinstance(told, dict) else None
+    return step if type(step) is int else None
 
 
 def set_aside(folder: Path, above: int) -> list[Path]:
@@ -252,8 +272,12 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def frozen_differences(before: dict[str, Any], config: Config) -> list[str]:
-    """`key: was -> is` for every setting that a resumed run may not change."""
-    old, new = _leaves(before), _leaves(config.model_dump(mode="json"))
+    """`key: was -> is` for every setting that a resumed run may not change.
+
+    A key that `before`, the saved settings, lacks had not been thought of when that run began: it counts as its
+    default.
+    """
+    old, new = _leaves(_with_defaults(before, config)), _leaves(config.model_dump(mode="json"))
     free = list(FREE_ON_RESUME)
     if config.train.lr_scheduler not in _SCHEDULES_WITHOUT_END:
         free.remove("train.max_train_steps")
@@ -263,6 +287,21 @@ def frozen_differences(before: dict[str, Any], config: Config) -> list[str]:
             continue
         changed.append(f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}")
     return changed
+
+
+def _with_defaults(saved: Any, now: Any) -> Any:
+    """`saved` with the defaults of the keys that it lacks; `now`: the settings that stand in its place."""
+    if isinstance(saved, list) and isinstance(now, list):
+        return [_with_defaults(*pair) for pair in zip(saved, now, strict=False)] + saved[len(now) :]
+    if not isinstance(saved, dict) or not isinstance(now, BaseModel):
+        return saved
+    filled = dict(saved)
+    for name, field in type(now).model_fields.items():
+        if name in saved:
+            filled[name] = _with_defaults(saved[name], getattr(now, name))
+        elif not field.is_required():
+            filled[name] = to_jsonable_python(field.get_default(call_default_factory=True))
+    return filled
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ztrain.export import read_adapter
 from ztrain.from_checkpoint import export_checkpoint
 from ztrain.grid import draw_grid
 from ztrain.images import Picture, PictureFile, open_image
-from ztrain.judging import Judging, Sheet, Verdicts
+from ztrain.judging import Judging, Sheet, Verdicts, check_judges
 from ztrain.lineup import Case, Entry, check_entries, entries_of, exported_entries, names_of, read_cases
 from ztrain.models import public_name
 from ztrain.privacy import public_config
@@ -114,14 +114,17 @@ def _mark_best(run: Path, judged: Comparison) -> None:
         if column.role == "checkpoint":
             told = [judged.metric(name).means[i] for name in (judged.style, judged.adherence) if name is not None]
             steps[str(column.step)] = [None if mean is None else mean.mean for mean in told]
-    write_best(run, judged.best, None if place is None else judged.columns[place].step, steps)
+    best = None if place is None else judged.columns[place].step
+    write_best(run, judged.best, best, steps, by="compare --checkpoints")
 
 
 def carry_out(config: Config, plan: Plan) -> Comparison:
     """Draws what is missing, judges all of it, and writes sheet and record."""
     started = time.perf_counter()
     cache = Cache(config)
-    cases = read_cases(config, cache.digests)
+    cases, lost = read_cases(config, cache.digests)
+    check_judges(config.judges, cases)
+    given = _keep_given(cases, plan.folder)  # what cannot be opened is met before anything is drawn
     studio = Studio(config, cases, plan.folder, cache)
     drawn = studio.draw(plan.entries)
     trained = [place for place, entry in enumerate(plan.entries) if entry.exported and not entry.is_shuffled]
@@ -134,8 +137,7 @@ def carry_out(config: Config, plan: Plan) -> Comparison:
         bare={place: [PictureFile(row[0]) for row in column] for place, column in zip(trained, bare, strict=True)},
     )
     verdicts = Judging(config.judges, studio.device).score(sheet)
-    given = _keep_given(cases, plan.folder)
-    found = _record(config, plan, studio, drawn, verdicts, given, time.perf_counter() - started)
+    found = _record(config, plan, studio, drawn, verdicts, given, lost, time.perf_counter() - started)
     _draw_sheet(found, plan.folder).save(plan.folder / SHEET_NAME)
     write_comparison(found, plan.folder)
     return found
@@ -148,7 +150,7 @@ def _keep_given(cases: Sequence[Case], folder: Path) -> dict[str, str]:
         pictures |= {known.picture.name: known.picture for known in case.references}
         pictures |= {case.target.name: case.target} if case.target else {}
     place = folder / "given"
-    place.mkdir(exist_ok=True)
+    place.mkdir(parents=True, exist_ok=True)
     kept = {}
     for name, picture in pictures.items():
         image = open_image(picture)
@@ -167,6 +169,7 @@ def _record(
     drawn: Sequence[Sequence[Sequence[Path]]],
     verdicts: Verdicts,
     given: dict[str, str],
+    lost: int,
     seconds: float,
 ) -> Comparison:
     cases, entries = studio.cases, plan.entries
@@ -174,12 +177,12 @@ def _record(
     references = grouped([case.look for case in cases])
     labels, keep = [entry.label for entry in entries], config.compare.keep_adherence
     splices = [place for place, entry in enumerate(entries) if entry.role == "splice"]
-    best_splice = choose(verdicts, splices, 0, keep, labels)
+    groups = Groups(prompts, references)
+    best_splice = choose(verdicts, from_noise(entries, splices), 0, keep, labels, groups)
     # Where none keeps the prompt, the first is still what everybody has for free.
     baseline = best_splice.column if best_splice.column is not None else next(iter(splices), None)
-    groups = Groups([prompts[i] for i in range(len(cases))], references)
     candidates = [place for place, entry in enumerate(entries) if entry.role in plan.candidates]
-    best = choose(verdicts, candidates, 0, keep, labels)
+    best = choose(verdicts, from_noise(entries, candidates), 0, keep, labels, groups)
     return Comparison(
         ztrain_version=VERSION,
         kind=plan.kind,
@@ -207,11 +210,16 @@ def _record(
         best_splice=best_splice,
         axes=plan.axes,
         conditions=_conditions(config, studio, verdicts),
-        data=_data(config),
+        data=_data(config) | ({"rows that cannot be used": lost} if lost else {}),
         config=dump_yaml(public_config(config.model_dump(mode="json"))),
         loading=_loading(entries, best.column),
         seconds=round(seconds, 1),
     )
+
+
+def from_noise(entries: Sequence[Entry], places: Sequence[int]) -> list[int]:
+    """Those of the places that do not start at their reference, if there are any: the others have its look for free."""
+    return [place for place in places if entries[place].sample.strength == 1.0] or list(places)
 
 
 def _column(entries: Sequence[Entry], place: int, name: str, studio: Studio) -> Column:
@@ -225,6 +233,8 @@ def _column(entries: Sequence[Entry], place: int, name: str, studio: Studio) -> 
         adapters=[public_config(adapter.model_dump(mode="json")) for adapter in entry.adapters],
         encoders=entry.encoders.model_dump(mode="json"),
         sampling={
+            "height": studio.size(entry)[0],
+            "width": studio.size(entry)[1],
             "num_inference_steps": settings.num_inference_steps,
             "shift": settings.shift,
             **entry.sample.model_dump(

@@ -227,12 +227,22 @@ def pictures_of(found: Comparison) -> list[str]:
     return list(dict.fromkeys([*given, *drawn]))
 
 
-def write_best(run: Path, best: Choice, step: int | None, steps: Mapping[str, Any]) -> Path:
+def read_best(path: Path, by: str) -> dict[str, list[float | None]]:
+    """What was seen of each step by the same rows and judges; nothing where the file is not there or is damaged: then
+    steps are marked from here on."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return dict(told["steps"]) if told["by"] == by else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def write_best(run: Path, best: Choice, step: int | None, steps: Mapping[str, Any], by: str) -> Path:
     """Writes whole which step of a run is best, by which rule, and what was seen of each: likeness and share of the
-    prompt's adherence that is kept."""
+    prompt's adherence that is kept. `by`: digest of rows and judges; figures of different ones are never mixed."""
     path = run / BEST_NAME
     writing = path.with_name(f".writing-{BEST_NAME}")
-    document = {"step": step, "rule": best.rule, "found": best.found, "steps": dict(steps)}
+    document = {"step": step, "rule": best.rule, "found": best.found, "steps": dict(steps), "by": by}
     writing.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     writing.replace(path)
     return path

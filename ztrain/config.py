@@ -22,7 +22,7 @@ SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -202,7 +202,8 @@ class TrainConfig(_Section):
     checkpointing_steps: int = Field(default=500, ge=1)
     """Optimizer steps between two checkpoints; the last step always has one."""
     checkpoints_total_limit: int = Field(default=3, ge=2)
-    """Newest checkpoints that are kept; an older one goes only after a newer one is verified."""
+    """Newest checkpoints that are kept, and beside them that of the best step that best.json names; an older one goes
+    only after a newer one is verified."""
 
     @model_validator(mode="after")
     def _shares(self) -> "TrainConfig":

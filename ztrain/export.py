@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -73,11 +74,8 @@ def save_adapter(folder: Path, model: AdaptedDiT, config: Config, known: Identit
             entry["statistics_file"] = STATISTICS_FILE
     for name, content in tensors.items():
         kept = {key: _in_dtype(tensor.detach().cpu(), config.export.dtype) for key, tensor in content.items()}
-        save_file(
-            kept,
-            folder / name,
-            metadata={"ztrain.version": VERSION, "ztrain.step": str(step)} | metadata[name],
-        )
+        told = {"ztrain.version": VERSION, "ztrain.step": str(step)} | metadata[name]
+        save_file(kept, folder / name, metadata=told)
         _sort_header(folder / name)
     models = config.models
     document = {
@@ -150,6 +148,34 @@ def _model_card(config: Config, document: dict[str, Any]) -> str:
     )
 
 
+class _Part(BaseModel):
+    """What a reader needs; a later version may write more."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+
+class _Hashes(_Part):
+    config: str
+    weights: str
+
+
+class _Models(_Part):
+    base: ModelConfig
+    vision_language: ModelConfig
+    siglip: ModelConfig
+
+
+class _Document(_Part):
+    """adapter_config.json. What `adapters` and `encoders` hold is checked as a config's."""
+
+    adapters: list[dict[str, Any]]
+    encoders: dict[str, Any]
+    identity: dict[str, _Hashes]
+    models: _Models
+    files: dict[str, str]
+    step: int
+
+
 @dataclass(frozen=True, slots=True)
 class ExportedAdapter:
     """A read adapter folder."""
@@ -165,37 +191,45 @@ class ExportedAdapter:
 
 
 def read_adapter(folder: Path) -> ExportedAdapter:
-    """Reads a folder of `save_adapter`; its files must be the ones that were written."""
+    """Reads a folder of `save_adapter`; its files must be the ones that were written.
+
+    Raises InputError naming the file, and the key where there is one.
+    """
     path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise InputError(f"{folder} is no exported adapter: {CONFIG_FILE} is missing")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is damaged: {error}") from error
-    if document.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: format_version {document.get('format_version')} is not {FORMAT_VERSION}; update ztrain"
-        )
+    document = _read_document(path)
     for entry in document["adapters"]:
-        if statistics := entry.get("statistics_file"):
+        if isinstance(statistics := entry.get("statistics_file"), str):  # else the adapter's settings refuse it
             entry["statistics_file"] = str(folder / statistics)
     settings = parse(Config, {key: document[key] for key in ("adapters", "encoders")}, str(path))
-    files = {}
-    for name, expected in document["files"].items():
-        if not (folder / name).is_file() or _sha256(folder / name) != expected:
-            raise InputError(f"{folder / name} is missing or is not the file that was exported")
-        with safe_open(folder / name, framework="pt") as file:
-            files[name] = {key: file.get_tensor(key) for key in file.keys()}
-    return ExportedAdapter(
-        folder,
-        settings.adapters,
-        settings.encoders,
-        document["identity"],
-        document["models"],
-        files,
-        document["step"],
-    )
+    files = {name: _read_tensors(folder / name, expected) for name, expected in document["files"].items()}
+    known, models = document["identity"], document["models"]
+    return ExportedAdapter(folder, settings.adapters, settings.encoders, known, models, files, document["step"])
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"{path.parent} is no exported adapter: {CONFIG_FILE} is missing")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, absurd nesting
+        raise InputError(f"{path} is damaged: {error}; export the adapter again") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path} must hold a JSON object, not a {type(document).__name__}; export the adapter again")
+    if (version := document.get("format_version")) != FORMAT_VERSION:
+        raise InputError(f"{path}: format_version {version} is not {FORMAT_VERSION}; update ztrain")
+    parse(_Document, document, str(path))
+    return document
+
+
+def _read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
+    """A file's tensors; `expected`: its SHA-256."""
+    if not path.is_file() or _sha256(path) != expected:
+        raise InputError(f"{path} is missing or is not the file that was exported")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise InputError(f"{path} is no safetensors file ({error}); export the adapter again") from error
 
 
 def check_identity(exported: ExportedAdapter, found: Identities) -> None:
@@ -313,12 +347,8 @@ def _references(given: Image.Image | Sequence[Image.Image] | None) -> list[Image
     images = [as_rgb(image) for image in ([given] if isinstance(given, Image.Image) else given or [])]
     limits = DataConfig()
     for image in images:
-        check_reference(
-            image.size,
-            "the given reference",
-            min_side=limits.reference_min_side,
-            max_aspect=limits.reference_max_aspect,
-        )
+        min_side, max_aspect = limits.reference_min_side, limits.reference_max_aspect
+        check_reference(image.size, "the given reference", min_side=min_side, max_aspect=max_aspect)
     return images
 
 

@@ -52,6 +52,10 @@ class Sheet:
     bare: dict[int, Sequence[Picture]] = field(default_factory=dict)
 
     @property
+    def has_prompts(self) -> bool:
+        return all(case.prompt for case in self.cases)
+
+    @property
     def drawn(self) -> list[Picture]:
         return [picture for column in self.pictures for row in column for picture in row]
 
@@ -92,6 +96,17 @@ def _truth(family: Path, device: torch.device) -> "PaintedTruth":
     from ztrain.mini.truth import PaintedTruth  # with all of transformers, which training does without
 
     return PaintedTruth(family, device)
+
+
+def check_judges(config: JudgesConfig, cases: Sequence[Case]) -> None:
+    """Raises InputError for judges that are not there or cannot judge these rows, before anything is drawn."""
+    for place in (config.style, config.siglip, config.dino):
+        if place is not None:
+            Source.of(place).require("config.json", what="a vision model")
+    if config.truth is not None:
+        if lost := next((case.where for case in cases if case.target is None), None):
+            raise InputError(f"judges.truth: {lost} has no target; it judges triplets of painted style folders")
+        _truth(Path(config.truth), torch.device("cpu")).check([(case.where, case.columns) for case in cases])
 
 
 class Judging:
@@ -166,7 +181,7 @@ class Judging:
         found = Verdicts([], None, None, [])
         if self.truth is not None:
             found.scores += self._truth_scores(sheet)
-            found.style, found.adherence = "truth_style", "truth_content"
+            found.style, found.adherence = "truth_style", "truth_content" if sheet.has_prompts else None
         for role in self.towers:
             found.scores.append(self._likeness(sheet, role))
             found.style = found.style or f"{role}_likeness"
@@ -219,7 +234,7 @@ class Judging:
         tower = self.towers.get("siglip")
         if tower is None or not tower.reads_text:
             return "adherence: needs judges.siglip with a text tower"
-        if not all(case.prompt for case in sheet.cases):
+        if not sheet.has_prompts:
             return "adherence: the rows are drawn without prompts"
         texts = tower.texts([case.prompt for case in sheet.cases])  # (R, D)
         chance = None
@@ -329,7 +344,10 @@ class Judging:
         return Score(
             name="change",
             title="Change by the image",
-            definition="Mean difference to the picture without image, in 8-bit levels at 64 x 64: 0 = it is not used.",
+            definition=(
+                "Mean difference to the picture without image, drawn as the experiment's own `sample` says, in 8-bit"
+                " levels at 64 x 64: 0 = the image is not used."
+            ),
             low=0.0,
             high=255.0,
             direction="neither",
@@ -399,8 +417,11 @@ class Judging:
         scored = [[self.truth.score([_bytes(p) for p in seed]) for seed in column] for column in seeds]
         chance = None
         if sheet.plain is not None:
-            chance = self.truth.content_by_chance([_bytes(row[0]) for row in sheet.pictures[sheet.plain]])
+            plain = [_bytes(row[0]) for row in sheet.pictures[sheet.plain]]
+            chance = self.truth.content_by_chance(plain, [case.prompt for case in sheet.cases])
         for told in self.truth.figures:
+            if told.of_prompt and not sheet.has_prompts:
+                continue
             values = torch.stack([torch.stack([one[told.figure] for one in column], 1) for column in scored])
             yield Score(
                 name=told.name,

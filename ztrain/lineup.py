@@ -80,13 +80,17 @@ class Entry:
 # Rows
 
 
-def read_cases(config: Config, digests: Digests) -> list[Case]:
-    """At most compare.num_samples rows, spread evenly. Raises InputError."""
-    chosen = config.compare
+def read_cases(config: Config, digests: Digests) -> tuple[list[Case], int]:
+    """At most compare.num_samples rows, spread evenly, and how many of the data set cannot be used, up to
+    data.max_bad_share. Raises InputError."""
+    chosen, lost = config.compare, 0
     if chosen.prompts is not None and chosen.references is not None:
         cases = _crossed(Path(chosen.prompts), Path(chosen.references), config, digests)
     else:
-        listing = read_triplets(config.data.train_data_dir, chosen.split, config.data.revision)
+        listing = read_triplets(
+            config.data.train_data_dir, chosen.split, config.data.revision, max_bad_share=config.data.max_bad_share
+        )
+        lost = len(listing.rejected)
         triplets = spread(listing.triplets, chosen.num_samples)
         known = iter(_known([p for triplet in triplets for p in triplet.references], config, digests))
         cases = [
@@ -101,7 +105,7 @@ def read_cases(config: Config, digests: Digests) -> list[Case]:
         ]
     if chosen.prompt == "none":
         cases = [replace(case, prompt="") for case in cases]
-    return cases
+    return cases, lost
 
 
 def _crossed(prompts: Path, folder: Path, config: Config, digests: Digests) -> list[Case]:
@@ -147,7 +151,8 @@ def exchanged(cases: Sequence[Case], seed: int) -> list[tuple[Known, ...]]:
     In an order of the seed; every row's are given away once or, where styles come unevenly, nearly so. Raises
     InputError where all are alike.
     """
-    kinds = [str(case.columns.get("style", case.look)) for case in cases]
+    kinds = [str(case.look if case.columns.get("style") is None else case.columns["style"]) for case in cases]
+    looks = [case.look for case in cases]
     if len(set(kinds)) < 2:
         raise InputError(
             f"all {len(cases)} rows have references of one kind, so none can be shuffled; compare more, or leave out "
@@ -160,7 +165,10 @@ def exchanged(cases: Sequence[Case], seed: int) -> list[tuple[Known, ...]]:
     given: list[tuple[Known, ...]] = [()] * len(cases)
     for place, row in enumerate(order):
         following = (order[(place + turn + step) % len(order)] for step in range(len(order)))
-        given[row] = cases[next(other for other in following if kinds[other] != kinds[row])].references
+        others = (other for other in following if kinds[other] != kinds[row] and looks[other] != looks[row])
+        if (other := next(others, None)) is None:
+            raise InputError(f"{cases[row].where}: every row of another style has the same references; compare more")
+        given[row] = cases[other].references
     return given
 
 
@@ -171,21 +179,9 @@ def entries_of(config: Config) -> list[Entry]:
     """No image, the splice, presets and exported adapters, with the controls that are asked for. Raises InputError."""
     chosen, encoders, sampled = config.compare, config.encoders, config.sample
     splice = (chosen.splice,)
-    entries = [plain(config), Entry(label="splice", role="splice", adapters=splice, encoders=encoders, sample=sampled)]
-    for file in chosen.presets:
-        preset = parse(Config, load_yaml(Path(file)), file)
-        own = load_yaml(Path(file)).get("sample", {})
-        drawn = sampled.model_copy(update={key: getattr(preset.sample, key) for key in own})
-        adapters = tuple(preset.adapters)
-        entries.append(
-            Entry(
-                label=Path(file).stem.replace("_", " "),
-                role="splice",
-                adapters=adapters,
-                encoders=preset.encoders,
-                sample=drawn,
-            )
-        )
+    drawn = fitting(sampled, splice)
+    entries = [plain(config), Entry(label="splice", role="splice", adapters=splice, encoders=encoders, sample=drawn)]
+    entries += _presets([Path(file) for file in chosen.presets], config)
     entries += exported_entries([Path(folder) for folder in chosen.adapters], config)
     if chosen.shuffled:
         read = [entry for entry in entries if entry.looks]
@@ -196,6 +192,42 @@ def entries_of(config: Config) -> list[Entry]:
     return entries
 
 
+_OF_PRESETS = {"encoders", "adapters", "sample"}
+
+
+def _presets(files: Sequence[Path], config: Config) -> list[Entry]:
+    """Further splices, a file each."""
+    names = [file.stem.replace("_", " ") for file in files]
+    entries = []
+    for place, file in enumerate(files):
+        told = load_yaml(file)
+        if foreign := sorted(set(told) - _OF_PRESETS):
+            raise InputError(f"{file}: a preset has encoders, adapters and sample; {foreign[0]} has no place in it")
+        preset = parse(Config, told, str(file))
+        if not list_reads(preset.adapters):
+            raise InputError(f"{file}: its adapters read no reference; a preset is a splice")
+        sampled = parse(SampleConfig, config.sample.model_dump(mode="json") | told.get("sample", {}), str(file))
+        adapters = tuple(preset.adapters)
+        own = names[place] if names.count(names[place]) == 1 and names[place] != "splice" else None
+        entries.append(
+            Entry(
+                label=own or f"{names[place]} {_told_apart(files, place)}",
+                role="splice",
+                adapters=adapters,
+                encoders=preset.encoders,
+                sample=fitting(sampled, adapters),
+            )
+        )
+    return entries
+
+
+def fitting(sample: SampleConfig, adapters: Sequence[Any]) -> SampleConfig:
+    """Scales for each of a list's adapters, where there are as many; else they are for another list, and 1 here."""
+    if not isinstance(sample.scales, list) or len(sample.scales) == len(adapters):
+        return sample
+    return sample.model_copy(update={"scales": 1.0})
+
+
 def plain(config: Config) -> Entry:
     """Text alone: what every likeness and every loss of adherence is seen against."""
     sample = config.sample.model_copy(update={"strength": 1.0, "scales": 1.0})
@@ -204,6 +236,9 @@ def plain(config: Config) -> Entry:
 
 def exported_entries(folders: Sequence[Path], config: Config) -> list[Entry]:
     """A column for each exported folder, or folder of a run that has exported."""
+    real = [folder.resolve() for folder in folders]
+    if twice := next((folder for folder in folders if real.count(folder.resolve()) > 1), None):
+        raise InputError(f"compare.adapters names {twice} twice; give it once")
     found = [_exported(folder, config) for folder in folders]
     labels = [entry.label for entry in found]
     return [
@@ -231,9 +266,8 @@ def _exported(folder: Path, config: Config) -> Entry:
 def _told_apart(folders: Sequence[Path], place: int) -> str:
     """The part of its path that the others do not have."""
     parts = [[part for part in folder.parts if part != "export"] for folder in folders]
-    own = parts[place]
-    different = [part for part in own if sum(part in other for other in parts) == 1]
-    return different[-1] if different else f"{own[-1] if own else ''} ({place + 1})"
+    different = [part for part in parts[place] if sum(part in other for other in parts) == 1]
+    return different[-1] if different else f"({place + 1})"
 
 
 def check_entries(entries: Sequence[Entry]) -> None:

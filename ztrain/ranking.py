@@ -96,7 +96,7 @@ class Standing:
     rule: str
 
 
-def stand(verdicts: Verdicts, plain: int | None, keep: float) -> Standing | Choice:
+def stand(verdicts: Verdicts, plain: int | None, keep: float, groups: Groups) -> Standing | Choice:
     """What a rule can go by, or the choice of nothing with its reason."""
     style, adherence = _row_means(verdicts, verdicts.style), _row_means(verdicts, verdicts.adherence)
     if style is None:
@@ -104,24 +104,32 @@ def stand(verdicts: Verdicts, plain: int | None, keep: float) -> Standing | Choi
     rule = f"The largest {_title(verdicts, verdicts.style)}"
     if adherence is None or plain is None:
         return Standing(style, None, rule)
-    chance = next(score.chance for score in verdicts.scores if score.name == verdicts.adherence) or 0.0
-    room = adherence[plain] - chance
-    title = _title(verdicts, verdicts.adherence)
-    if room <= 0:
-        return Standing(style, None, f"{rule} ({title} is not looked at: that of text alone is not above chance)")
+    score = next(score for score in verdicts.scores if score.name == verdicts.adherence)
+    if score.chance is None or score.values is None:
+        return Standing(style, None, f"{rule} ({score.title} is not looked at: its chance cannot be told)")
+    of_text = _mean(score.values[plain].nanmean(1), groups)
+    # Where the interval holds chance, a share of the rest would be noise.
+    if of_text is None or (of_text.mean if of_text.low is None else of_text.low) <= score.chance:
+        return Standing(style, None, f"{rule} ({score.title} is not looked at: that of text alone is near chance)")
+    room, title = adherence[plain] - score.chance, score.title
     rule += (
         f" of those that keep {keep:.0%} of what text alone has of {title} above chance, or what keeps most where none"
         " does"
     )
-    return Standing(style, [(value - chance) / room for value in adherence], rule)
+    return Standing(style, [(value - score.chance) / room for value in adherence], rule)
 
 
 def choose(
-    verdicts: Verdicts, candidates: Sequence[int], plain: int | None, keep: float, labels: Sequence[str]
+    verdicts: Verdicts,
+    candidates: Sequence[int],
+    plain: int | None,
+    keep: float,
+    labels: Sequence[str],
+    groups: Groups,
 ) -> Choice:
     """The candidate with the largest likeness among those that keep the prompt's adherence, or the one that keeps most
     of it where none keeps enough."""
-    standing = stand(verdicts, plain, keep)
+    standing = stand(verdicts, plain, keep, groups)
     return standing if isinstance(standing, Choice) else pick(standing, candidates, keep, labels)
 
 
@@ -132,10 +140,17 @@ def pick(standing: Standing, candidates: Sequence[int], keep: float, labels: Seq
     fit = [place for place in candidates if kept is None or kept[place] >= keep]
     if kept is not None and not fit:
         most = max(candidates, key=kept.__getitem__)
-        return Choice(column=most, rule=rule, found=f"None keeps {keep:.0%}; {labels[most]} keeps {kept[most]:.0%}.")
+        return Choice(
+            column=most, rule=rule, found=f"None keeps {keep:.0%}; {labels[most]} keeps {_share(kept[most])}."
+        )
     best = max(fit, key=standing.styles.__getitem__)
-    found = f"{labels[best]}: {standing.styles[best]:.3f}" + ("" if kept is None else f", keeping {kept[best]:.0%}")
+    found = f"{labels[best]}: {standing.styles[best]:.3f}" + ("" if kept is None else f", keeping {_share(kept[best])}")
     return Choice(column=best, rule=rule, found=f"{found}.")
+
+
+def _share(kept: float) -> str:
+    """In percent; more than all is all."""
+    return f"{min(kept, 1.0):.0%}"
 
 
 def _row_means(verdicts: Verdicts, name: str | None) -> list[float] | None:

@@ -8,6 +8,7 @@ encoders and comes back when the transformer is gone; pictures are written then.
 
 import gc
 import json
+import math
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -181,6 +182,8 @@ def _scales(config: Config, order: Order, adapters: Sequence[Any]) -> list[float
         raise InputError(
             f"--scales has {len(scales)} numbers for the {len(adapters)} adapters {describe_list(list(adapters))}"
         )
+    if not all(math.isfinite(scale) for scale in scales):
+        raise InputError(f"--scales {' '.join(f'{scale:g}' for scale in scales)}: each must be a finite number")
     return scales
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ztrain.conditioning import Encoded, concatenate
 from ztrain.config import SampleConfig
+from ztrain.errors import InputError
 from ztrain.flow import euler_step, interpolate, sampler_noise, sigma_schedule
 from ztrain.models import BaseDefaults
 
@@ -88,7 +89,7 @@ def sample_all(
         noise = [sampler_noise(picture.seed, picture.shape).to(device) for picture in some]
         starts = [picture.start for picture in some if picture.start is not None]
         rows = encoded.select([picture.row for picture in some]).to(device)
-        yield from sample(model, rows, noise, settings, start=starts or None, progress=progress)
+        yield from sample(model, rows, noise, settings, start=starts or None, progress=progress, first=first)
 
 
 @torch.no_grad()
@@ -100,8 +101,12 @@ def sample(
     *,
     start: Sequence[Tensor] | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    first: int = 0,
 ) -> list[Tensor]:
-    """Latents, B x (C, H, W) float32, from noise of that shape and, with `strength` < 1, start latents."""
+    """Latents, B x (C, H, W) float32, from noise of that shape and, with `strength` < 1, start latents.
+
+    Raises InputError where they are not finite; `first`: how many samples came before these, for its numbers.
+    """
     schedule = sigma_schedule(settings.num_inference_steps, settings.shift, settings.strength)
     noisy = [sample.float() for sample in noise]
     if start is not None:
@@ -115,7 +120,17 @@ def sample(
         read = encoded if _holds(settings.reference_window, sigma) else bare
         velocities = _guided(model, noisy, sigma, read, settings)
         noisy = euler_step(noisy, velocities, sigma, next_sigma)
+    _check_finite(noisy, first)
     return noisy
+
+
+def _check_finite(latents: Sequence[Tensor], first: int) -> None:
+    are_finite = torch.stack([each.isfinite().all() for each in latents]).tolist()
+    if wrong := [str(first + i) for i, is_finite in enumerate(are_finite, start=1) if not is_finite]:
+        raise InputError(
+            f"sample{'s' if len(wrong) > 1 else ''} {', '.join(wrong)}: the latents are not finite: the list's weights "
+            "or scales are damaged, or guidance is too strong"
+        )
 
 
 def _holds(window: tuple[float, float], sigma: Tensor) -> bool:

@@ -5,14 +5,14 @@ In: a model at a step, the cache, the judges. Out: metrics under score/, picture
 splice, this list; so are scores and rule.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from ztrain.comparison import BEST_NAME, Choice, write_best
+from ztrain.cache import digest_json
+from ztrain.comparison import BEST_NAME, Choice, read_best, write_best
 from ztrain.config import Config
 from ztrain.errors import InputError
 from ztrain.images import PictureFile
@@ -81,19 +81,18 @@ class Scoring:
                 if above.low is not None and above.high is not None:
                     values |= {f"score/{score.name}_above_splice_low": above.low}
                     values |= {f"score/{score.name}_above_splice_high": above.high}
-        standing = stand(verdicts, _PLAIN, self.config.compare.keep_adherence)
+        standing = stand(verdicts, _PLAIN, self.config.compare.keep_adherence, groups)
         self._mark(standing, step)
         return values
 
     def _mark(self, standing: Standing | Choice, step: int) -> None:
-        """Writes the best step so far; what an earlier life of the run found beyond this step does not count."""
-        path = Path(self.config.output_dir) / BEST_NAME
-        steps: dict[str, list[float | None]] = {}
-        if path.is_file():
-            told = json.loads(path.read_text(encoding="utf-8")).get("steps", {})
-            steps = {number: values for number, values in told.items() if int(number) < step}
-        if isinstance(standing, Choice):
-            write_best(path.parent, standing, None, steps)
+        """Writes the best step so far, the first not counted: nothing is trained there. What an earlier life of the run
+        found beyond this step, or of other rows or by other judges, does not count."""
+        path, by = Path(self.config.output_dir) / BEST_NAME, self._by
+        steps = {number: values for number, values in read_best(path, by).items() if int(number) < step}
+        if isinstance(standing, Choice) or step == 0:
+            nothing = Choice(column=None, rule=standing.rule, found="Nothing is trained yet.")
+            write_best(path.parent, standing if isinstance(standing, Choice) else nothing, None, steps, by)
             return
         kept = None if standing.kept is None else standing.kept[_OURS]
         steps[str(step)] = [standing.styles[_OURS], kept]
@@ -102,7 +101,14 @@ class Scoring:
         so_far = Standing([values[0] or 0.0 for values in steps.values()], shares, standing.rule)
         keep = self.config.compare.keep_adherence
         best = pick(so_far, range(len(numbers)), keep, [f"step {number}" for number in numbers])
-        write_best(path.parent, best, None if best.column is None else int(numbers[best.column]), steps)
+        write_best(path.parent, best, None if best.column is None else int(numbers[best.column]), steps, by)
+
+    @property
+    def _by(self) -> str:
+        """What figures of different steps must share to be compared."""
+        rows = [[row.prompt, [known.digest for known in row.references]] for row in self.previews.rows]
+        parts = (self.config.judges, self.config.sample, self.config.compare)
+        return digest_json([rows, *(part.model_dump(mode="json") for part in parts)])
 
 
 def _case(row: Sample) -> Case:

@@ -1,8 +1,9 @@
 """Draws columns on rows and seeds, each picture once and for good.
 
 In: rows and columns of lineup.py. Out: PNG files, named by a digest of all that decides them: prompt, references, list,
-weights, models, settings, noise. So a comparison that was cut off goes on, and a further column, row or seed adds its
-own pictures only. Models are loaded only for what is missing, and the encoders are gone before the transformer comes.
+weights, models, settings, noise. So a comparison that was cut off goes on, and a further column or seed adds its own
+pictures only. A row's noise comes from its place among the rows: with more or other rows all are drawn anew. Models are
+loaded only for what is missing, and the encoders are gone before the transformer comes.
 
 Legend: R rows, S seeds.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,6 +27,7 @@ from ztrain.config import Config, EncodersConfig
 from ztrain.digests import Known
 from ztrain.dit import load_transformer
 from ztrain.encoders import Encoders, LatentCodec
+from ztrain.errors import InputError
 from ztrain.export import Identities, adapt, check_identity, encoder_identities
 from ztrain.flow import sampler_noise
 from ztrain.images import Bucket, fit_target, open_image
@@ -46,6 +49,16 @@ class Shot:
     row: int
     seed: int
     path: Path
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether it is there, and not cut short since: else it is drawn again."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
 
 
 class Studio:
@@ -83,7 +96,7 @@ class Studio:
         shots = [[self._shots(entry, row)[:num_seeds] for row in range(len(self.cases))] for entry in entries]
         self.cache.digests.save()
         every = {shot.path: shot for of_entry in shots for row in of_entry for shot in row}
-        missing = [shot for shot in every.values() if not shot.path.is_file()]
+        missing = [shot for shot in every.values() if not _is_whole(shot.path)]
         if missing:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._make(missing)
@@ -172,7 +185,11 @@ class Studio:
         noise = [sampler_noise(shot.seed, shape).to(self.device) for shot in shots]
         start = [self._start(codec, shot) for shot in shots] if entry.sample.strength < 1.0 else None
         states = concatenate(encoded).to(self.device)
-        for shot, latents in zip(shots, sample(model, states, noise, self.settings(entry), start=start), strict=True):
+        try:
+            drawn = sample(model, states, noise, self.settings(entry), start=start)
+        except InputError as error:
+            raise InputError(f"{entry.label}: {error}") from error
+        for shot, latents in zip(shots, drawn, strict=True):
             file = scratch / shot.path.name
             codec.decode(latents).save(file)
             os.replace(file, shot.path)  # a picture that is there is whole

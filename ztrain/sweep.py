@@ -16,7 +16,7 @@ from ztrain.compare import Plan, carry_out
 from ztrain.comparison import Comparison
 from ztrain.config import Config, parse
 from ztrain.errors import InputError
-from ztrain.lineup import Entry, check_entries, plain
+from ztrain.lineup import Entry, check_entries, fitting, plain
 from ztrain.yamls import dump_yaml
 
 BEST_NAME = "best_splice.yaml"
@@ -57,7 +57,7 @@ def settings_of(config: Config) -> Iterator[Entry]:
         role="splice",
         adapters=(config.compare.splice,),
         encoders=config.encoders,
-        sample=config.sample,
+        sample=fitting(config.sample, (config.compare.splice,)),
     )
     for values in itertools.product(*config.sweep.axes.values()):
         yield _setting(config, dict(zip(keys, values, strict=True)))
@@ -78,7 +78,7 @@ def _setting(config: Config, chosen: Mapping[str, Any]) -> Entry:
         role="setting",
         adapters=(_with(config.compare.splice, changed["splice"], where),),
         encoders=_with(config.encoders, changed["encoders"], where),
-        sample=_with(config.sample, changed["sample"], where),
+        sample=fitting(_with(config.sample, changed["sample"], where), (config.compare.splice,)),
         settings=dict(chosen),
     )
 
@@ -100,7 +100,7 @@ def _told(value: Any) -> str:
         case bool():
             return "on" if value else "off"
         case float():
-            return f"{value:g}"
+            return short if float(short := f"{value:g}") == value else repr(value)
     return str(value)
 
 

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ztrain.adapters.base import Adapter, AdapterConfig, Reads
@@ -86,8 +86,13 @@ def read_statistics(path: str) -> dict[str, Tensor]:
         raise InputError(
             f"statistics_file {path} does not exist; write it with `ztrain stats --config ... --out {path}`"
         )
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise InputError(
+            f"statistics_file {path} is no safetensors file ({error}); write it anew with `ztrain stats`"
+        ) from error
     expected = {f"{kind}_{moment}" for kind in ("prompt", *STATISTICS_KINDS) for moment in ("mean", "std")}
     if set(tensors) != expected:
         raise InputError(

@@ -33,6 +33,11 @@ class Figure:
     low: float = 0.0
     direction: Literal["higher", "lower", "neither"] = "higher"
 
+    @property
+    def of_prompt(self) -> bool:
+        """Whether it needs a prompt to be about."""
+        return self.figure.startswith("prompt_") or self.figure == "leak"
+
 
 _ASKED = "Share of pictures in which the judge sees the {what} that the prompt asks for."
 _SHOWN = "Share of pictures in which the judge sees the {what} that the REFERENCE shows."
@@ -98,12 +103,19 @@ class PaintedTruth:
         self.weights = digest.hexdigest()[:16]
         self._asked: dict[str, Tensor] = {}
         self._shown: dict[str, Tensor] = {}
+        self._size = torch.Size()
         self._true: Seen | None = None
 
     def learn(self, rows: Sequence[tuple[str, Mapping[str, object]]], targets: Sequence[Tensor]) -> None:
         """rows: place and columns of each; targets: (3, S, S) uint8. Raises InputError for rows of another kind."""
         self._asked, self._shown = (self._classes(rows, column) for column in ("content", "reference_content"))
+        self._size = targets[0].shape
         self._true = self.judges.look(self._stacked(targets))
+
+    def check(self, rows: Sequence[tuple[str, Mapping[str, object]]]) -> None:
+        """Raises InputError for rows of another kind."""
+        for column in ("content", "reference_content"):
+            self._classes(rows, column)
 
     def _classes(self, rows: Sequence[tuple[str, Mapping[str, object]]], column: str) -> dict[str, Tensor]:
         if lost := next((where for where, columns in rows if column not in columns), None):
@@ -113,7 +125,7 @@ class PaintedTruth:
 
     def _stacked(self, pictures: Sequence[Tensor]) -> Tensor:
         """(T, 3, S, S) uint8."""
-        if len({picture.shape for picture in pictures}) > 1:
+        if {picture.shape for picture in pictures} != {self._size}:
             raise InputError("judges.truth: pictures and targets differ in size; set data.resolution to the targets'")
         return torch.stack(list(pictures)).to(self.device)
 
@@ -125,9 +137,11 @@ class PaintedTruth:
         scores = score_pictures(images, seen, self._true, self._asked, self._shown, PAINTED.contents)
         return {name: values.cpu() for name, values in scores.items()}
 
-    def content_by_chance(self, pictures: Sequence[Tensor]) -> float:
-        """How often a picture shows what another row's prompt asks for, over kind, count and place."""
+    def content_by_chance(self, pictures: Sequence[Tensor], prompts: Sequence[str]) -> float | None:
+        """How often a picture shows what another prompt asks for, over kind, count and place; None with one prompt."""
         logits = self.judges.look(self._stacked(pictures)).logits
-        other = ~torch.eye(len(pictures), dtype=torch.bool, device=self.device)
+        other = torch.tensor([[one != two for two in prompts] for one in prompts], device=self.device)
+        if not bool(other.any()):
+            return None
         agree = [(logits[n].argmax(1)[:, None] == self._asked[n][None])[other].float().mean() for n in PAINTED.contents]
         return float(torch.stack(agree).mean())

@@ -110,15 +110,15 @@ function finish() {
   const votes = wins + losses + ties;
   const [one, other] = [columns[state.one].label, columns[state.other].label];
   const row = (name, value) => make("tr", "", make("td", "soft", make("bdi", "", name)), make("td", "", value));
-  find("tally").replaceChildren(row(one + " preferred", wins), row(other + " preferred", losses), row("no difference", ties), row("not asked", state.pairs.length - votes));
+  find("tally").replaceChildren(row("votes for " + one, wins), row("votes for " + other, losses), row("no difference", ties), row("not asked", state.pairs.length - votes));
   if (votes === 0) {
     find("verdict").textContent = "No vote yet: " + one + " against " + other;
     find("rate").textContent = "";
     for (const id of ["meter-span", "meter-mean"]) find(id).hidden = true;
   } else {
     const { rate, low, high } = wilson(wins, ties, votes);
-    const decided = low > 0.5 ? one + " is preferred to " + other : high < 0.5 ? other + " is preferred to " + one : "Undecided between " + one + " and " + other;
-    find("verdict").textContent = decided;
+    const decided = low > 0.5 ? one + " than for " + other : high < 0.5 ? other + " than for " + one : "";
+    find("verdict").textContent = decided ? "Of these votes more are for " + decided : "Of these votes not clearly more are for either: " + one + ", " + other;
     find("rate").replaceChildren(percent(rate), " ", make("small", "", "[" + percent(low) + ", " + percent(high) + "] of " + votes + " votes for "), make("small", "", make("bdi", "", one)));
     for (const id of ["meter-span", "meter-mean"]) find(id).hidden = false;
     find("meter-span").style.left = 100 * low + "%";

@@ -15,6 +15,7 @@ from ztrain.comparison import FILE_NAME, Comparison, Interval, Metric, read_comp
 from ztrain.errors import InputError
 from ztrain.images import PictureFile
 from ztrain.pages import Thumbnails, check_out, render, write_page
+from ztrain.report.caveats import caveats_of
 from ztrain.report.charts import Chart, Point, bar_chart, front_of, scatter
 from ztrain.report.curves import axis_charts, run_charts, step_charts
 from ztrain.report.runs import Run, as_comparison, is_run, read_run
@@ -178,7 +179,7 @@ def _metric(metric: Metric, rows: Sequence[int]) -> dict[str, Any]:
 def _facts(read: _Place, rows: Sequence[int]) -> dict[str, Any]:
     found = read.found
     heads, lines = table_of(found)
-    shown, more, tally = split_answers(found, answers_of(found))
+    shown, more, tally = split_answers(found, answers := answers_of(found))
     judges = {model_name(metric.model) for metric in found.metrics if metric.model is not None}
     return {
         "maker": MAKER,
@@ -188,6 +189,7 @@ def _facts(read: _Place, rows: Sequence[int]) -> dict[str, Any]:
         "answers": shown,
         "more_answers": more,
         "tally": tally,
+        "caveats": caveats_of(found, {answer.column for answer in answers}),
         "heads": heads,
         "lines": lines,
         "judges": sorted(judges),

@@ -12,18 +12,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from ztrain.comparison import BEST_NAME, Choice, Column, Comparison, Row
 from ztrain.errors import InputError
 from ztrain.privacy import public_config, public_text
 from ztrain.rows import parse_object
 from ztrain.version import VERSION
-from ztrain.yamls import dump_yaml, load_yaml
+from ztrain.yamls import describe_errors, dump_yaml, load_yaml
 
 METRICS = "metrics.jsonl"
 _BASE = {"no_image": ("no image", "none"), "splice": ("splice", "splice")}
 _STEP = re.compile(r"step-(\d+)")
 
 Scalar = bool | int | float | str | None
+
+
+class _Part(pydantic.BaseModel):
+    """What a report reads of a run's config.yaml, whatever version wrote it; the rest is only shown."""
+
+    model_config = pydantic.ConfigDict(extra="allow", strict=True, frozen=True)
+
+
+class _Base(_Part):
+    pretrained_model_name_or_path: str = ""
+
+
+class _Models(_Part):
+    base: _Base = _Base()
+
+
+class _Settings(_Part):
+    seed: int = 0
+    data: dict[str, Any] = pydantic.Field(default_factory=dict)
+    models: _Models = _Models()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +85,7 @@ def is_run(folder: Path) -> bool:
 
 def read_run(folder: Path) -> Run:
     """Raises InputError naming the file at fault."""
-    config = public_config(load_yaml(folder / "config.yaml"))
+    config = _read_config(folder / "config.yaml")
     rows, cut = _read_rows(folder / METRICS)
     warnings = [f"{METRICS}: the last line is not finished and left out."] if cut else []
     environment = _read_object(folder / "env.json")
@@ -92,6 +114,16 @@ def read_run(folder: Path) -> Run:
         prompts=prompts,
         warnings=warnings,
     )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The run's settings without secrets and paths of this machine."""
+    config = load_yaml(path)
+    try:
+        _Settings.model_validate(config)
+    except pydantic.ValidationError as error:
+        raise InputError(describe_errors(error, source=str(path), model=_Settings)) from error
+    return public_config(config)
 
 
 def _read_rows(path: Path) -> tuple[list[dict[str, float]], bool]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ztrain.comparison import Column, Comparison, Difference, Interval, Metric, Model
+from ztrain.report.caveats import splices_of, started, starts_at_reference
 
 ARROWS = {"higher": "↑", "lower": "↓", "neither": "·"}
 MARKS = {"better": "▲", "worse": "▼", "undecided": "≈", "none": "·"}
@@ -166,8 +167,10 @@ def _answer(found: Comparison, place: int) -> Answer:
             first = f"may be better or worse than {against} at {said}: undecided, the interval holds 0"
         case _:
             first = f"cannot be told from {against} at {style.title}: there is no interval"
-    sentence = f"{first}; {_price(adherence, price, gain)}.{_others(found, place)}"
-    return Answer(place, found.columns[place].label, _verdict(gain, price), sentence)
+    column = found.columns[place]
+    begun = started(" Its pictures", column) if starts_at_reference(column) else ""
+    sentence = f"{first}; {_price(adherence, price, gain)}.{_others(found, place)}{_free_style(found, place)}{begun}"
+    return Answer(place, column.label, _verdict(gain, price), sentence)
 
 
 def baseline_name(found: Comparison) -> str:
@@ -214,6 +217,32 @@ def _verdict(gain: Difference | None, price: Difference | None) -> Verdict:
     return "trade" if {style, prompt} == {"better", "worse"} else style
 
 
+def _free_style(found: Comparison, place: int) -> str:
+    """Means beside those of the splice with most style, where that is not the baseline: a rule that keeps the prompt
+    may leave a baseline with little style, against which much is gained cheaply."""
+    assert found.style is not None
+    style = found.metric(found.style)
+    splices = splices_of(found)
+    known = {i: mean.mean for i in splices if (mean := style.means[i]) is not None}
+    own = style.means[place]
+    if len(splices) < 2 or not known or own is None:
+        return ""
+    most = max(known, key=known.__getitem__)
+    if most == found.baseline:
+        return ""
+    digits = digits_of(style)
+    mine, theirs = number(own.mean, digits), number(known[most], digits)
+    told = f" The splice with most style, {found.columns[most].label}, has {style.title} {theirs}, this has {mine}"
+    if found.adherence is None:
+        return f"{told}."
+    adherence = found.metric(found.adherence)
+    obeys, free = adherence.means[place], adherence.means[most]
+    if obeys is None or free is None:
+        return f"{told}."
+    digits = digits_of(adherence)
+    return f"{told}; {adherence.title} {number(free.mean, digits)} and {number(obeys.mean, digits)}."
+
+
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -256,7 +285,9 @@ def tags_of(found: Comparison, place: int) -> list[str]:
     column = found.columns[place]
     marks = [("best", found.best.column), ("best splice", found.best_splice.column), ("baseline", found.baseline)]
     tags = [text for text, at in marks if at == place]
-    return [*tags, *([f"saw {_SEES[column.sees]}"] if column.role == "control" else [])]
+    if column.role == "control":
+        tags.append(f"saw {_SEES[column.sees]}")
+    return [*tags, "starts at the reference"] if starts_at_reference(column) else tags
 
 
 _SEES = {"own": "its own references", "shuffled": "another row's references", "none": "no reference"}
@@ -312,11 +343,13 @@ def _cell(found: Comparison, metric: Metric, place: int, span: tuple[float, floa
     bar = None
     if mean.low is not None and mean.high is not None:
         bar = (_percent(mean.low, span), _percent(mean.mean, span), _percent(mean.high, span))
-    tip = [f"{found.columns[place].label}, {metric.title}: {interval(mean, digits)}, over {mean.count} rows"]
+    # A score of a whole column counts no rows.
+    over = "" if metric.values is None else f", over {_rows(mean.count)}"
+    tip = [f"{found.columns[place].label}, {metric.title}: {interval(mean, digits)}{over}"]
     if difference is not None:
         assert found.baseline is not None
         compared = found.columns[found.baseline].label
-        tip.append(f"Minus {compared}: {interval(difference, digits, signed=True)}, {difference.count} rows")
+        tip.append(f"Minus {compared}: {interval(difference, digits, signed=True)}, over {_rows(difference.count)}")
         tip.append({"none": "No verdict: no direction or no interval"}.get(difference.verdict, difference.verdict))
     return Cell(
         mean=number(mean.mean, digits),
@@ -326,6 +359,10 @@ def _cell(found: Comparison, metric: Metric, place: int, span: tuple[float, floa
         bar=bar,
         tip="\n".join(tip),
     )
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' * (count != 1)}"
 
 
 def column_note(column: Column) -> str:

@@ -387,7 +387,7 @@ def test_names_are_portable_and_never_meet(names: list[str], several: bool) -> N
     odd = ["a.png", "A.png", "a.png/b.png", "../x.png", "/etc/x.png", "x" * 300 + ".png", "山" * 90 + ".png", "l\n.png",
            "r\u2028.png", "c:\\x.png", "caf\u00e9.png", "cafe\u0301.png"]  # fmt: skip
     references = []
-    for number, name in enumerate([*odd, *(f"x{name}.png" for name in names)]):
+    for number, name in enumerate([*odd, *(f"x{name}x.png" for name in names)]):
         one = replace(scanned(number), name=name)
         references += [Reference(one), Reference(one, Cut(0, 0, 9, 9, mirrored=True))]
     given_names = _Names(Reader({}), several=several)

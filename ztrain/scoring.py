@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
+from tqdm.auto import tqdm
 
 from ztrain.cache import digest_json
 from ztrain.comparison import BEST_NAME, Choice, read_best, write_best
@@ -89,7 +90,10 @@ class Scoring:
         """Writes the best step so far, the first not counted: nothing is trained there. What an earlier life of the run
         found beyond this step, or of other rows or by other judges, does not count."""
         path, by = Path(self.config.output_dir) / BEST_NAME, self._by
-        steps = {number: values for number, values in read_best(path, by).items() if int(number) < step}
+        known = read_best(path, by)
+        if path.is_file() and not known and step > self.config.validation.score_steps:
+            tqdm.write(f"{path} is of other rows or judges, or damaged: the best step is marked from step {step} on")
+        steps = {number: values for number, values in known.items() if int(number) < step}
         if isinstance(standing, Choice) or step == 0:
             nothing = Choice(column=None, rule=standing.rule, found="Nothing is trained yet.")
             write_best(path.parent, standing if isinstance(standing, Choice) else nothing, None, steps, by)

@@ -34,62 +34,100 @@ BUDGET_GIB = 24.0
 ASPECTS = ((1, 1), (3, 4), (4, 3), (2, 3), (3, 2))
 
 
+TEXT_SIZES = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+              "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}  # fmt: skip
+SIGLIP_SIZES = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+                "num_patches": 256, "patch_size": 16}  # fmt: skip
+
+
 def build_real_family(tiny: Path, folder: Path) -> None:
     """The tiny family's folders with models of the released sizes in them; configs as in zimage_facts.md section 1."""
-    from diffusers import AutoencoderKL, ZImageTransformer2DModel
-    from safetensors.torch import save_file
-    from transformers import Qwen3Config, Qwen3Model, Siglip2VisionConfig, Siglip2VisionModel
-    from transformers.models.qwen3_vl import Qwen3VLConfig
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+    from diffusers import AutoencoderKL
+
+    shutil.copytree(tiny, folder)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        build_transformer(folder)
+        place = folder / "Z-Image" / "vae"
+        vae = json.loads((place / "config.json").read_text())
+        vae |= {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32}
+        _save(AutoencoderKL.from_config(vae), place)
+        build_text_and_siglip(folder, TEXT_SIZES, SIGLIP_SIZES)
+        _build_vision_language(folder / "Qwen3-VL-4B-Instruct")
+    torch.set_default_dtype(torch.float32)
+
+
+def build_shallow_family(tiny: Path, folder: Path) -> None:
+    """The tiny family's folders with the transformer at its released size, and in front of it encoders of two layers
+    that give captions and SigLIP features of the released widths, by a tiny VAE: for runs of [lora] and [siglip], whose
+    steps cannot tell. Needs a GPU; 12.3 GB."""
+    shutil.copytree(tiny, folder)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        words = json.loads((folder / "Z-Image" / "text_encoder" / "config.json").read_text())["vocab_size"]
+        shallow = {"num_hidden_layers": 2}
+        build_text_and_siglip(folder, TEXT_SIZES | shallow | {"vocab_size": words}, SIGLIP_SIZES | shallow)
+        build_transformer(folder)
+    torch.set_default_dtype(torch.float32)
+
+
+def build_transformer(folder: Path) -> None:
+    """Of the released size."""
+    from diffusers import ZImageTransformer2DModel
 
     from ztrain.dit import REAL_CONFIG
 
-    def save(model: torch.nn.Module, place: Path) -> None:
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                torch.nn.init.normal_(parameter, std=0.02)
-        shutil.rmtree(place, ignore_errors=True)
-        model.save_pretrained(place)
-        print(
-            "built", place.relative_to(folder), f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} B", flush=True
-        )
+    _save(ZImageTransformer2DModel(**REAL_CONFIG), folder / "Z-Image" / "transformer")
 
-    shutil.copytree(tiny, folder)
-    base, vl, siglip = (folder / name for name in ("Z-Image", "Qwen3-VL-4B-Instruct", "siglip2-so400m-patch16-naflex"))
-    text = json.loads((base / "text_encoder" / "config.json").read_text())
-    sizes = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
-             "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}  # fmt: skip
-    wide = {k: v for k, v in (text | sizes).items() if k not in ("layer_types", "architectures", "dtype")}
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        save(ZImageTransformer2DModel(**REAL_CONFIG), base / "transformer")
-        vae = json.loads((base / "vae" / "config.json").read_text())
-        vae |= {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32}
-        save(AutoencoderKL.from_config(vae), base / "vae")
-        save(Qwen3Model(Qwen3Config(**wide)), base / "text_encoder")
-        whole = json.loads((vl / "config.json").read_text())
-        whole["text_config"] |= sizes | {"rope_parameters": {"rope_theta": 5e6, "rope_type": "default",
-                                         "mrope_section": [24, 20, 20], "mrope_interleaved": True}}  # fmt: skip
-        whole["text_config"].pop("layer_types", None)
-        whole["vision_config"] |= {"hidden_size": 1024, "intermediate_size": 4096, "depth": 24, "num_heads": 16,
-                                   "out_hidden_size": 2560, "deepstack_visual_indexes": [5, 11, 17],
-                                   "num_position_embeddings": 2304}  # fmt: skip
-        config = Qwen3VLConfig(**whole)
-        visual = Qwen3VLVisionModel(config.vision_config)
-        for parameter in visual.parameters():
-            if parameter.ndim >= 2:
-                torch.nn.init.normal_(parameter, std=0.02)
-        tensors = {f"model.visual.{k}": v.cpu().contiguous() for k, v in visual.state_dict().items()}
-        tensors["model.language_model.embed_tokens.weight"] = torch.zeros((151936, 2560), device="cpu")
-        save_file(tensors, vl / "model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(vl)
-        wide_siglip = Siglip2VisionConfig(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
-                                          num_attention_heads=16, num_patches=256, patch_size=16)  # fmt: skip
-        kept = {name: (siglip / name).read_bytes() for name in ("preprocessor_config.json",)}
-        save(Siglip2VisionModel(wide_siglip), siglip)
-        for name, content in kept.items():
-            (siglip / name).write_bytes(content)
-    torch.set_default_dtype(torch.float32)
+
+def build_text_and_siglip(folder: Path, text_sizes: dict[str, int], siglip_sizes: dict[str, int]) -> None:
+    """The text encoder and SigLIP2's vision tower of these sizes, in the place of tiny ones."""
+    from transformers import Qwen3Config, Qwen3Model, Siglip2VisionConfig, Siglip2VisionModel
+
+    place = folder / "Z-Image" / "text_encoder"
+    text = json.loads((place / "config.json").read_text()) | text_sizes
+    wide = {k: v for k, v in text.items() if k not in ("layer_types", "architectures", "dtype")}
+    _save(Qwen3Model(Qwen3Config(**wide)), place)
+    place = folder / "siglip2-so400m-patch16-naflex"
+    preprocessor = (place / "preprocessor_config.json").read_bytes()
+    _save(Siglip2VisionModel(Siglip2VisionConfig(**siglip_sizes)), place)
+    (place / "preprocessor_config.json").write_bytes(preprocessor)
+
+
+def _build_vision_language(place: Path) -> None:
+    """The parts of it that are read: the visual one, and embeddings."""
+    from safetensors.torch import save_file
+    from transformers.models.qwen3_vl import Qwen3VLConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+    whole = json.loads((place / "config.json").read_text())
+    whole["text_config"] |= TEXT_SIZES | {"rope_parameters": {"rope_theta": 5e6, "rope_type": "default",
+                                          "mrope_section": [24, 20, 20], "mrope_interleaved": True}}  # fmt: skip
+    whole["text_config"].pop("layer_types", None)
+    whole["vision_config"] |= {"hidden_size": 1024, "intermediate_size": 4096, "depth": 24, "num_heads": 16,
+                               "out_hidden_size": 2560, "deepstack_visual_indexes": [5, 11, 17],
+                               "num_position_embeddings": 2304}  # fmt: skip
+    config = Qwen3VLConfig(**whole)
+    visual = Qwen3VLVisionModel(config.vision_config)
+    _randomise(visual)
+    tensors = {f"model.visual.{k}": v.cpu().contiguous() for k, v in visual.state_dict().items()}
+    tensors["model.language_model.embed_tokens.weight"] = torch.zeros((151936, 2560), device="cpu")
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(place)
+
+
+def _save(model: Any, place: Path) -> None:
+    _randomise(model)
+    shutil.rmtree(place, ignore_errors=True)
+    model.save_pretrained(place)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"built {place.parent.name}/{place.name} {count / 1e9:.2f} B", flush=True)
+
+
+def _randomise(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=0.02)
 
 
 def vary(drawings: Path) -> None:
@@ -147,15 +185,22 @@ def prepare(work: Path, is_real: bool) -> Path:
     return family if is_real else tiny
 
 
-def words_of(name: str, family: Path, work: Path, steps: int, is_smoke: bool) -> list[str]:
-    """The arguments that training a list and filling its cache have in common."""
+def places_of(name: str, family: Path, data: Path, cache: Path, is_smoke: bool) -> list[str]:
+    """The arguments that say what is trained on what: a list of configs/*_24gb.yaml, models, triplets and cache."""
     tiny = ["configs/tiny.yaml"] if is_smoke else []
     folders = ("Z-Image", "Qwen3-VL-4B-Instruct", "siglip2-so400m-patch16-naflex")
     places = {role: str(family / f) for role, f in zip(("base", "vision_language", "siglip"), folders, strict=True)}
     return [
         "--config", f"configs/{name}_24gb.yaml", *tiny,
         *(w for role, place in places.items() for w in (f"--models.{role}.pretrained_model_name_or_path", place)),
-        "--data.train_data_dir", str(work / "triplets"), "--cache.dir", str(work / "cache"),
+        "--data.train_data_dir", str(data), "--cache.dir", str(cache),
+    ]  # fmt: skip
+
+
+def words_of(name: str, family: Path, work: Path, steps: int, is_smoke: bool) -> list[str]:
+    """The arguments that training a list and filling its cache have in common."""
+    return [
+        *places_of(name, family, work / "triplets", work / "cache", is_smoke),
         "--train.gradient_accumulation_steps", "1", "--train.lr_warmup_steps", "0", "--train.logging_steps", "1",
         "--train.ema_decay", "0.999", "--validation.num_samples", "4", "--validation.num_previews", "2",
         "--validation.validation_steps", str(steps // 2), "--validation.preview_steps", str(steps // 2),

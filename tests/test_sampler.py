@@ -1,114 +1,205 @@
-"""The order of samples: a permutation for each epoch, the same for any history, batching and number of processes."""
+"""The order of samples: a permutation for each epoch, the same for any history, batching and number of processes; and
+with token counts the same promises, and steps of equal samples."""
 
+import itertools
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from ztrain import sampler
 from ztrain.errors import InputError
-from ztrain.sampler import MicroBatches, Mixture, SampleKey, batch_keys, spread
+from ztrain.layout import padded
+from ztrain.mini.world import COUNT_NAMES, KIND_NAMES, PHRASINGS, PLACE_NAMES, name_content
+from ztrain.sampler import WINDOW, Integers, MicroBatches, Mixture, SampleKey, spread
+
+TOKENIZER = Path(__file__).parents[1] / "ztrain/mini/weights/Z-Image/tokenizer"
 
 sizes = st.integers(1, 40)
+shares = st.one_of(st.just(0.0), st.floats(0.01, 0.95))
 
 
-@given(batch=sizes, num_samples=sizes, seed=st.integers(0, 2**40), epochs=st.integers(1, 3))
-@settings(max_examples=100, deadline=None)
-def test_every_epoch_is_a_permutation(batch: int, num_samples: int, seed: int, epochs: int) -> None:
-    steps = -(-epochs * num_samples // batch)
-    keys = [
-        key
-        for step in range(steps)
-        for key in batch_keys(step, global_batch_size=batch, num_samples=num_samples, seed=seed)
-    ]
-    assert len(keys) == steps * batch
-    for epoch in range(epochs):
-        visited = keys[epoch * num_samples : (epoch + 1) * num_samples]
-        assert {key.epoch for key in visited} == {epoch} and {key.seed for key in visited} == {seed}
-        assert Counter(key.index for key in visited) == Counter(range(num_samples))
+def mixture_of(num_samples: int, num_text_only: int, share: float, chance: int, distinct: int) -> Mixture:
+    """With token counts of `distinct` values; 0: without any."""
+    others = num_text_only if share else 0
+    tokens = np.random.default_rng(chance).integers(0, max(1, distinct), num_samples + others) * 32
+    return Mixture(num_samples, others, share, tokens if distinct else None)
+
+
+mixtures = st.builds(
+    mixture_of,
+    num_samples=st.integers(1, 300),
+    num_text_only=sizes,
+    share=shares,
+    chance=st.integers(0, 99),
+    distinct=st.integers(0, 12),
+)
+
+
+def whole_order(mixture: Mixture, steps: int, batch: int, seed: int = 3) -> list[list[SampleKey]]:
+    return [mixture.keys(step, global_batch_size=batch, seed=seed) for step in range(steps)]
+
+
+def plain(mixture: Mixture) -> Mixture:
+    return replace(mixture, tokens=None)
+
+
+@given(mixture=mixtures, batch=sizes, seed=st.integers(0, 2**40))
+@settings(max_examples=150, deadline=None)
+def test_every_epoch_visits_every_sample_once_and_a_mixture_keeps_its_share(
+    mixture: Mixture, batch: int, seed: int
+) -> None:
+    steps = -(-3 * mixture.num_samples // batch)
+    keys = [key for step in whole_order(mixture, steps, batch, seed) for key in step]
+    assert len(keys) == steps * batch and {key.seed for key in keys} == {seed}
+    for first, count in ((0, mixture.num_samples), (mixture.num_samples, mixture.num_text_only)):
+        own = [key for key in keys if first <= key.index < first + count]
+        epochs = Counter(key.epoch for key in own)
+        for epoch in range(max(epochs, default=0)):  # the last one is not over
+            visited = Counter(key.index - first for key in own if key.epoch == epoch)
+            assert visited == Counter(range(count))
+    # Each step has the share that the plain order gives it, whatever is exchanged.
+    for grouped, ungrouped in zip(
+        whole_order(mixture, steps, batch, seed), whole_order(plain(mixture), steps, batch, seed), strict=True
+    ):
+        kinds = [sorted(key.index >= mixture.num_samples for key in step) for step in (grouped, ungrouped)]
+        assert kinds[0] == kinds[1]
+        assert abs(sum(kinds[0]) - mixture.share * batch) <= 1
 
 
 @given(
-    step=st.integers(0, 10**6),
-    num_samples=sizes,
+    mixture=mixtures,
+    step=st.integers(0, 10**5),
     seed=st.integers(0, 9),
-    ranks=st.sampled_from([1, 2, 3, 4, 6]),
+    split=st.sampled_from([(r, a) for r in (1, 2, 4, 8) for a in (1, 2, 4, 8) if 16 % (r * a) == 0]),
 )
-@settings(max_examples=100, deadline=None)
-def test_order_depends_on_neither_history_nor_batching(step: int, num_samples: int, seed: int, ranks: int) -> None:
-    batch = 12
-    whole = batch_keys(step, global_batch_size=batch, num_samples=num_samples, seed=seed)
-    sampler._permutation.cache_clear()  # as in a process that resumes here
-    assert batch_keys(step, global_batch_size=batch, num_samples=num_samples, seed=seed) == whole
-    share = batch // ranks  # the same stream cut into smaller steps, as another number of ranks would
-    parts = [
-        batch_keys(step * ranks + rank, global_batch_size=share, num_samples=num_samples, seed=seed)
+@settings(max_examples=150, deadline=None)
+def test_a_step_depends_on_neither_history_nor_ranks_nor_accumulation(
+    mixture: Mixture, step: int, seed: int, split: tuple[int, int]
+) -> None:
+    ranks, accumulation = split
+    whole = mixture.keys(step, global_batch_size=16, seed=seed)
+    fresh = replace(mixture)  # as in a process that resumes here
+    orders = [
+        MicroBatches(
+            mixture=fresh, seed=seed, device_batch_size=16 // ranks // accumulation, accumulation=accumulation,
+            num_processes=ranks, process_index=rank, first=step * accumulation, last=(step + 1) * accumulation,
+        )
         for rank in range(ranks)
-    ]
-    assert [key for part in parts for key in part] == whole
+    ]  # fmt: skip
+    assert [len(order) for order in orders] == [accumulation] * ranks
+    slices = [[key for keys in micro_step for key in keys] for micro_step in zip(*orders, strict=True)]
+    assert [key for keys in slices for key in keys] == whole
+    assert list(replace(orders[-1], first=orders[-1].last - 1)) == list(orders[-1])[-1:]
+    if mixture.tokens is not None:  # micro-steps of all ranks are as equal as the step allows: sorted, then cut
+        counts = [mixture.tokens[key.index] for key in whole]
+        assert counts == sorted(counts)
 
 
-def test_order_is_the_documented_one() -> None:
-    keys = batch_keys(3, global_batch_size=4, num_samples=5, seed=7)  # positions 12..15: epochs 2, 2, 2, 3
+@given(mixture=mixtures, batch=sizes)
+@settings(max_examples=100, deadline=None)
+def test_equal_samples_stay_where_the_plain_order_has_them(mixture: Mixture, batch: int) -> None:
+    equal = replace(mixture, tokens=np.full(mixture.num_samples + mixture.num_text_only, 4160))
+    assert whole_order(equal, 40, batch) == whole_order(plain(mixture), 40, batch)
+
+
+@given(mixture=mixtures, batch=st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+def test_samples_move_within_their_window_and_borders_of_epochs_stay(mixture: Mixture, batch: int) -> None:
+    steps = 3 * -(-mixture.num_samples // batch)
+    before, after = (
+        {(key.epoch, key.index): step for step, keys in enumerate(whole_order(order, steps, batch)) for key in keys}
+        for order in (plain(mixture), mixture)
+    )
+    borders = {
+        step
+        for step, keys in enumerate(whole_order(plain(mixture), steps, batch))
+        for is_other in (True, False)
+        if len({key.epoch for key in keys if (key.index >= mixture.num_samples) == is_other}) > 1
+    }
+    for visit in before.keys() & after.keys():
+        assert abs(after[visit] - before[visit]) < WINDOW
+    if not mixture.num_text_only:
+        for visit, step in before.items():
+            assert (step not in borders) or after[visit] == step
+
+
+def test_the_order_is_the_documented_one() -> None:
+    keys = Mixture(5).keys(3, global_batch_size=4, seed=7)  # positions 12..15: epochs 2, 2, 2, 3
     third, fourth = (np.random.default_rng([7, epoch]).permutation(5) for epoch in (2, 3))
     assert keys == [SampleKey(7, 2, int(third[place])) for place in (2, 3, 4)] + [SampleKey(7, 3, int(fourth[0]))]
     assert all(type(key.index) is int for key in keys)  # so that keys can go into JSON
     orders = {
-        tuple(key.index for key in batch_keys(epoch, global_batch_size=50, num_samples=50, seed=seed))
+        tuple(key.index for key in Mixture(50).keys(epoch, global_batch_size=50, seed=seed))
         for seed in (0, 1)
         for epoch in (0, 1)
     }
     assert len(orders) == 4
 
 
+def test_the_grouped_order_is_the_documented_one() -> None:
+    """Worked by hand on the plain order of 8: two long and two short samples among the first four steps of two."""
+    order = np.random.default_rng([0, 0]).permutation(8).tolist()
+    a, b, c, d, e, f, g, h = order
+    tokens = np.empty(8, dtype=np.int64)
+    tokens[[a, c, e]], tokens[[b, f, g]], tokens[[d, h]] = 3, 1, 2
+    # Sorted: b f | g d | h a | c e. By their first places: (h a) has a, then (b f), (c e), (g d); each in plain order.
+    steps = [[key.index for key in keys] for keys in whole_order(Mixture(8, tokens=tokens), 4, 2, seed=0)]
+    assert steps == [[h, a], [b, f], [c, e], [g, d]]  # in a step by tokens: h (2) before a (3), g (1) before d (2)
+
+
 @pytest.mark.parametrize("wrong", [{"step": -1}, {"seed": -1}, {"global_batch_size": 0}, {"num_samples": 0}])
 def test_numbers_out_of_range(wrong: dict[str, int]) -> None:
     numbers = {"step": 0, "global_batch_size": 1, "num_samples": 1, "seed": 0, **wrong}
     with pytest.raises(InputError, match=next(iter(wrong))):
-        batch_keys(numbers.pop("step"), **numbers)
+        Mixture(numbers.pop("num_samples")).keys(numbers.pop("step"), **numbers)
 
 
-@given(
-    num_samples=sizes,
-    num_text_only=sizes,
-    share=st.floats(0.01, 0.95),
-    batch=st.integers(1, 7),
-    accumulation=st.integers(1, 3),
-    ranks=st.sampled_from([1, 2, 3]),
-)
-@settings(max_examples=60, deadline=None)
-def test_a_mixture_keeps_its_share_and_every_rank_its_slice(
-    num_samples: int, num_text_only: int, share: float, batch: int, accumulation: int, ranks: int
-) -> None:
-    mixture, steps = Mixture(num_samples, num_text_only, share), 12
-    size = batch * accumulation * ranks
-    whole = [key for step in range(steps) for key in mixture.keys(step, global_batch_size=size, seed=3)]
-    others = [key for key in whole if key.index >= num_samples]
-    assert abs(len(others) - share * len(whole)) <= 1
-    for keys, first, count in (
-        ([k for k in whole if k.index < num_samples], 0, num_samples),
-        (others, num_samples, num_text_only),
-    ):
-        for epoch in range(len(keys) // count):  # each data set in epochs of its own, every sample once in each
-            visited = keys[epoch * count : (epoch + 1) * count]
-            assert Counter(key.index - first for key in visited) == Counter(range(count))
-            assert {key.epoch for key in visited} == {epoch}
-    ordered = []
-    orders = [
-        MicroBatches(
-            mixture=mixture, seed=3, device_batch_size=batch, num_processes=ranks, process_index=rank,
-            first=0, last=steps * accumulation,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    for of_micro_step in zip(*orders, strict=True):
-        ordered += [key for keys in of_micro_step for key in keys]
-    assert ordered == whole
-    resumed = list(replace(orders[0], first=5))
-    assert resumed == list(orders[0])[5:]
+# ---- what it is for
+
+
+def waiting(tokens: Integers, order: Mixture, ranks: int) -> float:
+    """Share of the ranks' time that is lost waiting, at one sample each and time in proportion to tokens: what the
+    longest sample of a step takes over the mean, less 1."""
+    steps = whole_order(order, len(tokens) // ranks, ranks)
+    counts = np.array([[tokens[key.index] for key in keys] for keys in steps])  # (steps, ranks)
+    return float(counts.max(1).sum() / counts.mean(1).sum() - 1)
+
+
+def painted_tokens(count: int) -> Integers:
+    """Of painted triplets at 512 x 512: their own captions, and one to three references of 64 to 256 tokens each."""
+    generator = np.random.default_rng(0)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    contents = itertools.product(range(len(KIND_NAMES)), range(len(COUNT_NAMES)), range(len(PLACE_NAMES)))
+    captions = [name_content(*content, phrasing) for content in contents for phrasing in range(PHRASINGS)]
+    lengths = [len(ids) for ids in tokenizer(captions).input_ids]
+    references = [generator.integers(64, 257, generator.integers(1, 4)).sum() + 2 for _ in range(count)]
+    return np.array([32 * 32 + padded(lengths[i % len(lengths)] + int(extra)) for i, extra in enumerate(references)])
+
+
+def test_eight_ranks_hardly_wait_for_each_other() -> None:
+    tokens = painted_tokens(4000)
+    assert len(set(tokens.tolist())) > 15
+    mixture = Mixture(len(tokens), tokens=tokens)
+    before, after = waiting(tokens, plain(mixture), ranks=8), waiting(tokens, mixture, ranks=8)
+    assert before > 0.15 and after < 0.02 and after < before / 10
+
+
+def test_steps_stay_random() -> None:
+    """Long steps come no sooner than short ones, and every epoch makes other steps."""
+    tokens = painted_tokens(4096)
+    mixture = Mixture(len(tokens), tokens=tokens)
+    steps = whole_order(mixture, 1024, 8)
+    means = np.array([np.mean([tokens[key.index] for key in keys]) for keys in steps])
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.15
+    places = np.arange(len(means)) % WINDOW
+    assert abs(np.corrcoef(places, means)[0, 1]) < 0.15
+    of_epochs = [{frozenset(key.index for key in keys) for keys in half} for half in (steps[:512], steps[512:])]
+    assert len(of_epochs[0] & of_epochs[1]) < 10
 
 
 @given(items=st.lists(st.integers(), min_size=1, max_size=50, unique=True), count=st.integers(1, 60))

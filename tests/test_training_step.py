@@ -88,7 +88,7 @@ def test_schedules_warm_up_and_end_where_they_should(schedule: str, expected: li
     config = TrainConfig(
         lr_scheduler=schedule, lr_warmup_steps=10, max_train_steps=20, learning_rate=2.0, lr_num_cycles=2, lr_power=2.0
     )
-    optimizer, scheduler = make_optimizer(config, [nn.Parameter(torch.ones(2))])
+    optimizer, scheduler = make_optimizer(config, [nn.Parameter(torch.ones(2))], torch.device("cpu"))
     rates = []
     for _ in range(16):
         rates.append(scheduler.get_last_lr()[0] / 2.0)

@@ -45,11 +45,21 @@ class Given(NamedTuple):
     products: torch.dtype
 
 
-class FastForward:
-    """The forward of one block: ours for `Given`, diffusers' for whatever diffusers gives it."""
+class Wanted(NamedTuple):
+    """What a block makes its own `Given` of, where its weights are there only while it runs."""
 
-    def __init__(self, block: Any, compute: Callable[..., Tensor], is_compiled: bool) -> None:
-        self.block, self.compute, self.is_compiled = block, compute, is_compiled
+    modulation: Tensor | None
+    products: torch.dtype
+
+
+class FastForward:
+    """The forward of one block: ours for `Given` or `Wanted`, diffusers' for whatever diffusers gives it.
+
+    is_alone: whether the block's weights are there only while it runs, as where processes share them.
+    """
+
+    def __init__(self, block: Any, compute: Callable[..., Tensor], is_compiled: bool, is_alone: bool) -> None:
+        self.block, self.compute, self.is_compiled, self.is_alone = block, compute, is_compiled, is_alone
 
     def __call__(
         self,
@@ -63,6 +73,9 @@ class FastForward:
         keep: Keep = Keep.EVERYTHING,
     ) -> Tensor:
         """packing: of x, which has one row then; read, keep: of block.py's `compute_keeping`; read None: all tokens."""
+        if isinstance(modulation, Wanted):
+            row = _row([self.block], modulation.products)
+            modulation = _given([self.block], modulation.modulation, row, modulation.products)[id(self.block)]
         if not isinstance(modulation, Given):
             if not freqs.is_complex():
                 freqs = complex_factors(freqs)
@@ -86,11 +99,14 @@ class FastForward:
             return compute(keep.name, weights, x, part, freqs, mask, lengths, samples, factors, products)
 
 
-def use_fast_blocks(dit: Any, backend: str | None = None) -> None:
+def use_fast_blocks(dit: Any, backend: str | None = None, *, alone: bool | None = None) -> None:
     """Installs FastForward in every block of a transformer, also again.
 
-    backend: of torch.compile, one compiled function for all blocks; None runs them eagerly.
+    backend: of torch.compile, one compiled function for all blocks; None runs them eagerly. alone: see FastForward;
+    None: as it was.
     """
+    if alone is None:
+        alone = getattr(dit.layers[0].forward, "is_alone", False)
     compute: Callable[..., Tensor] = compute_keeping
     if backend is not None:
         # It warns of operations in place where a part is computed again; there are none in block.py.
@@ -98,8 +114,9 @@ def use_fast_blocks(dit: Any, backend: str | None = None) -> None:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILATIONS)
         compute = torch.compile(compute_keeping, backend=backend, fullgraph=True)
     for block in _blocks(dit):
-        block.forward = FastForward(block, compute, backend is not None)
-    _lay_side_by_side(dit, backend is not None)
+        block.forward = FastForward(block, compute, backend is not None, alone)
+    if not alone:
+        _lay_side_by_side(dit, backend is not None)
 
 
 def use_stock_blocks(dit: Any) -> None:
@@ -124,8 +141,12 @@ def run(
     row: of `lora_row`, if it has been made.
     """
     fast = _fast(layers)
-    row = _row(fast, _products(layers, x)) if row is None else row
-    made = _given(fast, modulation, row, _products(layers, x))
+    products = _products(layers, x)
+    made: dict[int, Given | Wanted]
+    if fast and fast[0].forward.is_alone:
+        made = {id(block): Wanted(modulation, products) for block in fast}
+    else:
+        made = {**_given(fast, modulation, _row(fast, products) if row is None else row, products)}
     mask, packing = (None, None) if seen is None else seen
     shape = x.shape
     if len(fast) < len(layers):

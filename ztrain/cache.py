@@ -139,7 +139,11 @@ class Cache:
         try:
             return self.store(request.state).read(request.key)
         except KeyError as error:
-            raise InputError(f"{self.folder}: {request.label} is not cached; run `ztrain cache`") from error
+            raise self.absent(request) from error
+
+    def absent(self, request: Request) -> InputError:
+        """What is raised for a state that is not there."""
+        return InputError(f"{self.folder}: {request.label} is not cached; run `ztrain cache`")
 
     def store(self, kind: StateName) -> Store:
         if kind not in self._stores:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
@@ -52,6 +51,7 @@ FREE_ON_RESUME = (
     "memory",
     "train.max_train_steps",  # unless the learning rate depends on it
     "train.logging_steps",
+    "train.hang_timeout_minutes",
     "train.checkpointing_steps",
     "train.checkpoints_total_limit",
     "validation",
@@ -63,6 +63,9 @@ FREE_ON_RESUME = (
     "sweep",
 )
 """Keys, or sections, that a resumed run may change. Everything else decides what is trained."""
+
+_BEFORE = {"train.group_by_tokens": False}
+"""What runs did that began before a key existed, where its default does something else."""
 
 _SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 
@@ -278,6 +281,8 @@ def frozen_differences(before: dict[str, Any], config: Config) -> list[str]:
     default.
     """
     old, new = _leaves(_with_defaults(before, config)), _leaves(config.model_dump(mode="json"))
+    began_with = _leaves(before)
+    old |= {key: was for key, was in _BEFORE.items() if key not in began_with}
     free = list(FREE_ON_RESUME)
     if config.train.lr_scheduler not in _SCHEDULES_WITHOUT_END:
         free.remove("train.max_train_steps")
@@ -315,8 +320,8 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     return inside or {prefix: value}
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[dict[str, Tensor], dict]:
-    """An optimizer's state as `<what>.<parameter>` tensors, and the JSON of the rest; `names`: in its own order.
+def optimizer_tensors(stored: Mapping[str, Any], names: Sequence[str]) -> tuple[dict[str, Tensor], dict]:
+    """An optimizer's state_dict as `<what>.<parameter>` tensors, and the JSON of the rest; `names`: in its own order.
 
     8-bit optimizers nest their state: `<what>` is then a path with slashes. Tensors that several weights share, as
     their quantisation tables, are copied, because a safetensors file cannot say so.
@@ -324,7 +329,6 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) ->
     tensors: dict[str, Any] = {}
     numbers: dict[str, Any] = {}
     seen: set[int] = set()
-    stored = optimizer.state_dict()
     for index, state in stored["state"].items():
         for what, value in _flattened(state):
             key = f"{what}.{names[index]}"
@@ -344,10 +348,8 @@ def _flattened(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield prefix + name, value
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: Mapping[str, Tensor], rest: dict[str, Any]
-) -> None:
-    """The inverse of `optimizer_tensors`, for an optimizer over the same parameters."""
+def optimizer_state(names: Sequence[str], tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `optimizer_tensors`: a state_dict for an optimizer over the same parameters."""
     state: dict[int, dict[str, Any]] = {}
     places = {name: index for index, name in enumerate(names)}
     for key, value in {**tensors, **rest["numbers"]}.items():
@@ -360,4 +362,4 @@ def load_optimizer(
             inside = inside.setdefault(part, {})
         inside[last] = value
     groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in rest["groups"]]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return {"state": state, "param_groups": groups}

@@ -1,7 +1,9 @@
 """`ztrain VERB --config FILE [FILE ...] [--dotted.key value ...]`: the commands people type.
 
 config show   prints the resolved experiment
+plan          what it will need in memory and time: --strategy fsdp2 --cards 2 --card rtx_4080; --json
 cache         computes every state that training reads; --verify checks what is there
+              (accelerate launch ... -m ztrain.cli cache spreads it over GPUs and nodes)
 train         trains the adapter list in this process (accelerate launch -m ztrain.train for several)
 export        writes the adapter of a checkpoint: --checkpoint RUN/checkpoints/step-00000500 --out DIR
 compare       draws and judges no image, splice and exported adapters; --checkpoints RUN: a run's checkpoints
@@ -29,9 +31,27 @@ def _config_show(config: Config, options: argparse.Namespace) -> str:
 
 
 def _cache(config: Config, options: argparse.Namespace) -> str:
+    from ztrain.interrupt import end_with_launcher
     from ztrain.prepare import cache_states
 
+    end_with_launcher()
     return cache_states(config, check=options.verify)
+
+
+def _plan(config: Config, options: argparse.Namespace) -> str:
+    from ztrain.cards import CARDS
+    from ztrain.plan import as_json, plan, render
+
+    if options.card not in CARDS:
+        raise InputError(f"--card {options.card} is not known here; there are {', '.join(CARDS)}")
+    made = plan(
+        config,
+        strategy=options.strategy or ("one_gpu" if options.cards == 1 else "ddp"),
+        cards=options.cards,
+        card=CARDS[options.card],
+        memory_gib=options.memory_gib,
+    )
+    return as_json(made) if options.json else render(made)
 
 
 def _export(config: Config, options: argparse.Namespace) -> str:
@@ -119,6 +139,7 @@ def _report(words: Sequence[str]) -> int:
 
 _VERBS = {
     "config show": _config_show,
+    "plan": _plan,
     "cache": _cache,
     "export": _export,
     "compare": _compare,
@@ -139,6 +160,12 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("--checkpoints", type=Path, default=None)
     if verb == "cache":
         parser.add_argument("--verify", action="store_true")
+    if verb == "plan":
+        parser.add_argument("--strategy", choices=["one_gpu", "ddp", "fsdp2", "zero2", "zero3"], default=None)
+        parser.add_argument("--cards", type=int, default=1)
+        parser.add_argument("--card", default="rtx_4090")
+        parser.add_argument("--memory_gib", type=float, default=None)
+        parser.add_argument("--json", action="store_true")
     if verb == "sample":
         parser.add_argument("--prompt", nargs="+", default=[""])
         parser.add_argument("--reference", nargs="*", type=Path, default=[])
@@ -170,7 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if helped else 2
     options, overrides = _parser(verb).parse_known_args(words[len(verb.split()) :])
     try:
-        print(_VERBS[verb](load_config(options.config, overrides, f"ztrain {verb}"), options))
+        if said := _VERBS[verb](load_config(options.config, overrides, f"ztrain {verb}"), options):
+            print(said)
     except (InputError, OSError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2

@@ -193,7 +193,7 @@ def concatenate(batches: Sequence[Encoded]) -> Encoded:
     return Encoded(null_text=batches[0].null_text, **lists)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: DeepSpeed asks what modules return for its vars()
 class Conditioning:
     """What the DiT reads for a batch.
 

@@ -157,6 +157,9 @@ class TrainConfig(_Section):
     train_batch_size: int = Field(default=1, ge=1)
     """Triplets for each device and micro-step."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
+    group_by_tokens: bool = True
+    """Whether samples are exchanged among 32 optimizer steps so that those of a step have about as many tokens, and no
+    process waits for another. false: the plain random order, as runs had it that began before there was this key."""
     max_train_steps: int = Field(default=2000, ge=1)
     """Optimizer steps."""
     gradient_checkpointing: Annotated[Literal["on", "off", "budget"], _word] = "on"
@@ -199,6 +202,9 @@ class TrainConfig(_Section):
     velocity, so that plain text-to-image does not drift: 0 = off (no second forward), 1 = stay with the base."""
     logging_steps: int = Field(default=10, ge=1)
     """Optimizer steps between two printed lines; every step is written to metrics.jsonl."""
+    hang_timeout_minutes: float = Field(default=10.0, gt=0.0)
+    """Of several processes: minutes after which all end where none has moved, with a sentence that names who is behind
+    (vigil.py). Shorter than one step, it ends a sound run; filling the cache and other long tasks do not count."""
     checkpointing_steps: int = Field(default=500, ge=1)
     """Optimizer steps between two checkpoints; the last step always has one."""
     checkpoints_total_limit: int = Field(default=3, ge=2)

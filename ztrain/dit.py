@@ -168,12 +168,14 @@ def forward(
     caption_scale: Sequence[Tensor | None],
     siglip_scale: Sequence[Sequence[float]],
     execution: Execution,
+    idle_siglip: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """The transformer's raw output, B x (C, H, W) as one tensor for each run of neighbours of one shape (see `stacks`).
 
     noisy: B x (C, H, W), a list or one tensor; captions: B x (L, cap_feat_dim); siglip: B x R x (h, w, S); all three
     in any dtype. t: (B,) float32 in [0, 1], the transformer's own time; caption_scale: B x (L,) or None, siglip_scale:
-    B x R: factors on the attention that these tokens get in the main layers.
+    B x R: factors on the attention that these tokens get in the main layers. idle_siglip: grids that pass the SigLIP
+    modules for nothing where `siglip` has none.
     """
     check_room(dit, captions, siglip, noisy)
     layouts, keeping = execution.layouts, execution.keeping or (nothing if dit.gradient_checkpointing else everything)
@@ -205,6 +207,12 @@ def forward(
     if references is not None and reference_rows is not None:
         freqs = layouts.grids(references, reference_rows.length, device)
         blocks.append(_siglip_block(dit, siglip, reference_rows, freqs, dtype, refined))
+    elif idle_siglip:
+        alone = _reference_grids([idle_siglip], places[:1], sides[:1])
+        rows = layouts.rows([[height * width for _, height, width, *_ in alone[0]]], device)
+        idle = _siglip_block(dit, [idle_siglip], rows, layouts.grids(alone, rows.length, device), dtype, refined)
+        # Nothing is added, but every weight has a gradient, of zeros.
+        blocks[0] = blocks[0]._replace(states=blocks[0].states + 0 * idle.states.sum())
 
     tokens = dit.cap_embedder(torch.cat(list(captions)).to(dtype))
     freqs = layouts.line(caption_rows.length, device)

@@ -6,7 +6,7 @@ adapter.safetensors and / or the LoRA files, and a model card. `load_adapter` is
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,16 +54,24 @@ def encoder_identities(encoders: Encoders) -> Identities:
     return {role: identity(module, role) for role, module in parts.items()}
 
 
-def save_adapter(folder: Path, model: AdaptedDiT, config: Config, known: Identities, *, step: int) -> Path:
+def save_adapter(
+    folder: Path,
+    model: AdaptedDiT,
+    config: Config,
+    known: Identities,
+    *,
+    step: int,
+    state: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Writes every file of the adapter list. Weights are float32, also on a bf16 base: in that dtype a reload is
-    bit-exact."""
+    bit-exact. state: the trained weights, where the model holds parts of them only."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, dict[str, Tensor]] = {}
     metadata: dict[str, dict[str, str]] = {}
     exported = []
     for index, adapter in enumerate(model.adapters):
         exported.append(adapter.exported_config())
-        weights = model.adapter_weights(index)
+        weights = model.adapter_weights(index, state)
         for name, file in (adapter.export(weights) if weights else {}).items():
             tensors.setdefault(name, {}).update(file.tensors)
             metadata.setdefault(name, {}).update(file.metadata)

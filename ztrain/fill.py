@@ -10,7 +10,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -46,14 +46,38 @@ _GROUPS: tuple[tuple[StateName, ...], ...] = (  # kinds whose encoders are in me
 
 @dataclass(slots=True)
 class Filled:
-    """What one process did: states computed by kind, sentences for those that could not be, seconds in all, seconds
-    in which there was something to encode, and of those the encoders' own."""
+    """What a process did, or several: states computed by kind, sentences for those that could not be, seconds in all,
+    seconds in which there was something to encode, and of those the encoders' own, summed over processes."""
 
     computed: dict[str, int] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     seconds: float = 0.0
     encoding_seconds: float = 0.0
     busy_seconds: float = 0.0
+    by_process: list[int] = field(default_factory=list)
+    """States that each computed, where there are several."""
+
+    @classmethod
+    def of_all(cls, parts: Sequence["Filled"]) -> "Filled":
+        """What several processes did at the same time."""
+        kinds = sorted({kind for part in parts for kind in part.computed})
+        return cls(
+            computed={kind: sum(part.computed.get(kind, 0) for part in parts) for kind in kinds},
+            refused=[sentence for part in parts for sentence in part.refused],
+            seconds=max(part.seconds for part in parts),
+            encoding_seconds=sum(part.encoding_seconds for part in parts),
+            busy_seconds=sum(part.busy_seconds for part in parts),
+            by_process=[sum(part.computed.values()) for part in parts],
+        )
+
+    def add(self, later: "Filled") -> None:
+        """What the same process did after this."""
+        for kind, count in later.computed.items():
+            self.computed[kind] = self.computed.get(kind, 0) + count
+        self.refused += later.refused
+        self.seconds += later.seconds
+        self.encoding_seconds += later.encoding_seconds
+        self.busy_seconds += later.busy_seconds
 
     @property
     def busy_share(self) -> float:
@@ -107,11 +131,19 @@ class Encoding:
         return {"states": states.cpu()}
 
 
-def fill(cache: Cache, needs: Needs, device: torch.device | str, *, progress: bool = True) -> Filled:
-    """Computes what is missing of `needs`, in this process.
+def fill(
+    cache: Cache,
+    needs: Needs,
+    device: torch.device | str,
+    *,
+    progress: bool = True,
+    is_over: Callable[[], bool] = lambda: False,
+) -> Filled:
+    """Computes what is missing of `needs`, in this process, and waits for what others are at work on.
 
-    A prompt or picture that cannot be encoded is written down as refused and counted; raises InputError for what makes
-    further work pointless: a model that does not load, a full disk.
+    is_over: asked before each shard; where it is true, for instance as another process has failed, nothing more is
+    begun. A prompt or picture that cannot be encoded is written down as refused and counted; raises InputError for what
+    makes further work pointless: a model that does not load, a full disk.
     """
     filled, started = Filled(), time.perf_counter()
     missing = cache.missing(needs)
@@ -119,7 +151,7 @@ def fill(cache: Cache, needs: Needs, device: torch.device | str, *, progress: bo
         with workspace(cache.folder) as scratch:
             for kinds in _GROUPS:
                 if todo := [request for request in missing if request.state in kinds]:
-                    _Filling(cache, needs, scratch, filled).run(todo, device, progress)
+                    _Filling(cache, needs, scratch, filled, is_over).run(todo, device, progress)
         gc.collect()  # the encoders' modules refer to each other: without this they stay until Python feels like it
     filled.seconds = time.perf_counter() - started
     return filled
@@ -224,12 +256,16 @@ class _Shard:
 class _Filling:
     """One pass over the missing states of one group: claims shards, computes their entries, publishes them."""
 
-    def __init__(self, cache: Cache, needs: Needs, scratch: Path, filled: Filled) -> None:
-        self.cache, self.needs, self.scratch, self.filled = cache, needs, scratch, filled
+    def __init__(self, cache: Cache, needs: Needs, scratch: Path, filled: Filled, is_over: Callable[[], bool]) -> None:
+        self.cache, self.needs, self.scratch, self.filled, self.is_over = cache, needs, scratch, filled, is_over
         self.open: dict[tuple[StateName, str], _Shard] = {}  # by kind and key of each entry
+        self.settled: set[tuple[StateName, str]] = set()  # kind and claim of shards that somebody has done, or this one
 
     def run(self, missing: Sequence[Request], device: torch.device | str, progress: bool) -> None:
-        """Computes `missing`. Shards that another process is at work on are waited for at the end."""
+        """Computes `missing`. Shards that another process is at work on are waited for at the end.
+
+        The progress is that of all processes, as this one sees it when it comes to each shard.
+        """
         kinds = {request.state for request in missing}
         encoding = Encoding(self.cache.config, kinds, device)
         for kind in sorted(kinds):
@@ -244,7 +280,7 @@ class _Filling:
             cleanup.callback(self._give_back)
             for wait in (False, True):
                 written: list[Future[None]] = []
-                for request, images in _decoded(self._claimed(missing, wait), workers):
+                for request, images in _decoded(self._claimed(missing, wait, bar), workers):
                     shard = self.open[request.state, request.key]
                     shard.entries.append(self._entry(encoding, request, images))
                     bar.update()
@@ -268,34 +304,47 @@ class _Filling:
         place.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         os.replace(place, store.folder / "kind.json")
 
-    def _claimed(self, missing: Sequence[Request], wait: bool) -> Iterator[Request]:
+    def _claimed(self, missing: Sequence[Request], wait: bool, bar: tqdm) -> Iterator[Request]:
         """The requests of every shard that this process claims, shard after shard, less what has been done since.
 
         Shards are cut from all that is needed, not from what is missing: so processes that start at different times
         agree on their borders.
         """
-        wanted = {(request.state, request.key) for request in missing}
+        missing_keys = {(request.state, request.key) for request in missing}
         size = self.cache.config.cache.entries_per_shard
         for kind in sorted({request.state for request in missing}):
-            store = self.cache.store(kind)
             of_kind = [request for (needed, _), request in self.needs.requests.items() if needed == kind]
             for start in range(0, len(of_kind), size):
                 piece = of_kind[start : start + size]
-                todo = [r for r in piece if (kind, r.key) in wanted and r.key not in store]
-                claim = ExitStack()
-                if not todo or not claim.enter_context(
-                    store.claim(digest_json([request.key for request in piece]), wait=wait)
-                ):
-                    claim.close()
+                wanted = [request for request in piece if (kind, request.key) in missing_keys]
+                name = digest_json([request.key for request in piece])
+                if self.is_over():
+                    return
+                if not wanted or (kind, name) in self.settled:
                     continue
-                store.reload()
-                todo = [request for request in todo if request.key not in store]
-                # The name says what is in the shard, so that a later one, with what was missing here, is another file.
-                shard = _Shard(kind, digest_json([request.key for request in todo]), claim, len(todo))
-                self.open |= {(kind, request.key): shard for request in todo}
-                if not todo:
-                    claim.close()
-                yield from todo
+                todo = self._claim(kind, name, wanted, wait)
+                if todo is not None:
+                    self.settled.add((kind, name))
+                    bar.update(len(wanted) - len(todo))
+                    yield from todo
+
+    def _claim(self, kind: StateName, name: str, wanted: list[Request], wait: bool) -> list[Request] | None:
+        """What is left for this process to do of a shard; None where another one is at work on it."""
+        store = self.cache.store(kind)
+        if all(request.key in store for request in wanted):
+            return []
+        claim = ExitStack()
+        if not claim.enter_context(store.claim(name, wait=wait)):
+            claim.close()
+            return None
+        store.reload()
+        todo = [request for request in wanted if request.key not in store]
+        # The name says what is in the shard, so that a later one, with what was missing here, is another file.
+        shard = _Shard(kind, digest_json([request.key for request in todo]), claim, len(todo))
+        self.open |= {(kind, request.key): shard for request in todo}
+        if not todo:
+            claim.close()
+        return todo
 
     def _entry(self, encoding: Encoding, request: Request, images: Decoded) -> Entry:
         started = time.perf_counter()

@@ -1,8 +1,9 @@
 """What one run measures of its steps: loss, loss by sigma, gradient norm, seconds; agreed on by all processes.
 
-One collective a step carries every sample's loss and every process's wish to stop, so that all processes see the same
-numbers, stop at the same step where one of them is not finite, and save at the same step where one was told to. What it
-says is read when the next step's first gradients have been asked for: until then the device would only wait.
+One collective a step, between its gradients and the optimizer, carries every sample's loss and every process's wish to
+stop: so all processes see the same numbers, take no step where one of them is not finite, and save at the same step
+where one was told to. What it says is read when the next step's first gradients have been asked for: until then the
+device would only wait.
 """
 
 import math
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ztrain.interrupt import Interruption
 from ztrain.sampler import SampleKey
 from ztrain.version import VERSION
 
@@ -40,11 +42,15 @@ class Asked(NamedTuple):
 class Meter:
     """Collects a step's micro-steps; also the progress line."""
 
-    def __init__(self, step: int, last: int, logging_steps: int, accelerator: Accelerator) -> None:
+    def __init__(
+        self, step: int, last: int, logging_steps: int, accelerator: Accelerator, interruption: Interruption
+    ) -> None:
         self.accelerator, self.step, self.logging_steps = accelerator, step, logging_steps
+        self.interruption = interruption
         self.seen: list[tuple[int, float]] = []  # (sample index, sigma) of this process's samples of the step
         self.of_samples: list[Tensor] = []  # their losses, (B,), on the device
         self.asked: Asked | None = None
+        self.figures: Tensor | None = None  # of the step that is being taken, as in Asked, on the device
         self.waited = 0.0
         self.started = self._mark()
         main = accelerator.is_main_process
@@ -61,7 +67,7 @@ class Meter:
         items = iter(loader)
         while True:
             # A step begins here, and none is under way: validation and saving, which came before, are no part of it.
-            if not self.seen and self.asked is None:
+            if not self.seen and self.asked is None and self.figures is None:
                 self.started, self.waited = self._mark(), 0.0
             started = time.perf_counter()
             try:
@@ -80,27 +86,40 @@ class Meter:
         """Drops what the step's micro-steps have added so far."""
         self.seen, self.of_samples = [], []
 
-    def ask(self, grad_norm: Tensor | float, received: int, learning_rate: float) -> None:
-        """At a step's end: all processes' losses, gradient norms and signals, which `read` gives. Does not wait."""
+    def judge(self, grad_norm: Tensor | float) -> Tensor:
+        """Before the optimizer: gathers all processes' losses, gradient norms and signals. Does not wait; returns
+        whether any loss or norm is not finite, a truth value on the device, the same on all: no process may take the step."""
         losses = torch.cat(self.of_samples).double()  # (n,)
         known = torch.tensor(list(zip(*self.seen, strict=True)), dtype=torch.float64)  # (2, n)
         norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=losses.device)
-        head = torch.stack([torch.full_like(norm, float(received)), norm])
+        head = torch.stack([torch.full_like(norm, float(self.interruption.received)), norm])
         mine = torch.cat([head, known.to(losses.device, non_blocking=True).flatten(), losses])
-        figures = self.accelerator.gather(mine.unsqueeze(0))  # (P, 2 + 3 n)
+        self.figures = self.accelerator.gather(mine.unsqueeze(0))  # (P, 2 + 3 n)
+        self.forget()
+        return self.figures.isfinite().logical_not().any()
+
+    def ask(self, learning_rate: float, grad_norm: Tensor | float | None = None) -> None:
+        """After the optimizer: what was gathered is on its way to the CPU, for `read`. Does not wait.
+
+        grad_norm: where it was not known before."""
+        figures = self.figures
+        if figures is None:
+            raise RuntimeError("no step was judged")
+        self.figures = None
+        if grad_norm is not None:
+            figures[:, 1] = grad_norm
         if figures.is_cuda:
             figures = torch.empty_like(figures, device="cpu", pin_memory=True).copy_(figures, non_blocking=True)
         self.asked = Asked(figures, self._mark(), learning_rate, self.waited)
         self.waited = 0.0
-        self.forget()
 
     def read(self) -> tuple[dict[str, float], int]:
         """Of the step that was asked about: its metrics, by the names that W&B shows and the same on every process but
         for the seconds; and the signal that any process had received, 0 for none. Waits for the device. Of the seconds
         that the process waited for data its device may have been busy.
 
-        Raises RuntimeError on every process where a loss or the gradient norm of any is not finite: the weights have
-        taken that step, and nothing may be saved of them.
+        Raises RuntimeError on every process where a loss or the gradient norm of any is not finite. The weights have
+        not taken that step (under ZeRO they have where the losses were finite), and nothing is saved of it.
         """
         if self.asked is None:
             raise RuntimeError("no step was asked about")

@@ -5,8 +5,8 @@ The only caller of the transformer, and the only place that knows its convention
 """
 
 import functools
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ztrain import dit as transformer
 from ztrain.adapters import Adapter
 from ztrain.blocks import use_fast_blocks
-from ztrain.conditioning import Conditioning, Encoded, StockOmni, text_conditioning
+from ztrain.conditioning import Conditioning, Encoded, StockOmni, concatenate, text_conditioning
 from ztrain.errors import InputError
 from ztrain.layout import Layouts
 
@@ -24,6 +24,8 @@ class AdaptedDiT(nn.Module):
     """velocity = model(noisy, sigma, encoded). Only the adapters' parameters require gradients.
 
     `weights_of[i]`: names, in `named_parameters`, of the weights that adapter i brought or woke.
+    `stand_in`: of one sample with references, or None. Where processes share the weights and must all run the same
+    modules, a batch without any reference takes this one through what reads references, for nothing.
     """
 
     def __init__(self, dit: Any, adapters: Sequence[Adapter[Any]]) -> None:
@@ -33,6 +35,7 @@ class AdaptedDiT(nn.Module):
         self.base_dtype = dit.layers[0].attention_norm1.weight.dtype
         self.adapters = nn.ModuleList(adapters)
         self.execution = transformer.Execution(Layouts(dit))
+        self.stand_in: Encoded | None = None
         self.weights_of: list[list[str]] = []
         for index, adapter in enumerate(adapters):
             before = {name for name, p in dit.named_parameters() if p.requires_grad}
@@ -50,7 +53,7 @@ class AdaptedDiT(nn.Module):
         Adapter weights are float32 on a bf16 base: their products run in the base's dtype by autocast.
         """
         with self.precision(noisy[0].device):
-            conditioning = self.conditioning(encoded)
+            conditioning, idle = self._conditioning_of_all(encoded)
             t = 1 - sigma.float().to(
                 noisy[0].device, non_blocking=True
             )  # stays float32: bf16 would round 0.9013 to 0.904
@@ -64,10 +67,11 @@ class AdaptedDiT(nn.Module):
                     conditioning.caption_scale,
                     conditioning.siglip_scale,
                     self.execution,
+                    idle,
                 )
             else:
                 output = transformer.stacks(self._stock_omni(list(noisy), t, conditioning, conditioning.omni))
-            if torch.is_grad_enabled() and not any(encoded.with_reference):
+            if torch.is_grad_enabled() and self.stand_in is None and not any(encoded.with_reference):
                 output = [self._tied(output[0]), *output[1:]]
         if isinstance(noisy, Tensor):
             return -output[0]
@@ -80,6 +84,16 @@ class AdaptedDiT(nn.Module):
             if adapter.scale != 0:
                 conditioning = adapter(conditioning, encoded)
         return conditioning
+
+    def _conditioning_of_all(self, encoded: Encoded) -> tuple[Conditioning, list[Tensor]]:
+        """That of a batch, and the SigLIP grids of the stand-in, if it is needed: it goes with the batch, so that each
+        adapter runs once, and leaves nothing behind but gradients of zero."""
+        if self.stand_in is None or any(encoded.with_reference):
+            return self.conditioning(encoded), []
+        both = self.conditioning(concatenate([encoded, self.stand_in]))
+        own = {name: getattr(both, name)[:-1] for name in ("caption", "caption_scale", "siglip", "siglip_scale")}
+        own["caption"] = [own["caption"][0] + 0 * both.caption[-1].sum(), *own["caption"][1:]]
+        return Conditioning(**own), both.siglip[-1]
 
     @functools.cached_property
     def _idle(self) -> list[nn.Parameter]:
@@ -109,6 +123,21 @@ class AdaptedDiT(nn.Module):
         try:
             return self(noisy, sigma, encoded)
         finally:
+            self.set_scales(scales)
+
+    @contextmanager
+    def showing(self, adapters: Sequence[Adapter[Any]]) -> Iterator[None]:
+        """The base with other adapters, which have no weights, in the place of its own; as if those were not there."""
+        own, scales = self.adapters, [adapter.scale for adapter in self.adapters]
+        self.set_scales([0.0] * len(scales))
+        self.adapters = nn.ModuleList(adapters)
+        for adapter in adapters:
+            adapter.attach(self.dit)
+            adapter.to(self.dit.x_pad_token.device)
+        try:
+            yield
+        finally:
+            self.adapters = own
             self.set_scales(scales)
 
     def precision(self, device: torch.device) -> AbstractContextManager:
@@ -164,10 +193,11 @@ class AdaptedDiT(nn.Module):
         """The inverse of `trainable_state`, after comparing keys and shapes."""
         _copy_into(self.trainable_state(), state, source)
 
-    def adapter_weights(self, index: int) -> dict[str, Tensor]:
-        """Weights of one adapter by their names in the transformer or in the adapter itself."""
-        parameters = dict(self.named_parameters())
-        return {_short(name, index): parameters[name].detach() for name in self.weights_of[index]}
+    def adapter_weights(self, index: int, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Weights of one adapter by their names in the transformer or in the adapter itself; of `state`, a
+        `trainable_state`, where one is given."""
+        own = self.trainable_state() if state is None else state
+        return {_short(name, index): own[name] for name in self.weights_of[index]}
 
     @torch.no_grad()
     def load_adapter_weights(self, index: int, weights: dict[str, Tensor], source: str) -> None:

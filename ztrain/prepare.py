@@ -4,39 +4,50 @@ In a run of several processes each does its part of the filling; the main one re
 find the digests of all pictures in the memo.
 """
 
-from collections.abc import Sequence
+import contextlib
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from tqdm.auto import tqdm
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list, gather_object
 
 from ztrain.cache import Cache, Needs, StateName
 from ztrain.config import Config
+from ztrain.errors import InputError
 from ztrain.fill import Filled, fill, verify
 from ztrain.samples import Samples, all_needs, drop_refused, needs_of, read_samples
-from ztrain.together import together
+from ztrain.together import MENDABLE, together
+
+_PATIENCE = timedelta(hours=12)  # the others wait while the main process reads every picture of a data set
 
 
 def prepare(
     config: Config, device: torch.device | str, accelerator: Accelerator
 ) -> tuple[Cache, Samples, Sequence[StateName]]:
     """A cache that holds all that training reads, the usable samples, and the kinds of states that adapters read."""
-    found: tuple[Cache, Samples] | None = None
-    for main_turn in (True, False):  # the others find in the memo what the main process has read
-        with together(accelerator):
-            if accelerator.is_main_process == main_turn:
-                found = _read(config)
-    assert found is not None
-    cache, samples = found
-    for filled in _fill_and_drop(config, cache, samples, device, accelerator):
-        if filled.computed:
-            accelerator.print(describe(filled))
+    cache, samples = _read_together(config, accelerator)
+    filled = _fill_and_drop(config, cache, samples, device, accelerator)
+    if filled.computed:
+        accelerator.print(describe(filled))
     for split in samples.splits:
         if split.rejected:
             accelerator.print(f"{split.name}: left out {len(split.rejected)}, first: {split.rejected[0]}")
     own = Needs()
     needs_of(samples.trained[:1], config.reads, own)
     return cache, samples, [kind for kind, _ in own.requests]
+
+
+def _read_together(config: Config, accelerator: Accelerator) -> tuple[Cache, Samples]:
+    found: tuple[Cache, Samples] | None = None
+    for main_turn in (True, False):  # the others find in the memo what the main process has read
+        with together(accelerator):
+            if accelerator.is_main_process == main_turn:
+                found = _read(config)
+    assert found is not None
+    return found
 
 
 def _read(config: Config) -> tuple[Cache, Samples]:
@@ -52,39 +63,99 @@ def _read(config: Config) -> tuple[Cache, Samples]:
 
 def _fill_and_drop(
     config: Config, cache: Cache, samples: Samples, device: torch.device | str, accelerator: Accelerator
-) -> list[Filled]:
-    """Fills until nothing that is needed is missing: other held-out samples may take the place of refused ones."""
-    done = []
+) -> Filled:
+    """Fills until nothing that is needed is missing: other held-out samples may take the place of refused ones.
+
+    What all processes did; a failure of one is raised on all, after the shards that the others are at work on.
+    """
+    own = Filled()
     while True:
-        with together(accelerator):
-            done.append(fill(cache, all_needs(config, samples), device, progress=accelerator.is_main_process))
+        with _failing_together(cache.folder, accelerator) as has_failed:
+            own.add(
+                fill(
+                    cache,
+                    all_needs(config, samples),
+                    device,
+                    progress=accelerator.is_main_process,
+                    is_over=has_failed,
+                )
+            )
         with together(accelerator):  # after everybody's part is there
             for kind in {kind for kind, _ in all_needs(config, samples).requests}:
                 cache.store(kind).reload()
             dropped = drop_refused(config, samples, cache)
         if not dropped:
-            return done
+            return Filled.of_all(gather_object([own]))
+
+
+@contextlib.contextmanager
+def _failing_together(folder: Path, accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
+    """`together` for work of hours: gives what tells whether another process has failed meanwhile.
+
+    By a file, as a process at work takes part in no collective; one on a file system of its own learns of it later.
+    """
+    [name] = broadcast_object_list([uuid.uuid4().hex])
+    flag = folder / f".failed-{name}"
+    try:
+        with together(accelerator):
+            try:
+                yield flag.exists
+            except MENDABLE:
+                if accelerator.num_processes > 1:
+                    with contextlib.suppress(OSError):
+                        flag.touch()
+                raise
+    finally:
+        if accelerator.is_main_process:
+            with contextlib.suppress(OSError):
+                flag.unlink(missing_ok=True)
 
 
 def cache_states(config: Config, *, check: bool) -> str:
-    """`ztrain cache`: fills the cache of a config, or with `check` verifies it; says what was done."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cache, samples = _read(config)
+    """`ztrain cache`: fills the cache of a config, or with `check` verifies it; says what was done.
+
+    Under a launcher every process fills its part on a card of its own, and the main one alone verifies. The words are
+    the main process's; empty on the others. Raises InputError on all of them if one fails.
+    """
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
+    try:
+        said = _cache_states(config, accelerator, check=check)
+    except InputError:
+        _leave(accelerator)
+        raise
+    _leave(accelerator)
+    return said
+
+
+def _cache_states(config: Config, accelerator: Accelerator, *, check: bool) -> str:
+    """Every InputError is one of `together`, and so of all processes."""
+    cache, samples = _read_together(config, accelerator)
+    said = ""
     if check:
-        drop_refused(config, samples, cache)
-        return verify(cache, all_needs(config, samples), device)
-    done = [fill(cache, all_needs(config, samples), device)]
-    while drop_refused(config, samples, cache):
-        done.append(fill(cache, all_needs(config, samples), device))
+        with together(accelerator):
+            if accelerator.is_main_process:
+                drop_refused(config, samples, cache)
+                said = verify(cache, all_needs(config, samples), accelerator.device)
+        return said
+    filled = _fill_and_drop(config, cache, samples, accelerator.device, accelerator)
     for split in samples.splits:
-        tqdm.write(f"{split.name}: {len(split.samples)} triplets, {len(split.rejected)} left out")
-    return describe(done[0])
+        accelerator.print(f"{split.name}: {len(split.samples)} triplets, {len(split.rejected)} left out")
+    return describe(filled) if accelerator.is_main_process else ""
+
+
+def _leave(accelerator: Accelerator) -> None:
+    """The process group, where there is one, after a collective that holds no Python object: gloo aborts now and then
+    where its threads let go of one while Python ends."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def describe(filled: Filled) -> str:
-    """One line: what was computed, how fast, and how busy the encoders were."""
+    """One line: what was computed, how fast, how busy the encoders were, and how several processes shared the work."""
     if not filled.computed:
         return "cache: nothing to compute, everything is there"
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(filled.computed.items()))
     refused = f", {len(filled.refused)} refused" if filled.refused else ""
-    return f"cache: computed {kinds}{refused} in {filled.seconds:.1f} s, encoders busy {filled.busy_share:.0%}"
+    each = ", ".join(map(str, filled.by_process))
+    shared = f" by {len(filled.by_process)} processes ({each})" if len(filled.by_process) > 1 else ""
+    return f"cache: computed {kinds}{refused}{shared} in {filled.seconds:.1f} s, encoders busy {filled.busy_share:.0%}"

@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +19,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ztrain import checkpoint
 from ztrain.adapters import build_adapters, describe_list
+from ztrain.batches import read_batch
 from ztrain.blocks import slow_because
 from ztrain.cache import Cache
 from ztrain.config import Config, TrainConfig
@@ -36,8 +37,10 @@ from ztrain.meter import environment
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype, check_trainable, identity
 from ztrain.prepare import prepare
+from ztrain.sampler import SampleKey
 from ztrain.samples import Samples, write_manifest
 from ztrain.scoring import Scoring
+from ztrain.strategy import Strategy, strategy_of
 from ztrain.together import together
 from ztrain.tracking import Record
 from ztrain.tune import tune
@@ -47,11 +50,12 @@ from ztrain.yamls import dump_yaml
 
 @dataclass(kw_only=True)
 class Run:
-    """What one process of a run consists of. `wrapped` is `model` as DDP wants it called."""
+    """What one process of a run consists of. `wrapped` is `model` as the strategy wants it called."""
 
     config: Config
     folder: Path
     accelerator: Accelerator
+    strategy: Strategy
     cache: Cache
     samples: Samples
     model: AdaptedDiT
@@ -123,9 +127,12 @@ def make_model(config: Config, dit: Any) -> AdaptedDiT:
     return model
 
 
-def make_optimizer(config: TrainConfig, trained: list[nn.Parameter]) -> tuple[torch.optim.Optimizer, Any]:
-    """AdamW and its learning-rate schedule, which counts optimizer steps."""
-    kind: Any = torch.optim.AdamW
+def make_optimizer(
+    config: TrainConfig, trained: list[nn.Parameter], device: torch.device
+) -> tuple[torch.optim.Optimizer, Any]:
+    """AdamW and its learning-rate schedule, which counts optimizer steps. On a GPU AdamW is one kernel, which can be
+    told on the device not to take a step."""
+    kind: Any = functools.partial(torch.optim.AdamW, fused=True) if device.type == "cuda" else torch.optim.AdamW
     if config.optimizer == "adamw_8bit":
         try:
             import bitsandbytes
@@ -188,50 +195,64 @@ def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoi
     """Everything loaded and, where there is a checkpoint, restored from it."""
     check_trainable(config.models)
     t, device, dtype = config.train, accelerator.device, base_dtype(config.train.mixed_precision)
+    strategy, say = strategy_of(accelerator), accelerator.print
+    strategy.check(config)
+    if accelerator.num_processes > 1:
+        say(f"{accelerator.num_processes} processes share the work by {strategy.name}")
     density = sigma_density(config, base_defaults(config.models).shift)
     cache, samples, kinds = prepare(config, device, accelerator)
-    dit = load_transformer(Source.of(config.models.base), dtype, device)
+    dit = load_transformer(Source.of(config.models.base), dtype, strategy.base_device)
     known = {"transformer": identity(dit, "transformer"), **cache.identities(kinds)}
-    previews, scoring = _watchers(config, accelerator, cache, samples)
-    if previews is not None:
-        previews.render_base(dit)
-    if scoring is not None:
-        scoring.previews.render_base(dit)
+    previews, scoring = _watchers(config, accelerator, cache, samples, strategy)
     model = make_model(config, dit)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, schedule = make_optimizer(t, trained)
-    ema = EMAModel(trained, decay=t.ema_decay, foreach=True) if t.ema_decay else None
-    say = accelerator.print
+    optimizer, schedule = make_optimizer(t, trained, device)
     say(f"training {sum(p.numel() for p in trained):,} weights of {describe_list(config.adapters)}")
     if reason := slow_because(dit):
         say(f"blocks run as diffusers wrote them: {reason}")
-    # Before DDP comes, which counts every backward pass.
-    tune(model, config, cache, samples, say, device=device, num_processes=accelerator.num_processes)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
     run = Run(
         config=config,
         folder=Path(config.output_dir),
         accelerator=accelerator,
+        strategy=strategy,
         cache=cache,
         samples=samples,
         model=model,
-        wrapped=wrapped,
+        wrapped=model,
         optimizer=optimizer,
         schedule=schedule,
-        ema=ema,
+        ema=None,
         identities=known,
         density=density,
         previews=previews,
         scoring=scoring,
     )
+    with together(accelerator):  # while every process holds everything
+        if resumed is not None:
+            _compare(run, resumed)
+            model.load_trainable_state(resumed.tensors["trainable.safetensors"], str(resumed.path))
+    prepared = functools.partial(tune, run.model, config, cache, samples, say, device=device, strategy=strategy)
+    if not strategy.cuts_base:
+        prepared()  # before DDP comes, which counts every backward pass
+    if strategy.keeps_step and config.reads:
+        first = samples.train.samples[0]
+        model.stand_in = read_batch(cache, [first], [SampleKey(0, 0, 0)], config.reads).to(device).encoded
+    run.wrapped, run.optimizer = strategy.prepare(model, optimizer, config)
+    if strategy.cuts_base and strategy.probes:
+        prepared()
+    if t.ema_decay:
+        run.ema = EMAModel(run.trained.values(), decay=t.ema_decay, foreach=strategy.averages_together)
     with together(accelerator):
         if resumed is not None:
             _restore(run, resumed)
+    for watching in (previews, None if scoring is None else scoring.previews):
+        if watching is not None:
+            watching.render_base(model, known["transformer"])
     return run
 
 
 def _watchers(
-    config: Config, accelerator: Accelerator, cache: Cache, samples: Samples
+    config: Config, accelerator: Accelerator, cache: Cache, samples: Samples, strategy: Strategy
 ) -> tuple[Previews | None, Scoring | None]:
     """What draws while the run goes on; None for what is off."""
     v = config.validation
@@ -242,7 +263,7 @@ def _watchers(
     )
 
     def shown(count: int, name: str) -> Previews:
-        return Previews.of(config, cache, samples.held_out(count), accelerator, codec, name)
+        return Previews.of(config, cache, samples.held_out(count), accelerator, codec, name, strategy)
 
     scoring = Scoring.of(config, shown(v.num_scored, "scored"), accelerator) if v.score_steps else None
     return shown(v.num_previews, "samples") if v.preview_steps else None, scoring
@@ -282,7 +303,9 @@ def after_step(run: Run, values: dict[str, float]) -> None:
     if run.is_validated() or run.is_rendered() or run.is_scored():
         with _averaged(run):
             if run.is_validated():
-                losses = validation_losses(run.model, run.accelerator, run.config, run.cache, run.samples)
+                losses = validation_losses(
+                    run.model, run.accelerator, run.config, run.cache, run.samples, equally_often=run.strategy.cuts_base
+                )
                 if not all(map(math.isfinite, losses.values())):
                     raise RuntimeError(f"step {run.step}: the validation loss is not finite")
                 if run.accelerator.is_main_process:
@@ -308,22 +331,24 @@ def _averaged(run: Run) -> Iterator[None]:
     trained = list(run.trained.values())
     run.ema.store(trained)
     run.ema.copy_to(trained)
+    run.strategy.weights_changed(run.model)
     try:
         yield
     finally:
         run.ema.restore(trained)
+        run.strategy.weights_changed(run.model)
 
 
 def save(run: Run) -> Path:
     """Publishes a checkpoint of this step and removes old ones; a failure is raised on every process."""
-    path = run.checkpoints / checkpoint.folder_name(run.step)
+    path, names = run.checkpoints / checkpoint.folder_name(run.step), list(run.trained)
+    tensors = {"trainable.safetensors": run.strategy.whole(run.trained)}
+    if run.ema is not None:
+        tensors["ema.safetensors"] = run.strategy.whole(dict(zip(names, run.ema.shadow_params, strict=True)))
+    stored = run.strategy.optimizer_state(run.optimizer, run.trained)
     with together(run.accelerator):
         if run.accelerator.is_main_process:
-            names = list(run.trained)
-            optimizer, rest = checkpoint.optimizer_tensors(run.optimizer.optimizer, names)
-            tensors = {"trainable.safetensors": run.model.trainable_state(), "optimizer.safetensors": optimizer}
-            if run.ema is not None:
-                tensors["ema.safetensors"] = dict(zip(names, run.ema.shadow_params, strict=True))
+            tensors["optimizer.safetensors"], rest = checkpoint.optimizer_tensors(stored, names)
             checkpoint.publish(run.checkpoints, run.step, tensors, _state(run) | {"optimizer": rest})
             checkpoint.prune(run.checkpoints, run.config.train.checkpoints_total_limit)
     return path
@@ -347,8 +372,8 @@ def _global_batch_size(run: Run) -> int:
     return t.train_batch_size * t.gradient_accumulation_steps * run.accelerator.num_processes
 
 
-def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
-    """Puts a checkpoint into a freshly built run, after comparing what must not have changed."""
+def _compare(run: Run, found: checkpoint.Checkpoint) -> None:
+    """Raises InputError for what must not have changed since the checkpoint."""
     changed = checkpoint.frozen_differences(found.state["config"], run.config)
     now = _state(run)
     same = {"identities": "the models", "samples": "the triplets", "global_batch_size": "the global batch size",
@@ -364,14 +389,18 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
         )
     if found.step > run.config.train.max_train_steps:
         raise InputError(f"{found.path} is beyond train.max_train_steps {run.config.train.max_train_steps}; raise it")
-    names = list(run.trained)
-    run.model.load_trainable_state(found.tensors["trainable.safetensors"], str(found.path))
-    rest = found.state["optimizer"]
-    checkpoint.load_optimizer(run.optimizer.optimizer, names, found.tensors["optimizer.safetensors"], rest)
+
+
+def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
+    """Puts what a checkpoint holds besides the weights into a freshly built run."""
+    stored = checkpoint.optimizer_state(
+        list(run.trained), found.tensors["optimizer.safetensors"], found.state["optimizer"]
+    )
+    run.strategy.load_optimizer(run.optimizer, stored, run.trained)
     run.schedule.load_state_dict(found.state["schedule"])
     if run.ema is not None:
         averaged = found.tensors["ema.safetensors"]
-        run.ema.shadow_params = [averaged[name].to(p.device) for name, p in run.trained.items()]
+        run.ema.shadow_params = [run.strategy.placed(averaged[name], p) for name, p in run.trained.items()]
         run.ema.optimization_step = found.state["ema_steps"]
     run.step = found.step
     if run.schedule.last_epoch != run.step:
@@ -381,15 +410,25 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
 def export(run: Run) -> Path:
     """The adapter for others, with averaged weights where there is an average."""
     exported = run.folder / "export"
-    with together(run.accelerator), _averaged(run):
-        if run.accelerator.is_main_process:
-            publish_adapter(exported, run.model, run.config, run.identities, step=run.step)
+    with _averaged(run):
+        state = run.strategy.whole(run.trained)
+        with together(run.accelerator):
+            if run.accelerator.is_main_process:
+                publish_adapter(exported, run.model, run.config, run.identities, step=run.step, state=state)
     return exported
 
 
-def publish_adapter(folder: Path, model: AdaptedDiT, config: Config, known: Identities, *, step: int) -> None:
+def publish_adapter(
+    folder: Path,
+    model: AdaptedDiT,
+    config: Config,
+    known: Identities,
+    *,
+    step: int,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
     """`save_adapter` into a folder that appears whole, in place of an older one."""
     writing = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(writing, ignore_errors=True)  # of a life that was cut off
-    save_adapter(writing, model, config, known, step=step)
+    save_adapter(writing, model, config, known, step=step, state=state)
     checkpoint.replace_folder(writing, folder)

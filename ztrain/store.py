@@ -11,6 +11,7 @@ import os
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,19 +118,60 @@ class Store:
     def read(self, key: str) -> dict[str, Tensor]:
         """The entry's tensors, on the CPU. Raises InputError naming shard and entry where the bytes are not as
         written, KeyError for a key that is not there."""
-        row = self._row(key)
-        path = self.folder / row["shard"]
-        parts = {}
+        return self._read(self._row(key))
+
+    def _read(self, row: Mapping[str, Any], only: str | None = None) -> dict[str, Tensor]:
+        """The tensors of an index row, or one of them, after comparing their hashes."""
+        path, parts = self.folder / row["shard"], {}
         try:
             file = self._shard(path, row["shard_bytes"])
             for part, expected in zip(row["parts"], row["xxh3"], strict=True):
-                tensor = file.get_tensor(_tensor_name(key, part))
-                if _hash(tensor) != expected:
-                    raise InputError(_damaged(path, f"the bytes of {row['label']} are not the ones that were written"))
-                parts[part] = tensor
+                if only in (None, part):
+                    parts[part] = file.get_tensor(_tensor_name(row["key"], part))
+                    if _hash(parts[part]) != expected:
+                        raise InputError(
+                            _damaged(path, f"the bytes of {row['label']} are not the ones that were written")
+                        )
         except (SafetensorError, OSError) as error:
             raise InputError(_damaged(path, str(error))) from error
         return parts
+
+    def shapes(self, part: str, workers: int) -> dict[str, tuple[int, ...]]:
+        """Shape of one part of every entry, by key, from the shards' headers alone. Raises InputError as `read`."""
+
+        def look_into(shard: str) -> list[tuple[str, tuple[int, ...]]]:
+            path = self.folder / shard
+            try:
+                with safe_open(path, framework="pt") as file:
+                    names = ((key, _tensor_name(key, part)) for key in shards[shard])
+                    return [(key, tuple(file.get_slice(name).get_shape())) for key, name in names]
+            except (SafetensorError, OSError) as error:
+                raise InputError(_damaged(path, str(error))) from error
+
+        shards: dict[str, list[str]] = {}
+        for key, shard, _ in self._entries(part):
+            shards.setdefault(shard, []).append(key)
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            return dict(entry for found in pool.map(look_into, shards) for entry in found)
+
+    def shared(self, part: str) -> dict[str, Tensor]:
+        """One part of every entry, by key. Entries with the same bytes, as their hashes say, share a tensor: it is
+        read once. For small parts that differ little; raises InputError as `read`."""
+        tensors: dict[str, Tensor] = {}
+        found = {}
+        for key, _, expected in self._entries(part):
+            if expected not in tensors:
+                tensors[expected] = self._read(self._row(key), part)[part]
+            found[key] = tensors[expected]
+        return found
+
+    def _entries(self, part: str) -> Iterator[tuple[str, str, str]]:
+        """Key, shard and the hash of that part of every entry that was not refused."""
+        for name, table in self._tables.items():
+            columns = (table[column].to_pylist() for column in ("key", "shard", "parts", "xxh3"))
+            for row, (key, shard, parts, hashes) in enumerate(zip(*columns, strict=True)):
+                if shard and self._places.get(key) == (name, row):
+                    yield key, shard, hashes[parts.index(part)]
 
     def _shard(self, path: Path, expected_bytes: int) -> Any:
         with self._lock:

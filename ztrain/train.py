@@ -7,6 +7,7 @@ dropout are pure functions of (seed, step): the same for any number of processes
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -30,16 +32,18 @@ from ztrain.flow import (
     seed_micro_step,
     velocity_losses,
 )
-from ztrain.interrupt import Interruption, end_with_launcher
+from ztrain.interrupt import Interruption, Stopped, end_with_launcher, ending
 from ztrain.memory import GIB, Budget, idle_bytes, use_growing_segments
 from ztrain.meter import Meter
 from ztrain.run import Run, after_step, build, enter_folder, export, recorded, save
 from ztrain.sampler import MicroBatches, Mixture
-from ztrain.samples import Samples
 from ztrain.stats import check_statistics
-from ztrain.together import MENDABLE
+from ztrain.strategy import KWARGS
+from ztrain.together import MENDABLE, together
+from ztrain.tokens import token_counts
+from ztrain.vigil import Vigil, met, watched
 
-_COLLECTIVE_TIMEOUT = timedelta(hours=1)  # a process may fill its part of the cache while the others wait
+_COLLECTIVE_TIMEOUT = timedelta(days=30)  # vigil.py ends what hangs, and knows whether anybody still moves
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,79 +60,125 @@ def train(config: Config) -> Outcome:
     """Runs the experiment, from the start or from a checkpoint, to its last step or to a signal."""
     t = config.train
     check_statistics(config.adapters, config.encoders)
-    # AdaptedDiT owns the precision; without the word here a user's accelerate config would add another one on top.
-    accelerator = Accelerator(
-        mixed_precision="no",
-        gradient_accumulation_steps=t.gradient_accumulation_steps,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
-    )
-    with ExitStack() as held:
-        resumed = enter_folder(config, accelerator, held)
-        run = build(config, accelerator, resumed)
-        order = MicroBatches(
-            mixture=_mixture(config, run.samples),
-            seed=config.seed,
-            device_batch_size=t.train_batch_size,
-            num_processes=accelerator.num_processes,
-            process_index=accelerator.process_index,
-            first=run.step * t.gradient_accumulation_steps,
-            last=t.max_train_steps * t.gradient_accumulation_steps,
+    interruption, timeout = Interruption(), 60 * t.hang_timeout_minutes
+    interruption.install()
+    with interruption.at_once(), met(timeout):
+        # AdaptedDiT owns the precision; without the word a user's accelerate config would add another one on top.
+        accelerator = Accelerator(
+            mixed_precision="no",
+            gradient_accumulation_steps=t.gradient_accumulation_steps,
+            kwargs_handlers=[KWARGS, InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
         )
-        held.enter_context(recorded(run, resumed))
-        interruption = Interruption()
-        interruption.install()
-        outcome = _loop(run, order, interruption)
-    interruption.restore()
-    # DDP first, its process group after: in another order, or left to Python's end, gloo now and then hangs or aborts.
-    del run
-    accelerator.free_memory()
-    accelerator.wait_for_everyone()
+    with watched(accelerator.process_index, accelerator.num_processes, timeout) as vigil:
+        outcome = _train(config, accelerator, interruption, vigil)
+        interruption.restore()
+        vigil.at("ending")
+        # DDP first, its process group after: in another order, or left to Python's end, gloo now and then hangs or
+        # aborts.
+        accelerator.free_memory()
+        accelerator.wait_for_everyone()
     accelerator.end_training()
     return replace(outcome, is_main_process=accelerator.is_main_process)
 
 
-def _loop(run: Run, order: MicroBatches, interruption: Interruption) -> Outcome:
+def _train(config: Config, accelerator: Accelerator, interruption: Interruption, vigil: Vigil) -> Outcome:
+    t, folder = config.train, Path(config.output_dir)
+    with ExitStack() as held:
+        with interruption.at_once():
+            vigil.at("loading and filling the cache", patient=True)
+            resumed = enter_folder(config, accelerator, held)
+            ended = held.enter_context(ending(folder, MENDABLE, writes=accelerator.is_main_process))
+            run = build(config, accelerator, resumed)
+            order = MicroBatches(
+                mixture=_mixture(run),
+                seed=config.seed,
+                device_batch_size=t.train_batch_size,
+                accumulation=t.gradient_accumulation_steps,
+                num_processes=accelerator.num_processes,
+                process_index=accelerator.process_index,
+                first=run.step * t.gradient_accumulation_steps,
+                last=t.max_train_steps * t.gradient_accumulation_steps,
+            )
+            held.enter_context(recorded(run, resumed))
+        outcome = _loop(run, order, interruption, vigil)
+        ended.status = 128 + outcome.signal if outcome.signal else 0
+    return outcome
+
+
+def _loop(run: Run, order: MicroBatches, interruption: Interruption, vigil: Vigil) -> Outcome:
     config, accelerator, t = run.config, run.accelerator, run.config.train
-    trained = list(run.trained.values())
     loader = Loader(config, run.cache, run.samples.trained, order)
-    with Meter(run.step, t.max_train_steps, t.logging_steps, accelerator) as meter:
-        if run.step == 0:
-            after_step(run, {})
+    with Meter(run.step, t.max_train_steps, t.logging_steps, accelerator, interruption) as meter:
+        if run.step == 0 and (stop := _look(run, {}, interruption, vigil)):
+            return Outcome(signal=stop)
         begun: list[tuple[int, Batch]] = []  # micro-steps since the optimizer's last step
-        for micro_step, batch in enumerate(meter.timed(loader), start=order.first):
+        for micro_step, batch in enumerate(vigil.reading(meter.timed(loader), run), start=order.first):
             begun.append((micro_step, batch.to(accelerator.device)))
             with accelerator.accumulate(run.wrapped):
                 _add_gradients(run, meter, begun)
                 # Not sooner: the device computes these gradients while the step before them is looked at.
-                if meter.asked is not None and (stop := _finish_step(run, meter)):
+                if meter.asked is not None and (stop := _finish_step(run, meter, interruption, vigil)):
+                    vigil.at("saving", run.step, patient=True)
                     return Outcome(signal=stop, checkpoint=save(run))
                 if accelerator.sync_gradients:
-                    check_first_gradients(run)
-                    grad_norm = accelerator.clip_grad_norm_(trained, t.max_grad_norm)
-                run.optimizer.step()
-                run.optimizer.zero_grad()
+                    _take_step(run, meter)
+                    begun = []
             if accelerator.sync_gradients:
-                begun = []
-                if run.ema is not None:
-                    run.ema.step(trained)
-                meter.ask(grad_norm, interruption.received, run.schedule.get_last_lr()[0])
-                run.schedule.step()
                 run.step += 1
-                if run.is_looked_at():
-                    stop = _finish_step(run, meter)
+                if run.is_looked_at() or run.strategy.steps_in_backward:
+                    stop = _finish_step(run, meter, interruption, vigil)
+                    vigil.at("saving", run.step, patient=True)
                     saved = save(run) if stop or run.is_saved() else None
                     if stop:
                         return Outcome(signal=stop, checkpoint=saved)
+    vigil.at("exporting", run.step, patient=True)
     return Outcome(exported=export(run))
 
 
-def _finish_step(run: Run, meter: Meter) -> int:
+def _take_step(run: Run, meter: Meter) -> None:
+    """The optimizer's step, of all processes or of none: where a loss or gradient of any is not finite, weights and
+    moments stay as they are, and what `meter` reads ends the run."""
+    trained = list(run.trained.values())
+    if run.strategy.steps_in_backward:
+        grad_norm = run.accelerator.clip_grad_norm_(trained, run.config.train.max_grad_norm)
+        meter.ask(run.schedule.get_last_lr()[0], 0.0 if grad_norm is None else grad_norm)
+    else:
+        check_first_gradients(run)
+        grad_norm = run.strategy.number(run.accelerator.clip_grad_norm_(trained, run.config.train.max_grad_norm))
+        bad, optimizer = meter.judge(grad_norm), run.optimizer.optimizer
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = bad.float()  # the kernel's own word for: do nothing; asking would wait for the device
+            run.optimizer.step()
+        elif not bool(bad):
+            run.optimizer.step()
+        run.optimizer.zero_grad()
+        meter.ask(run.schedule.get_last_lr()[0])
+    if run.ema is not None:
+        run.ema.step(trained)
+    run.schedule.step()
+
+
+def _finish_step(run: Run, meter: Meter, interruption: Interruption, vigil: Vigil) -> int:
     """What follows the step that the run stands at; the signal on which all stop, or 0."""
+    vigil.at("finishing", run.step)
     values, stop = meter.read()
     if run.ema is not None:
         values["ema/decay"] = run.ema.get_decay(run.ema.optimization_step)
-    after_step(run, values)
-    return stop
+    return _look(run, values, interruption, vigil) or stop
+
+
+def _look(run: Run, values: dict[str, float], interruption: Interruption, vigil: Vigil) -> int:
+    """`after_step`, which a signal cuts short on all processes; that signal, or 0."""
+    if run.is_looked_at():
+        vigil.at("validating", run.step, patient=True)
+    try:
+        with interruption.agreed():
+            after_step(run, values)
+    except Stopped as stopped:
+        if run.record is not None and values:
+            run.record.log(run.step, values)  # the step was taken, whatever is not known of it
+        return stopped.number
+    return 0
 
 
 def _add_gradients(run: Run, meter: Meter, begun: Sequence[tuple[int, Batch]]) -> None:
@@ -177,13 +227,18 @@ def _micro_step(run: Run, meter: Meter, micro_step: int, batch: Batch) -> None:
     noise, sigma = draw_noise(batch.keys, latents), draw_sigma(batch.keys, run.density)  # ..., (B,)
     noisy = [interpolate(x, n, float(s)) for x, n, s in zip(latents, noise, sigma, strict=True)]
     prior = _prior_shares(encoded.with_reference, config.train.prior_weight)  # (B,)
-    base_velocity = model.base_velocity(noisy, sigma, encoded) if prior.any() else None
+    # Where processes share the base, either all run it or none.
+    asks_base = config.train.prior_weight > 0 if run.strategy.cuts_base else bool(prior.any())
+    base_velocity = model.base_velocity(noisy, sigma, encoded) if asks_base else None
     velocity = run.wrapped(noisy, sigma, encoded)
     losses = velocity_losses(velocity, latents, noise, sigma, config.flow.loss_weight)  # (B,)
     if base_velocity is not None:
         losses = keep_prior(losses, velocity, base_velocity, sigma, prior, config.flow.loss_weight)
-    run.accelerator.backward(losses.mean())
     meter.add(batch.keys, sigma, losses)
+    if run.strategy.steps_in_backward and run.accelerator.sync_gradients and bool(meter.judge(0.0)):
+        meter.ask(run.schedule.get_last_lr()[0])
+        meter.read()  # which raises
+    run.accelerator.backward(losses.mean())
 
 
 def _prior_shares(with_reference: Sequence[bool], prior_weight: float) -> Tensor:
@@ -200,9 +255,15 @@ def check_first_gradients(run: Run) -> None:
         raise RuntimeError(f"{len(lost)} trained weights got no gradient in the first step, for example {lost[0]}")
 
 
-def _mixture(config: Config, samples: Samples) -> Mixture:
+def _mixture(run: Run) -> Mixture:
+    """The order of the run's samples, by their tokens if the config says so; a damaged cache ends all processes."""
+    config, samples, tokens = run.config, run.samples, None
     others = samples.text_only.samples if samples.text_only else []
-    return Mixture(len(samples.train.samples), len(others), config.data.text_only_share if others else 0.0)
+    if config.train.group_by_tokens:
+        with together(run.accelerator):
+            tokens = token_counts(config, run.cache, samples.trained)
+    share = config.data.text_only_share if others else 0.0
+    return Mixture(len(samples.train.samples), len(others), share, tokens)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -214,15 +275,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     use_growing_segments()
     try:
         return report(train(load_config(known.config, overrides, "ztrain.train")))
+    except Stopped as stopped:
+        return _leave(stopped)
     except MENDABLE as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
 
 
+def _leave(stopped: Stopped) -> int:
+    """The end by a signal before the first step."""
+    status = 128 + stopped.number
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{stopped}: stopped before the first step of this start; nothing to save", file=sys.stderr)
+    if dist.is_initialized():  # taking the group down would wait for the others, who may be gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
 def report(outcome: Outcome) -> int:
     """Says how a run ended, once for all processes, and gives the exit status."""
     if outcome.signal:
-        ended = f"stopped, saved {outcome.checkpoint}; continue with --resume_from_checkpoint latest"
+        saved = f"saved {outcome.checkpoint}" if outcome.checkpoint else "before the first step"
+        ended = f"stopped, {saved}; continue with --resume_from_checkpoint latest"
         status = 128 + outcome.signal
     else:
         ended, status = f"exported: {outcome.exported}", 0

@@ -7,6 +7,7 @@ of the run are as if nothing had happened.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from ztrain.memory import GIB, Budget, available_bytes, measure
 from ztrain.model import AdaptedDiT
 from ztrain.sampler import SampleKey
 from ztrain.samples import Samples
+from ztrain.strategy import Strategy
 
 _SIDES = (1 / 4, 1 / 2)
 """Of the largest target's sides, for a batch of one; a larger batch has as many tokens in all."""
@@ -45,9 +47,19 @@ class Probe:
     model: AdaptedDiT
     batch: Batch
     sides: tuple[tuple[int, int], tuple[int, int]]
+    whole: Callable[[Any], Any]
+    """Of a gradient that processes share."""
 
     @classmethod
-    def of(cls, model: AdaptedDiT, config: Config, cache: Cache, samples: Samples, device: torch.device) -> "Probe":
+    def of(
+        cls,
+        model: AdaptedDiT,
+        config: Config,
+        cache: Cache,
+        samples: Samples,
+        device: torch.device,
+        whole: Callable[[Any], Any] = lambda gradient: gradient,
+    ) -> "Probe":
         # With references, and from the longest prompt to the shortest: different lengths are computed in another way.
         known, count = samples.train.samples, config.train.train_batch_size
         by_length = sorted(range(len(known)), key=lambda place: -len(known[place].prompt))
@@ -58,7 +70,7 @@ class Probe:
         small, large = (
             tuple(max(1, round(side * share / PATCH / count**0.5)) * PATCH for side in largest) for share in _SIDES
         )
-        return cls(model, batch, ((small[0], small[1]), (large[0], large[1])))
+        return cls(model, batch, ((small[0], small[1]), (large[0], large[1])), whole)
 
     def loss(self, is_larger: bool) -> Tensor:
         shape = (len(self.batch.keys), len(self.batch.latents[0]), *self.sides[is_larger])
@@ -76,7 +88,7 @@ class Probe:
     def gradients(self) -> dict[str, Tensor]:
         self.clear()
         self.loss(is_larger=False).backward()
-        found = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        found = {name: self.whole(p.grad).clone() for name, p in self.model.named_parameters() if p.grad is not None}
         self.clear()
         return found
 
@@ -92,9 +104,11 @@ def tune(
     say: Callable[[str], object],
     *,
     device: torch.device,
-    num_processes: int,
+    strategy: Strategy,
 ) -> None:
-    """Compiles a model's blocks and gives it its `keeping`, as the config says; on a CPU only if that insists."""
+    """Compiles a model's blocks and gives it its `keeping`, as the config says; on a CPU only if that insists. All
+    processes call it."""
+    num_processes = strategy.accelerator.num_processes
     t, is_cuda = config.train, device.type == "cuda"
     compiles = t.compile == "on" or (t.compile == "auto" and is_cuda)
     measures = t.gradient_checkpointing == "budget" and is_cuda
@@ -105,7 +119,7 @@ def tune(
     if not compiles and not measures:
         return
     with torch.random.fork_rng([device] if is_cuda else []):
-        probe = Probe.of(model, config, cache, samples, device)
+        probe = Probe.of(model, config, cache, samples, device, strategy.number)
         if measures:  # so that every way of keeping is compared
             model.execution.keeping = lambda _, blocks: [Keep(i * len(Keep) // blocks) for i in range(blocks)]
         if compiles:
@@ -114,8 +128,7 @@ def tune(
                 raise InputError("train.compile on: the blocks could not be compiled; auto goes on without")
         if measures:
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            gathered = 4 if num_processes > 1 else 0  # DDP's buckets
-            pending = trained * (4 + _MOMENTS_BYTES[t.optimizer] + gathered)
+            pending = trained * (4 + _MOMENTS_BYTES[t.optimizer]) // (num_processes if strategy.cuts_base else 1)
             available = available_bytes(device, config.memory.budget_gib, pending)
             try:
                 sizes = measure(probe.keeping, len(model.dit.layers), device)
@@ -130,7 +143,12 @@ def tune(
             if num_processes > 1:
                 available *= 1 - _IDLE
             fast = reads_real(model.dit) and slow_because(model.dit) is None
-            if fast and num_processes == 1 and t.train_batch_size * _image_tokens(samples) <= REPLAYED_TOKENS:
+            if (
+                fast
+                and num_processes == 1
+                and not strategy.cuts_base
+                and t.train_batch_size * _image_tokens(samples) <= REPLAYED_TOKENS
+            ):
                 # Graphs keep their memory: beside it a batch of a new size must fit once more.
                 available /= 2
                 model.execution.run = Replays(REPLAYED_TOKENS)

@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,10 +26,11 @@ from ztrain.grid import draw_grid
 from ztrain.images import open_image
 from ztrain.intervals import paired_bootstrap
 from ztrain.model import AdaptedDiT
-from ztrain.models import base_defaults, identity
+from ztrain.models import base_defaults
 from ztrain.sample import SampleSettings, released_or, sample
 from ztrain.sampler import SampleKey
 from ztrain.samples import Sample, Samples
+from ztrain.strategy import Strategy, turns
 from ztrain.together import together
 
 _EPOCH = 2**32 - 1  # of validation's noise: an epoch that no training reaches
@@ -44,17 +44,24 @@ VARIANTS = ("loss", "loss_shuffled", "loss_no_reference")
 
 @torch.no_grad()
 def validation_losses(
-    model: AdaptedDiT, accelerator: Accelerator, config: Config, cache: Cache, samples: Samples
+    model: AdaptedDiT,
+    accelerator: Accelerator,
+    config: Config,
+    cache: Cache,
+    samples: Samples,
+    *,
+    equally_often: bool = False,
 ) -> dict[str, float]:
     """`val/loss`, `val/loss_shuffled`, `val/loss_no_reference`, each also `_sigma_<s>`, and `val/image_use`: shuffled
     minus right, with its paired 95 % interval `_low` and `_high` over samples (none for a single one, or where
-    a loss is no number). Means over the held-out samples, the same for any number of processes."""
+    a loss is no number). Means over the held-out samples, the same for any number of processes. equally_often: see
+    strategy.turns."""
     held_out, others = samples.held_out_pairs(config)
     sigmas = config.validation.sigmas
     table = torch.zeros((len(VARIANTS), len(held_out), len(sigmas)), dtype=torch.float64, device=accelerator.device)
     model.eval()
     with together(accelerator):
-        for i in range(accelerator.process_index, len(held_out), accelerator.num_processes):
+        for i, counts in turns(len(held_out), accelerator, equally_often=equally_often):
             key, pair = SampleKey(config.seed, _EPOCH, i), (held_out[i], others[i])
             right, other = (read_batch(cache, [s], [key], config.reads).to(accelerator.device) for s in pair)
             encoded = concatenate([right.encoded, other.encoded, right.encoded.without_reference()])
@@ -62,7 +69,9 @@ def validation_losses(
             for place, sigma in enumerate(sigmas):
                 at = torch.full((3,), sigma)
                 noisy = [interpolate(x, n, sigma) for x, n in zip(latents, noise, strict=True)]
-                table[:, i, place] = velocity_losses(model(noisy, at, encoded), latents, noise, at).double()
+                losses = velocity_losses(model(noisy, at, encoded), latents, noise, at)
+                if counts:
+                    table[:, i, place] = losses.double()
     model.train()
     table = accelerator.reduce(table, reduction="sum").cpu()  # every place was filled by one process
     values = {f"val/{name}": float(table[v].mean()) for v, name in enumerate(VARIANTS)}
@@ -79,7 +88,7 @@ def validation_losses(
 class Previews:
     """Rows of held-out samples in columns: reference, no image, splice, this adapter list, target.
 
-    The columns of the frozen base are rendered once, before adapters are attached, and kept in `folder`.
+    The columns of the frozen base are rendered once, before the first step, and kept in `folder`.
     """
 
     config: Config
@@ -88,17 +97,27 @@ class Previews:
     accelerator: Accelerator
     folder: Path
     codec: LatentCodec
+    strategy: Strategy
 
     @classmethod
     def of(
-        cls, config: Config, cache: Cache, rows: list[Sample], accelerator: Accelerator, codec: LatentCodec, name: str
+        cls,
+        config: Config,
+        cache: Cache,
+        rows: list[Sample],
+        accelerator: Accelerator,
+        codec: LatentCodec,
+        name: str,
+        strategy: Strategy,
     ) -> "Previews":
         """Kept in the folder `name` of the run."""
-        return cls(config, cache, rows, accelerator, Path(config.output_dir) / name, codec)
+        return cls(config, cache, rows, accelerator, Path(config.output_dir) / name, codec, strategy)
 
-    def render_base(self, dit: Any) -> None:
-        """The columns that training does not change; kept from an earlier life of the run that had the same ones."""
-        place, key = self.folder / "base" / "key.json", self._key(dit)
+    def render_base(self, model: AdaptedDiT, base: Mapping[str, str]) -> None:
+        """The columns that training does not change; kept from an earlier life of the run that had the same ones.
+
+        base: the identity of the transformer, as it is without adapters."""
+        place, key = self.folder / "base" / "key.json", self._key(base)
         known = [False]
         with together(self.accelerator):
             known = [place.is_file() and place.read_text(encoding="utf-8") == key]
@@ -106,9 +125,11 @@ class Previews:
         if broadcast_object_list(known)[0]:
             return
         for name, adapters in {"no_image": [], "splice": [self.config.compare.splice]}.items():
-            model = AdaptedDiT(dit, build_adapters(adapters)).eval()
             reads = frozenset().union(*(adapter.reads for adapter in adapters))
-            self._save({f"base/{name}-{i}.png": image for i, image in self._render(model, reads).items()})
+            with model.showing(build_adapters(adapters)):
+                drawn = self._render(model.eval(), reads)
+            self._save({f"base/{name}-{i}.png": image for i, image in drawn.items()})
+        model.train()
         with together(self.accelerator):
             if self.accelerator.is_main_process:
                 for i, row in enumerate(self.rows):
@@ -123,7 +144,7 @@ class Previews:
         """As configured, from noise alone."""
         return replace(released_or(self.config.sample, base_defaults(self.config.models)), strength=1.0)
 
-    def _key(self, dit: Any) -> str:
+    def _key(self, base: Mapping[str, str]) -> str:
         """All that decides the columns of the base."""
         settings = self._settings
         rows = [
@@ -137,7 +158,7 @@ class Previews:
             "splice": self.config.compare.splice.model_dump(mode="json"),
             "encoders": self.config.encoders.model_dump(mode="json"),
             "precision": self.config.train.mixed_precision,
-            "transformer": identity(dit, "transformer"),
+            "transformer": base,
         }
         return json.dumps(document, indent=1, sort_keys=True)
 
@@ -179,7 +200,7 @@ class Previews:
         """Each row's image, on the main process; rows are divided among all."""
         settings, device, mine = self._settings, self.accelerator.device, []
         with together(self.accelerator):
-            for i in range(self.accelerator.process_index, len(self.rows), self.accelerator.num_processes):
+            for i, counts in turns(len(self.rows), self.accelerator, equally_often=self.strategy.cuts_base):
                 row = self.rows[i]
                 encoded = read_batch(self.cache, [row], [SampleKey(self.config.seed, 0, i)], reads).to(device).encoded
                 noise = sampler_noise(
@@ -187,7 +208,8 @@ class Previews:
                 )
                 file = io.BytesIO()
                 self.codec.decode(sample(model, encoded, [noise.to(device)], settings)[0]).save(file, format="png")
-                mine.append((i, file.getvalue()))
+                if counts:
+                    mine.append((i, file.getvalue()))
         return {i: Image.open(io.BytesIO(data)) for i, data in gather_object(mine)}
 
     def _save(self, images: Mapping[str, Image.Image]) -> None:

@@ -1,0 +1,95 @@
+"""A trainer with faults, for tests: `python -m tests.faults FAULT[,FAULT] RANK WORD ...` runs ztrain.train WORD ...
+
+The process of that rank goes wrong by itself, so that no test has to catch the moment. A rank of -1 is every one.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ztrain.prepare
+import ztrain.train
+import ztrain.validate
+
+STEP = 3
+"""Step, from 1, in which a fault in the loop comes."""
+
+
+def forever() -> None:
+    while True:
+        time.sleep(1)
+
+
+def spin() -> None:
+    """As a loop that does not end."""
+    while True:
+        pass
+
+
+def raise_plainly() -> None:
+    raise RuntimeError("a fault of this rank alone")
+
+
+def at_step(act: Callable[[], None]) -> None:
+    """In the computing of `STEP`."""
+    plain = ztrain.train._micro_step
+
+    def faulty(run: Any, *rest: Any) -> None:
+        if run.step + 1 == STEP:
+            act()
+        plain(run, *rest)
+
+    ztrain.train._micro_step = faulty
+
+
+def reading() -> None:
+    """No data for `STEP`."""
+    plain = ztrain.train.Loader
+
+    class Faulty(plain):
+        def __iter__(self) -> Iterator[Any]:
+            for number, batch in enumerate(super().__iter__(), start=1):
+                if number == STEP:
+                    forever()
+                yield batch
+
+    ztrain.train.Loader = Faulty
+
+
+def slow(module: Any, name: str, seconds: float) -> None:
+    """A function that takes its time, in many short pieces."""
+    plain = getattr(module, name)
+
+    def faulty(*words: Any, **more: Any) -> Any:
+        print(f"slow {name}", file=sys.stderr, flush=True)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            Path(__file__).read_bytes()  # as one that reads pictures
+            time.sleep(0.01)
+        return plain(*words, **more)
+
+    setattr(module, name, faulty)
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "none": lambda: None,
+    "reading": reading,
+    "spin": lambda: at_step(spin),
+    "raises": lambda: at_step(raise_plainly),
+    "killed": lambda: at_step(lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    "halted": lambda: at_step(lambda: os.kill(os.getpid(), signal.SIGSTOP)),
+    "slow_fill": lambda: slow(ztrain.prepare, "fill", 8),
+    "long_fill": lambda: slow(ztrain.prepare, "fill", 100),
+    "slow_validation": lambda: slow(ztrain.validate, "read_batch", 0.4),
+}
+
+if __name__ == "__main__":
+    fault, rank, *words = sys.argv[1:]
+    if int(rank) in (-1, int(os.environ["RANK"])):
+        for name in fault.split(","):
+            FAULTS[name]()
+    sys.exit(ztrain.train.main(words))

@@ -1,0 +1,193 @@
+"""How a run of several processes ends: ranks that hang, halt or die, and signals at any moment. Real processes, gloo.
+
+Ranks are started as a launcher would, but through the forge; tests/faults.py makes one of them go wrong at step 3.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.forge import Forged, the_forge
+from tests.test_run import ENVIRONMENT, LATEST, QUIET, STARTED, Place, _no_process_is_left, losses, rows, session_of
+from ztrain import checkpoint
+from ztrain.vigil import STATUS, Stand, Vigil, describe
+
+pytestmark = pytest.mark.usefixtures("forge", "_no_process_is_left")
+__all__ = ["_no_process_is_left"]
+
+TIMEOUT = 6.0  # seconds; no step takes as long, not on a busy machine either
+EACH = ("--train.checkpointing_steps", "1", "--train.max_train_steps", "5")
+
+
+@pytest.fixture(scope="module")
+def place(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(family, tmp_path_factory.mktemp("ends"))
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The processes of one run, by rank."""
+
+    started: list[Forged]
+    out: Path
+    logs: list[Path]
+
+    def text(self) -> str:
+        return "".join(log.read_text() for log in self.logs)
+
+    def statuses(self, seconds: float = 90) -> list[int]:
+        deadline = time.monotonic() + seconds
+        return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.started]
+
+    def living(self) -> list[int]:
+        return [pid for process in self.started for pid in session_of(process.pid)]
+
+    def wait_for_text(self, rank: int, text: str, times: int = 1) -> None:
+        deadline = time.monotonic() + 90
+        while self.logs[rank].read_text().count(text) < times:
+            assert self.started[rank].poll() is None and time.monotonic() < deadline, self.text()
+            time.sleep(0.02)
+
+
+def start(
+    place: Place, tmp_path: Path, count: int, fault: str, rank: int, *more: str, only: Sequence[int] | None = None
+) -> Ranks:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out, shared = tmp_path / "run", {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    words = place.words(out, "--train.train_batch_size", str(4 // count), "--train.hang_timeout_minutes",
+                        str(TIMEOUT / 60), *more, name="projector")  # fmt: skip
+    ranks = Ranks([], out, [tmp_path / f"log-{r}" for r in range(count)])
+    for log in ranks.logs:
+        log.touch()
+    for r in range(count) if only is None else only:
+        environment = ENVIRONMENT | shared | {"RANK": str(r), "LOCAL_RANK": str(r)}
+        command = ["tests.faults", fault, str(rank), *words]
+        ranks.started.append(the_forge().start(command, environment, ranks.logs[r], ranks.logs[r]))
+        STARTED.append(ranks.started[-1].pid)
+    return ranks
+
+
+HANGS = [
+    pytest.param(2, "reading", 1, r"step 3: rank 1 \(\S+, in forever \(faults.py:\d+\)\) has been reading data for "
+                 r"\d+ s while the others wait; the job ends", id="no data, 2"),
+    pytest.param(4, "spin", 2, r"all 4 processes have been computing at step 3 for \d+ s; most stand in .*, but rank 2 "
+                 r"\(\S+, in spin \(faults.py:\d+\)\): look there first; the job ends", id="loop without end, 4"),
+    pytest.param(4, "halted", 3, r"no word for \d+ s from rank 3 \(\S+\), last seen \w+ at step \d", id="halted, 4"),
+    pytest.param(2, "halted", 0, r"rank 1 \(\S+\) has been computing at step 3 for \d+ s, and rank 0 or its launcher, "
+                 r"which knows where all stand, has not answered for \d+ s", id="halted with the store, 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "fault", "rank", "sentence"), HANGS)
+def test_a_rank_that_hangs_ends_the_job_by_name(
+    place: Place, tmp_path: Path, count: int, fault: str, rank: int, sentence: str
+) -> None:
+    ranks = start(place, tmp_path, count, fault, rank, *QUIET, *EACH)
+    waiting = [process for r, process in enumerate(ranks.started) if (fault, r) != ("halted", rank)]
+    latest = ranks.out / "checkpoints" / checkpoint.folder_name(2)
+    deadline = time.monotonic() + 90
+    while not latest.exists():
+        assert time.monotonic() < deadline, ranks.text()
+        time.sleep(0.02)
+    begun = time.monotonic()
+    assert {process.wait(60) for process in waiting} == {STATUS}, ranks.text()
+    assert TIMEOUT * 0.8 < time.monotonic() - begun < 2 * TIMEOUT + 3
+    assert len(re.findall(sentence, ranks.text())) == 1 == ranks.text().count("; the job ends"), ranks.text()
+    if fault == "halted":  # a launcher kills it 30 s after the first has ended
+        assert ranks.living() == [ranks.started[rank].pid]
+        os.kill(ranks.started[rank].pid, signal.SIGKILL)
+        ranks.started[rank].wait(10)
+    assert not ranks.living()
+    found, passed = checkpoint.find("latest", ranks.out / "checkpoints")
+    assert found is not None and not passed and found.step == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "rank"),
+    [pytest.param(2, 1, id="2"), pytest.param(4, 0, id="4, with the store")],
+)
+def test_a_rank_that_is_killed_ends_the_job(place: Place, tmp_path: Path, count: int, rank: int) -> None:
+    """gloo tells the others that somebody is gone, the vigil who; not where the store went with it: a launcher does."""
+    ranks = start(place, tmp_path, count, "killed", rank, *QUIET, *EACH)
+    statuses = ranks.statuses()
+    assert statuses.pop(rank) == -signal.SIGKILL and set(statuses) == {1}, ranks.text()
+    assert not ranks.living() and "Connection" in ranks.text()
+    assert len(re.findall(r"no word from rank 1 \(\S+\), last seen .*: gone; the job ends", ranks.text())) == rank
+    found, passed = checkpoint.find("latest", ranks.out / "checkpoints")
+    assert found is not None and not passed and found.step == 2
+    ended = ranks.out / "ended.json"
+    assert ended.exists() == (rank != 0) and (rank == 0 or json.loads(ended.read_text()) == {"status": 1})
+
+
+def test_who_never_comes_is_waited_for_no_longer(place: Place, tmp_path: Path) -> None:
+    ranks = start(place, tmp_path, 2, "none", 0, only=[0])
+    assert ranks.started[0].wait(60) == STATUS
+    assert re.search(r"rank 0 has waited 6 s for all 2 processes to meet at 127.0.0.1:\d+", ranks.text())
+
+
+def test_long_work_is_no_hang_and_a_signal_ends_validation_on_all(place: Place, tmp_path: Path) -> None:
+    """One process fills for longer than the timeout while the other waits. Later one alone is told to stop."""
+    shown = ("--validation.validation_steps", "2", "--validation.preview_steps", "0", "--validation.num_samples", "4")
+    ranks = start(place, tmp_path, 2, "slow_fill,slow_validation", -1, *shown)
+    ranks.wait_for_text(1, "slow read_batch", times=4 + 1)  # two samples, read twice, at step 0; then at step 2
+    begun = time.monotonic()
+    os.kill(ranks.started[1].pid, signal.SIGUSR1)
+    assert ranks.statuses() == [128 + signal.SIGUSR1] * 2, ranks.text()
+    assert time.monotonic() - begun < 10 and not ranks.living()
+    found, passed = checkpoint.find("latest", ranks.out / "checkpoints")
+    assert found is not None and not passed and found.step == 2 == len(losses(ranks.out))
+    assert "val/loss" in rows(ranks.out)[0] and "val/loss" not in rows(ranks.out)[-1]  # it was cut short
+    assert json.loads((ranks.out / "ended.json").read_text()) == {"status": 138}
+    assert "slow fill" in ranks.text() and "the job ends" not in ranks.text() and "Traceback" not in ranks.text()
+
+
+def test_a_signal_before_the_first_step_ends_all_at_once(place: Place, tmp_path: Path) -> None:
+    """One process fills, the other is stuck in a collective, where Python hears no signal."""
+    ranks = start(place, tmp_path, 2, "long_fill", 0, *LATEST)
+    ranks.wait_for_text(0, "slow fill")
+    time.sleep(1)
+    for process in ranks.started:  # as launchers do
+        os.kill(process.pid, signal.SIGTERM)
+    begun = time.monotonic()
+    assert ranks.statuses() == [128 + signal.SIGTERM] * 2, ranks.text()
+    assert time.monotonic() - begun < 9 and not ranks.living()
+    assert "SIGTERM: stopped before the first step" in ranks.logs[0].read_text()
+    assert json.loads((ranks.out / "ended.json").read_text()) == {"status": 143}
+    assert not (ranks.out / "checkpoints").exists() and "Traceback" not in ranks.text()
+
+
+def stand(rank: int, moves: int, doing: str = "computing", frame: str = "wait (a.py:1)") -> Stand:
+    return Stand(rank, "node", moves, 7, doing, 60.0, frame, 1)
+
+
+def test_the_sentence_says_what_can_be_known() -> None:
+    waited = dict.fromkeys(range(64), 60.0)
+    behind = [stand(3, 20, "reading data"), stand(9, 20, "reading data")]
+    ahead = [stand(rank, 21) for rank in range(64) if rank not in (3, 9)]
+    said = describe([*ahead, *behind], behind, [], waited)
+    assert said.startswith("step 7: rank 3 (node, in wait (a.py:1)), rank 9 (node, in wait (a.py:1)) have been reading")
+    alike = [stand(0, 20), stand(1, 20, frame="read (b.py:2)")]
+    said = describe(alike, alike, [], waited)
+    assert (
+        "which of them hangs cannot be told: rank 0 (node, in wait (a.py:1)); rank 1 (node, in read (b.py:2))" in said
+    )
+    assert len(describe(ahead[:60], ahead[:60], [], waited)) < 600  # not all of them are listed
+
+
+def test_to_say_where_one_stands_costs_next_to_nothing() -> None:
+    vigil, count = Vigil(None, 0, 1, 600.0), 20_000
+    started = time.process_time()
+    for step in range(count):
+        vigil.at("computing", step)
+    assert (time.process_time() - started) / count < 20e-6  # 0.2 us on a quiet machine

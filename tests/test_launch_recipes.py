@@ -1,0 +1,127 @@
+"""launch/*.sh run as they stand, on gloo: one machine with a signal, and a SLURM job of two nodes that queues again.
+
+`srun` and `scontrol` are stand-ins of a few lines: they are the cluster, which a test machine has not.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.test_run import ENVIRONMENT, QUIET, STARTED, Place, _no_process_is_left, losses, rows, session_of
+from tests.triplets import ROOT
+from ztrain import checkpoint
+
+pytestmark = pytest.mark.usefixtures("forge", "_no_process_is_left")
+__all__ = ["_no_process_is_left"]
+
+SRUN = """#!/usr/bin/env bash
+# srun OPTION COMMAND...: the command once for each node; USR1 goes on to all of them, the worst status comes back.
+shift
+pids=()
+for node in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do  # on one host both would make the meeting point
+  (sleep $((3 * node)); export SLURM_NODEID=$node; exec "$@") & pids+=($!)
+done
+trap 'kill -USR1 "${pids[@]}"' USR1
+worst=0
+for pid in "${pids[@]}"; do
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done
+  wait "$pid" || worst=$?
+done
+exit $worst
+"""
+SCONTROL = """#!/usr/bin/env bash
+echo "$*" >> "$CALLS"
+case $1 in
+  show) [[ $2 == hostnames ]] && printf '127.0.0.1\\n127.0.0.2\\n' || echo "JobId=$3 JobState=${STATE:-RUNNING}" ;;
+esac
+"""
+
+
+@pytest.fixture(scope="module")
+def place(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(family, tmp_path_factory.mktemp("recipes"))
+
+
+def launch(command: list[str], log: Path, **more: str) -> subprocess.Popen[bytes]:
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=ENVIRONMENT | more, stdout=file, stderr=file, start_new_session=True
+        )
+    STARTED.append(process.pid)
+    return process
+
+
+def wait_for_rows(out: Path, count: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while len(rows(out)) < count:
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+def nobody_left(process: subprocess.Popen[bytes]) -> bool:
+    deadline = time.monotonic() + 15
+    while session_of(process.pid):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def words_of(place: Place, out: Path, *more: str) -> list[str]:
+    """Without --output_dir where the recipe gives it."""
+    return [*place.words(out, *QUIET, "--train.train_batch_size", "2", *more, name="projector")]
+
+
+def test_one_machine_saves_on_usr1_and_goes_on(place: Place, tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    command = ["launch/train.sh", "ddp", "2", *words_of(place, out, "--train.max_train_steps")]
+    process = launch([*command, "100000"], log)
+    wait_for_rows(out, 3, process, log)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 1 and nobody_left(process), log.read_text()
+    assert json.loads((out / "ended.json").read_text()) == {"status": 138}, log.read_text()
+    found, _ = checkpoint.find("latest", out / "checkpoints")
+    assert found is not None and found.step == len(losses(out))
+    process = launch([*command, str(found.step + 2)], log)
+    assert process.wait(120) == 0 and nobody_left(process), log.read_text()
+    assert len(losses(out)) == found.step + 2 and (out / "export").is_dir()
+
+
+def test_a_slurm_job_queues_again_until_it_is_done(place: Place, tmp_path: Path) -> None:
+    """Two nodes of one process. Told to stop: queued again; done, failed by itself or cancelled: not."""
+    bin_, run, log, calls = tmp_path / "bin", tmp_path / "run", tmp_path / "log", tmp_path / "calls"
+    bin_.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (bin_ / name).write_text(text)
+        (bin_ / name).chmod(0o755)
+    calls.touch()
+    cluster = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[a-b]",
+               "SLURM_GPUS_ON_NODE": "1", "CALLS": str(calls), "PATH": f"{bin_}:{os.environ['PATH']}"}  # fmt: skip
+
+    def job(last: int, *more: str) -> list[str]:
+        words = words_of(place, run, "--train.max_train_steps", str(last), *more)
+        place_of = words.index("--output_dir")
+        return ["launch/slurm.sh", "ddp", str(run), *words[:place_of], *words[place_of + 2 :]]
+
+    requeue = f"requeue {os.getpid()}"
+    process = launch(job(100000), log, **cluster)
+    wait_for_rows(run, 3, process, log)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) != 0 and nobody_left(process), log.read_text()
+    assert json.loads((run / "ended.json").read_text()) == {"status": 138}, log.read_text()
+    assert calls.read_text().count(requeue) == 1
+    found, _ = checkpoint.find("latest", run / "checkpoints")
+    assert found is not None and found.step == len(losses(run))
+    process = launch(job(found.step + 2), log, **cluster)  # as SLURM starts it again
+    assert process.wait(120) == 0 and nobody_left(process), log.read_text()
+    assert f"resuming from {found.path} at step {found.step}" in log.read_text()
+    assert len(losses(run)) == found.step + 2 and calls.read_text().count(requeue) == 1
+    process = launch(job(found.step + 4, "--seed", "3"), log, **cluster)  # refused: fails by itself
+    assert process.wait(60) != 0 and nobody_left(process), log.read_text()
+    assert json.loads((run / "ended.json").read_text()) == {"status": 2}
+    assert calls.read_text().count(requeue) == 1

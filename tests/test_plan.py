@@ -1,0 +1,343 @@
+"""ztrain plan: counts against built models and FSDP2's own shards, peaks and times against what was measured."""
+
+import json
+import re
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+
+from benchmarks import cards as page
+from benchmarks.pages import MARKS
+from ztrain import expected, memory, tune
+from ztrain.adapters import build_adapters
+from ztrain.adapters.lora import LoraAdapterConfig
+from ztrain.adapters.splice import SpliceConfig
+from ztrain.block import Keep
+from ztrain.cards import CARDS
+from ztrain.cli import main
+from ztrain.config import Config, load_config
+from ztrain.dit import load_transformer
+from ztrain.encoders import siglip_width
+from ztrain.errors import InputError
+from ztrain.expected import Tokens, flops, flops_again
+from ztrain.footprint import GIB, LIVE, PERSISTENCE, REDUCE_BUCKET, WRAPPED, Cut, count, standing
+from ztrain.model import AdaptedDiT
+from ztrain.models import Source
+from ztrain.plan import plan, render, verdict
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+H200 = CARDS["h200"]
+ATTENTION = r"^layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)$"
+TELLS = re.compile(
+    r"may take ([\d.]+) GiB; .* takes ([\d.]+) with nothing kept, more by ([\d.]+) with costly, by ([\d.]+) with"
+    r" products, by ([\d.]+) with everything"
+)
+
+
+def results(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}_nvidia_h200.json").read_text(encoding="utf-8"))
+
+
+def real(name: str, *words: str) -> Config:
+    return load_config([ROOT / "configs" / f"{name}_24gb.yaml"], words)
+
+
+def tiny(name: str) -> Config:
+    return load_config([ROOT / "configs" / f"{name}.yaml", ROOT / "configs" / "miniature.yaml"])
+
+
+def with_lora(config: Config, rank: int, *others: Any, **settings: Any) -> Config:
+    return config.model_copy(update={"adapters": [*others, LoraAdapterConfig(rank=rank, **settings)]})
+
+
+def rows_of_step() -> dict[str, dict[str, Any]]:
+    return {row["case"]: row for row in results("step")["rows"] if row["way"] == "ztrain"}
+
+
+# --- counts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [("siglip", 358_358_144), ("lora", 70_041_600), ("siglip_lora", 428_399_744), ("projector", 26_224_640)],
+)
+def test_the_real_size_is_counted_as_zimage_facts_say(name: str, trained: int) -> None:
+    counted = count(real(name))
+    assert (counted.frozen, counted.trained) == (6_154_908_736, trained)
+    assert {w.block for w in counted.weights if w.block} == {
+        *(f"dit.layers.{i}" for i in range(30)),
+        *(f"dit.{kind}_refiner.{i}" for kind in ("noise", "context") for i in range(2)),
+        *(f"dit.siglip_refiner.{i}" for i in range(2) if "siglip" in name),
+    }
+
+
+@pytest.fixture
+def four_ranks() -> Iterator[None]:
+    """This process as the first of four, whose collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", page.LISTS)
+def test_bytes_are_those_of_a_built_model_and_of_fsdp2_itself(name: str, four_ranks: None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    config = tiny(name)
+    counted = count(config)
+    dit = load_transformer(Source.of(config.models.base), torch.float32, "cpu")
+    model = AdaptedDiT(dit, build_adapters(config.adapters, siglip_width(Source.of(config.models.siglip))))
+
+    def held(parameters: list[torch.Tensor]) -> int:
+        return sum(p.numel() * p.element_size() for p in parameters)
+
+    def parts(strategy: Any, cards: int) -> dict[str, float]:
+        return {part.name: part.bytes for part in standing(counted, config, Cut(strategy=strategy, cards=cards))}
+
+    whole = {wants: held([p for p in model.parameters() if p.requires_grad == wants]) for wants in (False, True)}
+    for strategy, cards in (("one_gpu", 1), ("ddp", 4), ("zero2", 4)):
+        assert parts(strategy, cards)["frozen base"] == whole[False]
+    ddp, zero2 = parts("ddp", 4), parts("zero2", 4)
+    assert ddp["trained weights"] == ddp["gradients"] == ddp["optimizer moments"] / 2 == whole[True]
+    quarter = sum(-(-p.numel() // 4) for p in model.parameters() if p.requires_grad)
+    assert zero2["gradients"] == 4 * quarter and zero2["trained weights"] == whole[True] + 4 * quarter
+    # The miniature's parameters are all below the threshold: ZeRO-3 cuts none of them.
+    assert max(p.numel() for p in model.parameters()) < PERSISTENCE
+    assert parts("zero3", 4)["frozen base"] == whole[False]
+
+    mesh = init_device_mesh("cpu", (4,))
+    for module in [module for module in model.modules() if type(module).__name__ == WRAPPED]:
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    local = {wants: 0 for wants in (False, True)}
+    for parameter in model.parameters():
+        assert isinstance(parameter, DTensor)
+        local[parameter.requires_grad] += held([parameter.to_local()])
+    fsdp2 = parts("fsdp2", 4)
+    assert (fsdp2["frozen base"], fsdp2["trained weights"]) == (local[False], local[True])
+    assert fsdp2["gradients"] == fsdp2["optimizer moments"] / 2 == local[True]
+    assert local[False] < 0.3 * whole[False]
+
+
+def test_zero3_cuts_what_is_large_and_its_rules_are_those_of_the_files() -> None:
+    three, two = (
+        json.loads((ROOT / f"configs/deepspeed/zero{n}.json").read_text())["zero_optimization"] for n in (3, 2)
+    )
+    assert two["reduce_bucket_size"] == three["reduce_bucket_size"] == REDUCE_BUCKET and two["overlap_comm"]
+    assert three["stage3_param_persistence_threshold"] == PERSISTENCE
+    assert three.get("stage3_max_live_parameters", LIVE) == LIVE
+    counted = count(real("siglip"))
+    large = sum(w.numbers for w in counted.weights if not w.is_trained and w.numbers > PERSISTENCE)
+    config = real("siglip", "--train.gradient_checkpointing", "on")
+    base = next(
+        part for part in standing(counted, config, Cut(strategy="zero3", cards=8)) if part.name == "frozen base"
+    )
+    assert base.bytes == pytest.approx(2 * (large / 8 + counted.frozen - large), abs=2 * 521)
+    assert 5.9e9 < large < counted.frozen
+
+
+# --- constants --------------------------------------------------------------------------------------------------------
+
+
+def test_the_constants_are_those_of_the_committed_results() -> None:
+    told: dict[str, list[float]] = {}
+    width = 3840 * 30 * 2 * 4096 / GIB
+    for row in results("train_real_size")["rows"]:
+        found = next(match for line in row["said"] if (match := TELLS.search(line)))
+        config = real(row["list"], "--train.ema_decay", "0.999")
+        counted = count(config)
+        there = sum(part.bytes for part in standing(counted, config, Cut(strategy="one_gpu", cards=1))) / GIB
+        may, nothing, costly, products, everything = map(float, found.groups())
+        nothing -= expected.BYTES_OF_LORA * counted.trained_in_main / GIB
+        kind = "everything_lora" if counted.trained_in_main else "everything"
+        told.setdefault(kind, []).append(everything / width)
+        for name, value in {"nothing": nothing, "costly": costly, "products": products}.items():
+            told.setdefault(name, []).append(value / width)
+        told.setdefault("other", []).append(24 * (1 - expected.NOT_PLANNED) - there - may)
+    mean = {name: statistics.mean(values) for name, values in told.items()}
+    for keep in Keep:
+        assert expected.WIDTHS[keep] == pytest.approx(mean[keep.name.lower()], abs=0.01)
+    assert pytest.approx(mean["everything_lora"] - mean["everything"], abs=0.01) == expected.WIDTHS_OF_LORA
+    assert pytest.approx(mean["other"], abs=0.01) == expected.OTHER_GIB
+    assert max(told["other"]) - min(told["other"]) < 0.05
+
+    rows = rows_of_step()
+    config = with_lora(real("lora"), 16, target_modules=ATTENTION)
+    again = flops_again(count(config), Tokens.of(config), [Keep.NOTHING] * 30)
+    longer = rows["lora_1024_b1_full_recompute"]["ms"] - rows["lora_1024_b1_no_recompute"]["ms"]
+    assert pytest.approx(again / longer * 1e3, rel=0.01) == expected.RATE_AGAIN
+    assert results("cost")["rate_tflops"] * 1e12 == expected.RATE
+    kernels = dict(rows["lora_1024_b1_no_recompute"]["kernels"])
+    kernels.pop("launches")
+    elsewhere = sum(kernels[name] for name in ("matrix products", "attention", "idle"))
+    assert 1 - elsewhere / sum(kernels.values()) == pytest.approx(expected.BOUND_BY_MEMORY, abs=0.001)
+    stepping = rows["siglip_1024_b1_24gib"]["kernels"]["optimizer"] / 1e3 / 358_358_144
+    assert pytest.approx(stepping, rel=0.01) == expected.OPTIMIZER
+
+
+def test_the_constants_of_a_run_are_those_of_its_modules() -> None:
+    assert expected.REPLAYED_TOKENS == tune.REPLAYED_TOKENS
+    assert (expected.NOT_PLANNED, expected.IDLE) == (memory._RESERVE, tune._IDLE)
+
+
+# --- against what was measured ----------------------------------------------------------------------------------------
+
+
+def cases() -> dict[str, Config]:
+    """Those of benchmarks/step.py, as configs."""
+    one = ("--train.gradient_accumulation_steps", "1")
+    budget = ("--memory.budget_gib", "24")
+
+    def attention(*words: str) -> Config:
+        return with_lora(real("lora", *one, *words), 16, target_modules=ATTENTION)
+
+    off = ("--train.gradient_checkpointing", "off")
+    small = ("--encoders.min_reference_pixels", "1024", "--encoders.max_reference_pixels", "63488")  # 64 tokens
+    return {
+        "lora_1024_b1_full_recompute": attention("--train.gradient_checkpointing", "on"),
+        "lora_1024_b1_24gib": attention(*budget),
+        "lora_1024_b1_no_recompute": attention(*off),
+        "lora_512_b1": attention(*off, "--data.resolution", "512"),
+        "lora_1024_b4": attention(*off, "--train.train_batch_size", "4"),
+        "lora_default_1024_b1_24gib": real("splice_lora", *one, *budget, *small),
+        "siglip_1024_b1_24gib": real("siglip", *one, *budget),
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+def test_a_step_as_measured(name: str) -> None:
+    """Peaks within 10 %, times within 15 %, FLOPs within 1 %."""
+    row, config = rows_of_step()[name], cases()[name]
+    made = plan(config, card=H200)
+    # Allocated by torch: what CUDA itself and a run's other models take is no part of it.
+    assert made.peak_gib - expected.OTHER_GIB == pytest.approx(row["peak_gib"], rel=0.10)
+    assert made.computing * 1e3 == pytest.approx(row["ms"], rel=0.15)
+    needed = flops(count(config), Tokens.of(config)) * config.train.train_batch_size
+    assert needed / 1e12 == pytest.approx(row["tflop_needed"], rel=0.01)
+
+
+@pytest.mark.parametrize("row", results("train_real_size")["rows"], ids=lambda row: row["list"])
+def test_a_whole_run_as_measured(row: dict[str, Any]) -> None:
+    """What torch reserved within 10 %, though CUDA itself is not in it; times within 15 %."""
+    config = real(row["list"], "--memory.budget_gib", "24", "--train.ema_decay", "0.999")
+    made = plan(config, card=H200)
+    assert made.fits and made.peak_gib == pytest.approx(row["reserved_gib"], rel=0.10)
+    assert made.computing * 1e3 == pytest.approx(row["ms"], rel=0.15)
+
+
+def test_steps_that_keep_everything_as_measured() -> None:
+    """Random batches of one sample, 512 to 1280 px, ranks 8 to 128, CUDA counted: within 10 %."""
+    off = ("--train.gradient_checkpointing", "off")
+    document, ratios = results("cost"), []
+    for row in document["draws"] + document["draws_compiled"]:
+        if set(row.get("kept", ())) == {"everything"} and len(row["captions"]) == 1:
+            config = real("splice_lora", *off, "--data.resolution", str(row["side"]))
+            made = plan(with_lora(config, row["rank"], SpliceConfig()), card=H200)
+            ratios.append(made.peak_gib / row["peak_gib"])
+    assert len(ratios) > 15 and max(abs(ratio - 1) for ratio in ratios) < 0.10, ratios
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_named_with_what_does() -> None:
+    config = real("siglip")
+    made = plan(config, card=CARDS["rtx_4080"])
+    assert not made.fits
+    said = verdict(made)
+    assert re.match(
+        r"does not fit: 19\.\d of 15\.7 GiB; the frozen base alone takes 11\.5; take fsdp2 on 2 cards \(", said
+    )
+    assert "adamw_8bit" not in said  # which would not be enough either
+    other = plan(config, card=CARDS["rtx_4080"], strategy="fsdp2", cards=2)
+    assert other.fits and f"({other.peak_gib:.1f} GiB)" in said and verdict(other).startswith("fits: ")
+    assert "nobody has run it" in render(made) and "nobody has run it" not in render(plan(config, card=H200))
+    hopeless = plan(config, card=CARDS["rtx_4070"], memory_gib=4.0)
+    assert verdict(hopeless).endswith("nothing that is known here makes it fit")
+
+
+def test_what_is_sent_and_what_hides_it() -> None:
+    """[siglip] trains what comes before the main blocks: its sum has nothing to hide beside, a LoRA's has."""
+    words = ("--train.gradient_accumulation_steps", "1")
+    siglip, lora = (plan(real(name, *words), card=H200, strategy="ddp", cards=2) for name in ("siglip", "lora"))
+    assert siglip.sent_gb == pytest.approx(4 * 358_358_144 / 1e9) and siglip.step > siglip.computing
+    assert lora.sent_gb == pytest.approx(4 * 70_041_600 / 1e9) and lora.step == lora.computing
+    cut = plan(real("lora"), card=CARDS["rtx_4090"], strategy="fsdp2", cards=8)
+    assert cut.sent_gb == pytest.approx(7 / 8 * (2 * (2 * 6.154908736 + 0.2801664) + 0.2801664), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--strategy", "ddp"], "--strategy ddp with --cards 1"),
+        (["--strategy", "one_gpu", "--cards", "2"], "--strategy one_gpu with --cards 2"),
+        (["--card", "rtx_9999"], "--card rtx_9999 is not known here; there are rtx_4070"),
+        (["--memory_gib", "0"], "--memory_gib 0 must be above 0"),
+        (["--strategy", "fsdp2", "--cards", "2", "--train.optimizer", "adamw_8bit"], "adamw_8bit does not work under"),
+        (["--strategy", "zero3", "--cards", "2"], "zero3 works neither with"),
+    ],
+)
+def test_mistakes_on_the_command_line(words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", str(ROOT / "configs/lora_24gb.yaml"), *words]) == 2
+    said = capsys.readouterr().err
+    assert complaint in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_a_list_that_trains_nothing_is_refused_and_one_that_starts_from_the_base_is_not() -> None:
+    with pytest.raises(InputError, match=r"\[splice\] has no weights to train"):
+        plan(load_config([ROOT / "configs/splice.yaml"]))
+    assert plan(with_lora(tiny("lora"), 8, init="pissa")).trained == plan(with_lora(tiny("lora"), 8)).trained
+
+
+def test_the_verb_says_it_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--config", str(ROOT / "configs/siglip_24gb.yaml"), "--card", "h200", "--memory_gib", "24"]
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] and told["trained"] == 358_358_144 and told["peak_gib"] == pytest.approx(23.6, abs=0.5)
+    assert sum(gib for _, gib, _ in told["parts"]) == pytest.approx(told["peak_gib"])
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert f"fits: {told['peak_gib']:.1f} of 24.0 GiB" in said and "358,358,144 trained weights" in said
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_cards_is_of_the_code_and_the_committed_results(tmp_path: Path) -> None:
+    text = page.PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(MARKS[0])
+    (tmp_path / "cards.md").write_text(before + MARKS[0] + "\n" + MARKS[1] + rest.split(MARKS[1])[1], "utf-8")
+    (tmp_path / "README.md").write_text("a\n<!-- cards -->\nold\n<!-- /cards -->\nb\n", "utf-8")
+    page.main(tmp_path / "cards.md", tmp_path / "README.md")
+    assert (tmp_path / "cards.md").read_text("utf-8") == text, "run: python -m benchmarks.cards"
+    filled = (tmp_path / "README.md").read_text("utf-8")
+    assert filled.startswith("a\n<!-- cards -->\n| cards |") and filled.endswith("<!-- /cards -->\nb\n")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    if page.README_MARKS[0] in readme:
+        between = filled.split(page.README_MARKS[0])[1].split(page.README_MARKS[1])[0]
+        assert between in readme, "run: python -m benchmarks.cards --readme README.md"
+    cells = re.findall(r"^\| \d+ x .*$", filled, flags=re.MULTILINE)
+    assert all(cell.count("computed") + cell.count("**measured**") == len(page.LISTS) for cell in cells)
+    (tmp_path / "README.md").write_text("none", "utf-8")
+    with pytest.raises(InputError, match="must hold <!-- cards -->"):
+        page.fill_readme(tmp_path / "README.md", "")
+
+
+def test_measured_figures_stand_beside_computed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "LISTS", {"siglip": "`[siglip]`"})
+    config = {"siglip": real("siglip")}
+    row = {"strategy": "fsdp2", "gpus": 2, "list": "[siglip]", "ms": 401.2, "peak_gib": 15.43, "efficiency": 0.9}
+    lines = page.strategies(config, {"siglip": count(config["siglip"])}, [row]).splitlines()
+    [line] = [line for line in lines if "| fsdp2 |" in line]
+    assert "| 15.4 |" in line and "| 401 |" in line and "not measured yet" not in line
+    assert sum("not measured yet" in line for line in lines) == 3

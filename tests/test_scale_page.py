@@ -1,0 +1,91 @@
+"""docs/scale.md: of the code and the committed results; its bytes are those of what encoders really give."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import scale
+from benchmarks.pages import MARKS
+from ztrain.cache import Request
+from ztrain.config import load_config
+from ztrain.digests import Known
+from ztrain.fill import Encoding
+from ztrain.images import PictureFile
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_page_is_of_the_code_and_the_committed_results() -> None:
+    page = scale.PAGE.read_text(encoding="utf-8")
+    between = page.split(MARKS[0])[1].split(MARKS[1])[0].strip()
+    assert between == scale.text(), "run: python -m benchmarks.scale"
+
+
+def test_bytes_of_an_entry_are_those_of_what_encoders_give_in_bf16(tmp_path: Path) -> None:
+    """The miniature's encoders: other widths, the same shapes and types."""
+    path = tmp_path / "picture.png"
+    Image.effect_noise((512, 512), 60).convert("RGB").save(path)
+    mini = [ROOT / "configs" / "miniature.yaml"]
+    config = load_config(mini, ["--train.mixed_precision", "bf16", "--data.resolution", "512"])
+    encoding = Encoding(config, {"latents", "siglip", "text", "reference"}, "cpu")
+    known = Known(PictureFile(path), "", 512, 512)
+    with Image.open(path) as image:
+        made = {
+            "latents": encoding.compute(Request(state="latents", pictures=(known,)), [image]),
+            "siglip": encoding.compute(Request(state="siglip", pictures=(known,)), [image]),
+            "text": encoding.compute(Request(state="text", text="a red boat"), []),
+            "reference": encoding.compute(Request(state="reference", pictures=(known,)), [image]),
+        }
+    wanted = {
+        name: scale.entry_bytes(load_config([ROOT / "configs" / f"{name}_24gb.yaml"]))
+        for name in ("siglip", "projector")
+    }
+    states = {state: parts["states"] for state, parts in made.items()}
+    kinds = made["reference"]["kinds"]
+
+    # (C, H, W) float32: 16 channels, an eighth of each side; here other channels, a quarter.
+    assert states["latents"].dtype == torch.float32 and states["latents"].shape[1:] == (128, 128)
+    assert wanted["siglip"]["latents"] == 16 * (1024 // 8) ** 2 * states["latents"].element_size()
+    # (h, w, S) and (L, D) in bf16, a byte for the kind of each token.
+    assert {states[name].dtype for name in ("siglip", "text", "reference")} == {torch.bfloat16}
+    grid = states["siglip"].shape[0] * states["siglip"].shape[1]
+    assert 0 < grid <= 256 and wanted["siglip"]["siglip"] == 256 * 1152 * 2
+    assert kinds.shape == states["reference"].shape[:1] and kinds.element_size() == 1
+    tokens = config.encoders.max_reference_pixels // 1024
+    assert len(kinds) == tokens + 2 + 8  # its markers, and an empty turn around them
+    assert wanted["projector"]["reference"] == (256 + 2 + 8) * (2560 * 2 + 1)
+    assert set(wanted["projector"]) == {"latents", "text", "reference"}
+
+
+def test_a_sum_over_64_cards() -> None:
+    """358,358,144 float32 gradients, 126/64 of them through 50 GB/s at 70 %, none of it hidden."""
+    case = scale.Case.of("siglip", 1024)
+    seconds = 126 / 64 * 4 * 358_358_144 / (50e9 * 0.7)
+    computing = case.on("h200").computing
+    assert case.efficiency(50.0) == pytest.approx(computing / (computing + seconds))
+    assert case.efficiency(50.0, steps=4) == pytest.approx(computing / (computing + seconds / 4))
+    assert scale.Case.of("lora", 1024).efficiency(12.5) == 1.0
+
+
+def test_what_one_process_takes_grows_with_the_triplets() -> None:
+    each = {"process_bytes": 5000.0, "hash_seconds": 1e-3, "digests_seconds": -1e-9, "samples_seconds": 1e-4,
+            "needs_seconds": 1e-5, "index_seconds": 1e-5, "tokens_seconds": 1e-5}  # fmt: skip
+    order = {"samples": 1_000_000, "by_tokens_seconds": 0.5, "bytes_each": 8}
+    host = scale.Host.of({"per_triplet": each, "order": order})
+    assert (host.ram_gb, host.order_gb, host.order_seconds) == pytest.approx((500.0, 1.6, 50.0))
+    assert (host.hours, host.hashing_hours) == pytest.approx((13_000 / 3600, 100_000 / 3600))
+
+
+def test_the_vae_takes_four_times_as_much_for_four_times_the_pixels_and_some_attention() -> None:
+    config = load_config([ROOT / "configs" / "lora_24gb.yaml"])
+    small, large = (scale.encoder_flops(side, config)["latents"] for side in (512, 1024))
+    assert 4.0 < large / small < 4.6 and set(scale.encoder_flops(512, config)) == {"latents", "text"}
+
+
+def test_rows_of_several_cards_are_shown_as_measured() -> None:
+    row = {"strategy": "ddp", "gpus": 2, "list": "siglip", "ms": 320.4, "efficiency": 0.981, "peak_gib": 30.1}
+    shown = scale.measured([row | {"all_reduce_ms": 5.25}])
+    assert "| `[siglip]`, ddp | 2 | 320 | 0.981 | 5.2 |  |" in shown and "not measured" not in shown
+    assert "not measured yet" in scale.measured([])

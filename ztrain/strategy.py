@@ -1,0 +1,301 @@
+"""How the processes of a run share model, gradients and optimizer: one card, DDP, FSDP2 or DeepSpeed's ZeRO.
+
+accelerate decides, from the file of `configs/accelerate` that it was launched with; here is what follows for us. In: an
+Accelerator. Out: a `Strategy`, which wraps model and optimizer and gives trained weights and moments back whole, on the
+CPU of the main process, whichever way they were cut: so a checkpoint of any number of cards goes on with any other.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from torch import Tensor, nn
+
+from ztrain.blocks import use_fast_blocks
+from ztrain.config import Config
+from ztrain.errors import InputError
+from ztrain.model import AdaptedDiT
+from ztrain.together import agree
+
+KWARGS = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+"""For the Accelerator. Gradients are DDP's buckets: four bytes less for each trained number."""
+
+
+class Strategy:
+    """One process, or DDP: every process holds everything."""
+
+    name: ClassVar[str] = "ddp"
+    cuts_base: ClassVar[bool] = False
+    """Whether each process holds a part of the base only. Then all must run the same modules equally often."""
+    keeps_step: ClassVar[bool] = False
+    """Whether all processes must give all gradients, in the same order: DeepSpeed adds them up by their place."""
+    steps_in_backward: ClassVar[bool] = False
+    """Whether the last backward pass of a step takes the optimizer's step, too."""
+    probes: ClassVar[bool] = True
+    """Whether a plain backward pass gives gradients, outside of a step."""
+    can_average: ClassVar[bool] = True
+    """Whether train.ema_decay works."""
+    averages_together: ClassVar[bool] = True
+    """Whether one kernel may average many weights: DTensors have no such operation."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    @property
+    def base_device(self) -> torch.device:
+        """Where the base is loaded: a base that is cut comes to the card in parts."""
+        return torch.device("cpu") if self.cuts_base else self.accelerator.device
+
+    def check(self, config: Config) -> None:
+        """Raises InputError for settings that this strategy cannot carry out."""
+        t = config.train
+        stock = [adapter for adapter in config.adapters if "omni" in adapter.reads]
+        refused = {
+            "adapters siglip: layout stock": self.cuts_base and bool(stock),
+            "train.optimizer adamw_8bit": t.optimizer == "adamw_8bit" and self.name not in ("one", "ddp"),
+            "train.compile on": t.compile == "on" and not self.probes,
+            "train.gradient_checkpointing budget": t.gradient_checkpointing == "budget" and not self.probes,
+            f"train.ema_decay {t.ema_decay:g}": bool(t.ema_decay) and not self.can_average,
+        }
+        for setting, is_refused in refused.items():
+            if is_refused:
+                raise InputError(f"{setting} does not work under {self.name}; change it, or launch with ddp")
+
+    def prepare(self, model: AdaptedDiT, optimizer: Any, config: Config) -> tuple[Any, Any]:
+        """The model as it is called in training, and the optimizer as accelerate wants it stepped."""
+        if self.accelerator.num_processes > 1:
+            # All have read the same files: DDP would send the frozen base to every process once more.
+            frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+            frozen += [name for name, _ in model.named_buffers()]
+            nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+            # Blocks are compiled one by one: gradients go out between them as it is, and a compiled function is not
+            # to be cut once more where DDP's buckets end.
+            torch._dynamo.config.optimize_ddp = False
+        return self.accelerator.prepare(model, optimizer)
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Trained weights, their gradients or moments, as they are without any cut. All processes call it; for the main
+        one alone it is worth something: the others get no tensors, where there is something to gather."""
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+
+    def weights_changed(self, model: AdaptedDiT) -> None:
+        """To be called after trained weights were changed by anything but the optimizer."""
+
+    def number(self, value: Any) -> Tensor | float:
+        """A number that the library may have cut, like a gradient's norm."""
+        return value
+
+    def optimizer_state(self, optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`, whole; by place in `trained`. All processes call it."""
+        return optimizer.optimizer.state_dict()
+
+    def load_optimizer(self, optimizer: Any, stored: dict[str, Any], trained: Mapping[str, nn.Parameter]) -> None:
+        """The inverse of `optimizer_state`."""
+        optimizer.optimizer.load_state_dict(stored)
+
+    def placed(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """A whole tensor, which all processes have read, as this process holds one like `like`."""
+        return tensor.to(like.device)
+
+
+class One(Strategy):
+    name = "one"
+
+
+class Fsdp2(Strategy):
+    """torch's fully_shard: parameters are DTensors, put together block by block while they are computed."""
+
+    name = "fsdp2"
+    cuts_base = keeps_step = True
+    averages_together = False
+
+    def prepare(self, model: AdaptedDiT, optimizer: Any, config: Config) -> tuple[Any, Any]:
+        wrapped, optimizer = self.accelerator.prepare(model, optimizer)
+        use_fast_blocks(model.dit, alone=True)
+        return wrapped, optimizer
+
+    def weights_changed(self, model: AdaptedDiT) -> None:
+        # What belongs to no block stays put together after a pass without gradients, as it was then.
+        wrapped: Any = model
+        wrapped.reshard()
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        kept = {}
+        for name, tensor in tensors.items():
+            full = self.number(tensor.detach())
+            if self.accelerator.is_main_process:
+                kept[name] = full.cpu()
+        return kept
+
+    def number(self, value: Any) -> Any:
+        from torch.distributed.tensor import DTensor
+
+        return value.full_tensor() if isinstance(value, DTensor) else value
+
+    def optimizer_state(self, optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+        stored = optimizer.optimizer.state_dict()
+        return {**stored, "state": {place: self.whole(state) for place, state in stored["state"].items()}}
+
+    def load_optimizer(self, optimizer: Any, stored: dict[str, Any], trained: Mapping[str, nn.Parameter]) -> None:
+        parameters = list(trained.values())
+        state = {
+            place: {what: self.placed(each, parameters[place]) for what, each in values.items()}
+            for place, values in stored["state"].items()
+        }
+        optimizer.optimizer.load_state_dict({**stored, "state": state})
+
+    def placed(self, tensor: Tensor, like: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if not isinstance(like, DTensor) or tensor.shape != like.shape:
+            return tensor.to(like.device)
+        there = tensor.to(like.device)
+        return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
+
+
+class Zero(Strategy):
+    """DeepSpeed's ZeRO 2: gradients and moments are cut; the engine clips, and steps inside the backward pass."""
+
+    name = "zero2"
+    keeps_step = steps_in_backward = True
+
+    def prepare(self, model: AdaptedDiT, optimizer: Any, config: Config) -> tuple[Any, Any]:
+        settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        # accelerate asks a DataLoader for the first, which we do not have; the others belong to the experiment.
+        settings["train_micro_batch_size_per_gpu"] = config.train.train_batch_size
+        settings["gradient_accumulation_steps"] = config.train.gradient_accumulation_steps
+        settings["gradient_clipping"] = config.train.max_grad_norm
+        return self.accelerator.prepare(model, optimizer)
+
+    def optimizer_state(self, optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        inner = _inner(optimizer)
+        steps = [state["step"] for state in inner.state.values() if "step" in state]
+        state: dict[int, dict[str, Tensor]] = {}
+        for place, parameter in enumerate(trained.values() if steps else ()):
+            whole = {what: safe_get_full_optimizer_state(parameter, what) for what in _MOMENTS}
+            if self.accelerator.is_main_process:
+                state[place] = {"step": steps[0].cpu(), **{what: each.cpu() for what, each in whole.items()}}
+        groups = [{k: v for k, v in group.items() if k in _SETTINGS} for group in inner.param_groups]
+        groups[0]["params"] = list(range(len(trained)))
+        return {"state": state, "param_groups": groups}
+
+    def load_optimizer(self, optimizer: Any, stored: dict[str, Any], trained: Mapping[str, nn.Parameter]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        inner = _inner(optimizer)
+        for group, saved in zip(inner.param_groups, stored["param_groups"], strict=True):
+            group.update({key: saved[key] for key in _SETTINGS if key in saved})
+        if not stored["state"]:
+            return
+        for flat in (p for group in inner.param_groups for p in group["params"]):
+            step = stored["state"][0]["step"].clone()
+            inner.state[flat] = {"step": step, **{what: torch.zeros_like(flat) for what in _MOMENTS}}
+        self._link(optimizer)
+        for place, parameter in enumerate(trained.values()):
+            for what in _MOMENTS:
+                safe_set_full_optimizer_state(parameter, stored["state"][place][what].to(parameter.device), what)
+
+    def _link(self, optimizer: Any) -> None:
+        """Makes DeepSpeed find the moments of each parameter, as it does after its first step."""
+        optimizer.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+class Zero3(Zero):
+    """ZeRO 3: the base is cut, too."""
+
+    name = "zero3"
+    cuts_base = True
+    probes = False
+    can_average = False
+
+    def prepare(self, model: AdaptedDiT, optimizer: Any, config: Config) -> tuple[Any, Any]:
+        from deepspeed.utils import set_z3_leaf_modules
+
+        settings = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        kept = settings.get("stage3_param_persistence_threshold", _KEPT_WHOLE)
+        largest = max((p.numel() for adapter in model.adapters for p in adapter.parameters()), default=0)
+        if largest > kept:
+            # Its modules run as often as a batch has references: in parts, processes would wait for each other forever.
+            raise InputError(
+                f"an adapter has a matrix of {largest:,} numbers, which zero3 must leave whole: raise "
+                f"stage3_param_persistence_threshold of its DeepSpeed file from {kept:,} to at least that"
+            )
+        # Our forward reads a block's weights without calling its modules: it is put together as one.
+        set_z3_leaf_modules(model, [type(model.dit.layers[0])])
+        prepared = super().prepare(model, optimizer, config)
+        use_fast_blocks(model.dit, alone=True)
+        return prepared
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        import deepspeed
+
+        kept = {}
+        for name, parameter in tensors.items():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if self.accelerator.is_main_process:
+                    kept[name] = parameter.detach().cpu().clone()
+        return kept
+
+    def _link(self, optimizer: Any) -> None:
+        """It finds them by itself."""
+
+
+_KEPT_WHOLE = 100_000  # DeepSpeed's default
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's
+_SETTINGS = ("lr", "betas", "eps", "weight_decay", "initial_lr")
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    """torch's optimizer inside of accelerate's wrapper of DeepSpeed's."""
+    return optimizer.optimizer.optimizer
+
+
+def strategy_of(accelerator: Accelerator) -> Strategy:
+    """The one that accelerate really carries out.
+
+    Raises InputError for one that we do not know, and where accelerate was asked for one and runs another, as it does
+    with FSDP where there is no GPU.
+    """
+    asked = {
+        "fsdp2": os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true",
+        "zero": os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true",
+    }
+    kind, state = accelerator.distributed_type, accelerator.state
+    found: type[Strategy] | None = None
+    if kind == DistributedType.FSDP and accelerator.is_fsdp2:
+        found = Fsdp2
+    elif kind == DistributedType.DEEPSPEED:
+        found = {2: Zero, 3: Zero3}.get(state.deepspeed_plugin.zero_stage)
+    elif kind in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        if wanted := [name for name, is_asked in asked.items() if is_asked]:
+            raise InputError(
+                f"accelerate was asked for {wanted[0]} and runs {kind.value} on {accelerator.device.type}: it needs"
+                " GPUs and several processes; launch with configs/accelerate/ddp.yaml or cpu.yaml"
+            )
+        found = Strategy if accelerator.num_processes > 1 else One
+    if found is None:
+        raise InputError(
+            f"accelerate runs {kind.value}, which ztrain does not know in this form; take one_gpu, ddp, fsdp2, zero2 or"
+            " zero3 of configs/accelerate"
+        )
+    return found(accelerator)
+
+
+def turns(count: int, accelerator: Accelerator, *, equally_often: bool) -> Iterator[tuple[int, bool]]:
+    """This process's `seats`; before each turn all processes stop together, where any has got a signal."""
+    for place, counts in seats(count, accelerator.process_index, accelerator.num_processes):
+        agree(accelerator)
+        if counts or equally_often:
+            yield place, counts
+
+
+def seats(count: int, rank: int, processes: int) -> Iterator[tuple[int, bool]]:
+    """A process's places in range(count), as often on each: those who have fewer get the last again, which does not
+    count."""
+    for first in range(0, count, processes):
+        yield min(first + rank, count - 1), first + rank < count

@@ -88,7 +88,8 @@ class Meter:
 
     def judge(self, grad_norm: Tensor | float) -> Tensor:
         """Before the optimizer: gathers all processes' losses, gradient norms and signals. Does not wait; returns
-        whether any loss or norm is not finite, a truth value on the device, the same on all: no process may take the step."""
+        whether any loss or norm is not finite, a truth value on the device, the same on all: then no process may take
+        the step."""
         losses = torch.cat(self.of_samples).double()  # (n,)
         known = torch.tensor(list(zip(*self.seen, strict=True)), dtype=torch.float64)  # (2, n)
         norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=losses.device)

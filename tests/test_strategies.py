@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.forge import the_forge
@@ -105,13 +107,16 @@ def rows(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def curve(out: Path, key: str) -> list[float]:
-    return [row[key] for row in rows(out) if key in row]
+def curve(out: Path, key: str) -> dict[int, float]:
+    return {row["step"]: row[key] for row in rows(out) if key in row}
 
 
 def assert_same_run(one: Path, other: Path) -> None:
+    """A run that ended in between has validated once more."""
     for key in ("train/loss", "train/grad_norm", "val/loss", "val/loss_no_reference"):
-        assert curve(other, key) == pytest.approx(curve(one, key), rel=1e-5)
+        whole, shared_by_two = curve(one, key), curve(other, key)
+        assert whole.keys() <= shared_by_two.keys()
+        assert [shared_by_two[step] for step in whole] == pytest.approx(list(whole.values()), rel=1e-5)
     assert_same_export(one, other, 1e-6)
 
 
@@ -138,9 +143,9 @@ def test_a_shared_model_is_trained_saved_and_exported_like_a_whole_one(place: Pl
     said = shared(strategy, 2, place.words(tmp_path / "two", *more, *half, to, "8"))
     assert f"processes share the work by {kind}" in said
     assert_same_run(tmp_path / "one", tmp_path / "two")
-    names = ["base/no_image-2.png", "base/splice-2.png", "step-00000008/2.png"]
-    pictures = [[(tmp_path / run / "samples" / name).read_bytes() for name in names] for run in ("one", "two")]
-    assert pictures[0] == pictures[1]
+    for name in ("base/no_image-2.png", "base/splice-2.png", "step-00000008/2.png"):
+        one, two = (np.asarray(Image.open(tmp_path / run / "samples" / name), np.int16) for run in ("one", "two"))
+        assert one.std() > 1 and np.abs(one - two).max() <= 2  # levels of 255
 
     latest = ("--resume_from_checkpoint", "latest")
     alone(place.words(tmp_path / "two", *more, *half, "--train.gradient_accumulation_steps", "2", *latest, to, "10"))
@@ -164,8 +169,8 @@ def test_a_strategy_that_cannot_run_is_refused_and_never_exchanged(place: Place,
     assert done.returncode == 2 and "accelerate was asked for fsdp2 and runs NO on cpu: it needs GPUs" in done.stderr
     accelerator = Accelerator(cpu=True)
     assert type(strategy_of(accelerator)) is One and accelerator.distributed_type == DistributedType.NO
-    words = place.words(tmp_path / "run", "--train.optimizer", "adamw_8bit", "--train.ema_decay", "0.9")[2:]
-    config = load_config([ROOT / name for name in words[:2]], words[2:], "test")
+    words = place.words(tmp_path / "run", "--train.optimizer", "adamw_8bit", "--train.ema_decay", "0.9")
+    config = load_config([ROOT / name for name in words[1:3]], words[3:], "test")
     for strategy in (One, Strategy):
         strategy(accelerator).check(config)
     for shared_by, sentence in ((Fsdp2, "adamw_8bit does not work under fsdp2"), (Zero3, "adamw_8bit")):

@@ -192,13 +192,17 @@ class Zero(Strategy):
             group.update({key: saved[key] for key in _SETTINGS if key in saved})
         if not stored["state"]:
             return
-        for flat in (p for group in inner.param_groups for p in group["params"]):
+        for flat in self._flat(optimizer):
             step = stored["state"][0]["step"].clone()
             inner.state[flat] = {"step": step, **{what: torch.zeros_like(flat) for what in _MOMENTS}}
         self._link(optimizer)
         for place, parameter in enumerate(trained.values()):
             for what in _MOMENTS:
                 safe_set_full_optimizer_state(parameter, stored["state"][place][what].to(parameter.device), what)
+
+    def _flat(self, optimizer: Any) -> list[Tensor]:
+        """The weights as torch's optimizer has them: this process's part, in one row."""
+        return [p for group in _inner(optimizer).param_groups for p in group["params"]]
 
     def _link(self, optimizer: Any) -> None:
         """Makes DeepSpeed find the moments of each parameter, as it does after its first step."""
@@ -240,6 +244,9 @@ class Zero3(Zero):
                 if self.accelerator.is_main_process:
                     kept[name] = parameter.detach().cpu().clone()
         return kept
+
+    def _flat(self, optimizer: Any) -> list[Tensor]:
+        return list(optimizer.optimizer.fp32_partitioned_groups_flat)
 
     def _link(self, optimizer: Any) -> None:
         """It finds them by itself."""

@@ -57,7 +57,7 @@ class Part:
     keeps: str = "off"
     data: str = "alike"
     is_reference: bool = False
-    seconds: int = 110
+    seconds: int = 100
 
     @property
     def is_alone(self) -> bool:
@@ -74,7 +74,7 @@ def _alone(name: str, keeps: str = "off", data: str = "alike", is_reference: boo
 
 
 def _cut(strategy: str, name: str) -> Part:
-    return Part(strategy=strategy, list=name, keeps="on", seconds=150)
+    return Part(strategy=strategy, list=name, keeps="on", seconds=110)
 
 
 # The most important first; what stands together runs side by side.

@@ -84,6 +84,8 @@ def test_where_memory_is_short_each_time_less_is_kept_and_no_batch_is_refused_fo
 def test_a_line_goes_through_its_measurements_and_never_falls() -> None:
     line = Line.through((576, 1352.0), (1600, 3400.0))
     assert line.per_token == 2.0 and line.at(576) == 1352.0 and line.at(4096) == 8392.0
+    tiny = Line.through((96, 960.0), (96, 1920.0))  # both padded to the same number of tokens
+    assert (tiny.fixed, tiny.per_token) == (0.0, 20.0)
     flat = Line.through((576, 1000.0), (1600, 900.0))
     assert flat.per_token == 0.0 and flat.at(5000) == 900.0
 

@@ -27,7 +27,7 @@ SIGLIP_WIDTH = 1152
 """Of google/siglip2-so400m-patch16-naflex (zimage_facts.md 1.1), where models.siglip is not a folder here."""
 WRAPPED = "ZImageTransformerBlock"
 """The class that FSDP2 puts together one by one (configs/accelerate/fsdp2.yaml)."""
-REDUCE_BUCKET = 200_000_000
+REDUCE_BUCKET = 20_000_000
 """Numbers; reduce_bucket_size of configs/deepspeed/*.json. ZeRO makes it whole, however little is trained, and with
 overlap_comm ZeRO-2 makes two (deepspeed/runtime/zero/stage_1_and_2.py, backward: ipg_buffer)."""
 PERSISTENCE = 14_000_000

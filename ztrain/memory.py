@@ -35,7 +35,10 @@ class Line:
 
     @classmethod
     def through(cls, first: tuple[int, float], second: tuple[int, float]) -> "Line":
-        """Through two measurements (tokens, bytes); the second has more tokens."""
+        """Through two measurements (tokens, bytes). Of tiny pictures the second may have no more tokens: then all bytes
+        are taken to grow with them."""
+        if second[0] <= first[0]:
+            return cls(0.0, second[1] / second[0])
         slope = max(0.0, (second[1] - first[1]) / (second[0] - first[0]))
         return cls(max(0.0, second[1] - slope * second[0]), slope)
 

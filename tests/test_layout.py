@@ -89,8 +89,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors
         "validate", "yamls",
     },
     "train": {
-        "batches", "checkpoint", "config", "flow", "interrupt", "memory", "meter", "run", "sampler", "samples", "stats",
-        "strategy", "together", "tokens", "vigil",
+        "batches", "checkpoint", "conditioning", "config", "flow", "interrupt", "memory", "meter", "run", "sampler",
+        "samples", "stats", "strategy", "together", "tokens", "vigil",
     },
     "from_checkpoint": {"checkpoint", "config", "dit", "models", "run"},
     "grid": set(),

@@ -39,7 +39,10 @@ ALONE = ("ztrain.train",)
 LAUNCHED = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
             "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "ztrain.train")  # fmt: skip
 # accelerate starts several processes without a GPU only under this word; its processes find no GPU and use gloo.
-PAIR = (*LAUNCHED[:3], "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", *LAUNCHED[5:])
+PAIR, FOUR = (
+    (*LAUNCHED[:3], "--multi_gpu", "--num_processes", count, "--main_process_port", "0", *LAUNCHED[5:])
+    for count in ("2", "4")
+)
 
 LATEST = ("--resume_from_checkpoint", "latest")
 QUIET = ("--validation.validation_steps", "0", "--validation.preview_steps", "0")
@@ -139,6 +142,16 @@ def session_of(leader: int) -> list[int]:
     return found
 
 
+def trainers_of(out: Path) -> list[int]:
+    """Living processes whose command line names a run's folder: a launcher starts each rank in a session of its own."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if str(out).encode() in (place / "cmdline").read_bytes().split(b"\0"):  # empty of a zombie
+                found.append(int(place.name))
+    return found
+
+
 def test_killed_three_times_the_run_is_the_undisturbed_one(place: Place, tmp_path: Path) -> None:
     """SIGKILL at random steps and once inside a save, with another number of workers after each."""
     steps = ("--train.max_train_steps", "60", "--train.checkpointing_steps", "4", "--train.ema_decay", "0.9",
@@ -198,15 +211,17 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def test_two_processes_are_one_and_a_resume_may_change_their_number(place: Place, tmp_path: Path) -> None:
-    """Equal global batch: 1 x 4, 2 x 2 with dropout of everything, and 2 -> 1 -> 2 with accumulation in between."""
+def test_processes_are_one_and_a_resume_may_change_their_number(place: Place, tmp_path: Path) -> None:
+    """Equal global batch: 1 x 4, 2 x 2, 4 x 1 with dropout of everything, and 2 -> 1 -> 2 with accumulation between."""
     common = (*QUIET, "--train.dropout_text", "0.2", "--train.dropout_reference", "0.3", "--train.prior_weight", "0.5")
     to = "--train.max_train_steps"
     finish(ALONE, place.words(tmp_path / "one", *common, to, "20"))
     half = ("--train.train_batch_size", "2")
     finish(PAIR, place.words(tmp_path / "two", *common, *half, to, "20"))
-    one, two = ([float.fromhex(loss) for loss in losses(tmp_path / name)] for name in ("one", "two"))
-    assert two == pytest.approx(one, rel=1e-5) and len(set(one)) == 20
+    said = finish(FOUR, place.words(tmp_path / "four", *common, "--train.train_batch_size", "1", to, "20")).stdout
+    assert "4 processes share the work by ddp" in said
+    one, *more = ([float.fromhex(loss) for loss in losses(tmp_path / name)] for name in ("one", "two", "four"))
+    assert all(other == pytest.approx(one, rel=1e-5) for other in more) and len(set(one)) == 20
     changing = tmp_path / "changing"
     finish(PAIR, place.words(changing, *common, *half, to, "6"))
     finish(ALONE, place.words(changing, *common, *half, *LATEST, to, "13", "--train.gradient_accumulation_steps", "2"))
@@ -227,7 +242,7 @@ def test_a_terminated_launcher_leaves_a_checkpoint_and_no_process(
     process.terminate()
     status = process.wait(timeout=40)
     deadline = time.monotonic() + 10
-    while session_of(process.pid):
+    while trainers_of(out):
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
     # docs/training.md: the launcher's own status; with one process it does not wait for the trainer.
@@ -258,7 +273,7 @@ def test_a_signal_to_launcher_and_trainers_at_once_is_one_wish(
     os.killpg(process.pid, number)
     process.wait(timeout=60)
     deadline = time.monotonic() + 40
-    while session_of(process.pid):
+    while trainers_of(out):
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
     found, _ = checkpoint.find("latest", out / "checkpoints")
@@ -315,6 +330,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_it_is_saved(plac
     step = len(losses(out)) + 1
     assert 1 <= step <= 6  # two of eleven samples a step: each comes in the first six
     assert failed.stderr.count(f"RuntimeError: step {step}: the loss of samples [0]") >= 2  # on both ranks
+    assert not trainers_of(out)
     found, _ = checkpoint.find("latest", out / "checkpoints")
     assert (found.step if found else 0) == (step - 1) // 2 * 2
     assert found is None or all(t.isfinite().all() for t in found.tensors["trainable.safetensors"].values())

@@ -1,21 +1,26 @@
 """What whole-run tests cannot tell apart in a training step: dropout, the prior, idle weights, schedules."""
 
+import functools
 import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from tests.test_parity import LORA, PROJECTOR, SIGLIP, SIGMA, encoded, encoders, make_model, noise_like
-from tests.triplets import ROOT
+from tests.triplets import ROOT, tiny_config, write_triplets
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.conditioning import Dropout, Encoded
 from ztrain.config import TrainConfig, load_config
 from ztrain.flow import draw_dropout
-from ztrain.run import make_optimizer
+from ztrain.interrupt import Interruption
+from ztrain.meter import Meter
+from ztrain.run import build, make_optimizer
 from ztrain.sampler import SampleKey
+from ztrain.train import _take_step
 
 __all__ = ["encoded", "encoders"]  # fixtures
 LISTS = [[PROJECTOR], [SpliceConfig(), LORA], [SIGLIP], [SIGLIP, LORA], [LORA]]
@@ -107,3 +112,47 @@ def test_configs_for_a_24gb_card_train_the_same_lists(name: str) -> None:
     rows = json.loads((ROOT / "benchmarks/results/train_real_size_nvidia_h200.json").read_text())["rows"]
     measured = {row["list"] for row in rows if "reserved_gib" in row}
     assert measured and real.train.gradient_checkpointing == ("budget" if name in measured else "on")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("bad", ["loss", "gradient", None])
+def test_a_step_that_is_not_finite_is_not_taken(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str | None, fused: bool
+) -> None:
+    """Neither weights nor moments move, whether the optimizer is told on the device or the host asks; and the run ends
+    with a sentence."""
+    data = write_triplets(tmp_path / "data")
+    words = ("--validation.validation_steps", "0", "--validation.preview_steps", "0", "--train.lr_warmup_steps", "0")
+    config = tiny_config(family, data, tmp_path / "cache", *words, name="projector")
+    if fused:  # as on a GPU
+        monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, fused=True))
+    accelerator = Accelerator(cpu=True)
+    run = build(config, accelerator, None)
+    meter = Meter(0, 9, 1, accelerator, Interruption())
+
+    def step(spoilt: str | None) -> None:
+        for parameter in run.trained.values():
+            parameter.grad = torch.full_like(parameter, 0.1)
+        if spoilt == "gradient":
+            next(iter(run.trained.values())).grad.view(-1)[0] = float("inf")
+        loss = float("nan") if spoilt == "loss" else 1.0
+        meter.add([SampleKey(0, 0, 7)], torch.tensor([0.5]), torch.tensor([loss]))
+        _take_step(run, meter)
+
+    def everything() -> list[torch.Tensor]:
+        state = run.optimizer.optimizer.state
+        kept = [value for p in run.trained.values() for value in state[p].values()]
+        return [tensor.detach().clone() for tensor in (*run.trained.values(), *kept)]
+
+    step(None)
+    before = everything()
+    meter.read()
+    step(bad)
+    moved = [not torch.equal(mine, theirs) for mine, theirs in zip(everything(), before, strict=True)]
+    assert all(moved) if bad is None else not any(moved)
+    if bad is None:
+        assert meter.read()[0]["train/loss"] == 1.0
+        return
+    named = r"the loss of samples \[7\]" if bad == "loss" else "the gradient norm"
+    with pytest.raises(RuntimeError, match=f"step 2: {named}"):
+        meter.read()

@@ -50,15 +50,15 @@ def watched(run, meter, begun):
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
-def asked(*arguments):
+def stepped(*arguments):
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        ask(*arguments)
+        step(*arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 gradients, train._add_gradients = train._add_gradients, watched
-ask, train.Meter.ask = train.Meter.ask, asked
+step, train._take_step = train._take_step, stepped
 status = train.main(sys.argv[1:])
 sys.exit(f"{len(waits)} waits, for example {waits[0]}" if waits else status)
 """

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ztrain.batches import Batch, Loader
+from ztrain.conditioning import moved
 from ztrain.config import Config, load_config
 from ztrain.errors import InputError, sentence
 from ztrain.flow import (
@@ -230,7 +231,8 @@ def _micro_step(run: Run, meter: Meter, micro_step: int, batch: Batch) -> None:
     # Where processes share the base, either all run it or none.
     asks_base = config.train.prior_weight > 0 if run.strategy.cuts_base else bool(prior.any())
     base_velocity = model.base_velocity(noisy, sigma, encoded) if asks_base else None
-    velocity = run.wrapped(noisy, sigma, encoded)
+    # On the device already: DDP and FSDP2 would move it there, and wait for all the work that the device has been given.
+    velocity = run.wrapped(noisy, moved(sigma, run.accelerator.device), encoded)
     losses = velocity_losses(velocity, latents, noise, sigma, config.flow.loss_weight)  # (B,)
     if base_velocity is not None:
         losses = keep_prior(losses, velocity, base_velocity, sigma, prior, config.flow.loss_weight)

@@ -57,7 +57,7 @@ class Part:
     keeps: str = "off"
     data: str = "alike"
     is_reference: bool = False
-    seconds: int = 100
+    seconds: int = 96
 
     @property
     def is_alone(self) -> bool:
@@ -143,8 +143,8 @@ def write_triplets(folder: Path, is_mixed: bool) -> Path:
     return folder
 
 
-def prepare(work: Path, is_smoke: bool) -> Path:
-    """Builds in `work` what it lacks: models, whose folder this returns, triplets, and their cache."""
+def prepare(work: Path, kinds: set[str], is_smoke: bool) -> Path:
+    """Builds in `work` what it lacks: models, whose folder this returns, triplets of these kinds, and their cache."""
     work.mkdir(parents=True, exist_ok=True)
     tiny, family, half = work / "tiny", work / "family", work / "family.half"
     run("ztrain.mini.family", "--out", str(tiny))  # which leaves a whole one as it is
@@ -167,7 +167,7 @@ def prepare(work: Path, is_smoke: bool) -> Path:
         print(data, said.strip().splitlines()[-1], f"({seconds:.0f} s)", flush=True)
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(fill, (data for data in ("alike", "mixed") if not (work / f"cache-{data}").exists())))
+        list(pool.map(fill, (data for data in sorted(kinds) if not (work / f"cache-{data}").exists())))
     return family
 
 
@@ -364,11 +364,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--gpus must be 2 or more, and --steps 4 or more")
     started = time.monotonic()
     work = options.work.resolve()
-    family = prepare(work, options.smoke)
-    place = Place(work, family, options.gpus, options.steps, options.smoke, started + options.limit_seconds)
     results = Results(options.out, options.gpus, options.steps)
+    wanted = list(chosen(results, options.parts))
+    family = prepare(work, {part.data for parts in wanted for part in parts}, options.smoke)
+    place = Place(work, family, options.gpus, options.steps, options.smoke, started + options.limit_seconds)
     left = []
-    for parts in chosen(results, options.parts):
+    for parts in wanted:
         print(f"{time.monotonic() - started:.0f} s: {', '.join(part.name for part in parts)}", flush=True)
         if options.smoke and parts[0].strategy not in ("one_gpu", "ddp"):
             results.add([_head(part, place) | {"failed": ON_CPU} for part in parts])

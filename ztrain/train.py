@@ -231,7 +231,7 @@ def _micro_step(run: Run, meter: Meter, micro_step: int, batch: Batch) -> None:
     # Where processes share the base, either all run it or none.
     asks_base = config.train.prior_weight > 0 if run.strategy.cuts_base else bool(prior.any())
     base_velocity = model.base_velocity(noisy, sigma, encoded) if asks_base else None
-    # On the device already: DDP and FSDP2 would move it there, and wait for all the work that the device has been given.
+    # On the device already: DDP and FSDP2 would move it there, and wait for all the work that the device has got.
     velocity = run.wrapped(noisy, moved(sigma, run.accelerator.device), encoded)
     losses = velocity_losses(velocity, latents, noise, sigma, config.flow.loss_weight)  # (B,)
     if base_velocity is not None:

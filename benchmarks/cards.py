@@ -20,8 +20,11 @@ from benchmarks.pages import ROOT, write_page
 from ztrain.cards import CARDS, Card
 from ztrain.config import Config, load_config
 from ztrain.errors import InputError
+from ztrain.expected import COLLECTIVES_GIB, OTHER_GIB
 from ztrain.footprint import Counted, Strategy, count
 from ztrain.plan import Plan, plan
+
+Row = dict[str, Any]
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "cards.md"
 README_MARKS = ("<!-- cards -->", "<!-- /cards -->")
@@ -35,7 +38,11 @@ LISTS = {
 MACHINES = (
     ("rtx_4070", 1), ("rtx_4070", 2), ("rtx_4070", 4), ("rtx_4060_ti", 1), ("rtx_4060_ti", 2), ("rtx_4080", 1),
     ("rtx_4080", 2), ("rtx_3090", 1), ("rtx_4090", 1), ("rtx_4090", 2), ("rtx_4090", 4), ("rtx_4090", 8),
-    ("rtx_5090", 1), ("a100_40", 8), ("a100_80", 8), ("h100", 8), ("h200", 1), ("h200", 8),
+    ("rtx_5090", 1), ("a100_40", 8), ("a100_80", 8), ("h100", 8), ("h200", 1), ("h200", 2), ("h200", 8),
+)  # fmt: skip
+IN_README = (
+    ("rtx_4070", 1), ("rtx_4070", 2), ("rtx_4080", 1), ("rtx_4080", 2), ("rtx_3090", 1), ("rtx_4090", 1),
+    ("rtx_4090", 8), ("rtx_5090", 1), ("a100_80", 8), ("h200", 2),
 )  # fmt: skip
 SPARE = 0.02
 """Of a card: how far plans lie from what was measured with nothing kept (tests/test_plan.py)."""
@@ -89,51 +96,89 @@ def chosen(config: Config, counted: Counted, card: Card, cards: int) -> tuple[Ch
     return None
 
 
-def table(configs: dict[str, Config], counted: dict[str, Counted], whole: dict[str, Any]) -> str:
-    """Cards x lists -> what to set, peak, seconds a micro-step of one triplet a card."""
-    heads = ["cards", *LISTS.values()]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+def table(configs: dict[str, Config], counted: dict[str, Counted], rows: Sequence[Row]) -> dict[tuple[str, int], str]:
+    """Lines by card and number of cards; a cell for each list: what to set, peak, seconds a micro-step of one triplet
+    a card. What somebody ran stands in place of what is computed."""
+    known = {(row["gpus"], row["strategy"], list_name(row["list"])): row for row in compared(rows, keeps="off")}
+    lines = {}
     for name, cards in MACHINES:
-        card = CARDS[name]
-        cells = [_cell(chosen(configs[each], counted[each], card, cards)) for each in LISTS]
-        lines.append(f"| {cards} x {card.name} | {' | '.join(cells)} |")
-    rows = {row["list"]: row for row in whole["rows"]}
-    cells = [f"as it is, {rows[n]['reserved_gib']:.1f} GiB, {rows[n]['ms'] / 1e3:.2f} s, **measured**" for n in LISTS]
-    lines.append(f"| 1 x H200, {MEASURED_GIB:g} GiB of it | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        card, cells = CARDS[name], []
+        for each in LISTS:
+            found = chosen(configs[each], counted[each], card, cards)
+            row = known.get((cards, found[0].strategy, each)) if found and name == "h200" else None
+            cells.append(_cell(found, row if row and "failed" not in row else None))
+        lines[name, cards] = f"| {cards} x {card.name} | {' | '.join(cells)} |"
+    return lines
 
 
-def _cell(found: tuple[Choice, Plan] | None) -> str:
+def _cell(found: tuple[Choice, Plan] | None, row: Row | None) -> str:
     if found is None:
         return "does not fit, computed"
     choice, made = found
+    if row is not None:
+        return f"{choice.words}, {max(row['used_gib']):.1f} GiB, {row['ms'] / 1e3:.2f} s, **measured**"
     return f"{choice.words}, {made.peak_gib:.1f} GiB, {made.step:.2f} s, computed"
+
+
+def joined(lines: Sequence[str], whole: dict[str, Any]) -> str:
+    """A table of such lines, with its head and the runs within 24 GiB."""
+    heads, rows = ["cards", *LISTS.values()], {row["list"]: row for row in whole["rows"]}
+    cells = [f"as it is, {rows[n]['reserved_gib']:.1f} GiB, {rows[n]['ms'] / 1e3:.2f} s, **measured**" for n in LISTS]
+    last = f"| 1 x H200, {MEASURED_GIB:g} GiB of it | {' | '.join(cells)} |"
+    return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *lines, last])
 
 
 LEGEND = (
     "Each cell: what to set beside `configs/<list>_24gb.yaml` (strategy = the file of `configs/accelerate`; adamw_8bit"
     " = `--train.optimizer`; px = `--data.resolution`), what a card is then full with (`budget` keeps what fits),"
     " seconds of a micro-step of one triplet a card. *Computed*: nobody has run it; H200 constants scaled by the card's"
-    " sheet. *Measured*: a whole run, GiB that torch reserved. `ztrain plan` says the same of any config."
+    " sheet. *Measured*: a whole run; within 24 GiB what torch reserved, else what the driver saw taken, torch's unused"
+    " cache included. `ztrain plan` says the same of any config."
+)
+MORE = "More cards, and each strategy computed and measured: [docs/cards.md](docs/cards.md)."
+
+
+STRATEGIES_LEGEND = (
+    "One triplet a card, 1024 px, every main block computed again. *torch*: the most that torch had allocated;"
+    " *card*: with CUDA, NCCL and libraries by computation, all that the driver saw by measurement, in which torch's"
+    " unused cache is, too. The computed ms hold what the strategies took beyond computing (`WAITING` of"
+    " `ztrain/expected.py`), which was measured with `[lora]` (DDP also with `[siglip]`) on these two"
+    " cards: a forecast only for other lists."
 )
 
 
-def strategies(configs: dict[str, Config], counted: dict[str, Counted], launched: Sequence[dict[str, Any]]) -> str:
+def strategies(configs: dict[str, Config], counted: dict[str, Counted], rows: Sequence[Row]) -> str:
     """Two H200, every block computed again: computed peaks and times beside measured ones, where there are any."""
     lines = [
-        "| list | strategy | GiB a card, computed | GiB, measured | ms, computed | ms, measured | GB sent |",
-        "|---|---|---|---|---|---|---|",
+        "| list | strategy | torch GiB, computed | measured | card GiB, computed | measured | ms, computed | measured |"
+        " GB sent, computed |",
+        "|---" * 9 + "|",
     ]
-    known = {(row["strategy"], row["gpus"], list_name(row["list"])): row for row in launched}
+    known = {(row["strategy"], row["gpus"], list_name(row["list"])): row for row in compared(rows, keeps="on")}
     for name, label in LISTS.items():
         on = changed(configs[name], train={"gradient_checkpointing": "on", "gradient_accumulation_steps": 1})
         for strategy in STRATEGIES:
             made = plan(on, strategy=strategy, cards=2, card=CARDS["h200"], counted=counted[name])
-            row = known.get((strategy, 2, name))
-            peak, ms = (f"{row['peak_gib']:.1f}", f"{row['ms']:.0f}") if row else ("not measured yet",) * 2
-            computed = f"{made.peak_gib:.1f} | {peak} | {made.step * 1e3:.0f} | {ms} | {made.sent_gb:.2f}"
-            lines.append(f"| {label} | {strategy} | {computed} |")
+            peak, used, ms = _measured(known.get((strategy, 2, name)))
+            cells = f"{made.peak_gib - OTHER_GIB - COLLECTIVES_GIB:.1f} | {peak} | {made.peak_gib:.1f} | {used}"
+            lines.append(f"| {label} | {strategy} | {cells} | {made.step * 1e3:.0f} | {ms} | {made.sent_gb:.2f} |")
     return "\n".join(lines)
+
+
+def _measured(row: Row | None) -> tuple[str, str, str]:
+    """Peak of torch, peak of the card, ms."""
+    if row is None:
+        return ("not measured",) * 3
+    if "failed" in row:
+        return ("failed",) * 3
+    return f"{row['peak_gib']:.1f}", f"{max(row['used_gib']):.1f}", f"{row['ms']:.0f}"
+
+
+def compared(rows: Sequence[Row], *, keeps: str) -> list[Row]:
+    """Those that differ in strategy, cards and list alone: one triplet a card, all of one size, no reference for
+    losses; what failed is among them."""
+    same = {"keeps": keeps, "data": "alike", "accumulation": 1, "is_reference": False}
+    return [row for row in rows if all(row[key] == value for key, value in same.items())]
 
 
 def list_name(told: str) -> str:
@@ -141,7 +186,7 @@ def list_name(told: str) -> str:
     return re.sub(r"[^a-z]+", "_", told.lower()).strip("_")
 
 
-def launched(results: Path) -> list[dict[str, Any]]:
+def launched(results: Path) -> list[Row]:
     """The rows of launch_nvidia_h200.json; none where nobody has measured yet."""
     path = results / "launch_nvidia_h200.json"
     return list(json.loads(path.read_text(encoding="utf-8"))["rows"]) if path.exists() else []
@@ -160,11 +205,12 @@ def main(page: Path = PAGE, readme: Path | None = None, results: Path = RESULTS)
     configs = {name: load_config([ROOT / "configs" / f"{name}_24gb.yaml"]) for name in LISTS}
     counted = {name: count(config) for name, config in configs.items()}
     whole = json.loads((results / "train_real_size_nvidia_h200.json").read_text(encoding="utf-8"))
-    which = table(configs, counted, whole)
-    ways = strategies(configs, counted, launched(results))
-    write_page(page, f"### Which config for which card\n\n{which}\n\n{LEGEND}\n\n### Strategies on two H200\n\n{ways}")
+    rows = launched(results)
+    lines, ways = table(configs, counted, rows), strategies(configs, counted, rows)
+    which = f"### Which config for which card\n\n{joined(list(lines.values()), whole)}\n\n{LEGEND}"
+    write_page(page, f"{which}\n\n### Strategies on two H200\n\n{ways}\n\n{STRATEGIES_LEGEND}")
     if readme is not None:
-        fill_readme(readme, f"{which}\n\n{LEGEND}")
+        fill_readme(readme, f"{joined([lines[machine] for machine in IN_README], whole)}\n\n{LEGEND} {MORE}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -158,6 +159,7 @@ def prepare(work: Path, kinds: set[str], is_smoke: bool) -> Path:
         building.join()
         if building.exitcode:
             raise SystemExit("the family could not be built; its error stands above")
+        (half / "weights_of").write_text(uuid.uuid4().hex[:8], encoding="utf-8")
         half.rename(family)
 
     def fill(data: str) -> None:
@@ -283,6 +285,8 @@ def _head(part: Part, place: Place) -> Row:
     accumulation = place.gpus if part.is_reference else 1
     told = {key: value for key, value in asdict(part).items() if key != "seconds"}
     told["strategy"] = _strategy(part, place)
+    made = place.family / "weights_of"  # random weights are others each time
+    told["weights_of"] = made.read_text(encoding="utf-8") if made.is_file() else "tiny"
     return {"part": part.name, **told, "gpus": gpus, "accumulation": accumulation, "steps": place.steps}
 
 

@@ -32,7 +32,8 @@ def table(document: dict[str, Any]) -> str:
         "",
         f"{machine['gpus']} x {machine['gpu']}, {named}, {document['date']}; {document['steps']} steps each, medians"
         " after the first quarter (means for mixed batches). Losses: the largest relative difference of a step to one"
-        f" card with the same global batch; {document['loss_tolerance']:.0%} is the tolerance, what is beyond is bold.",
+        f" card with the same global batch and the same random weights, or to the row that is named;"
+        f" {document['loss_tolerance']:.0%} is the tolerance, what is beyond is bold.",
     ]
     for row in document["rows"]:
         if "failed" in row:
@@ -59,6 +60,7 @@ def _difference(row: dict[str, Any], tolerance: float) -> str:
     if "loss_difference" not in row:
         return ""
     found = f"{row['loss_difference']:.1e}"
+    found += f" (to `{row['compared_with']}`)" if "compared_with" in row else ""
     return found if row["loss_difference"] <= tolerance else f"**{found}**"
 
 

@@ -3,7 +3,8 @@
 In: metrics.jsonl, and what a run printed. Out: ms (median step after the first quarter), mean_ms, slowest_ms,
 data_wait_ms (mean a step), peak_gib (of the first card, allocated), losses; and of several rows: efficiency (one card's
 ms / ms), all_reduce_ms (all_reduce.py), exposed_ms (ms - one card's), of_ddp (ms / DDP's), loss_difference (largest
-relative difference of a step's loss to that of one card with the same global batch) and first_loss_difference.
+relative difference of a step's loss to that of one card with the same global batch, or where those of the same random
+weights are missing, to the row compared_with) and first_loss_difference.
 """
 
 import re
@@ -68,7 +69,8 @@ def figures_of(metrics: Sequence[Row]) -> Row:
     }
 
 
-_DERIVED = ("efficiency", "exposed_ms", "of_ddp", "all_reduce_ms", "loss_difference", "first_loss_difference")
+_DERIVED = ("efficiency", "exposed_ms", "of_ddp", "all_reduce_ms", "loss_difference", "first_loss_difference",
+            "compared_with")  # fmt: skip
 
 
 def compared(rows: Sequence[Row], all_reduce: Mapping[str, float]) -> list[Row]:
@@ -101,9 +103,14 @@ def _derived(row: Row, rows: Sequence[Row], all_reduce: Mapping[str, float]) -> 
     elif ddp and row["gpus"] > 1:
         found["of_ddp"] = round(row[time_of] / ddp[time_of], 4)
     batch = row["gpus"] * row["accumulation"]
-    for true in measured:
-        same = true["gpus"] * true["accumulation"] == batch and all(true[k] == row[k] for k in ("list", "data"))
-        if same and true["is_reference"] and true["keeps"] == "on" and true["part"] != row["part"]:
-            differences = [abs(a - b) / abs(b) for a, b in zip(row["losses"], true["losses"], strict=True)]
-            found |= {"loss_difference": max(differences), "first_loss_difference": differences[0]}
+    others = [true for true in measured if true["gpus"] * true["accumulation"] == batch and true["part"] != row["part"]]
+    others = [true for true in others if all(true.get(k) == row.get(k) for k in ("list", "data", "weights_of"))]
+    references = [true for true in others if true["is_reference"] and true["keeps"] == "on"]
+    earlier = [true["part"] for true in measured]
+    earlier = earlier[: earlier.index(row["part"])]
+    before = [true for true in others if true["part"] in earlier and true["keeps"] == row["keeps"] and true["gpus"] > 1]
+    for true in (references or ([] if row["is_reference"] else before))[:1]:
+        differences = [abs(a - b) / abs(b) for a, b in zip(row["losses"], true["losses"], strict=True)]
+        found |= {"loss_difference": max(differences), "first_loss_difference": differences[0]}
+        found |= {} if references else {"compared_with": true["part"]}
     return found

@@ -12,12 +12,15 @@
 #   sbatch --nodes=4 launch/slurm.sh ddp runs/mine --config configs/lora_24gb.yaml my.yaml
 # USR1 (300 s before the time limit; scancel --batch --signal=USR1 JOB) and TERM (preemption): every rank saves at the
 # same step, and the job is queued again. Not if the run was done or failed by itself: RUN/ended.json says so, where
-# launchers report 1 for everything. Nor if the job was cancelled.
+# launchers report 1 for everything. Nor if the job was cancelled. A run that hung, or whose rank 0 was killed, is queued
+# again if it has saved a checkpoint since this start: what never gets on ends.
 set -euo pipefail
 strategy=$1 run=$2
 read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export PORT=${PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 rm -f "$run/ended.json"  # of an earlier start
+newest() { find "$run/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1; }
+first=$(newest || true)
 
 # One launcher a node. $SLURM_NODEID is known there only.
 # shellcheck disable=SC2016
@@ -31,8 +34,15 @@ while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done
 status=0
 wait "$step" || status=$?
 
-ended=$(grep -os '[0-9]*' "$run/ended.json" || true)  # 0 done, 1 and 2 failed, above 128 stopped; none: was killed
-if [[ -n $told && (-z $ended || $ended -gt 128) && $(scontrol show job "$SLURM_JOB_ID") == *JobState=RUNNING* ]]; then
+# 0 done, 1 and 2 failed, 75 hung, above 128 stopped; nothing: rank 0 was killed
+ended=$(grep -os '[0-9]*' "$run/ended.json" || true)
+again=
+case $ended in
+  0 | 1 | 2) ;;
+  '' | 75) [[ -n $told || ($status -ne 0 && $(newest || true) != "$first") ]] && again=yes ;;
+  *) again=$told ;;
+esac
+if [[ -n $again && $(scontrol show job "$SLURM_JOB_ID") == *JobState=RUNNING* ]]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -7,10 +7,14 @@
 # SIGTERM, SIGUSR1: every trainer of this machine saves at the same step as all others, and all end.
 set -euo pipefail
 strategy=$1 cards=$2 nodes=$3 node=$4 head=$5
+if [[ $((nodes * cards)) -ne 1 ]] && grep -qs '^distributed_type: "NO"' "configs/accelerate/$strategy.yaml"; then
+  echo "error: $strategy is a strategy of one process, not of $nodes x $cards; write ddp, fsdp2, zero2 or zero3" >&2
+  exit 2
+fi
 
 accelerate launch --config_file "configs/accelerate/$strategy.yaml" --num_processes $((nodes * cards)) \
   --num_machines "$nodes" --machine_rank "$node" --main_process_ip "$head" --main_process_port "${PORT:-29500}" \
-  --rdzv_backend c10d -m ztrain.train "${@:6}" --resume_from_checkpoint latest &
+  --rdzv_backend c10d -m ztrain.train --resume_from_checkpoint latest "${@:6}" &
 launcher=$!
 
 # To the trainers themselves, which then save in their own time: the launcher would kill them after 30 s.

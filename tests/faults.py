@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ztrain.prepare
+import ztrain.run
 import ztrain.train
 import ztrain.validate
 
@@ -60,6 +61,18 @@ def reading() -> None:
     ztrain.train.Loader = Faulty
 
 
+def stuck_save() -> None:
+    """The save of `STEP` does not end."""
+    plain = ztrain.run.checkpoint.publish
+
+    def faulty(folder: Path, step: int, *rest: Any) -> Any:
+        if step == STEP:
+            forever()
+        return plain(folder, step, *rest)
+
+    ztrain.run.checkpoint.publish = faulty
+
+
 def slow(module: Any, name: str, seconds: float) -> None:
     """A function that takes its time, in many short pieces."""
     plain = getattr(module, name)
@@ -78,6 +91,7 @@ def slow(module: Any, name: str, seconds: float) -> None:
 FAULTS: dict[str, Callable[[], None]] = {
     "none": lambda: None,
     "reading": reading,
+    "stuck_save": stuck_save,
     "spin": lambda: at_step(spin),
     "raises": lambda: at_step(raise_plainly),
     "killed": lambda: at_step(lambda: os.kill(os.getpid(), signal.SIGKILL)),

@@ -1,6 +1,5 @@
 """`ztrain cache` over several processes: real launches with gloo, killed, told to stop, failing, and continued."""
 
-import contextlib
 import os
 import re
 import signal
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from tests.test_cache import contents
-from tests.test_run import ENVIRONMENT
+from tests.test_run import ENVIRONMENT, processes_of, send
 from tests.triplets import ROOT, model_words, tiny_config, write_triplets
 from ztrain.cache import Cache
 from ztrain.prepare import cache_states
@@ -97,31 +96,11 @@ def place(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(family, tmp_path_factory.mktemp("ranks"))
 
 
-def processes_of(cache: Path) -> dict[int, bool]:
-    """Living processes whose command line names the cache, and whether each is a rank.
-
-    Not by session: the launcher starts every rank in one of its own.
-    """
-    found = {}
-    for place in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            words = (place / "cmdline").read_bytes().split(b"\0")  # empty of a zombie
-            if str(cache).encode() in words:
-                found[int(place.name)] = b"accelerate.commands.launch" not in words
-    return found
-
-
-def kill_all(cache: Path) -> None:
-    for pid in processes_of(cache):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Path]:
     """An empty one. A failed test must not leave a process behind."""
     yield tmp_path / "cache"
-    kill_all(tmp_path / "cache")
+    send(signal.SIGKILL, tmp_path / "cache")
 
 
 def told(said: str) -> tuple[int, list[int]]:
@@ -181,7 +160,7 @@ def test_killed_ranks_lose_no_published_shard_and_any_number_goes_on(place: Plac
     assert 0 < first < place.computed
     launcher = place.start(cache, 2, log)
     wait_for_shards(cache, len(list(cache.glob("[a-z]*/*.safetensors"))) + 4, launcher, log)
-    kill_all(cache)
+    send(signal.SIGKILL, cache)
     launcher.wait()
     wait_until_gone(cache, log)
     second = kept(cache)

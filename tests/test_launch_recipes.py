@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_run import ENVIRONMENT, QUIET, STARTED, Place, _no_process_is_left, losses, rows, session_of
+import ztrain.train
+from tests.test_run import ENVIRONMENT, QUIET, STARTED, Place, _no_process_is_left, losses, processes_of, rows
 from tests.triplets import ROOT
 from ztrain import checkpoint
+from ztrain.config import Config
+from ztrain.train import Outcome
 
 pytestmark = pytest.mark.usefixtures("forge", "_no_process_is_left")
 __all__ = ["_no_process_is_left"]
@@ -63,9 +66,9 @@ def wait_for_rows(out: Path, count: int, process: subprocess.Popen[bytes], log: 
         time.sleep(0.05)
 
 
-def nobody_left(process: subprocess.Popen[bytes]) -> bool:
+def nobody_left(out: Path) -> bool:
     deadline = time.monotonic() + 15
-    while session_of(process.pid):
+    while processes_of(out):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)
@@ -83,15 +86,97 @@ def test_one_machine_saves_on_usr1_and_goes_on(place: Place, tmp_path: Path) -> 
     process = launch([*command, "100000"], log)
     wait_for_rows(out, 3, process, log)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(60) == 1 and nobody_left(process), log.read_text()
+    assert process.wait(60) == 1 and nobody_left(out), log.read_text()
     assert json.loads((out / "ended.json").read_text()) == {"status": 138}, log.read_text()
     found, _ = checkpoint.find("latest", out / "checkpoints")
     assert found is not None and found.step == len(losses(out))
     process = launch([*command, str(found.step + 2)], log)
-    assert process.wait(120) == 0 and nobody_left(process), log.read_text()
+    assert process.wait(120) == 0 and nobody_left(out), log.read_text()
     assert len(losses(out)) == found.step + 2 and (out / "export").is_dir()
 
 
+def recorded(tmp_path: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """A recipe with an `accelerate` that prints its words, one a line."""
+    (tmp_path / "accelerate").write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\"\n")
+    (tmp_path / "accelerate").chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    return subprocess.run([*command], cwd=ROOT, env=ENVIRONMENT | path, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "recipe", [("train.sh", "{}", "{cards}"), ("train_nodes.sh", "{}", "{cards}", "1", "0", "here")]
+)
+def test_words_of_a_recipe(tmp_path: Path, recipe: tuple[str, ...]) -> None:
+    """The user's last word counts; a strategy of one process is no strategy for more."""
+
+    def words(strategy: str, cards: int) -> list[str]:
+        return [f"launch/{recipe[0]}", *(word.format(strategy, cards=cards) for word in recipe[1:])]
+
+    for strategy in ("one_gpu", "cpu"):
+        done = recorded(tmp_path, *words(strategy, 2), "--seed", "1")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert f"error: {strategy} is a strategy of one process" in done.stderr
+        assert recorded(tmp_path, *words(strategy, 1)).returncode == 0
+    files = ["--config", "configs/projector.yaml", "configs/tiny.yaml"]
+    for said, meant in (([], "latest"), (["--resume_from_checkpoint", "none"], "none")):
+        done = recorded(tmp_path, *words("ddp", 2), *files, "--data.train_data_dir", "x", "--output_dir", "y", *said)
+        given = done.stdout.split("ztrain.train\n")[1].split("\n")[:-1]
+        assert main_config(given).resume_from_checkpoint == meant
+
+
+def main_config(words: list[str]) -> Config:
+    """What ztrain.train makes of its words."""
+    made: list[Config] = []
+
+    def stop(config: Config) -> Outcome:
+        made.append(config)
+        return Outcome(exported=Path("none"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ztrain.train, "train", stop)
+        assert ztrain.train.main(words) == 0
+    return made[0]
+
+
+@pytest.mark.parametrize(
+    ("ended", "saves", "told", "cancelled", "again"),
+    [
+        (0, True, True, False, False),
+        (1, True, True, False, False),
+        (2, True, False, False, False),
+        (138, True, True, False, True),
+        (138, True, True, True, False),
+        (138, True, False, False, False),  # somebody told the trainer to stop, not the job
+        (75, True, False, False, True),
+        (75, False, False, False, False),
+        (75, True, False, True, False),
+        (None, True, False, False, True),
+        (None, False, False, False, False),
+        (None, False, True, False, True),
+    ],
+)
+def test_what_queues_a_slurm_job_again(
+    tmp_path: Path, ended: int | None, saves: bool, told: bool, cancelled: bool, again: bool
+) -> None:
+    """By what a start leaves: `srun` is one that writes it."""
+    run, calls = tmp_path / "run", tmp_path / "calls"
+    (run / "checkpoints" / "step-00000008").mkdir(parents=True)
+    lines = ["#!/usr/bin/env bash"]
+    lines += [f"mkdir {run}/checkpoints/step-00000012"] * saves
+    lines += [f"echo '{{\"status\": {ended}}}' > {run}/ended.json"] * (ended is not None)
+    lines += ["kill -USR1 $PPID; sleep 0.2"] * told + [f"exit {int(ended != 0)}"]
+    for name, text in (("srun", "\n".join(lines)), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text + "\n")
+        (tmp_path / name).chmod(0o755)
+    cluster = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[a-b]",
+               "SLURM_GPUS_ON_NODE": "1", "CALLS": str(calls), "PATH": f"{tmp_path}:{os.environ['PATH']}",
+               "STATE": "COMPLETING" if cancelled else "RUNNING"}  # fmt: skip
+    done = subprocess.run(["launch/slurm.sh", "ddp", str(run)], cwd=ROOT, env=ENVIRONMENT | cluster)
+    assert done.returncode != 0 or ended == 0
+    assert calls.read_text().count("requeue 7") == again
+
+
+@pytest.mark.slow
 def test_a_slurm_job_queues_again_until_it_is_done(place: Place, tmp_path: Path) -> None:
     """Two nodes of one process. Told to stop: queued again; done, failed by itself or cancelled: not."""
     bin_, run, log, calls = tmp_path / "bin", tmp_path / "run", tmp_path / "log", tmp_path / "calls"
@@ -112,16 +197,16 @@ def test_a_slurm_job_queues_again_until_it_is_done(place: Place, tmp_path: Path)
     process = launch(job(100000), log, **cluster)
     wait_for_rows(run, 3, process, log)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(60) != 0 and nobody_left(process), log.read_text()
+    assert process.wait(60) != 0 and nobody_left(run), log.read_text()
     assert json.loads((run / "ended.json").read_text()) == {"status": 138}, log.read_text()
     assert calls.read_text().count(requeue) == 1
     found, _ = checkpoint.find("latest", run / "checkpoints")
     assert found is not None and found.step == len(losses(run))
     process = launch(job(found.step + 2), log, **cluster)  # as SLURM starts it again
-    assert process.wait(120) == 0 and nobody_left(process), log.read_text()
+    assert process.wait(120) == 0 and nobody_left(run), log.read_text()
     assert f"resuming from {found.path} at step {found.step}" in log.read_text()
     assert len(losses(run)) == found.step + 2 and calls.read_text().count(requeue) == 1
     process = launch(job(found.step + 4, "--seed", "3"), log, **cluster)  # refused: fails by itself
-    assert process.wait(60) != 0 and nobody_left(process), log.read_text()
+    assert process.wait(60) != 0 and nobody_left(run), log.read_text()
     assert json.loads((run / "ended.json").read_text()) == {"status": 2}
     assert calls.read_text().count(requeue) == 1

@@ -177,7 +177,7 @@ def test_siglip_tokens_sit_where_their_patch_is(family: Path, encoded: Encoded) 
     model.dit.rope_embedder = lambda ids: (seen.append(ids), rope(ids))[1]
     grid = torch.zeros((2, 3, 32))
     model(noise_like((8, 12)), SIGMA[:1], replace(encoded.select([0]), siglip=[[grid, grid]]))
-    siglip_ids = seen[-2]  # the caption's come after
+    siglip_ids = seen[-3]  # the target's and the caption's come after
     start = 32 + 2  # a caption of up to 32 tokens, then the image
     assert siglip_ids[:6].tolist() == [[start, r, c] for r in (0, 3) for c in (0, 2, 5)]
     assert siglip_ids[32:38, 0].tolist() == [start + 1] * 6, "a second reference has its own place"

@@ -75,12 +75,13 @@ STARTED: list[int] = []
 
 
 @pytest.fixture(autouse=True)
-def _no_process_is_left() -> Iterator[None]:
-    """A failed test must not leave a trainer behind."""
+def _no_process_is_left(tmp_path: Path) -> Iterator[None]:
+    """A failed test must not leave a trainer behind, nor the ranks of a launcher."""
     yield
     while STARTED:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(STARTED.pop(), signal.SIGKILL)
+    send(signal.SIGKILL, tmp_path)
 
 
 def finish(command: tuple[str, ...], words: list[str], status: int = 0) -> subprocess.CompletedProcess[str]:
@@ -142,14 +143,26 @@ def session_of(leader: int) -> list[int]:
     return found
 
 
-def trainers_of(out: Path) -> list[int]:
-    """Living processes whose command line names a run's folder: a launcher starts each rank in a session of its own."""
-    found = []
+def processes_of(folder: Path) -> dict[int, bool]:
+    """Living processes whose command line names a folder or what lies in it, and whether each is a rank.
+
+    Not by session: the launcher starts every rank in one of its own. Not what the forge starts: it has the forge's own
+    command line, and a session.
+    """
+    found, name = {}, str(folder).encode()
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if str(out).encode() in (place / "cmdline").read_bytes().split(b"\0"):  # empty of a zombie
-                found.append(int(place.name))
+            words = (place / "cmdline").read_bytes().split(b"\0")  # empty of a zombie
+            if any(word == name or word.startswith(name + b"/") for word in words):
+                found[int(place.name)] = b"accelerate.commands.launch" not in words
     return found
+
+
+def send(number: signal.Signals, folder: Path) -> None:
+    """To all of `processes_of`."""
+    for pid in processes_of(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def test_killed_three_times_the_run_is_the_undisturbed_one(place: Place, tmp_path: Path) -> None:
@@ -242,7 +255,7 @@ def test_a_terminated_launcher_leaves_a_checkpoint_and_no_process(
     process.terminate()
     status = process.wait(timeout=40)
     deadline = time.monotonic() + 10
-    while trainers_of(out):
+    while processes_of(out):
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
     # docs/training.md: the launcher's own status; with one process it does not wait for the trainer.
@@ -270,10 +283,11 @@ def test_a_signal_to_launcher_and_trainers_at_once_is_one_wish(
     process = start(command, place.words(out, *QUIET, *slow), log)
     wait_for(lambda: len(rows(out)) > 0, process, log)
     time.sleep(0.3)  # inside a step of seconds
-    os.killpg(process.pid, number)
+    assert sum(processes_of(out).values()) == (1 if command is LAUNCHED else 2)
+    send(number, out)
     process.wait(timeout=60)
     deadline = time.monotonic() + 40
-    while trainers_of(out):
+    while processes_of(out):
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
     found, _ = checkpoint.find("latest", out / "checkpoints")
@@ -330,7 +344,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_it_is_saved(plac
     step = len(losses(out)) + 1
     assert 1 <= step <= 6  # two of eleven samples a step: each comes in the first six
     assert failed.stderr.count(f"RuntimeError: step {step}: the loss of samples [0]") >= 2  # on both ranks
-    assert not trainers_of(out)
+    assert not processes_of(out)
     found, _ = checkpoint.find("latest", out / "checkpoints")
     assert (found.step if found else 0) == (step - 1) // 2 * 2
     assert found is None or all(t.isfinite().all() for t in found.tensors["trainable.safetensors"].values())

@@ -1,17 +1,21 @@
-"""docs/scale.md: of the code and the committed results; its bytes are those of what encoders really give."""
+"""docs/scale.md and docs/cards.md: of the code and the committed results; bytes are those that encoders really give."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import scale
+from benchmarks import cards, scale
 from benchmarks.pages import MARKS
 from ztrain.cache import Request
 from ztrain.config import load_config
 from ztrain.digests import Known
+from ztrain.errors import InputError
+from ztrain.expected import WAITING
 from ztrain.fill import Encoding
+from ztrain.footprint import count
 from ztrain.images import PictureFile
 
 ROOT = Path(__file__).parents[1]
@@ -64,9 +68,12 @@ def test_a_sum_over_64_cards() -> None:
     case = scale.Case.of("siglip", 1024)
     seconds = 126 / 64 * 4 * 358_358_144 / (50e9 * 0.7)
     computing = case.on("h200").computing
-    assert case.efficiency(50.0) == pytest.approx(computing / (computing + seconds))
-    assert case.efficiency(50.0, steps=4) == pytest.approx(computing / (computing + seconds / 4))
-    assert scale.Case.of("lora", 1024).efficiency(12.5) == 1.0
+    waiting = WAITING["ddp"]
+    assert case.efficiency(50.0) == pytest.approx(computing / (computing + seconds + waiting))
+    assert case.efficiency(50.0, steps=4) == pytest.approx(computing / (computing + seconds / 4 + waiting))
+    lora = scale.Case.of("lora", 1024)
+    computing = lora.on("h200").computing
+    assert lora.efficiency(12.5) == pytest.approx(computing / (computing + waiting))
 
 
 def test_what_one_process_takes_grows_with_the_triplets() -> None:
@@ -85,7 +92,63 @@ def test_the_vae_takes_four_times_as_much_for_four_times_the_pixels_and_some_att
 
 
 def test_rows_of_several_cards_are_shown_as_measured() -> None:
-    row = {"strategy": "ddp", "gpus": 2, "list": "siglip", "ms": 320.4, "efficiency": 0.981, "peak_gib": 30.1}
-    shown = scale.measured([row | {"all_reduce_ms": 5.25}])
-    assert "| `[siglip]`, ddp | 2 | 320 | 0.981 | 5.2 |  |" in shown and "not measured" not in shown
-    assert "not measured yet" in scale.measured([])
+    row = {"strategy": "ddp", "gpus": 2, "list": "siglip", "ms": 320.4, "efficiency": 0.981, "peak_gib": 30.1,
+           "keeps": "off", "data": "alike", "accumulation": 1, "is_reference": False}  # fmt: skip
+    others = [row | {"data": "mixed"}, row | {"is_reference": True}, row | {"strategy": "fsdp2"}]
+    failed = {key: value for key, value in row.items() if key != "ms"} | {"list": "lora", "failed": "why"}
+    shown = scale.measured([row | {"all_reduce_ms": 5.25}, failed, *others]).splitlines()[2:]
+    assert shown == [
+        "| `[siglip]`, ddp | none | 2 | 320 | 0.981 | 5.2 |  |",
+        "| `[lora]`, ddp | none | 2 | failed | | | |",
+    ]
+    assert "not measured" in scale.measured([])
+
+
+# --- docs/cards.md ----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_cards_is_of_the_code_and_the_committed_results(tmp_path: Path) -> None:
+    text = cards.PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(MARKS[0])
+    (tmp_path / "cards.md").write_text(before + MARKS[0] + "\n" + MARKS[1] + rest.split(MARKS[1])[1], "utf-8")
+    (tmp_path / "README.md").write_text("a\n<!-- cards -->\nold\n<!-- /cards -->\nb\n", "utf-8")
+    cards.main(tmp_path / "cards.md", tmp_path / "README.md")
+    assert (tmp_path / "cards.md").read_text("utf-8") == text, "run: python -m benchmarks.cards"
+    filled = (tmp_path / "README.md").read_text("utf-8")
+    assert filled.startswith("a\n<!-- cards -->\n| cards |") and filled.endswith("<!-- /cards -->\nb\n")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    if cards.README_MARKS[0] in readme:
+        between = filled.split(cards.README_MARKS[0])[1].split(cards.README_MARKS[1])[0]
+        assert between in readme, "run: python -m benchmarks.cards --readme README.md"
+    cells = re.findall(r"^\| \d+ x .*$", filled, flags=re.MULTILINE)
+    assert all(cell.count("computed") + cell.count("**measured**") == len(cards.LISTS) for cell in cells)
+    (tmp_path / "README.md").write_text("none", "utf-8")
+    with pytest.raises(InputError, match="must hold <!-- cards -->"):
+        cards.fill_readme(tmp_path / "README.md", "")
+
+
+def test_measured_figures_stand_beside_computed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cards, "LISTS", {"siglip": "`[siglip]`"})
+    config = {"siglip": load_config([ROOT / "configs/siglip_24gb.yaml"])}
+    monkeypatch.setattr(cards, "MACHINES", (("h200", 2), ("h100", 2)))
+    counted = {"siglip": count(config["siglip"])}
+    row = {"strategy": "fsdp2", "gpus": 2, "list": "siglip", "ms": 401.2, "peak_gib": 15.43, "used_gib": [17.1, 17.24],
+           "keeps": "on", "data": "alike", "accumulation": 1, "is_reference": False}  # fmt: skip
+    failed = {key: value for key, value in row.items() if key not in ("ms", "peak_gib")}
+    failed |= {"strategy": "zero3", "failed": "why"}
+    others = [
+        row | {"strategy": "zero2", "keeps": "off"},
+        row | {"strategy": "zero2", "data": "mixed"},
+        row | {"strategy": "zero2", "is_reference": True},
+        row | {"strategy": "zero2", "accumulation": 2},
+    ]
+    lines = cards.strategies(config, counted, [row, failed, *others]).splitlines()
+    of = {way: next(line for line in lines if f"| {way} |" in line) for way in cards.STRATEGIES}
+    assert all(f"| {told} |" in of["fsdp2"] for told in ("15.4", "17.2", "401"))
+    assert of["zero3"].count("failed") == 3 and of["zero2"].count("not measured") == 3
+
+    # A machine that somebody ran: its cell, and that of no other card.
+    ran = row | {"strategy": "ddp", "keeps": "off", "ms": 254.2}
+    table = cards.table(config, counted, [ran, row | {"strategy": "ddp"}])
+    assert table["h200", 2] == "| 2 x H200 141 GB | ddp, 17.2 GiB, 0.25 s, **measured** |"
+    assert "computed" in table["h100", 2]

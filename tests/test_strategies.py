@@ -24,6 +24,7 @@ from tests.forge import the_forge
 from tests.test_adapters import LISTS, READ_REFERENCE, TRAINABLE
 from tests.test_parity import make_model
 from tests.triplets import ROOT, model_words, tiny_config, write_triplets
+from ztrain import limits
 from ztrain.batches import read_batch
 from ztrain.cache import Cache
 from ztrain.conditioning import Dropout, concatenate
@@ -45,6 +46,24 @@ COMMON = (
     "--train.adam_epsilon", "1e-2",  # else rounding decides where weights go whose gradients are nearly 0
     "--validation.validation_steps", "4", "--validation.num_samples", "3",
 )  # fmt: skip
+
+
+ASKED = """
+import sys
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from ztrain.config import load_config
+from ztrain.errors import InputError
+from ztrain.strategy import strategy_of
+from pathlib import Path
+PartialState(cpu=True)
+PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+try:
+    strategy_of(Accelerator(mixed_precision="no")).check(load_config([Path("configs/lora.yaml")], [], "test"))
+except InputError as error:
+    sys.exit(None if sys.argv[1] in str(error) else str(error))
+sys.exit("it was not refused")
+"""
 
 
 def of_fsdp2() -> dict[str, str]:
@@ -154,6 +173,18 @@ def test_a_shared_model_is_trained_saved_and_exported_like_a_whole_one(place: Pl
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
+def test_a_lora_whose_first_block_reads_what_nobody_trains(place: Place, tmp_path: Path, kind: str) -> None:
+    """No input of that block has a gradient by itself."""
+    if kind != "fsdp2" and find_spec("deepspeed") is None:
+        pytest.skip(NO_DEEPSPEED)
+    more = ("--train.max_train_steps", "3", "--train.gradient_checkpointing", "on", "--train.prior_weight", "0")
+    alone(place.words(tmp_path / "one", *more, name="lora"))
+    strategy = of_fsdp2() if kind == "fsdp2" else of_zero(3, tmp_path)
+    shared(strategy, 2, place.words(tmp_path / "two", *more, "--train.train_batch_size", "2", name="lora"))
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
 def test_a_projector_and_accumulation_under_fsdp2(place: Place, tmp_path: Path) -> None:
     more = ("--train.max_train_steps", "4")
     alone(place.words(tmp_path / "one", *more, name="projector"))
@@ -173,12 +204,40 @@ def test_a_strategy_that_cannot_run_is_refused_and_never_exchanged(place: Place,
     config = load_config([ROOT / name for name in words[1:3]], words[3:], "test")
     for strategy in (One, Strategy):
         strategy(accelerator).check(config)
-    for shared_by, sentence in ((Fsdp2, "adamw_8bit does not work under fsdp2"), (Zero3, "adamw_8bit")):
+    for shared_by, sentence in ((Fsdp2, "adamw_8bit does not work under fsdp2"), (Zero3, "adamw_8bit .* zero3")):
         with pytest.raises(InputError, match=sentence):
             shared_by(accelerator).check(config)
-    plain = config.model_copy(update={"train": config.train.model_copy(update={"optimizer": "adamw"})})
-    with pytest.raises(InputError, match=r"train.ema_decay 0.9 does not work under zero3; change it, or launch with"):
-        Zero3(accelerator).check(plain)
+    stock = [adapter.model_copy(update={"layout": "stock"}) for adapter in config.adapters[:1]]
+    plain = config.train.model_copy(update={"optimizer": "adamw"})
+    averaged = config.model_copy(update={"train": plain})
+    assert limits.refusal("zero3", averaged) == (
+        "train.ema_decay 0.9 does not work under zero3; change it, or launch with ddp"
+    )
+    for name in ("fsdp2", "zero2", "zero3"):
+        # Batches without references would silently be computed in another layout.
+        sentence = limits.refusal(name, averaged.model_copy(update={"adapters": stock}))
+        assert sentence is not None and sentence.startswith(f"adapters siglip: layout stock does not work under {name}")
+    assert limits.refusal("ddp", averaged.model_copy(update={"adapters": stock})) is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp2 runs without fsdp_offload_params true"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "fsdp2 runs without fsdp_activation_checkpointing true"),
+        ("FSDP_AUTO_WRAP_POLICY", "NO_WRAP", "fsdp2 runs without another fsdp_transformer_layer_cls_to_wrap than"),
+        ("FSDP_VERSION", "1", "accelerate runs FSDP, which ztrain does not know in this form; take one_gpu, ddp,"),
+        ("ACCELERATE_DYNAMO_BACKEND", "aot_eager", "accelerate's own dynamo_backend is on: leave it out"),
+    ],
+)
+def test_other_settings_of_fsdp_are_refused(variable: str, value: str, sentence: str) -> None:
+    """Each would end in a traceback of a library, or save no memory."""
+    command = [sys.executable, "-c", ASKED, sentence]
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT | of_fsdp2() | rank | {variable: value}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5])

@@ -185,13 +185,9 @@ def forward(
     places = [padded(len(caption)) + 1 for caption in captions]  # of each image on the first axis
     image_rows = layouts.rows([[height * width] for height, width in sides], device)
     caption_rows = layouts.rows([[len(caption)] for caption in captions], device)
-    references, reference_rows = None, None
-    if any(siglip):
-        references = _reference_grids(siglip, places, sides)
-        counts = [[height * width for _, height, width, *_ in each] for each in references]
-        reference_rows = layouts.rows(counts, device)
+    laid = _laid(layouts, siglip, places, sides, device) if any(siglip) else None
     # Attention does not care about the order; captions are the parts that differ most, and so the last.
-    parts = [rows for rows in (image_rows, reference_rows, caption_rows) if rows is not None]
+    parts = [image_rows, *([laid[0]] if laid else []), caption_rows]
     sequencing = layouts.sequence(parts, device)
     # Without gradients nothing is kept, and no budget is asked.
     keeps = (keeping if torch.is_grad_enabled() else everything)(image_rows.batch * sequencing.length, len(dit.layers))
@@ -204,13 +200,11 @@ def forward(
     image = _Block(image_rows.fill(patches, dit.x_pad_token), freqs, image_rows.seen)
     blocks = [_refined(dit.noise_refiner, image, modulation, refined)]
 
-    if references is not None and reference_rows is not None:
-        freqs = layouts.grids(references, reference_rows.length, device)
-        blocks.append(_siglip_block(dit, siglip, reference_rows, freqs, dtype, refined))
+    if laid is not None:
+        blocks.append(_siglip_block(dit, siglip, *laid, dtype, refined))
     elif idle_siglip:
-        alone = _reference_grids([idle_siglip], places[:1], sides[:1])
-        rows = layouts.rows([[height * width for _, height, width, *_ in alone[0]]], device)
-        idle = _siglip_block(dit, [idle_siglip], rows, layouts.grids(alone, rows.length, device), dtype, refined)
+        alone = _laid(layouts, [idle_siglip], places[:1], sides[:1], device)
+        idle = _siglip_block(dit, [idle_siglip], *alone, dtype, refined)
         # Nothing is added, but every weight has a gradient, of zeros.
         blocks[0] = blocks[0]._replace(states=blocks[0].states + 0 * idle.states.sum())
 
@@ -228,14 +222,21 @@ def forward(
     return [_unpatchify(tokens, samples) for tokens, samples in zip(of_samples, stacked, strict=True)]
 
 
-def _reference_grids(
-    siglip: Sequence[Sequence[Tensor]], places: Sequence[int], sides: Sequence[tuple[int, int]]
-) -> list[list[Grid]]:
-    """Each reference is spread over its target's grid and has its own place on the first axis, after the target's."""
-    return [
+def _laid(
+    layouts: Layouts,
+    siglip: Sequence[Sequence[Tensor]],
+    places: Sequence[int],
+    sides: Sequence[tuple[int, int]],
+    device: torch.device,
+) -> tuple[Rows, Tensor]:
+    """Rows and rotary factors of references: each is spread over its target's grid and has its own place on the first
+    axis, after the target's."""
+    grids: list[list[Grid]] = [
         [(place + 1 + r, *grid.shape[:2], *side) for r, grid in enumerate(each)]
         for place, each, side in zip(places, siglip, sides, strict=True)
     ]
+    rows = layouts.rows([[height * width for _, height, width, *_ in each] for each in grids], device)
+    return rows, layouts.grids(grids, rows.length, device)
 
 
 class _Block(NamedTuple):

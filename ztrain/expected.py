@@ -39,6 +39,14 @@ _INPUTS_OF_LORA = 33_280 / 3_840  # widths that the seven layers of a block read
 OTHER_GIB = 1.19
 """CUDA's context, workspaces of libraries and the decoder of previews: 24 GiB less base, states and what activations
 may take, in the same lines."""
+COLLECTIVES_GIB = 0.88
+"""NCCL's buffers, for several cards: launch_nvidia_h200.json, used_gib less peak_gib of ddp, less the same of one_gpu,
+mean of [lora] and [siglip] with everything kept."""
+WAITING: dict[Strategy, float] = {"one_gpu": 0.0, "ddp": 0.007, "fsdp2": 0.185, "zero2": 0.050, "zero3": 0.185}
+"""Seconds of a micro-step beyond computing and what is sent beside nothing: launch_nvidia_h200.json, two H200. ddp: its
+ms less one_gpu's and less the sum that nothing hides, mean of [lora] and [siglip] with everything kept; fsdp2 and
+zero2: ms of [lora] with nothing kept less what is computed here; zero3: taken to be fsdp2's. On all other cards, and on
+more of them, as much: assumed."""
 REPLAYED_TOKENS = 2560
 """ztrain.tune.REPLAYED_TOKENS: a batch of fewer runs as a CUDA graph on one card, which takes its memory twice."""
 NOT_PLANNED, IDLE = 0.015, 0.15
@@ -180,10 +188,10 @@ def traffic(counted: Counted, config: Config, cut: Cut) -> Traffic:
     return Traffic(2 * gathered + share * trained + after, share * last + after)
 
 
-def step_seconds(computing: float, sent: Traffic, link_gb_s: float) -> float:
-    """Of a micro-step: what is hidden costs nothing until it takes longer than computing."""
+def step_seconds(computing: float, sent: Traffic, link_gb_s: float, waiting: float) -> float:
+    """Of a micro-step: what is hidden costs nothing until it takes longer than computing. waiting: of WAITING."""
     rate = link_gb_s * 1e9 * LINK_SHARE
-    return max(computing, (sent.bytes - sent.exposed) / rate) + sent.exposed / rate
+    return max(computing, (sent.bytes - sent.exposed) / rate) + sent.exposed / rate + waiting
 
 
 def available_bytes(gib: float, standing: float) -> float:

@@ -37,6 +37,7 @@ STATISTICS_FILE = "statistics.safetensors"
 FORMAT_VERSION = 1
 
 Identities = dict[str, dict[str, str]]
+Weights = Mapping[str, Tensor]
 
 
 def identities(dit: Any, encoders: Encoders) -> Identities:
@@ -55,16 +56,10 @@ def encoder_identities(encoders: Encoders) -> Identities:
 
 
 def save_adapter(
-    folder: Path,
-    model: AdaptedDiT,
-    config: Config,
-    known: Identities,
-    *,
-    step: int,
-    state: Mapping[str, Tensor] | None = None,
+    folder: Path, model: AdaptedDiT, config: Config, known: Identities, *, step: int, state: Weights | None = None
 ) -> Path:
-    """Writes every file of the adapter list. Weights are float32, also on a bf16 base: in that dtype a reload is
-    bit-exact. state: the trained weights, where the model holds parts of them only."""
+    """Writes every file of the adapter list, in float32 also on a bf16 base: then a reload is bit-exact. state: the
+    trained weights, where the model holds parts of them only."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, dict[str, Tensor]] = {}
     metadata: dict[str, dict[str, str]] = {}

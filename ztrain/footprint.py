@@ -83,6 +83,7 @@ class Counted:
 
 
 def in_main(weight: Weight) -> bool:
+    """Whether it belongs to the main blocks, before which lie the refiners and what an adapter embeds."""
     return weight.block.startswith("dit.layers.")
 
 

@@ -11,21 +11,22 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """SIGUSR1 is what SLURM sends before its time limit when asked to (sbatch --signal)."""
 
 ENDED = "ended.json"
-"""Of a run's folder: {"status": exit status of its last start}; not there while it runs, or when it was killed."""
+"""Of a run's folder: {"status": exit status of its last start}; not there while it runs, or when rank 0 was killed."""
 
 _ECHO_SECONDS = 3.0
 _UNWIND_SECONDS = 5.0  # for a main thread that may be stuck in a collective
+_WRITE_SECONDS = 2.0  # for last words on a disk that may hang
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -47,6 +48,11 @@ class Interruption:
     def __init__(self) -> None:
         self.received = 0
         """Number of the signal, 0 for none."""
+        self.leaving = 0
+        """The signal by which this process leaves before its first step, 0 for none. Known as soon as it comes, also
+        while the main thread is stuck: the vigil tells the others."""
+        self.last_words: Callable[[int], None] | None = None
+        """Called with the exit status where the main thread cannot unwind."""
         self._when = 0.0
         self._raises = self._agrees = False
 
@@ -62,6 +68,7 @@ class Interruption:
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Around what comes before the first step: a signal raises Stopped in this process, whatever the others do.
+        They `follow` when they hear of it.
 
         Python runs no handler while the main thread waits in a collective: there a thread ends the process.
         """
@@ -83,6 +90,17 @@ class Interruption:
             signal.set_wakeup_fd(before)
             os.close(writing)  # which ends the thread
 
+    def follow(self, number: int) -> None:
+        """Another process leaves by this signal before its first step: as if it had come here too. From any thread."""
+        main = threading.main_thread().ident
+        if self._raises and main is not None:
+            signal.pthread_kill(main, number)  # which also wakes it
+
+    def leave(self, number: int) -> NoReturn:
+        """The main thread's end by a signal that another process left by."""
+        self.leaving = number
+        raise Stopped(number)
+
     @contextmanager
     def agreed(self) -> Iterator[None]:
         """Around long work between two steps: where any process has got a signal, `together` and `agree` raise Stopped
@@ -103,10 +121,14 @@ class Interruption:
             while number := pipe.read(1):
                 if number[0] not in SIGNALS:
                     continue
+                if self._raises:
+                    self.leaving = number[0]
                 time.sleep(_UNWIND_SECONDS)
                 if self._raises:
                     name = signal.Signals(number[0]).name
                     os.write(2, f"\n{name}: ended while waiting for another process\n".encode())
+                    if self.last_words is not None:
+                        self.last_words(128 + number[0])
                     os._exit(128 + number[0])
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -117,7 +139,7 @@ class Interruption:
             return
         self.received, self._when = number, time.monotonic()
         if self._raises:
-            raise Stopped(number)
+            self.leave(number)
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: finishing this step, then saving; Ctrl-C after some seconds stops at once\n".encode())
 
@@ -133,6 +155,21 @@ class Ending:
     """How a start of a run ended."""
 
     status: int = 1
+    folder: Path | None = None
+    """Where to write it, once; None: nowhere, or it is written."""
+
+    def write(self, status: int) -> None:
+        folder, self.folder = self.folder, None
+        if folder is not None:
+            writing = folder / f".writing-{ENDED}"
+            writing.write_text(json.dumps({"status": status}) + "\n", encoding="utf-8")
+            os.replace(writing, folder / ENDED)
+
+    def write_at_last(self, status: int) -> None:
+        """For a process whose main thread hangs: in 2 s or not at all, as the disk may be what hangs."""
+        writer = threading.Thread(target=self.write, args=(status,), daemon=True)
+        writer.start()
+        writer.join(_WRITE_SECONDS)
 
 
 @contextmanager
@@ -144,17 +181,14 @@ def ending(folder: Path, mendable: tuple[type[Exception], ...], *, writes: bool)
     """
     if writes:
         (folder / ENDED).unlink(missing_ok=True)
-    ended = Ending()
+    ended = Ending(folder=folder if writes else None)
     try:
         yield ended
     except BaseException as error:
         ended.status = 128 + error.number if isinstance(error, Stopped) else 2 if isinstance(error, mendable) else 1
         raise
     finally:
-        if writes:
-            writing = folder / f".writing-{ENDED}"
-            writing.write_text(json.dumps({"status": ended.status}) + "\n", encoding="utf-8")
-            os.replace(writing, folder / ENDED)
+        ended.write(ended.status)
 
 
 def end_with_launcher() -> None:

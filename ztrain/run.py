@@ -8,18 +8,17 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from ztrain import checkpoint
@@ -31,7 +30,7 @@ from ztrain.config import Config, TrainConfig
 from ztrain.dit import load_transformer
 from ztrain.encoders import LatentCodec, siglip_width
 from ztrain.errors import InputError
-from ztrain.export import Identities, save_adapter
+from ztrain.export import Identities, Weights, save_adapter
 from ztrain.flow import SigmaDensity, resolution_shift
 from ztrain.meter import environment
 from ztrain.model import AdaptedDiT
@@ -157,38 +156,6 @@ def make_optimizer(
         power=config.lr_power,
     )
     return optimizer, schedule
-
-
-def enter_folder(config: Config, accelerator: Accelerator, held: ExitStack) -> checkpoint.Checkpoint | None:
-    """Takes the run's folder for this run, and finds where to go on: the main process decides, for all."""
-    folder, found = Path(config.output_dir), None
-    passed: list[str] = []
-    with together(accelerator):
-        if accelerator.is_main_process:
-            held.enter_context(checkpoint.run_lock(folder))
-            checkpoint.sweep(folder)
-            checkpoint.sweep(folder / "checkpoints")
-            used = (folder / "metrics.jsonl").exists() or (folder / "export").exists()
-            if used and config.resume_from_checkpoint == "none":
-                raise InputError(
-                    f"output_dir {folder} already holds a run; continue it with --resume_from_checkpoint latest, name "
-                    "another folder, or remove it"
-                )
-            found, passed = checkpoint.find(config.resume_from_checkpoint, folder / "checkpoints")
-    [chosen] = broadcast_object_list([found and found.path])
-    with together(accelerator):
-        if chosen is not None and found is None:
-            try:
-                found = checkpoint.read(chosen)
-            except InputError as error:
-                raise InputError(f"{error} (output_dir must be on a file system that all processes share)") from error
-    for reason in passed:
-        accelerator.print(f"passed over: {reason}")
-    if found is not None:
-        accelerator.print(f"resuming from {found.path} at step {found.step}")
-    elif config.resume_from_checkpoint == "latest":
-        accelerator.print(f"no checkpoint in {folder / 'checkpoints'}: starting at step 0")
-    return found
 
 
 def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoint | None) -> Run:
@@ -419,13 +386,7 @@ def export(run: Run) -> Path:
 
 
 def publish_adapter(
-    folder: Path,
-    model: AdaptedDiT,
-    config: Config,
-    known: Identities,
-    *,
-    step: int,
-    state: Mapping[str, Tensor] | None = None,
+    folder: Path, model: AdaptedDiT, config: Config, known: Identities, *, step: int, state: Weights | None = None
 ) -> None:
     """`save_adapter` into a folder that appears whole, in place of an older one."""
     writing = folder.with_name(f".writing-{folder.name}")

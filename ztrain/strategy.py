@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, DynamoBackend
 from torch import Tensor, nn
 
 from ztrain.blocks import use_fast_blocks
 from ztrain.config import Config
 from ztrain.errors import InputError
+from ztrain.limits import refusal
 from ztrain.model import AdaptedDiT
 from ztrain.together import agree
 
@@ -36,8 +37,6 @@ class Strategy:
     """Whether the last backward pass of a step takes the optimizer's step, too."""
     probes: ClassVar[bool] = True
     """Whether a plain backward pass gives gradients, outside of a step."""
-    can_average: ClassVar[bool] = True
-    """Whether train.ema_decay works."""
     averages_together: ClassVar[bool] = True
     """Whether one kernel may average many weights: DTensors have no such operation."""
 
@@ -50,19 +49,13 @@ class Strategy:
         return torch.device("cpu") if self.cuts_base else self.accelerator.device
 
     def check(self, config: Config) -> None:
-        """Raises InputError for settings that this strategy cannot carry out."""
-        t = config.train
-        stock = [adapter for adapter in config.adapters if "omni" in adapter.reads]
-        refused = {
-            "adapters siglip: layout stock": self.cuts_base and bool(stock),
-            "train.optimizer adamw_8bit": t.optimizer == "adamw_8bit" and self.name not in ("one", "ddp"),
-            "train.compile on": t.compile == "on" and not self.probes,
-            "train.gradient_checkpointing budget": t.gradient_checkpointing == "budget" and not self.probes,
-            f"train.ema_decay {t.ema_decay:g}": bool(t.ema_decay) and not self.can_average,
-        }
-        for setting, is_refused in refused.items():
-            if is_refused:
-                raise InputError(f"{setting} does not work under {self.name}; change it, or launch with ddp")
+        """Raises InputError for what this strategy cannot carry out of a config, or of accelerate's own settings."""
+        if sentence := refusal(self.name, config):
+            raise InputError(sentence)
+        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            raise InputError(
+                "accelerate's own dynamo_backend is on: leave it out; train.compile compiles the blocks and checks them"
+            )
 
     def prepare(self, model: AdaptedDiT, optimizer: Any, config: Config) -> tuple[Any, Any]:
         """The model as it is called in training, and the optimizer as accelerate wants it stepped."""
@@ -102,7 +95,7 @@ class Strategy:
 
 
 class One(Strategy):
-    name = "one"
+    name = "one_gpu"
 
 
 class Fsdp2(Strategy):
@@ -111,6 +104,21 @@ class Fsdp2(Strategy):
     name = "fsdp2"
     cuts_base = keeps_step = True
     averages_together = False
+
+    def check(self, config: Config) -> None:
+        from torch.distributed.fsdp import CPUOffloadPolicy
+
+        super().check(config)
+        plugin = self.accelerator.state.fsdp_plugin
+        wrong = {
+            "fsdp_offload_params true": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+            "fsdp_activation_checkpointing true": plugin.activation_checkpointing,
+            f"another fsdp_transformer_layer_cls_to_wrap than {_BLOCK}": plugin.transformer_cls_names_to_wrap
+            != [_BLOCK],
+        }
+        for setting, is_set in wrong.items():
+            if is_set:
+                raise InputError(f"fsdp2 runs without {setting}; take configs/accelerate/fsdp2.yaml as it is")
 
     def prepare(self, model: AdaptedDiT, optimizer: Any, config: Config) -> tuple[Any, Any]:
         wrapped, optimizer = self.accelerator.prepare(model, optimizer)
@@ -161,6 +169,20 @@ class Zero(Strategy):
 
     name = "zero2"
     keeps_step = steps_in_backward = True
+
+    def check(self, config: Config) -> None:
+        super().check(config)
+        settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        zero = settings.get("zero_optimization", {})
+        wrong = [key for key in ("bf16", "fp16", "amp", "torch_autocast") if settings.get(key, {}).get("enabled")]
+        wrong += [key for key in ("optimizer", "scheduler") if key in settings]
+        for key in ("offload_optimizer", "offload_param"):
+            wrong += [key] if zero.get(key, {}).get("device", "none") != "none" else []
+        if wrong:
+            raise InputError(
+                f"the DeepSpeed file sets {', '.join(wrong)}: precision, optimizer and schedule are the experiment's"
+                " (train.*), and nothing is offloaded; leave it out"
+            )
 
     def prepare(self, model: AdaptedDiT, optimizer: Any, config: Config) -> tuple[Any, Any]:
         settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
@@ -215,7 +237,6 @@ class Zero3(Zero):
     name = "zero3"
     cuts_base = True
     probes = False
-    can_average = False
 
     def prepare(self, model: AdaptedDiT, optimizer: Any, config: Config) -> tuple[Any, Any]:
         from deepspeed.utils import set_z3_leaf_modules
@@ -231,6 +252,9 @@ class Zero3(Zero):
             )
         # Our forward reads a block's weights without calling its modules: it is put together as one.
         set_z3_leaf_modules(model, [type(model.dit.layers[0])])
+        for module in model.modules():
+            if type(module) is type(model.dit.layers[0]) and any(p.requires_grad for p in module.parameters()):
+                module.register_forward_pre_hook(_with_gradient)
         prepared = super().prepare(model, optimizer, config)
         use_fast_blocks(model.dit, alone=True)
         return prepared
@@ -252,9 +276,17 @@ class Zero3(Zero):
         """It finds them by itself."""
 
 
+_BLOCK = "ZImageTransformerBlock"
 _KEPT_WHOLE = 100_000  # DeepSpeed's default
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's
 _SETTINGS = ("lr", "betas", "eps", "weight_decay", "initial_lr")
+
+
+def _with_gradient(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Makes a block's input ask for its gradient. DeepSpeed collects a leaf module's gradients when that is there; if
+    none is asked for, as in the first block of a LoRA, it would collect before there are any."""
+    x, *rest = given
+    return (x.detach().requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x, *rest)
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

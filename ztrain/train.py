@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from ztrain.batches import Batch, Loader
 from ztrain.conditioning import moved
 from ztrain.config import Config, load_config
+from ztrain.entering import enter_folder
 from ztrain.errors import InputError, sentence
 from ztrain.flow import (
     draw_noise,
@@ -36,7 +37,7 @@ from ztrain.flow import (
 from ztrain.interrupt import Interruption, Stopped, end_with_launcher, ending
 from ztrain.memory import GIB, Budget, idle_bytes, use_growing_segments
 from ztrain.meter import Meter
-from ztrain.run import Run, after_step, build, enter_folder, export, recorded, save
+from ztrain.run import Run, after_step, build, export, recorded, save
 from ztrain.sampler import MicroBatches, Mixture
 from ztrain.stats import check_statistics
 from ztrain.strategy import KWARGS
@@ -70,7 +71,7 @@ def train(config: Config) -> Outcome:
             gradient_accumulation_steps=t.gradient_accumulation_steps,
             kwargs_handlers=[KWARGS, InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
         )
-    with watched(accelerator.process_index, accelerator.num_processes, timeout) as vigil:
+    with watched(accelerator.process_index, accelerator.num_processes, timeout, interruption) as vigil:
         outcome = _train(config, accelerator, interruption, vigil)
         interruption.restore()
         vigil.at("ending")
@@ -89,6 +90,8 @@ def _train(config: Config, accelerator: Accelerator, interruption: Interruption,
             vigil.at("loading and filling the cache", patient=True)
             resumed = enter_folder(config, accelerator, held)
             ended = held.enter_context(ending(folder, MENDABLE, writes=accelerator.is_main_process))
+            vigil.last_words = interruption.last_words = ended.write_at_last
+            held.enter_context(vigil.alike())
             run = build(config, accelerator, resumed)
             order = MicroBatches(
                 mixture=_mixture(run),

@@ -9,12 +9,13 @@ judges what it reads there, one watches whether the store still answers. One pro
 
 import json
 import os
+import resource
 import socket
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +38,16 @@ class Steps(Protocol):
     step: int
 
 
+class Wish(Protocol):
+    """What knows of signals: an Interruption."""
+
+    leaving: int
+
+    def follow(self, number: int) -> None: ...
+
+    def leave(self, number: int) -> NoReturn: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Stand:
     """Where a process stands, as it tells the others."""
@@ -55,6 +66,8 @@ class Stand:
     """Counts up each time it is told."""
     gone: bool = False
     """Whether the process has left in good order."""
+    leaving: int = 0
+    """The signal by which it leaves before its first step, 0 for none."""
 
     @property
     def where(self) -> str:
@@ -64,8 +77,13 @@ class Stand:
 class Vigil:
     """One process's part; see the module. `at` costs less than a microsecond and waits for nothing."""
 
-    def __init__(self, store: Any, rank: int, count: int, timeout: float) -> None:
-        """`store`: a torch.distributed.Store of its own connection, or None for a process alone. `timeout`: seconds."""
+    def __init__(self, store: Any, rank: int, count: int, timeout: float, wish: Wish | None = None) -> None:
+        """`store`: a torch.distributed.Store of its own connection, or None for a process alone. `timeout`: seconds.
+        `wish`: the signals that this process has got; it hears of those of the others."""
+        self.last_words: Callable[[int], None] | None = None
+        """Called with `STATUS` before the process ends by it."""
+        self._wish, self._followed = wish, False
+        self._heard_until = 0.0
         self.rank, self.count, self.timeout, self._store = rank, count, timeout, store
         self.interval = min(max(timeout / 20, _FASTEST), _SLOWEST)
         self._place: tuple[int, int | None, str, bool] = (0, None, "starting", True)
@@ -74,7 +92,7 @@ class Vigil:
         self._answered = time.monotonic()  # by the store
         self._beat, self._gone = 0, False
         self._signs: tuple[Any, ...] = ()
-        self._looks, self._read = threading.Lock(), _BytesRead()
+        self._looks, self._traffic = threading.Lock(), _Traffic()
         self._over = threading.Event()
         self._main = threading.main_thread().ident
         self._threads = [threading.Thread(target=t, daemon=True) for t in (self._exchange, self._watch)]
@@ -83,8 +101,9 @@ class Vigil:
         """Says what this process does from now on. All processes make the same calls in the same order.
 
         `patient`: a long task without steps (filling the cache, compiling, validating, saving): it counts as moving as
-        long as the main thread is found at another line each time or the process reads files, so a loop without end is
-        not seen there. Otherwise only the next `at` is progress.
+        long as the main thread is found at another line each time or the process reads or writes files, so a loop
+        without end is not seen there, and a single write or flush must take less than `timeout`. Time on the processor
+        does not count: whoever waits for a GPU's collective spends it too. Otherwise only the next `at` is progress.
         """
         self._place = (self._place[0] + 1, step, doing, patient)
         self._moved = time.monotonic()
@@ -125,10 +144,31 @@ class Vigil:
             return []
         return [s for s, seen in self._seen.values() if not s.gone and s.rank != self.rank and now - seen > silence]
 
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """Where a collective fails because another process has left by a signal before its first step, so does this one
+        (`Wish.leave`): not every machine hears a signal at the same time."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._wish is not None and _of_collective(error) and (number := self._heard()):
+                self._wish.leave(number)
+            raise
+
+    def _heard(self) -> int:
+        """The signal by which another process has left; what it says as it leaves is read two looks later."""
+        self._heard_until = self._heard_until or time.monotonic() + 2 * self.interval
+        while not (number := self._left()) and time.monotonic() < self._heard_until:
+            time.sleep(_FASTEST)
+        return number
+
+    def _left(self) -> int:
+        return max((stand.leaving for stand, _ in list(self._seen.values())), default=0)
+
     def _idle(self) -> float:
-        """Seconds since this process has moved; in a patient task, since its main thread or what it reads has."""
+        """Seconds since this process has moved; in a patient task, since its main thread or its files have."""
         with self._looks:
-            if self._place[3] and (signs := (self._read.of_others(), *_stack(self._main))) != self._signs:
+            if self._place[3] and (signs := (*self._traffic.of_others(), *_stack(self._main))) != self._signs:
                 self._signs, self._moved = signs, time.monotonic()
             return time.monotonic() - self._moved
 
@@ -151,6 +191,10 @@ class Vigil:
                     if known is None or known[0].beat != stand.beat:
                         self._seen[stand.rank] = (stand, now)
                 self._answered = now
+                if self._wish is not None and not self._followed and (number := self._left()):
+                    self._followed = True
+                    if not self._wish.leaving:
+                        self._wish.follow(number)
                 if self._idle() >= self.timeout and (sentence := self._judge()):
                     mine = f"{self.rank} {time.time()}"
                     if self._store.compare_set(_VERDICT, "", mine).decode() == mine:
@@ -161,6 +205,8 @@ class Vigil:
 
     def _follow(self) -> NoReturn:
         """Ends the process by the verdict; rank 0, who may keep the store, when the others have read it."""
+        if self.last_words is not None:  # sooner than the main thread, in which a collective fails when the others go
+            self.last_words(STATUS)
         if self.rank == 0:
             time.sleep(4 * self.interval)
         _end()
@@ -169,7 +215,8 @@ class Vigil:
         moves, step, doing, _ = self._place
         idle, self._beat = self._idle(), self._beat + 1
         frame = _frame(self._main) if idle > self.timeout / 2 else ""
-        return Stand(self.rank, socket.gethostname(), moves, step, doing, idle, frame, self._beat, self._gone)
+        leaving = self._wish.leaving if self._wish is not None else 0
+        return Stand(self.rank, socket.gethostname(), moves, step, doing, idle, frame, self._beat, self._gone, leaving)
 
     def _judge(self) -> str:
         """The sentence, where those who are furthest behind have not moved for `timeout`; "" while one of them moves:
@@ -197,6 +244,8 @@ class Vigil:
                     f" launcher, which knows where all stand, has not answered for {silence:.0f} s: most likely that"
                     " machine or process is gone or hangs; the job ends"
                 )
+                if self.last_words is not None:
+                    self.last_words(STATUS)
                 _end()
 
 
@@ -206,7 +255,7 @@ def describe(
     """One sentence on who hangs. `behind`: of all `stands`, those with the fewest moves; `silent`: those that tell
     nothing any more; `waited`: seconds without progress by rank."""
     if silent:
-        named = [f"rank {s.rank} ({s.host}), last seen {s.where}" for s in silent[:_SHOWN]]
+        named = [f"rank {s.rank} ({s.host}), last told {s.where}" for s in silent[:_SHOWN]]
         longest = max(waited[s.rank] for s in silent)
         return f"no word for {longest:.0f} s from {'; '.join(named)}: stopped or gone; the job ends"
     seconds = min(waited[s.rank] for s in behind)
@@ -234,20 +283,21 @@ def describe(
 
 
 @contextmanager
-def watched(rank: int, count: int, timeout: float) -> Iterator[Vigil]:
+def watched(rank: int, count: int, timeout: float, wish: Wish) -> Iterator[Vigil]:
     """The vigil of this process, once the process group is there. `timeout`: seconds.
 
     An error of a collective is no news but that somebody is gone: the sentence before it says who.
     """
     store = dist.distributed_c10d._get_default_store().clone() if count > 1 else None
-    vigil = Vigil(store, rank, count, timeout)
+    vigil = Vigil(store, rank, count, timeout, wish)
     vigil.start()
     try:
-        yield vigil
+        with vigil.alike():
+            yield vigil
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+        if _of_collective(error):
             for stand in vigil.lost():
-                _say(f"no word from rank {stand.rank} ({stand.host}), last seen {stand.where}: gone; the job ends")
+                _say(f"no word from rank {stand.rank} ({stand.host}), last told {stand.where}: gone; the job ends")
         raise
     finally:
         vigil.close()
@@ -276,6 +326,10 @@ def met(timeout: float) -> Iterator[None]:
         timer.cancel()
 
 
+def _of_collective(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
 _VERDICT = "ztrain/vigil/verdict"
 
 
@@ -301,24 +355,26 @@ def _stack(thread: int | None) -> tuple[Any, ...]:
     return tuple(found)
 
 
-class _BytesRead:
-    """Counts what this process has read from files: pictures, shards, weights. Linux; elsewhere 0."""
+class _Traffic:
+    """Counts what this process has read from and written to files: pictures, shards, weights, checkpoints."""
 
     def __init__(self) -> None:
-        self._mine = 0
+        self._lookers: set[str] = set()
 
-    def of_others(self) -> int:
-        """By all but these looks themselves."""
-        try:
-            file = os.open("/proc/self/io", os.O_RDONLY)
-        except OSError:
-            return 0
-        try:
-            text = os.read(file, 4096)
-        finally:
-            os.close(file)
-        counted, self._mine = int(text.split()[1]) - self._mine, self._mine + len(text)  # rchar: 123
-        return counted
+    def of_others(self) -> tuple[int, int]:
+        """Bytes, by all but the threads that look (Linux; elsewhere 0), and pages of mapped files, which is how
+        safetensors reads: ru_majflt of getrusage(2)."""
+        self._lookers.add(str(threading.get_native_id()))
+        counted = 0
+        for thread in Path("/proc/self/task").glob("*"):
+            try:
+                name, words = (thread / "comm").read_bytes(), (thread / "io").read_bytes().split()
+            except OSError:  # it has ended
+                continue
+            # Nor torch's own threads, such as pt_tcpstore_uv, which answers every vigil's look.
+            if thread.name not in self._lookers and not name.startswith(b"pt_"):
+                counted += int(words[1]) + int(words[3])  # rchar: 123 wchar: 45 ...; proc_pid_io(5)
+        return counted, resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def _frame(thread: int | None) -> str:

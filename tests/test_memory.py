@@ -135,6 +135,7 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_where_memory_is_short_a_step_is_computed_again_with_less_kept(
     family: Path, paintings: Path, tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ def test_triplets_come_in_rounds_of_different_styles(trials: Trials) -> None:
 
 
 def test_true_pictures_have_the_best_scores(trials: Trials) -> None:
+@pytest.mark.slow
     scores = trials.score(trials.targets)
     assert scores["style_cosine"].min() > 0.999 and scores["style_retrieval"].mean() == 1
     assert scores["prompt_content"].mean() > 0.9 and scores["leak"].mean() < 0.1
@@ -60,6 +61,7 @@ def test_true_pictures_have_the_best_scores(trials: Trials) -> None:
 
 
 def test_the_splice_is_chosen_by_its_rule_and_needs_its_own_reference(trials: Trials, config: Config) -> None:
+@pytest.mark.slow
     text = trials.run(Method(label="text only"))
     settings = splice_settings(config, [5], [0.0, 1.0])
     found = find_best_splice(trials, settings)

@@ -52,7 +52,6 @@ def test_triplets_come_in_rounds_of_different_styles(trials: Trials) -> None:
 
 
 def test_true_pictures_have_the_best_scores(trials: Trials) -> None:
-@pytest.mark.slow
     scores = trials.score(trials.targets)
     assert scores["style_cosine"].min() > 0.999 and scores["style_retrieval"].mean() == 1
     assert scores["prompt_content"].mean() > 0.9 and scores["leak"].mean() < 0.1
@@ -60,8 +59,8 @@ def test_true_pictures_have_the_best_scores(trials: Trials) -> None:
     assert len(set(kinds)) > 5 and not (trials.asked["kind"] == trials.shown["kind"]).any()
 
 
-def test_the_splice_is_chosen_by_its_rule_and_needs_its_own_reference(trials: Trials, config: Config) -> None:
 @pytest.mark.slow
+def test_the_splice_is_chosen_by_its_rule_and_needs_its_own_reference(trials: Trials, config: Config) -> None:
     text = trials.run(Method(label="text only"))
     settings = splice_settings(config, [5], [0.0, 1.0])
     found = find_best_splice(trials, settings)
@@ -81,6 +80,7 @@ def test_the_splice_is_chosen_by_its_rule_and_needs_its_own_reference(trials: Tr
     assert table[3].startswith("| splice layer 5 tokens=text strength=1, shuffled reference | ")
 
 
+@pytest.mark.slow
 def test_a_method_may_lack_its_reference_or_its_prompt(trials: Trials, config: Config) -> None:
     splice = splice_settings(config, [5], [1.0])[0]
     text, plain = trials.run(Method(label="text only")), trials.run(splice)

@@ -396,10 +396,11 @@ def test_commands_on_a_page_name_what_exists(page: Path, tmp_path: Path) -> None
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if line and not line.startswith("#")]
-    assert len(commands) >= 4
+    assert len(commands) >= 2
     targets = (ROOT / "Makefile").read_text()
     for words in commands:
-        assert words[0] in {"make", "source", "python", "accelerate", "ztrain"}, words
+        recipe = words[0].startswith("launch/") or words[0] == "sbatch"
+        assert recipe or words[0] in {"make", "source", "python", "accelerate", "ztrain"}, words
         if words[0] == "make":
             assert re.search(rf"^(?:.* )?{words[1]}:", targets, re.M), words
         missing = [w for w in words if w.startswith(("configs/", "launch/")) and not (ROOT / w).is_file()]
@@ -408,7 +409,7 @@ def test_commands_on_a_page_name_what_exists(page: Path, tmp_path: Path) -> None
             assert mini_parser().parse_args(words[2:])
         elif words[:2] == ["ztrain", "report"]:
             assert report_parser().parse_args(words[2:])
-        elif words[0] == "ztrain" or "ztrain.train" in words:
+        elif words[0] == "ztrain" or "ztrain.train" in words or recipe:
             verb = next((v for v in _VERBS if words[1 : 1 + len(v.split())] == v.split()), "train")
             start = words.index("--config")
             options, overrides = _parser(verb).parse_known_args(words[start:])

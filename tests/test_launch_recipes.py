@@ -7,17 +7,22 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 import ztrain.train
-from tests.test_run import ENVIRONMENT, QUIET, STARTED, Place, _no_process_is_left, losses, processes_of, rows
+from tests.test_run import ENVIRONMENT as PLAIN
+from tests.test_run import QUIET, STARTED, Place, _no_process_is_left, losses, processes_of, rows
 from tests.triplets import ROOT
 from ztrain import checkpoint
 from ztrain.config import Config
 from ztrain.train import Outcome
+
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an active .venv
+ENVIRONMENT = PLAIN | {"PATH": PATH}
 
 pytestmark = pytest.mark.usefixtures("forge", "_no_process_is_left")
 __all__ = ["_no_process_is_left"]
@@ -99,7 +104,7 @@ def recorded(tmp_path: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """A recipe with an `accelerate` that prints its words, one a line."""
     (tmp_path / "accelerate").write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\"\n")
     (tmp_path / "accelerate").chmod(0o755)
-    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    path = {"PATH": f"{tmp_path}:{PATH}"}
     return subprocess.run([*command], cwd=ROOT, env=ENVIRONMENT | path, capture_output=True, text=True)
 
 
@@ -169,7 +174,7 @@ def test_what_queues_a_slurm_job_again(
         (tmp_path / name).write_text(text + "\n")
         (tmp_path / name).chmod(0o755)
     cluster = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[a-b]",
-               "SLURM_GPUS_ON_NODE": "1", "CALLS": str(calls), "PATH": f"{tmp_path}:{os.environ['PATH']}",
+               "SLURM_GPUS_ON_NODE": "1", "CALLS": str(calls), "PATH": f"{tmp_path}:{PATH}",
                "STATE": "COMPLETING" if cancelled else "RUNNING"}  # fmt: skip
     done = subprocess.run(["launch/slurm.sh", "ddp", str(run)], cwd=ROOT, env=ENVIRONMENT | cluster)
     assert done.returncode != 0 or ended == 0
@@ -186,7 +191,7 @@ def test_a_slurm_job_queues_again_until_it_is_done(place: Place, tmp_path: Path)
         (bin_ / name).chmod(0o755)
     calls.touch()
     cluster = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[a-b]",
-               "SLURM_GPUS_ON_NODE": "1", "CALLS": str(calls), "PATH": f"{bin_}:{os.environ['PATH']}"}  # fmt: skip
+               "SLURM_GPUS_ON_NODE": "1", "CALLS": str(calls), "PATH": f"{bin_}:{PATH}"}  # fmt: skip
 
     def job(last: int, *more: str) -> list[str]:
         words = words_of(place, run, "--train.max_train_steps", str(last), *more)

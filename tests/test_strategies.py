@@ -240,6 +240,19 @@ def test_other_settings_of_fsdp_are_refused(variable: str, value: str, sentence:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason=NO_DEEPSPEED)
+@pytest.mark.parametrize("key", ["bf16", "offload_optimizer"])
+def test_a_deepspeed_file_that_would_train_something_else_is_refused(place: Place, tmp_path: Path, key: str) -> None:
+    strategy = of_zero(2, tmp_path)
+    path = Path(strategy["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
+    settings = json.loads(path.read_text())
+    inside = settings if key == "bf16" else settings["zero_optimization"]
+    inside[key] = {"enabled": True} if key == "bf16" else {"device": "cpu"}
+    path.write_text(json.dumps(settings))
+    said = shared(strategy, 1, place.words(tmp_path / "run"), status=1)
+    assert f"error: the DeepSpeed file sets {key}: precision, optimizer and schedule are the experiment's" in said
+
+
 @pytest.mark.parametrize("count", [0, 1, 4, 5])
 def test_seats_cover_every_place_once_and_are_as_many_for_all(count: int) -> None:
     told = [list(seats(count, rank, 3)) for rank in range(3)]

@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
-"""Bytes: torch.distributed._DEFAULT_FIRST_BUCKET_BYTES, and bucket_cap_mb of DistributedDataParallel. Its buckets end
+from ztrain.strategy import KWARGS
+
+FIRST_BUCKET, BUCKET = 2**20, KWARGS.bucket_cap_mb * 2**20
+"""Bytes: torch.distributed._DEFAULT_FIRST_BUCKET_BYTES, and what ztrain tells DistributedDataParallel. Its buckets end
 with whole parameters, so that they are a little larger."""
 WARM_UPS, TIMES = 5, 20
 

@@ -6,14 +6,17 @@
 The transformer at its real size with random bf16 weights, tiny encoders that give what the real ones give, 1024 px,
 batch 1 a card; a part is one run of the project's own command under `accelerate launch`. Out: launch_<gpu>.json,
 written after each part; a part that is in it is not run again unless --parts names it, and none is begun that would not
-be done within --limit-seconds: call it again for the rest. Runs of one card go side by side, one a card (`beside`).
+be done within --limit-seconds: call it again for the rest. A run of one card runs on every card at the same time, since
+cards differ by some percent and share a host: its row has the means of all (ms_of_cards: each); references run side by
+side, one a card.
 What failed is a row with "failed", the last lines of the error; logs of all stay in --work. --smoke: the tiny family on
 CPUs.
 
 A row: strategy, gpus, list, keeps (train.gradient_checkpointing), data (alike: squares and captions of one length, so
 that cards differ in speed alone; mixed: aspects and captions of all lengths), accumulation, is_reference (one card, the
-global batch of all), used_gib (each card, as its driver sees it every 5 s), checkpoint_bytes, said, run_seconds, and
-the figures of launch_rows.py.
+global batch of all), used_gib (each card, as its driver sees it every 5 s), checkpoint_bytes, said, run_seconds,
+weights_of (random weights are others each time they are made: rows of one number are of one machine, too), and the
+figures of launch_rows.py.
 
 Takes 13 GiB of disk for the weights, and at most 12 more for two checkpoints and exports at a time.
 """
@@ -25,6 +28,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -36,6 +40,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.launch_rows import LOSS_TOLERANCE, Row, compared, figures_of, last_lines, said_of, weights_of
 from benchmarks.pages import ROOT
@@ -58,7 +63,7 @@ class Part:
     keeps: str = "off"
     data: str = "alike"
     is_reference: bool = False
-    seconds: int = 96
+    seconds: int = 92
 
     @property
     def is_alone(self) -> bool:
@@ -75,26 +80,33 @@ def _alone(name: str, keeps: str = "off", data: str = "alike", is_reference: boo
 
 
 def _cut(strategy: str, name: str) -> Part:
-    return Part(strategy=strategy, list=name, keeps="on", seconds=110)
+    return Part(strategy=strategy, list=name, keeps="on", seconds=98)
+
+
+def _ddp(name: str, keeps: str = "off", data: str = "alike") -> Part:
+    return Part(strategy="ddp", list=name, keeps=keeps, data=data)
 
 
 # The most important first; what stands together runs side by side.
 ORDER: tuple[tuple[Part, ...], ...] = (
-    (_alone("lora"), _alone("siglip")),
-    (Part(strategy="ddp", list="lora"),),
-    (Part(strategy="ddp", list="siglip"),),
+    (_alone("lora"),),
+    (_ddp("lora"),),
+    (_alone("siglip"),),
+    (_ddp("siglip"),),
     (_alone("lora", "on", is_reference=True), _alone("siglip", "on", is_reference=True)),
     (_cut("fsdp2", "lora"),),
-    (_cut("zero2", "lora"),),
     (_cut("zero3", "lora"),),
-    (Part(strategy="ddp", list="lora", keeps="on"),),
-    (_alone("lora", "on"), _alone("lora", data="mixed")),
-    (Part(strategy="ddp", list="lora", data="mixed"),),
+    (_cut("zero2", "lora"),),
+    (_ddp("lora", "on"),),
     (_cut("fsdp2", "siglip"),),
+    (_ddp("siglip", "on"),),
     (_cut("zero2", "siglip"),),
     (_cut("zero3", "siglip"),),
-    (_alone("siglip", "on"), _alone("lora", is_reference=True)),
-    (Part(strategy="ddp", list="siglip", keeps="on"),),
+    (_alone("lora", "on"),),
+    (_alone("lora", data="mixed"),),
+    (_ddp("lora", data="mixed"),),
+    (_alone("siglip", "on"),),
+    (_alone("lora", is_reference=True),),
 )
 PARTS = {part.name: part for parts in ORDER for part in parts}
 
@@ -186,8 +198,25 @@ def words_of(name: str, data: str, work: Path, family: Path, is_smoke: bool) -> 
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def command_of(part: Part, place: Place) -> list[str]:
+class Run(NamedTuple):
+    """A part on the cards that it has; `card` is the first of them."""
+
+    part: Part
+    card: int
+    name: str
+
+    @classmethod
+    def all_of(cls, parts: Sequence[Part], gpus: int) -> "list[Run]":
+        """What is started together for a group of ORDER."""
+        [first, *others] = parts
+        if first.is_alone and not first.is_reference and not others:
+            return [cls(first, card, f"{first.name}_{card}") for card in range(gpus)]
+        return [cls(part, card, part.name) for card, part in enumerate(parts)]
+
+
+def command_of(run: Run, place: Place) -> list[str]:
     """As the documentation has it, with a port that is free."""
+    part = run.part
     accumulation = place.gpus if part.is_reference else 1
     return [
         sys.executable, "-m", "accelerate.commands.launch",
@@ -196,7 +225,7 @@ def command_of(part: Part, place: Place) -> list[str]:
         "-m", "ztrain.train", *words_of(part.list, part.data, place.work, place.family, place.is_smoke),
         "--train.gradient_accumulation_steps", str(accumulation), "--train.gradient_checkpointing", part.keeps,
         "--train.max_train_steps", str(place.steps), "--train.checkpointing_steps", str(place.steps),
-        "--output_dir", str(place.work / "runs" / part.name),
+        "--output_dir", str(place.work / "runs" / run.name),
     ]  # fmt: skip
 
 
@@ -204,24 +233,24 @@ def _strategy(part: Part, place: Place) -> str:
     return "cpu" if part.is_alone and place.is_smoke else part.strategy
 
 
-def start(part: Part, place: Place, card: int) -> "subprocess.Popen[bytes]":
-    """The part's command; one of one card sees that card alone. Its words go to two logs."""
-    shutil.rmtree(place.work / "runs" / part.name, ignore_errors=True)
+def start(run: Run, place: Place) -> "subprocess.Popen[bytes]":
+    """The run's command; one of one card sees that card alone. Its words go to two logs."""
+    shutil.rmtree(place.work / "runs" / run.name, ignore_errors=True)
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "8", **os.environ}
     if place.is_smoke:
         environment["ACCELERATE_USE_CPU"] = "true"
-    elif part.is_alone:
-        environment["CUDA_VISIBLE_DEVICES"] = str(card)
-    out, err = _logs(part, place)
+    elif run.part.is_alone:
+        environment["CUDA_VISIBLE_DEVICES"] = str(run.card)
+    out, err = _logs(run, place)
     out.parent.mkdir(exist_ok=True)
     with out.open("wb") as said, err.open("wb") as failed:
         return subprocess.Popen(
-            command_of(part, place), cwd=ROOT, env=environment, stdout=said, stderr=failed, start_new_session=True
+            command_of(run, place), cwd=ROOT, env=environment, stdout=said, stderr=failed, start_new_session=True
         )
 
 
-def _logs(part: Part, place: Place) -> tuple[Path, Path]:
-    return place.work / "logs" / f"{part.name}.out", place.work / "logs" / f"{part.name}.err"
+def _logs(run: Run, place: Place) -> tuple[Path, Path]:
+    return place.work / "logs" / f"{run.name}.out", place.work / "logs" / f"{run.name}.err"
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
@@ -236,39 +265,53 @@ def end(process: "subprocess.Popen[bytes]") -> None:
 def measure(parts: Sequence[Part], place: Place) -> list[Row]:
     """Runs them side by side; a row each, none for what the deadline cut off."""
     used: list[list[float]] = []
-    started = {part: (start(part, place, card), time.monotonic()) for card, part in enumerate(parts)}
-    rows, looked = [], time.monotonic()
+    started = {run: (start(run, place), time.monotonic()) for run in Run.all_of(parts, place.gpus)}
+    rows: dict[str, list[Row]] = {}
+    looked = time.monotonic()
     try:
         while started:
             time.sleep(0.2)
-            for part, (process, since) in list(started.items()):
+            for run, (process, since) in list(started.items()):
                 seconds = time.monotonic() - since
                 if process.poll() is None and place.left > 0 and seconds < LONGEST_SECONDS:
                     continue
                 is_over = process.poll() is None
                 end(process)
-                del started[part]
+                del started[run]
                 if not is_over or place.left > 0:
                     why = f"ran past {LONGEST_SECONDS} s; " if is_over else ""
-                    rows.append(_finished(part, place, seconds, process.returncode, why))
-                    rows[-1]["beside"] = [other.name for other in parts if other is not part]
+                    row = _finished(run, place, seconds, process.returncode, why)
+                    cards = [run.card] if run.part.is_alone else list(range(place.gpus))
+                    rows.setdefault(run.part.name, []).append(row | {"cards": cards})
             if time.monotonic() - looked > 5:
                 looked = time.monotonic()
                 used.append([float(mib) / 1024 for mib in nvidia("memory.used")])
     finally:
         for process, _ in started.values():
             end(process)
-    for card, row in enumerate(rows):
-        mine = [card] if row["gpus"] == 1 else range(place.gpus)
-        row["used_gib"] = [round(max(at[i] for at in used), 2) for i in mine if used and i < len(used[0])]
-    return rows
+    found = [of_cards(each) for each in rows.values()]
+    for row in found:
+        row["beside"] = [part.name for part in parts if part.name != row["part"]]
+        row["used_gib"] = [round(max(at[i] for at in used), 2) for i in row.pop("cards") if used and i < len(used[0])]
+    return found
 
 
-def _finished(part: Part, place: Place, seconds: float, status: int, why: str) -> Row:
+def of_cards(rows: Sequence[Row]) -> Row:
+    """One row of those of the same run, each on a card of its own: means of their times; of all else, the first card's,
+    or what failed."""
+    rows = sorted(rows, key=lambda row: ("failed" not in row, row["cards"]))
+    if len(rows) == 1 or "failed" in rows[0]:
+        return rows[0]
+    times = {key: round(statistics.fmean(row[key] for row in rows), 2) for key in ("ms", "mean_ms")}
+    cards = [card for row in rows for card in row["cards"]]
+    return rows[0] | times | {"ms_of_cards": [row["ms"] for row in rows], "cards": cards}
+
+
+def _finished(run: Run, place: Place, seconds: float, status: int, why: str) -> Row:
     """The row of a run that has ended. Its folder is removed."""
-    out, err = (path.read_text(encoding="utf-8", errors="replace") for path in _logs(part, place))
-    row = _head(part, place) | {"run_seconds": round(seconds, 1), "said": said_of(out)}
-    folder = place.work / "runs" / part.name
+    out, err = (path.read_text(encoding="utf-8", errors="replace") for path in _logs(run, place))
+    row = _head(run.part, place) | {"run_seconds": round(seconds, 1), "said": said_of(out)}
+    folder = place.work / "runs" / run.name
     if status or why:
         row["failed"] = why + last_lines(out + err, {str(place.work): "WORK", str(ROOT): "."})
     else:
@@ -285,7 +328,7 @@ def _head(part: Part, place: Place) -> Row:
     accumulation = place.gpus if part.is_reference else 1
     told = {key: value for key, value in asdict(part).items() if key != "seconds"}
     told["strategy"] = _strategy(part, place)
-    made = place.family / "weights_of"  # random weights are others each time
+    made = place.family / "weights_of"
     told["weights_of"] = made.read_text(encoding="utf-8") if made.is_file() else "tiny"
     return {"part": part.name, **told, "gpus": gpus, "accumulation": accumulation, "steps": place.steps}
 

@@ -31,6 +31,8 @@ def test_two_processes_are_measured_against_one(
     assert ddp["all_reduce_ms"] > 0 and ddp["weights"] == alone["weights"] > 0
     assert ddp["checkpoint_bytes"] > 4 * 3 * ddp["weights"]  # weights and two moments
     assert rows["lora_fsdp2_on_alike"]["failed"] == launch.ON_CPU and "ms" not in rows["lora_fsdp2_on_alike"]
+    assert alone["ms"] == pytest.approx(sum(alone["ms_of_cards"]) / 2, abs=0.02) and len(alone["ms_of_cards"]) == 2
+    assert "ms_of_cards" not in reference and ddp["beside"] == []
     assert str(tmp_path) not in json.dumps(document)
     assert not list((tmp_path / "runs").iterdir())
     capsys.readouterr()
@@ -59,6 +61,20 @@ def row(part: str, ms: float, losses: list[float], gpus: int = 1, accumulation: 
     return {"part": part, "strategy": made.strategy, "list": made.list, "keeps": made.keeps, "data": made.data,
             "is_reference": made.is_reference, "gpus": gpus, "accumulation": accumulation, "steps": len(losses),
             "ms": ms, "mean_ms": 2 * ms, "weights": 7, "losses": losses} | more  # fmt: skip
+
+
+def test_one_card_is_measured_on_every_card_and_a_reference_on_one() -> None:
+    alone, reference = launch.PARTS[ALONE], launch.PARTS[REFERENCE]
+    assert [(run.card, run.name) for run in launch.Run.all_of([alone], 2)] == [(0, f"{ALONE}_0"), (1, f"{ALONE}_1")]
+    beside = launch.PARTS["siglip_one_gpu_on_alike_reference"]
+    assert [run.card for run in launch.Run.all_of([reference, beside], 8)] == [0, 1]
+    assert [run.card for run in launch.Run.all_of([launch.PARTS[DDP]], 8)] == [0]
+    cards = [row(ALONE, ms, [first, 1.0], cards=[card]) for card, ms, first in ((1, 90.0, 3.0), (0, 100.0, 2.0))]
+    found = launch.of_cards(cards)
+    assert (found["ms"], found["mean_ms"], found["ms_of_cards"]) == (95.0, 190.0, [100.0, 90.0])
+    assert found["losses"] == [2.0, 1.0] and found["cards"] == [0, 1]
+    failed = {key: value for key, value in cards[0].items() if key != "ms"} | {"failed": "no"}
+    assert launch.of_cards([cards[1], failed]) is failed
 
 
 def test_rows_are_compared_with_what_was_trained_alike() -> None:
@@ -124,7 +140,7 @@ RuntimeError: no room for 3/4 of it
 
 def test_buckets_hold_all_gradients() -> None:
     sizes = all_reduce.buckets_of(70_000_000)
-    assert sum(sizes) == 70_000_000 and 4 * sizes[0] == 2**20 and {4 * size for size in sizes[1:-1]} == {25 * 2**20}
+    assert sum(sizes) == 70_000_000 and 4 * sizes[0] == 2**20 and {4 * size for size in sizes[1:-1]} == {100 * 2**20}
     assert 0 < sizes[-1] <= sizes[1] and all_reduce.buckets_of(5) == [5]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from tests.test_parity import LORA, PROJECTOR, SIGLIP, SIGMA, encoded, encoders, make_model, noise_like
@@ -114,20 +115,23 @@ def test_configs_for_a_24gb_card_train_the_same_lists(name: str) -> None:
     assert measured and real.train.gradient_checkpointing == ("budget" if name in measured else "on")
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("way", ["asked", "fused", pytest.param("gpu", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("bad", ["loss", "gradient", None])
 def test_a_step_that_is_not_finite_is_not_taken(
-    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str | None, fused: bool
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str | None, way: str
 ) -> None:
     """Neither weights nor moments move, whether the optimizer is told on the device or the host asks; and the run ends
     with a sentence."""
     data = write_triplets(tmp_path / "data")
     words = ("--validation.validation_steps", "0", "--validation.preview_steps", "0", "--train.lr_warmup_steps", "0")
     config = tiny_config(family, data, tmp_path / "cache", *words, name="projector")
-    if fused:  # as on a GPU
+    if way == "fused":  # as on a GPU
         monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, fused=True))
-    accelerator = Accelerator(cpu=True)
+    if way == "gpu":  # whatever another test has asked for
+        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=way != "gpu")
     run = build(config, accelerator, None)
+    assert run.optimizer.optimizer.defaults["fused"] == (way != "asked" or None)
     meter = Meter(0, 9, 1, accelerator, Interruption())
 
     def step(spoilt: str | None) -> None:
@@ -136,7 +140,7 @@ def test_a_step_that_is_not_finite_is_not_taken(
         if spoilt == "gradient":
             next(iter(run.trained.values())).grad.view(-1)[0] = float("inf")
         loss = float("nan") if spoilt == "loss" else 1.0
-        meter.add([SampleKey(0, 0, 7)], torch.tensor([0.5]), torch.tensor([loss]))
+        meter.add([SampleKey(0, 0, 7)], torch.tensor([0.5]), torch.tensor([loss]).to(accelerator.device))
         _take_step(run, meter)
 
     def everything() -> list[torch.Tensor]:

@@ -32,8 +32,9 @@ REDUCE_BUCKET = 20_000_000
 overlap_comm ZeRO-2 makes two (deepspeed/runtime/zero/stage_1_and_2.py, backward: ipg_buffer)."""
 PERSISTENCE = 14_000_000
 """Numbers; stage3_param_persistence_threshold of configs/deepspeed/zero3.json: smaller parameters are never cut."""
-LIVE = 1_000_000_000
-"""Numbers that ZeRO-3 may hold put together at a time: stage3_max_live_parameters, whose default is 1e9."""
+LIVE = 400_000_000
+"""Numbers that ZeRO-3 may hold put together at a time: stage3_max_live_parameters of configs/deepspeed/zero3.json. A
+block has 181 million: one is computed while the next comes."""
 _MOMENTS = {"adamw": 8, "adamw_8bit": 2}  # bytes for each trained number
 
 

@@ -6,7 +6,7 @@ CPU of the main process, whichever way they were cut: so a checkpoint of any num
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,8 +21,9 @@ from ztrain.limits import refusal
 from ztrain.model import AdaptedDiT
 from ztrain.together import agree
 
-KWARGS = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-"""For the Accelerator. Gradients are DDP's buckets: four bytes less for each trained number."""
+KWARGS = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=100)
+"""For the Accelerator. Gradients are DDP's buckets: four bytes less for each trained number. Those of our lists come at
+the end of the backward pass, all at once: few large buckets are sooner sent than many small ones."""
 
 
 class Strategy:
@@ -239,6 +240,7 @@ class Zero3(Zero):
     probes = False
 
     def prepare(self, model: AdaptedDiT, optimizer: Any, config: Config) -> tuple[Any, Any]:
+        import deepspeed
         from deepspeed.utils import set_z3_leaf_modules
 
         settings = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
@@ -252,10 +254,16 @@ class Zero3(Zero):
             )
         # Our forward reads a block's weights without calling its modules: it is put together as one.
         set_z3_leaf_modules(model, [type(model.dit.layers[0])])
-        for module in model.modules():
-            if type(module) is type(model.dit.layers[0]) and any(p.requires_grad for p in module.parameters()):
-                module.register_forward_pre_hook(_with_gradient)
+        blocks = [module for module in model.modules() if type(module) is type(model.dit.layers[0])]
+        for block in blocks:
+            if any(p.requires_grad for p in block.parameters()):
+                block.register_forward_pre_hook(_with_gradient)
+        # Parameter by parameter, from the CPU: DeepSpeed's engine would first take the whole base to the card.
+        deepspeed.zero.Init(module=model, dtype=model.base_dtype)
+        model.to(self.accelerator.device)  # of an initialised model the engine would leave buffers where they are
         prepared = super().prepare(model, optimizer, config)
+        inner = [module for block in blocks for module in block.modules()]
+        model.register_forward_pre_hook(lambda *_: _read_blocks_in_parts(inner))
         use_fast_blocks(model.dit, alone=True)
         return prepared
 
@@ -287,6 +295,13 @@ def _with_gradient(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
     none is asked for, as in the first block of a LoRA, it would collect before there are any."""
     x, *rest = given
     return (x.detach().requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x, *rest)
+
+
+def _read_blocks_in_parts(modules: Sequence[Any]) -> None:
+    """Lets blocks be asked what they are made of before they run. While the model runs, DeepSpeed puts every parameter
+    together that is asked for, and from then on with the model itself, for as long as that runs: the whole base."""
+    for module in modules:
+        module._parameters._in_forward = False
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

@@ -4,6 +4,9 @@ The children have their own process number, session, folder, environment and out
 must go through a launcher, or reads its environment at import, is started the ordinary way instead.
 
     python -m tests.forge SOCKET        the server; `Forge` is the client
+
+`-c PROGRAM` in place of a module runs lines, as python does; but ztrain is imported already: who exchanges a name does
+it where it is looked up.
 """
 
 import contextlib
@@ -21,6 +24,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,13 +51,22 @@ class Forged:
             self._connection.close()
         return self.returncode
 
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
 
 class Forge:
     """The server of one test session."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.place = folder, folder / "forge"
-        self.server = subprocess.Popen([sys.executable, "-m", "tests.forge", str(self.place)], cwd=ROOT)
+        self.held: list[socket.socket] = []
+        # Libraries read it when they are loaded: what a child is told of it comes too late.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.server = subprocess.Popen(
+            [sys.executable, "-m", "tests.forge", str(self.place)], cwd=ROOT, env=environment
+        )
 
     def start(
         self, arguments: Sequence[str], environment: dict[str, str], out: Path, err: Path, folder: Path = ROOT
@@ -77,7 +90,16 @@ class Forge:
             status = self.start(arguments, environment, out, err, folder).wait()
             return subprocess.CompletedProcess(list(arguments), status, out.read_text(), err.read_text())
 
+    def free_port(self) -> int:
+        """One that nobody else is given, another worker of pytest neither: a socket here stays bound to it, unheard."""
+        self.held.append(socket.socket())
+        self.held[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so a store may listen there
+        self.held[-1].bind(("127.0.0.1", 0))
+        return self.held[-1].getsockname()[1]
+
     def close(self) -> None:
+        for port in self.held:
+            port.close()
         self.server.kill()
         self.server.wait()
 
@@ -124,10 +146,15 @@ def child(request: dict) -> None:
         os.chdir(request["folder"])
         signal.set_wakeup_fd(-1)
         module, *words = request["arguments"]
-        sys.argv = [module, *words]
-        for name in (module, "ztrain.train", "ztrain.cli"):  # runpy warns of a module that is already there
-            sys.modules.pop(name, None)
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if module == "-c":
+            program, sys.argv = words[0], ["-c", *words[1:]]
+            sys.modules["__main__"] = ModuleType("__main__")
+            exec(compile(program, "<string>", "exec"), vars(sys.modules["__main__"]))
+        else:
+            sys.argv = [module, *words]
+            for name in (module, "ztrain.train", "ztrain.cli"):  # runpy warns of a module that is already there
+                sys.modules.pop(name, None)
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
@@ -144,6 +171,10 @@ def child(request: dict) -> None:
 
 def serve(place: str) -> None:
     preload()
+    others = [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]
+    names = {(task / "comm").read_text().strip() for task in others}
+    # A thread would be missing in every child, and its locks held; but that one knows of forks.
+    assert names <= {"jemalloc_bg_thd"}, names
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(place + ".new")
     listening.listen()

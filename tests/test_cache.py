@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.triplets import ROOT, model_words, tiny_config, write_triplets
+from tests.forge import the_forge
+from tests.triplets import model_words, tiny_config, write_triplets
 from ztrain import cache as cache_room
 from ztrain import digests
 from ztrain.cache import Cache, Request
@@ -248,6 +249,7 @@ def flat(value: object) -> list[torch.Tensor]:
     return [tensor for name in value.__dataclass_fields__ for tensor in flat(getattr(value, name))]
 
 
+@pytest.mark.usefixtures("forge")
 def test_training_on_a_warm_cache_constructs_no_encoder(family: Path, data: Path, tmp_path: Path) -> None:
     """In a process of its own where every way to build one, and every encoding, ends the program."""
     config = tiny_config(family, data, tmp_path / "cache")
@@ -273,9 +275,7 @@ sys.exit(main({json.dumps(["--config", "configs/siglip_lora.yaml", "configs/tiny
     def attempt(cache: Path) -> subprocess.CompletedProcess[str]:
         arguments = [*model_words(family), *words, "--cache.dir", str(cache)]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-        return subprocess.run(
-            [sys.executable, "-c", program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
+        return the_forge().run(["-c", program, *arguments], environment)
 
     cold = attempt(tmp_path / "other")
     assert cold.returncode == 1 and "an encoder was built" in cold.stderr  # the trap works
@@ -442,6 +442,7 @@ def test_a_killed_writer_loses_no_published_shard(family: Path, tmp_path: Path) 
     assert not list((tmp_path / "cache").glob(".writing-*"))
 
 
+@pytest.mark.usefixtures("forge")
 def test_a_full_disk_keeps_what_was_published(family: Path, data: Path, tmp_path: Path) -> None:
     """A limit on the size of a file stands for the disk: the small shards fit, the first large one does not."""
     program = (
@@ -450,10 +451,8 @@ def test_a_full_disk_keeps_what_was_published(family: Path, data: Path, tmp_path
         "from ztrain.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     words = [*model_words(family), "--data.train_data_dir", str(data), "--cache.dir", str(tmp_path / "cache")]
-    failed = subprocess.run(
-        [sys.executable, "-c", program, "cache", "--config", "configs/siglip.yaml", "configs/tiny.yaml", *words],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    command = ["-c", program, "cache", "--config", "configs/siglip.yaml", "configs/tiny.yaml"]
+    failed = the_forge().run([*command, *words], dict(os.environ))
     errors = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
     assert failed.returncode == 2 and len(errors) == 1 and "Traceback" not in failed.stderr, failed.stderr
     assert "cannot write it" in errors[0] and "what was finished before is kept" in errors[0]
@@ -494,14 +493,15 @@ def test_a_second_start_reads_no_picture_and_no_weights(
     assert cache_states(config, check=False) == "cache: nothing to compute, everything is there" and not read
 
 
+@pytest.mark.usefixtures("forge")
 @pytest.mark.parametrize("what", ["cache", "kind.json"])
 def test_what_is_in_the_way_is_one_sentence(family: Path, data: Path, tmp_path: Path, what: str) -> None:
     config = config_of(family, data, tmp_path / "cache")
     if what == "cache":
         (tmp_path / "cache").write_text("a file")
         words = [*model_words(family), "--data.train_data_dir", str(data), "--cache.dir", str(tmp_path / "cache")]
-        command = [sys.executable, "-m", "ztrain.cli", "cache", "--config", "configs/siglip.yaml", "configs/tiny.yaml"]
-        failed = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True)
+        command = ["ztrain.cli", "cache", "--config", "configs/siglip.yaml", "configs/tiny.yaml"]
+        failed = the_forge().run([*command, *words], dict(os.environ))
         assert failed.returncode == 2 and "Traceback" not in failed.stderr
         assert failed.stderr.splitlines()[-1].startswith("error: cannot read or write a file")
     else:

@@ -1,4 +1,7 @@
-"""`ztrain cache` over several processes: real launches with gloo, killed, told to stop, failing, and continued."""
+"""`ztrain cache` over several processes with gloo: killed, told to stop, failing, and continued.
+
+Started by the launcher where it matters how that ends; else as ranks.py does.
+"""
 
 import os
 import re
@@ -13,6 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import ranks
+from tests.forge import Forged
+from tests.ranks import Ranks
 from tests.test_cache import contents
 from tests.test_run import ENVIRONMENT, processes_of, send
 from tests.triplets import ROOT, model_words, tiny_config, write_triplets
@@ -21,9 +27,10 @@ from ztrain.prepare import cache_states
 from ztrain.samples import all_needs, read_samples
 from ztrain.store import Store
 
+pytestmark = pytest.mark.usefixtures("forge")
+
 DDP = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml",
        "--main_process_port", "0", "--num_processes")  # fmt: skip
-MODULE = ("-m", "ztrain.cli", "cache")
 # The tiny encoders are done with everything before a second process has imported its libraries. So here each waits for
 # the others once its encoders are loaded, and a state takes as long as it may for real ones.
 SLOWED = """
@@ -68,22 +75,24 @@ class Place:
         ]  # fmt: skip
 
     def fill(self, cache: Path, processes: int, status: int = 0, program: str = "") -> str:
-        """The output of a launch that ends by itself; `program` in place of the command."""
-        command = self._command(cache, processes, program)
-        done = subprocess.run(command, cwd=ROOT, env=_meeting(cache), capture_output=True, text=True, timeout=200)
-        assert done.returncode == status, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        """The output of processes that end by themselves; `program` in place of the command."""
+        return ranks.run([*of(program), *self.words(cache)], _meeting(cache), processes, status)
 
-    def start(self, cache: Path, processes: int, log: Path) -> subprocess.Popen:
-        """A launch with time to be killed."""
-        with log.open("w") as file:
-            command = self._command(cache, processes, SLOWED)
-            return subprocess.Popen(command, cwd=ROOT, env=_meeting(cache), stdout=file, stderr=file)
-
-    def _command(self, cache: Path, processes: int, program: str) -> list[str]:
+    def launch(self, cache: Path, processes: int, log: Path) -> subprocess.Popen:
+        """By the launcher, with time to be killed."""
         file = cache.with_name("program.py")
-        file.write_text(program)
-        return [*DDP, str(processes), *([str(file)] if program else MODULE), *self.words(cache)]
+        file.write_text(SLOWED)
+        command = [*DDP, str(processes), str(file), *self.words(cache)]
+        with log.open("w") as said:
+            return subprocess.Popen(command, cwd=ROOT, env=_meeting(cache), stdout=said, stderr=said)
+
+    def start(self, cache: Path, processes: int) -> Ranks:
+        """Without a launcher, with time to be killed."""
+        return Ranks([*of(SLOWED), *self.words(cache)], _meeting(cache), processes, cache.parent)
+
+
+def of(program: str) -> list[str]:
+    return ["-c", program] if program else ["ztrain.cli", "cache"]
 
 
 def _meeting(cache: Path) -> dict[str, str]:
@@ -125,7 +134,7 @@ def wait_until_gone(cache: Path, log: Path, seconds: float = 40) -> None:
         time.sleep(0.05)
 
 
-def wait_for_shards(cache: Path, count: int, process: subprocess.Popen, log: Path) -> None:
+def wait_for_shards(cache: Path, count: int, process: subprocess.Popen | Forged, log: Path) -> None:
     deadline = time.monotonic() + 120
     while len(list(cache.glob("[a-z]*/*.safetensors"))) < count:
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
@@ -147,9 +156,9 @@ def test_processes_share_the_work_and_give_what_one_gives(place: Place, tmp_path
 
 
 def test_killed_ranks_lose_no_published_shard_and_any_number_goes_on(place: Place, cache: Path, tmp_path: Path) -> None:
-    """First one rank of three is killed, then all of two and their launcher; the rest is done by one."""
+    """First one rank of three is killed, and the launcher ends; then both of two; the rest is done by one."""
     log = tmp_path / "log"
-    launcher = place.start(cache, 3, log)
+    launcher = place.launch(cache, 3, log)
     wait_for_shards(cache, 3, launcher, log)
     ranks = [pid for pid, is_rank in processes_of(cache).items() if is_rank]
     assert len(ranks) == 3
@@ -158,11 +167,10 @@ def test_killed_ranks_lose_no_published_shard_and_any_number_goes_on(place: Plac
     wait_until_gone(cache, log)
     first = kept(cache)
     assert 0 < first < place.computed
-    launcher = place.start(cache, 2, log)
-    wait_for_shards(cache, len(list(cache.glob("[a-z]*/*.safetensors"))) + 4, launcher, log)
-    send(signal.SIGKILL, cache)
-    launcher.wait()
-    wait_until_gone(cache, log)
+    with place.start(cache, 2) as both:
+        wait_for_shards(cache, len(list(cache.glob("[a-z]*/*.safetensors"))) + 4, both.started[0], both.logs[0])
+        both.kill()
+        assert both.statuses() == [-signal.SIGKILL] * 2
     second = kept(cache)
     assert first < second < place.computed
     config = tiny_config(place.family, place.data, cache, "--cache.entries_per_shard", "2")
@@ -177,7 +185,7 @@ def test_a_launcher_that_ends_leaves_whole_shards_and_no_process(
 ) -> None:
     """Told to stop, or gone: then the kernel tells the ranks."""
     log = tmp_path / "log"
-    launcher = place.start(cache, 2, log)
+    launcher = place.launch(cache, 2, log)
     wait_for_shards(cache, 3, launcher, log)
     assert sorted(processes_of(cache).values()) == [False, True, True]
     launcher.send_signal(number)
@@ -199,7 +207,7 @@ def test_a_failure_of_one_process_ends_all_with_its_sentence(place: Place, tmp_p
         "print('status of rank', os.environ['RANK'], 'is', status, flush=True)\n"
         "sys.exit(status)\n"
     )
-    said = place.fill(tmp_path / "cache", 2, status=1, program=program)
+    said = place.fill(tmp_path / "cache", 2, status=2, program=program)
     errors = re.findall(r"^error: .*$", said, re.MULTILINE)
     assert len(errors) == 2 and len(set(errors)) == 1 and "Traceback (most recent call last):\n  File" not in errors[0]
     assert "cannot write it" in errors[0] and "what was finished before is kept" in errors[0]
@@ -227,11 +235,6 @@ def test_training_fills_a_cold_cache_with_all_its_processes(place: Place, tmp_pa
     """The same path as `ztrain cache`, over the same shards."""
     quiet = ("--validation.validation_steps", "0", "--validation.preview_steps", "0", "--train.max_train_steps", "1")
     words = place.words(tmp_path / "cache", *quiet, "--output_dir", str(tmp_path / "run"))
-    done = subprocess.run(
-        [*DDP, "2", "-m", "ztrain.train", *words],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    count, each = told(done.stdout)
+    count, each = told(ranks.run(["ztrain.train", *words], ENVIRONMENT, 2))
     assert len(each) == 2 and sum(each) == count
     assert count == kept(tmp_path / "cache") > 100

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.forge import the_forge
 from tests.triplets import ROOT
 from ztrain import checkpoint
 from ztrain.checkpoint import MANIFEST, check, find, frozen_differences, prune, publish, run_lock, sweep
@@ -90,9 +89,10 @@ while status != 0:  # a child for each point, until one gets through
 """
 
 
+@pytest.mark.usefixtures("forge")
 def test_killed_at_every_point_of_a_save_a_whole_checkpoint_is_left(tmp_path: Path) -> None:
     """SIGKILL before and after every file operation of a save and of the removal that follows it."""
-    done = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = the_forge().run(["-c", KILLER, str(tmp_path)], dict(os.environ))
     assert done.returncode == 0, done.stderr
     *killed, last = [int(line.split()[1]) for line in done.stdout.splitlines()]
     assert set(killed) == {9} and last == 0 and len(killed) > 30
@@ -202,6 +202,7 @@ def test_replacing_a_folder_survives_leftovers(tmp_path: Path) -> None:
     assert (tmp_path / "export" / "file").read_text() == "new"
 
 
+@pytest.mark.usefixtures("forge")
 def test_a_full_disk_leaves_earlier_checkpoints_and_says_what_it_needs(tmp_path: Path) -> None:
     program = (
         "import resource, signal, sys, torch; from pathlib import Path; from ztrain import checkpoint;"
@@ -211,7 +212,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_says_what_it_needs(tmp_path:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
         "checkpoint.publish(Path(sys.argv[1]), 2, big, {})"
     )
-    failed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    failed = the_forge().run(["-c", program, str(tmp_path)], dict(os.environ))
     assert failed.returncode == 1
     last = failed.stderr.splitlines()[-1]
     assert "InputError" in last and "step-00000002: cannot write the checkpoint" in last and "265,536 bytes" in last
@@ -227,15 +228,14 @@ def test_no_room_is_noticed_before_writing(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
+@pytest.mark.usefixtures("forge")
 def test_a_second_trainer_is_refused_by_name(tmp_path: Path) -> None:
     with run_lock(tmp_path):
         program = (
             "import sys; from pathlib import Path; from ztrain.checkpoint import run_lock\n"
             "with run_lock(Path(sys.argv[1])): pass"
         )
-        failed = subprocess.run(
-            [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-        )
+        failed = the_forge().run(["-c", program, str(tmp_path)], dict(os.environ))
         assert failed.returncode == 1
         assert f"process {os.getpid()} on {os.uname().nodename} is training into this folder" in failed.stderr
     with run_lock(tmp_path):

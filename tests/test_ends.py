@@ -8,17 +8,15 @@ import mmap
 import os
 import re
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.forge import Forged, the_forge
-from tests.test_run import ENVIRONMENT, LATEST, QUIET, STARTED, Place, _no_process_is_left, losses, rows, session_of
+from tests.ranks import Ranks
+from tests.test_run import ENVIRONMENT, LATEST, QUIET, STARTED, Place, _no_process_is_left, losses, rows
 from ztrain import checkpoint
 from ztrain.vigil import STATUS, Stand, Vigil, describe
 
@@ -34,57 +32,31 @@ def place(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(family, tmp_path_factory.mktemp("ends"))
 
 
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """The processes of one run, by rank."""
+class Faulty(Ranks):
+    """The processes of one run into `out`, one of which goes wrong."""
 
-    started: list[Forged]
-    out: Path
-    logs: list[Path]
-
-    def text(self) -> str:
-        return "".join(log.read_text() for log in self.logs)
-
-    def statuses(self, seconds: float = 90) -> list[int]:
-        deadline = time.monotonic() + seconds
-        return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.started]
-
-    def living(self) -> list[int]:
-        return [pid for process in self.started for pid in session_of(process.pid)]
+    def __init__(
+        self,
+        place: Place,
+        tmp_path: Path,
+        count: int,
+        fault: str,
+        rank: int,
+        *more: str,
+        only: Sequence[int] | None = None,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        self.out = tmp_path / "run"
+        words = place.words(self.out, "--train.train_batch_size", str(4 // count), "--train.hang_timeout_minutes",
+                            str(timeout / 60), *more, name="projector")  # fmt: skip
+        super().__init__(["tests.faults", fault, str(rank), *words], ENVIRONMENT, count, tmp_path, only)
+        STARTED.extend(process.pid for process in self.started)
 
     def wait_for_text(self, rank: int, text: str, times: int = 1) -> None:
         deadline = time.monotonic() + 90
         while self.logs[rank].read_text().count(text) < times:
             assert self.started[rank].poll() is None and time.monotonic() < deadline, self.text()
             time.sleep(0.02)
-
-
-def start(
-    place: Place,
-    tmp_path: Path,
-    count: int,
-    fault: str,
-    rank: int,
-    *more: str,
-    only: Sequence[int] | None = None,
-    timeout: float = TIMEOUT,
-) -> Ranks:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    out, shared = tmp_path / "run", {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    words = place.words(out, "--train.train_batch_size", str(4 // count), "--train.hang_timeout_minutes",
-                        str(timeout / 60), *more, name="projector")  # fmt: skip
-    ranks = Ranks([], out, [tmp_path / f"log-{r}" for r in range(count)])
-    for log in ranks.logs:
-        log.touch()
-    for r in range(count) if only is None else only:
-        environment = ENVIRONMENT | shared | {"RANK": str(r), "LOCAL_RANK": str(r)}
-        command = ["tests.faults", fault, str(rank), *words]
-        ranks.started.append(the_forge().start(command, environment, ranks.logs[r], ranks.logs[r]))
-        STARTED.append(ranks.started[-1].pid)
-    return ranks
 
 
 HANGS = [
@@ -108,7 +80,7 @@ HANGS = [
 def test_a_rank_that_hangs_ends_the_job_by_name(
     place: Place, tmp_path: Path, count: int, fault: str, rank: int, sentence: str
 ) -> None:
-    ranks = start(place, tmp_path, count, fault, rank, *QUIET, *EACH)
+    ranks = Faulty(place, tmp_path, count, fault, rank, *QUIET, *EACH)
     waiting = [process for r, process in enumerate(ranks.started) if (fault, r) != ("halted", rank)]
     latest = ranks.out / "checkpoints" / checkpoint.folder_name(2)
     deadline = time.monotonic() + 90
@@ -136,7 +108,7 @@ def test_a_rank_that_hangs_ends_the_job_by_name(
 )
 def test_a_rank_that_is_killed_ends_the_job(place: Place, tmp_path: Path, count: int, rank: int) -> None:
     """gloo tells the others that somebody is gone, the vigil who; not where the store went with it: a launcher does."""
-    ranks = start(place, tmp_path, count, "killed", rank, *QUIET, *EACH)
+    ranks = Faulty(place, tmp_path, count, "killed", rank, *QUIET, *EACH)
     statuses = ranks.statuses()
     assert statuses.pop(rank) == -signal.SIGKILL and set(statuses) == {1}, ranks.text()
     assert not ranks.living() and "Connection" in ranks.text()
@@ -148,7 +120,7 @@ def test_a_rank_that_is_killed_ends_the_job(place: Place, tmp_path: Path, count:
 
 
 def test_who_never_comes_is_waited_for_no_longer(place: Place, tmp_path: Path) -> None:
-    ranks = start(place, tmp_path, 2, "none", 0, only=[0], timeout=2.0)
+    ranks = Faulty(place, tmp_path, 2, "none", 0, only=[0], timeout=2.0)
     assert ranks.started[0].wait(60) == STATUS
     assert re.search(r"rank 0 has waited 2 s for all 2 processes to meet at 127.0.0.1:\d+", ranks.text())
 
@@ -156,7 +128,7 @@ def test_who_never_comes_is_waited_for_no_longer(place: Place, tmp_path: Path) -
 def test_long_work_is_no_hang_and_a_signal_ends_validation_on_all(place: Place, tmp_path: Path) -> None:
     """One process fills for longer than the timeout while the other waits. Later one alone is told to stop."""
     shown = ("--validation.validation_steps", "2", "--validation.preview_steps", "0", "--validation.num_samples", "4")
-    ranks = start(place, tmp_path, 2, "slow_fill,slow_validation", -1, *shown)
+    ranks = Faulty(place, tmp_path, 2, "slow_fill,slow_validation", -1, *shown)
     ranks.wait_for_text(1, "slow read_batch", times=4 + 1)  # two samples, read twice, at step 0; then at step 2
     begun = time.monotonic()
     os.kill(ranks.started[1].pid, signal.SIGUSR1)
@@ -182,7 +154,7 @@ def test_a_signal_before_the_first_step_ends_all_at_once(
 ) -> None:
     """One process fills, the other is stuck in a collective, where Python hears no signal. Launchers tell all, but not
     those of other machines at the same time."""
-    ranks = start(place, tmp_path, 2, "long_fill", filling, *LATEST)
+    ranks = Faulty(place, tmp_path, 2, "long_fill", filling, *LATEST)
     ranks.wait_for_text(filling, "slow fill")
     time.sleep(1)
     for rank in told:

@@ -1,4 +1,5 @@
-"""launch/*.sh run as they stand, on gloo: one machine with a signal, and a SLURM job of two nodes that queues again.
+"""launch/*.sh run as they stand, on gloo: a cache, one machine with a signal, and a SLURM job of two nodes that queues
+again.
 
 `srun` and `scontrol` are stand-ins of a few lines: they are the cluster, which a test machine has not.
 """
@@ -98,6 +99,14 @@ def test_one_machine_saves_on_usr1_and_goes_on(place: Place, tmp_path: Path) -> 
     process = launch([*command, str(found.step + 2)], log)
     assert process.wait(120) == 0 and nobody_left(out), log.read_text()
     assert len(losses(out)) == found.step + 2 and (out / "export").is_dir()
+
+
+def test_a_cache_is_filled_by_all_processes_of_its_recipe(place: Place, tmp_path: Path) -> None:
+    out, log, cache = tmp_path / "run", tmp_path / "log", tmp_path / "cache"
+    process = launch(["launch/cache.sh", "2", *words_of(place, out, "--cache.dir", str(cache))], log)
+    assert process.wait(120) == 0 and nobody_left(out), log.read_text()
+    [line] = [line for line in log.read_text().splitlines() if line.startswith("cache: computed")]
+    assert "by 2 processes (" in line and list(cache.glob("[a-z]*/*.safetensors")) and not out.exists()
 
 
 def recorded(tmp_path: Path, *command: str) -> subprocess.CompletedProcess[str]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import ranks
 from tests.forge import Forged, the_forge
 from tests.test_parity import LORA, make_model
 from tests.test_tracking import mirrored, transaction_log
@@ -39,10 +40,7 @@ ALONE = ("ztrain.train",)
 LAUNCHED = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
             "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "ztrain.train")  # fmt: skip
 # accelerate starts several processes without a GPU only under this word; its processes find no GPU and use gloo.
-PAIR, FOUR = (
-    (*LAUNCHED[:3], "--multi_gpu", "--num_processes", count, "--main_process_port", "0", *LAUNCHED[5:])
-    for count in ("2", "4")
-)
+PAIR = (*LAUNCHED[:3], "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", *LAUNCHED[5:])
 
 LATEST = ("--resume_from_checkpoint", "latest")
 QUIET = ("--validation.validation_steps", "0", "--validation.preview_steps", "0")
@@ -85,12 +83,14 @@ def _no_process_is_left(tmp_path: Path) -> Iterator[None]:
 
 
 def finish(command: tuple[str, ...], words: list[str], status: int = 0) -> subprocess.CompletedProcess[str]:
-    if command is ALONE:
-        done = the_forge().run([*ALONE, *words], ENVIRONMENT)
-    else:
-        done = subprocess.run([*command, *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = the_forge().run([*command, *words], ENVIRONMENT)
     assert done.returncode == status, done.stdout + done.stderr
     return done
+
+
+def together(count: int, words: list[str]) -> str:
+    """What as many processes said of a run that ended well."""
+    return ranks.run([*ALONE, *words], ENVIRONMENT, count)
 
 
 def start(command: tuple[str, ...], words: list[str], log: Path) -> subprocess.Popen | Forged:
@@ -128,19 +128,6 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen | Forged, log: 
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
-
-
-def session_of(leader: int) -> list[int]:
-    """Living processes of a session, by their process numbers."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[3]) == leader and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
 
 
 def processes_of(folder: Path) -> dict[int, bool]:
@@ -230,15 +217,15 @@ def test_processes_are_one_and_a_resume_may_change_their_number(place: Place, tm
     to = "--train.max_train_steps"
     finish(ALONE, place.words(tmp_path / "one", *common, to, "20"))
     half = ("--train.train_batch_size", "2")
-    finish(PAIR, place.words(tmp_path / "two", *common, *half, to, "20"))
-    said = finish(FOUR, place.words(tmp_path / "four", *common, "--train.train_batch_size", "1", to, "20")).stdout
+    together(2, place.words(tmp_path / "two", *common, *half, to, "20"))
+    said = together(4, place.words(tmp_path / "four", *common, "--train.train_batch_size", "1", to, "20"))
     assert "4 processes share the work by ddp" in said
     one, *more = ([float.fromhex(loss) for loss in losses(tmp_path / name)] for name in ("one", "two", "four"))
     assert all(other == pytest.approx(one, rel=1e-5) for other in more) and len(set(one)) == 20
     changing = tmp_path / "changing"
-    finish(PAIR, place.words(changing, *common, *half, to, "6"))
+    together(2, place.words(changing, *common, *half, to, "6"))
     finish(ALONE, place.words(changing, *common, *half, *LATEST, to, "13", "--train.gradient_accumulation_steps", "2"))
-    finish(PAIR, place.words(changing, *common, *half, *LATEST, to, "20"))
+    together(2, place.words(changing, *common, *half, *LATEST, to, "20"))
     assert [float.fromhex(loss) for loss in losses(changing)] == pytest.approx(one, rel=1e-5)
     refused = finish(ALONE, place.words(changing, *common, *half, *LATEST, to, "30"), status=2)
     assert "the global batch size: 4 -> 2" in refused.stderr
@@ -340,11 +327,12 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_it_is_saved(plac
     out = tmp_path / "run"
     words = place.words(out, *QUIET, "--cache.dir", str(tmp_path / "cache"), "--train.train_batch_size", "1",
                         "--train.max_train_steps", "11", "--train.checkpointing_steps", "2")  # fmt: skip
-    failed = finish(PAIR, words, status=1)
+    with ranks.Ranks([*ALONE, *words], ENVIRONMENT, 2, tmp_path) as both:
+        assert both.statuses() == [1, 1] and not both.living(), both.text()
+        failed = both.text()
     step = len(losses(out)) + 1
     assert 1 <= step <= 6  # two of eleven samples a step: each comes in the first six
-    assert failed.stderr.count(f"RuntimeError: step {step}: the loss of samples [0]") >= 2  # on both ranks
-    assert not processes_of(out)
+    assert failed.count(f"RuntimeError: step {step}: the loss of samples [0]") >= 2  # on both ranks
     found, _ = checkpoint.find("latest", out / "checkpoints")
     assert (found.step if found else 0) == (step - 1) // 2 * 2
     assert found is None or all(t.isfinite().all() for t in found.tensors["trainable.safetensors"].values())

@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests import ranks
 from tests.forge import the_forge
 from tests.test_adapters import LISTS, READ_REFERENCE, TRAINABLE
 from tests.test_parity import make_model
@@ -114,6 +115,9 @@ def alone(words: list[str]) -> None:
 
 
 def shared(strategy: dict[str, str], processes: int, words: list[str], status: int = 0) -> str:
+    """What the processes of a run say. DeepSpeed reads its environment at import: its ranks are launched."""
+    if "ACCELERATE_USE_DEEPSPEED" not in strategy:
+        return ranks.run(["tests.sharded", *words], ENVIRONMENT | strategy, processes, status)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     done = subprocess.run(
         [*command, "-m", "tests.sharded", *words], cwd=ROOT, env=ENVIRONMENT | strategy, capture_output=True, text=True
@@ -232,11 +236,8 @@ def test_a_strategy_that_cannot_run_is_refused_and_never_exchanged(place: Place,
 )
 def test_other_settings_of_fsdp_are_refused(variable: str, value: str, sentence: str) -> None:
     """Each would end in a traceback of a library, or save no memory."""
-    command = [sys.executable, "-c", ASKED, sentence]
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT | of_fsdp2() | rank | {variable: value}, capture_output=True, text=True
-    )
+    done = the_forge().run(["-c", ASKED, sentence], ENVIRONMENT | of_fsdp2() | rank | {variable: value})
     assert done.returncode == 0, done.stdout + done.stderr
 
 

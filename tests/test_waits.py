@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forge import the_forge
 from tests.test_main_path import QUIET, ROOT, paintings
 from tests.triplets import model_words
 
@@ -64,15 +65,6 @@ sys.exit(f"{len(waits)} waits, for example {waits[0]}" if waits else status)
 """
 
 
-def run_in(code: str, *words: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.mark.usefixtures("forge")
 def test_figures_are_read_when_the_next_gradients_are_asked_for(family: Path, paintings: Path, tmp_path: Path) -> None:
     """But at once where a step is saved; with two micro-steps, after the first."""
@@ -80,13 +72,14 @@ def test_figures_are_read_when_the_next_gradients_are_asked_for(family: Path, pa
     words += ["--data.train_data_dir", str(paintings), "--cache.dir", str(paintings.parent / "cache")]
     words += ["--train.max_train_steps", "4", "--train.checkpointing_steps", "3"]
     words += ["--train.gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "run")]
-    said = run_in(ORDER, *words, ACCELERATE_USE_CPU="true")
+    done = the_forge().run(["-c", ORDER, *words], {**os.environ, "ACCELERATE_USE_CPU": "true"})
+    assert done.returncode == 0, done.stdout + done.stderr
     assert ", ".join((
         "gradients 1, gradients 1",
         "gradients 2, figures 1, gradients 2",
         "gradients 3, figures 2, gradients 3, figures 3, save 3",
         "gradients 4, gradients 4, figures 4, save 4",
-    )) in said.splitlines()  # fmt: skip
+    )) in done.stdout.splitlines()  # fmt: skip
 
 
 @pytest.mark.gpu
@@ -96,4 +89,8 @@ def test_a_step_is_asked_for_without_waiting(family: Path, paintings: Path, tmp_
     words = ["--config", f"configs/{name}.yaml", "configs/tiny.yaml", *model_words(family), *QUIET]
     words += ["--data.train_data_dir", str(paintings), "--cache.dir", str(tmp_path / "cache")]
     words += ["--train.max_train_steps", "6", "--train.ema_decay", "0.9", "--train.compile", "off"]
-    assert "exported:" in run_in(LOOP, *words, "--output_dir", str(tmp_path / "run"))
+    done = subprocess.run(
+        [sys.executable, "-c", LOOP, *words, "--output_dir", str(tmp_path / "run")],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0 and "exported:" in done.stdout, done.stdout + done.stderr

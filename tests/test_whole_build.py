@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 
 from data_tools import build, label, pack, pair, scan, split
+from tests.forge import the_forge
 from tests.test_build import ROOT, digests
 from tests.triplets import picture
 from ztrain.data import read_triplets
@@ -55,21 +57,26 @@ def command(folder: Path, out: Path, *more: object) -> list[str]:
     return [sys.executable, "-m", "data_tools.build", *words(folder, out, *more)]
 
 
+@pytest.mark.usefixtures("forge")
 def test_killed_at_random_moments_it_gives_the_bytes_of_an_undisturbed_build(tmp_path: Path) -> None:
     paint(tmp_path, 60)
+    environment = dict(os.environ)
+    the_forge().run(["-c", ""], environment)  # its own start is no part of the time
     started = time.monotonic()
-    subprocess.run(command(tmp_path, tmp_path / "whole", "--workers", 1), cwd=ROOT, check=True, capture_output=True)
+    whole = ["data_tools.build", *words(tmp_path, tmp_path / "whole", "--workers", 1)]
+    assert the_forge().run(whole, environment).returncode == 0
     seconds, chance, out = time.monotonic() - started, random.Random(1), tmp_path / "killed"
     stages = set()
     for _ in range(5):
-        process = subprocess.Popen(command(tmp_path, out, "--workers", 1), cwd=ROOT, stderr=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        begun = ["data_tools.build", *words(tmp_path, out, "--workers", 1)]
+        process = the_forge().start(begun, environment, tmp_path / "said", tmp_path / "said")
         time.sleep(seconds * (0.3 + 0.5 * chance.random()))
         process.kill()
         process.wait()
         stages.add(len(list((tmp_path / "killed.work").glob("*/table.json"))))
         if out.exists():
             shutil.rmtree(out)  # it was too fast: what the steps have made stays
+    # In a process of the ordinary kind, with hashes of its own.
     subprocess.run(command(tmp_path, out, "--workers", 1), cwd=ROOT, check=True, capture_output=True)
     assert digests(out) == digests(tmp_path / "whole")
     assert digests(tmp_path / "killed.work") == digests(tmp_path / "whole.work")

@@ -176,10 +176,11 @@ def sums(cases: dict[tuple[str, int], Case]) -> str:
             *lines,
             "",
             f"A ring over {ALL_CARDS} cards: each sends 2 (N - 1) / N of the gradients, float32, at {LINK_SHARE:.0%} of"
-            " the sheet's rate (assumed); the ring passes each node's network once. Sums hide beside the backward pass,"
-            " but for those of weights before the main blocks, whose gradients come last: all of `[siglip]` and"
-            f" `[projector]`. Efficiency counts these and the {WAITING['ddp'] * 1e3:g} ms a micro-step that DDP took"
-            " besides on two H200 (`WAITING`): no stragglers, no waits for data.",
+            " the sheet's rate (`LINK_SHARE`: measured on NVLink, assumed elsewhere); the ring passes each node's"
+            " network once. Nothing hides the sums: the weights of `[siglip]` and `[projector]` lie before the main"
+            " blocks, so that their gradients come last, and those of all LoRAs come as one row. Efficiency counts"
+            f" these and the {WAITING['ddp'] * 1e3:g} ms a micro-step that DDP took besides on two H200 (`WAITING`): no"
+            " stragglers, no waits for data.",
             "",
             measured(launched(RESULTS)),
         ]

@@ -39,13 +39,13 @@ _INPUTS_OF_LORA = 33_280 / 3_840  # widths that the seven layers of a block read
 OTHER_GIB = 1.19
 """CUDA's context, workspaces of libraries and the decoder of previews: 24 GiB less base, states and what activations
 may take, in the same lines."""
-COLLECTIVES_GIB = 0.88
+COLLECTIVES_GIB = 0.82
 """NCCL's buffers, for several cards: launch_nvidia_h200.json, used_gib less peak_gib of ddp, less the same of one_gpu,
 mean of [lora] and [siglip] with everything kept."""
-WAITING: dict[Strategy, float] = {"one_gpu": 0.0, "ddp": 0.007, "fsdp2": 0.185, "zero2": 0.050, "zero3": 0.185}
+WAITING: dict[Strategy, float] = {"one_gpu": 0.0, "ddp": 0.003, "fsdp2": 0.049, "zero2": 0.036, "zero3": 0.331}
 """Seconds of a micro-step beyond computing and what is sent beside nothing: launch_nvidia_h200.json, two H200. ddp: its
-ms less one_gpu's and less the sum that nothing hides, mean of [lora] and [siglip] with everything kept; fsdp2 and
-zero2: ms of [lora] with nothing kept less what is computed here; zero3: taken to be fsdp2's. On all other cards, and on
+ms less one_gpu's and less the sum that nothing hides, mean of [lora] and [siglip] with everything kept; the others: ms
+of [lora] with nothing kept less what is computed here (zero3 does not compile its blocks). On all other cards, and on
 more of them, as much: assumed."""
 REPLAYED_TOKENS = 2560
 """ztrain.tune.REPLAYED_TOKENS: a batch of fewer runs as a CUDA graph on one card, which takes its memory twice."""
@@ -56,8 +56,9 @@ PROMPT_TOKENS = 128
 """Of a prompt with its chat turn: assumed, as in benchmarks/step.py; the most is encoders.max_sequence_length."""
 SIGLIP_TOKENS = 256
 """SigLIP2's max_num_patches (zimage_facts.md 3.1)."""
-LINK_SHARE = 0.7
-"""Of a link's sheet that collectives reach: assumed."""
+LINK_SHARE = 0.6
+"""Of a link's sheet that collectives reach: launch_nvidia_h200.json, all_reduce_ms of [siglip] over NVLink; assumed of
+other links."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +171,10 @@ class Traffic:
 def traffic(counted: Counted, config: Config, cut: Cut) -> Traffic:
     """By the rules of ring collectives: (n - 1) / n of what is gathered or scattered, twice that for a sum on all.
 
-    DDP sums gradients once an optimizer step, beside the backward pass but for those of weights before the main blocks,
-    which come last. FSDP2 and ZeRO-3 gather what is cut twice a micro-step; ZeRO-2 and -3 gather trained weights after
-    the optimizer's step.
+    DDP and ZeRO-2 sum gradients after the backward pass, DDP once an optimizer step: those of all LoRAs come as one row
+    (loras.py), the others' weights lie before the main blocks. FSDP2 and ZeRO-3 make a row of each block, whose
+    gradients go beside the next one's, and gather what is cut twice a micro-step; ZeRO-2 and -3 gather trained weights
+    after the optimizer's step.
     """
     share, steps = (cut.cards - 1) / cut.cards, config.train.gradient_accumulation_steps
     trained, last = 4.0 * counted.trained, 4.0 * (counted.trained - counted.trained_in_main)
@@ -180,9 +182,9 @@ def traffic(counted: Counted, config: Config, cut: Cut) -> Traffic:
         case "one_gpu":
             return Traffic(0.0, 0.0)
         case "ddp":
-            return Traffic(2 * share * trained / steps, 2 * share * last / steps)
+            return Traffic(2 * share * trained / steps, 2 * share * trained / steps)
         case "zero2":
-            return Traffic(share * (trained + trained / steps), share * (last + trained / steps))
+            return Traffic(share * (trained + trained / steps), share * (trained + trained / steps))
     gathered = share * (base_bytes(config) * counted.frozen + trained)
     after = share * trained / steps if cut.strategy == "zero3" else 0.0
     return Traffic(2 * gathered + share * trained + after, share * last + after)

@@ -212,7 +212,7 @@ def render(made: Plan) -> str:
             f"a micro-step: {made.step:.3f} s, {made.triplets:.2f} triplets a second in all; computing alone"
             f" {made.computing:.3f} s, {made.sent_gb:.2f} GB sent by each card, efficiency {made.efficiency:.3f}",
             "time: computed from constants measured on an H200"
-            + (", several cards by what two took besides (zero3: as fsdp2, a guess)" if made.cards > 1 else "")
+            + (", several cards by what two took besides" if made.cards > 1 else "")
             + ("" if measured else ", by peak rate and memory bandwidth of this card's sheet; nobody has run it"),
         ]
     )

@@ -263,7 +263,7 @@ class Zero3(Zero):
         model.to(self.accelerator.device)  # of an initialised model the engine would leave buffers where they are
         prepared = super().prepare(model, optimizer, config)
         inner = [module for block in blocks for module in block.modules()]
-        model.register_forward_pre_hook(lambda *_: _read_blocks_in_parts(inner))
+        model.register_forward_pre_hook(lambda *_: _read_without_gathering(inner))
         use_fast_blocks(model.dit, alone=True)
         return prepared
 
@@ -297,7 +297,7 @@ def _with_gradient(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
     return (x.detach().requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x, *rest)
 
 
-def _read_blocks_in_parts(modules: Sequence[Any]) -> None:
+def _read_without_gathering(modules: Sequence[Any]) -> None:
     """Lets blocks be asked what they are made of before they run. While the model runs, DeepSpeed puts every parameter
     together that is asked for, and from then on with the model itself, for as long as that runs: the whole base."""
     for module in modules:

@@ -176,9 +176,9 @@ def _measured(row: Row | None) -> tuple[str, str, str]:
 
 def compared(rows: Sequence[Row], *, keeps: str) -> list[Row]:
     """Those that differ in strategy, cards and list alone: one triplet a card, all of one size, no reference for
-    losses; what failed is among them."""
-    same = {"keeps": keeps, "data": "alike", "accumulation": 1, "is_reference": False}
-    return [row for row in rows if all(row[key] == value for key, value in same.items())]
+    losses, sending in all steps; what failed is among them."""
+    same = {"keeps": keeps, "data": "alike", "accumulation": 1, "is_reference": False, "alternates": False}
+    return [row for row in rows if all(row.get(key, False) == value for key, value in same.items())]
 
 
 def list_name(told: str) -> str:

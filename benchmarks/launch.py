@@ -14,7 +14,8 @@ CPUs.
 
 A row: strategy, gpus, list, keeps (train.gradient_checkpointing), data (alike: squares and captions of one length, so
 that cards differ in speed alone; mixed: aspects and captions of all lengths), accumulation, is_reference (one card, the
-global batch of all), used_gib (each card, as its driver sees it every 5 s), checkpoint_bytes, said, run_seconds,
+global batch of all), alternates (alternating.py: ms of steps that send, ms_of_cards of those that do not; the losses
+are worth nothing), used_gib (each card, as its driver sees it every 5 s), checkpoint_bytes, said, run_seconds,
 weights_of (random weights are others each time they are made: rows of one number are of one machine, too), and the
 figures of launch_rows.py.
 
@@ -42,12 +43,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import alternating
 from benchmarks.launch_rows import LOSS_TOLERANCE, Row, compared, figures_of, last_lines, said_of, weights_of
 from benchmarks.pages import ROOT
 from benchmarks.train_real_size import ASPECTS, build_shallow_family, places_of, run
 
 STEPS = 50
 NUM_TRIPLETS = 24
+WINDOWS = 4
+"""Of alternating.py, of each kind."""
 LONGEST_SECONDS = 300
 """Of one part; it failed if it takes longer."""
 PREPARE_SECONDS = 100
@@ -56,13 +60,15 @@ ON_CPU = "skipped: accelerate cannot run it on CPUs, where it takes DDP in its p
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One run. seconds: about what it takes on H200s, the start and compiling included."""
+    """One run. alternates: of alternating.py in the place of training; seconds: about what it takes on H200s, with the
+    start and compiling."""
 
     strategy: str
     list: str
     keeps: str = "off"
     data: str = "alike"
     is_reference: bool = False
+    alternates: bool = False
     seconds: int = 92
 
     @property
@@ -71,7 +77,8 @@ class Part:
 
     @property
     def name(self) -> str:
-        words = [self.list, self.strategy, self.keeps, self.data, *(["reference"] if self.is_reference else [])]
+        words = [self.list, self.strategy, self.keeps, self.data]
+        words += ["reference"] * self.is_reference + ["alternating"] * self.alternates
         return "_".join(words)
 
 
@@ -83,12 +90,14 @@ def _cut(strategy: str, name: str) -> Part:
     return Part(strategy=strategy, list=name, keeps="on", seconds=98)
 
 
-def _ddp(name: str, keeps: str = "off", data: str = "alike") -> Part:
-    return Part(strategy="ddp", list=name, keeps=keeps, data=data)
+def _ddp(name: str, keeps: str = "off", data: str = "alike", alternates: bool = False) -> Part:
+    return Part(strategy="ddp", list=name, keeps=keeps, data=data, alternates=alternates)
 
 
 # The most important first; what stands together runs side by side.
 ORDER: tuple[tuple[Part, ...], ...] = (
+    (_ddp("lora", alternates=True),),
+    (_ddp("siglip", alternates=True),),
     (_alone("lora"),),
     (_ddp("lora"),),
     (_alone("siglip"),),
@@ -217,16 +226,21 @@ class Run(NamedTuple):
 def command_of(run: Run, place: Place) -> list[str]:
     """As the documentation has it, with a port that is free."""
     part = run.part
-    accumulation = place.gpus if part.is_reference else 1
+    accumulation, steps = place.gpus if part.is_reference else 1, _steps(part, place)
     return [
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", f"configs/accelerate/{_strategy(part, place)}.yaml",
         "--num_processes", str(1 if part.is_alone else place.gpus), "--main_process_port", "0",
-        "-m", "ztrain.train", *words_of(part.list, part.data, place.work, place.family, place.is_smoke),
+        "-m", "benchmarks.alternating" if part.alternates else "ztrain.train",
+        *words_of(part.list, part.data, place.work, place.family, place.is_smoke),
         "--train.gradient_accumulation_steps", str(accumulation), "--train.gradient_checkpointing", part.keeps,
-        "--train.max_train_steps", str(place.steps), "--train.checkpointing_steps", str(place.steps),
+        "--train.max_train_steps", str(steps), "--train.checkpointing_steps", str(steps),
         "--output_dir", str(place.work / "runs" / run.name),
     ]  # fmt: skip
+
+
+def _steps(part: Part, place: Place) -> int:
+    return alternating.steps_of(WINDOWS) if part.alternates else place.steps
 
 
 def _strategy(part: Part, place: Place) -> str:
@@ -316,6 +330,8 @@ def _finished(run: Run, place: Place, seconds: float, status: int, why: str) -> 
         row["failed"] = why + last_lines(out + err, {str(place.work): "WORK", str(ROOT): "."})
     else:
         row |= figures_of([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+        if run.part.alternates:
+            row |= json.loads((folder / "alternating.json").read_text())
         files = (folder / "checkpoints").rglob("*")
         row["checkpoint_bytes"] = sum(path.stat().st_size for path in files if path.is_file())
         row["weights"] = weights_of(row["said"])
@@ -330,7 +346,7 @@ def _head(part: Part, place: Place) -> Row:
     told["strategy"] = _strategy(part, place)
     made = place.family / "weights_of"
     told["weights_of"] = made.read_text(encoding="utf-8") if made.is_file() else "tiny"
-    return {"part": part.name, **told, "gpus": gpus, "accumulation": accumulation, "steps": place.steps}
+    return {"part": part.name, **told, "gpus": gpus, "accumulation": accumulation, "steps": _steps(part, place)}
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ def table(document: dict[str, Any]) -> str:
 
 def _cells(row: dict[str, Any], tolerance: float) -> list[str]:
     batches = "mixed" if row["data"] == "mixed" else f"{row['accumulation']} a step" if row["is_reference"] else "alike"
+    batches = "alike, sending by turns" if row.get("alternates") else batches
     head = [row["strategy"], str(row["gpus"]), f"`[{row['list']}]`", _KEEPS[row["keeps"]], batches]
     if "failed" in row:
         return [*head, "failed", *[""] * (len(_HEADS) - len(head) - 1)]

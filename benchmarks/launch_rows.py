@@ -2,9 +2,9 @@
 
 In: metrics.jsonl, and what a run printed. Out: ms (median step after the first quarter), mean_ms, slowest_ms,
 data_wait_ms (mean a step), peak_gib (of the first card, allocated), losses; and of several rows: efficiency (one card's
-ms / ms), all_reduce_ms (all_reduce.py), exposed_ms (ms - one card's), of_ddp (ms / DDP's), loss_difference (largest
-relative difference of a step's loss to that of one card with the same global batch, or where those of the same random
-weights are missing, to the row compared_with) and first_loss_difference.
+ms / ms; of alternating.py: its own cards'), all_reduce_ms (all_reduce.py), exposed_ms (ms - one card's), of_ddp (ms /
+DDP's), loss_difference (largest relative difference of a step's loss to that of one card with the same global batch, or
+where those of the same random weights are missing, to the row compared_with) and first_loss_difference.
 """
 
 import re
@@ -86,10 +86,23 @@ def compared(rows: Sequence[Row], all_reduce: Mapping[str, float]) -> list[Row]:
     return done
 
 
+def _sent(row: Row, all_reduce: Mapping[str, float]) -> Row:
+    weights = str(row["weights"])
+    return {"all_reduce_ms": round(all_reduce[weights], 2)} if weights in all_reduce else {}
+
+
 def _derived(row: Row, rows: Sequence[Row], all_reduce: Mapping[str, float]) -> Row:
     found: Row = {}
     time_of = "mean_ms" if row["data"] == "mixed" else "ms"
+    if row.get("alternates"):
+        alone_ms = statistics.fmean(row["ms_of_cards"])
+        return {
+            "efficiency": round(alone_ms / row["ms"], 4),
+            "exposed_ms": round(row["ms"] - alone_ms, 2),
+            **_sent(row, all_reduce),
+        }
     measured = [other for other in rows if "ms" in other and other["steps"] == row["steps"]]
+    measured = [other for other in measured if not other.get("alternates")]
     alike = [o for o in measured if not o["is_reference"] and all(o[k] == row[k] for k in ("list", "keeps", "data"))]
     alone = next((other for other in alike if other["gpus"] == 1), None)
     ddp = next((other for other in alike if other["strategy"] == "ddp"), None)
@@ -98,8 +111,7 @@ def _derived(row: Row, rows: Sequence[Row], all_reduce: Mapping[str, float]) -> 
     if row["strategy"] == "ddp":
         if alone:
             found["exposed_ms"] = round(row[time_of] - alone[time_of], 2)
-        if str(row["weights"]) in all_reduce:
-            found["all_reduce_ms"] = round(all_reduce[str(row["weights"])], 2)
+        found |= _sent(row, all_reduce)
     elif ddp and row["gpus"] > 1:
         found["of_ddp"] = round(row[time_of] / ddp[time_of], 4)
     batch = row["gpus"] * row["accumulation"]

@@ -173,8 +173,8 @@ def serve(place: str) -> None:
     preload()
     others = [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]
     names = {(task / "comm").read_text().strip() for task in others}
-    # A thread would be missing in every child, and its locks held; but the first knows of forks, and the driver's, where
-    # there is a GPU, is none of theirs: they run on the CPU.
+    # A thread would be missing in every child, and its locks held. But the first of these knows of forks, and the
+    # driver's, where there is a GPU, is nothing to children that run on the CPU.
     assert all(name == "jemalloc_bg_thd" or name.startswith("cuda") for name in names), names
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(place + ".new")

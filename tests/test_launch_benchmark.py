@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import all_reduce, launch, launch_page, launch_rows
+from benchmarks import all_reduce, alternating, launch, launch_page, launch_rows
 from tests.triplets import ROOT
 
+TURNS = "lora_ddp_off_alike_alternating"
 ALONE, DDP, REFERENCE = "lora_one_gpu_off_alike", "lora_ddp_off_alike", "lora_one_gpu_on_alike_reference"
 
 
@@ -16,14 +17,16 @@ def test_two_processes_are_measured_against_one(
     family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "tiny").symlink_to(family)
-    parts = [ALONE, DDP, REFERENCE, "lora_fsdp2_on_alike"]
+    parts = [TURNS, ALONE, DDP, REFERENCE, "lora_fsdp2_on_alike"]
     words = ["--smoke", "--work", str(tmp_path), "--out", str(tmp_path / "out"), "--steps", "4"]
     assert launch.main([*words, "--parts", *parts]) == 0
     document = json.loads((tmp_path / "out" / "launch_cpu.json").read_text())
     rows = {row["part"]: row for row in document["rows"]}
-    assert list(rows) == [ALONE, DDP, REFERENCE, "lora_fsdp2_on_alike"]
-    assert [rows[part]["strategy"] for part in parts] == ["cpu", "ddp", "cpu", "fsdp2"]
-    alone, ddp, reference = (rows[part] for part in parts[:3])
+    assert list(rows) == parts
+    assert [rows[part]["strategy"] for part in parts] == ["ddp", "cpu", "ddp", "cpu", "fsdp2"]
+    turns, alone, ddp, reference = (rows[part] for part in parts[:4])
+    assert turns["windows"] == launch.WINDOWS and turns["steps"] == len(turns["losses"]) == 124
+    assert turns["efficiency"] == pytest.approx(sum(turns["ms_of_cards"]) / 2 / turns["ms"], abs=1e-4)
     # Two processes saw what one did in twice as many steps, and each half of it.
     assert len(ddp["losses"]) == 4 and 0 <= ddp["loss_difference"] < 1e-5
     assert ddp["losses"] == pytest.approx(reference["losses"], rel=1e-5) and ddp["losses"] != alone["losses"]
@@ -59,8 +62,9 @@ def test_figures_are_of_the_steps_after_the_first_quarter() -> None:
 def row(part: str, ms: float, losses: list[float], gpus: int = 1, accumulation: int = 1, **more: object) -> dict:
     made = launch.PARTS[part]
     return {"part": part, "strategy": made.strategy, "list": made.list, "keeps": made.keeps, "data": made.data,
-            "is_reference": made.is_reference, "gpus": gpus, "accumulation": accumulation, "steps": len(losses),
-            "ms": ms, "mean_ms": 2 * ms, "weights": 7, "losses": losses} | more  # fmt: skip
+            "is_reference": made.is_reference, "alternates": made.alternates, "gpus": gpus,
+            "accumulation": accumulation, "steps": len(losses), "ms": ms,
+            "mean_ms": 2 * ms, "weights": 7, "losses": losses} | more  # fmt: skip
 
 
 def test_one_card_is_measured_on_every_card_and_a_reference_on_one() -> None:
@@ -80,6 +84,7 @@ def test_one_card_is_measured_on_every_card_and_a_reference_on_one() -> None:
 def test_rows_are_compared_with_what_was_trained_alike() -> None:
     rows = [
         row(ALONE, 97.0, [5.0, 5.0]),
+        row(TURNS, 98.0, [7.0, 7.0], 2, ms_of_cards=[95.0, 97.0]),
         row(DDP, 100.0, [2.0, 4.04], 2),
         row(f"{ALONE}_reference", 300.0, [2.0, 4.4], 1, 2),
         row(REFERENCE, 400.0, [2.0, 4.0], 1, 2),
@@ -110,9 +115,22 @@ def test_rows_are_compared_with_what_was_trained_alike() -> None:
     assert lonely["efficiency"] is None and not {"all_reduce_ms", "exposed_ms"} & set(lonely)
     assert lonely["loss_difference"] == pytest.approx(7 / 9)
     assert found["lora_zero3_on_alike"]["efficiency"] is None
+    turns = found[TURNS]
+    assert (turns["efficiency"], turns["exposed_ms"], turns["all_reduce_ms"]) == (0.9796, 2.0, 3.0)
+    assert "loss_difference" not in turns
     # What a row was found to be before is forgotten with the row that it was compared with.
     [again] = launch_rows.compared([ddp], {})
     assert again["efficiency"] is None and "loss_difference" not in again and "all_reduce_ms" not in again
+
+
+def test_windows_go_by_turns_and_count_what_has_settled() -> None:
+    steps = range(1, alternating.steps_of(2) + 1)
+    counted = [step for step in steps if alternating.is_counted(step)]
+    for way in (True, False):
+        assert sum(alternating.sends(step) == way for step in counted) == 2 * 10
+        assert sum(alternating.sends(step) == way for step in steps if step > alternating.FIRST) == 2 * 14
+    assert all(map(alternating.sends, range(1, 13))) and not alternating.sends(13)
+    assert counted[0] == 17 and not {27, 28, 29, 30} & set(counted) and alternating.sends(31)
 
 
 def test_an_error_is_told_without_the_launcher_and_without_folders() -> None:

@@ -26,7 +26,7 @@ demo: export TRANSFORMERS_VERBOSITY = error
 test: export OMP_NUM_THREADS = 1
 
 test: lint  ## ruff, mypy and the tests (GPU and slow ones deselected)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 40
 
 lint: $(READY)  ## ruff and mypy only
 	$(BIN)/ruff check .

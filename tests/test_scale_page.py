@@ -28,16 +28,18 @@ def test_the_page_is_of_the_code_and_the_committed_results() -> None:
 
 
 def test_bytes_of_an_entry_are_those_of_what_encoders_give_in_bf16(tmp_path: Path) -> None:
-    """The miniature's encoders: other widths, the same shapes and types."""
-    path = tmp_path / "picture.png"
-    Image.effect_noise((512, 512), 60).convert("RGB").save(path)
+    """The miniature's encoders: other widths, the same shapes and types. A small target: processors without products in
+    bf16 take minutes for a large one."""
+    path, target = tmp_path / "picture.png", tmp_path / "target.png"
+    for place, side in ((path, 512), (target, 64)):
+        Image.effect_noise((side, side), 60).convert("RGB").save(place)
     mini = [ROOT / "configs" / "miniature.yaml"]
-    config = load_config(mini, ["--train.mixed_precision", "bf16", "--data.resolution", "512"])
+    config = load_config(mini, ["--train.mixed_precision", "bf16", "--data.resolution", "64"])
     encoding = Encoding(config, {"latents", "siglip", "text", "reference"}, "cpu")
-    known = Known(PictureFile(path), "", 512, 512)
-    with Image.open(path) as image:
+    known, small = Known(PictureFile(path), "", 512, 512), Known(PictureFile(target), "", 64, 64)
+    with Image.open(path) as image, Image.open(target) as little:
         made = {
-            "latents": encoding.compute(Request(state="latents", pictures=(known,)), [image]),
+            "latents": encoding.compute(Request(state="latents", pictures=(small,)), [little]),
             "siglip": encoding.compute(Request(state="siglip", pictures=(known,)), [image]),
             "text": encoding.compute(Request(state="text", text="a red boat"), []),
             "reference": encoding.compute(Request(state="reference", pictures=(known,)), [image]),
@@ -50,7 +52,7 @@ def test_bytes_of_an_entry_are_those_of_what_encoders_give_in_bf16(tmp_path: Pat
     kinds = made["reference"]["kinds"]
 
     # (C, H, W) float32: 16 channels, an eighth of each side; here other channels, a quarter.
-    assert states["latents"].dtype == torch.float32 and states["latents"].shape[1:] == (128, 128)
+    assert states["latents"].dtype == torch.float32 and states["latents"].shape[1:] == (16, 16)
     assert wanted["siglip"]["latents"] == 16 * (1024 // 8) ** 2 * states["latents"].element_size()
     # (h, w, S) and (L, D) in bf16, a byte for the kind of each token.
     assert {states[name].dtype for name in ("siglip", "text", "reference")} == {torch.bfloat16}

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from ztrain.strategy import KWARGS
 
-FIRST_BUCKET, BUCKET = 2**20, KWARGS.bucket_cap_mb * 2**20
-"""Bytes: torch.distributed._DEFAULT_FIRST_BUCKET_BYTES, and what ztrain tells DistributedDataParallel. Its buckets end
-with whole parameters, so that they are a little larger."""
+BUCKET = KWARGS.bucket_cap_mb * 2**20
+"""Bytes, as ztrain tells DistributedDataParallel, whose buckets end with whole parameters: they are a little larger."""
 WARM_UPS, TIMES = 5, 20
 
 
@@ -30,7 +29,7 @@ def buckets_of(weights: int) -> list[int]:
     sizes: list[int] = []
     left = weights
     while left > 0:
-        sizes.append(min(left, (BUCKET if sizes else FIRST_BUCKET) // 4))
+        sizes.append(min(left, BUCKET // 4))
         left -= sizes[-1]
     return sizes
 

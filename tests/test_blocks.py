@@ -156,6 +156,35 @@ def test_what_needs_no_gradient_is_computed_once(family: Path, name: str, monkey
     assert len(computed) == once + 2 * (len(dit.layers) + len(dit.siglip_refiner or ()))
 
 
+@pytest.mark.parametrize("of_a_row", [1, 2])
+def test_gradients_of_loras_come_while_earlier_blocks_are_still_to_come(
+    family: Path, of_a_row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What DDP hides its sums behind; and they are those of one row of all, bit for bit."""
+    noisy, states = noise_like(*SIZES), mixed()
+    monkeypatch.setattr(blocks, "ROW_BLOCKS", 30)
+    true = gradients(make(family, [EVERYWHERE]), noisy, SIGMA, states)
+    monkeypatch.setattr(blocks, "ROW_BLOCKS", of_a_row)
+    model = make(family, [EVERYWHERE])
+    events: list[tuple[str, int]] = []
+    layers = model.dit.layers
+    for place, layer in enumerate(layers):
+        layer.register_full_backward_pre_hook(lambda *_, place=place: events.append(("runs", place)))
+        for parameter in layer.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda _, place=place: events.append(("has", place)))
+    found = gradients(model, noisy, SIGMA, states)
+    assert found.keys() == true.keys()
+    for key, gradient in true.items():
+        assert gradient is None or torch.equal(found[key], gradient), key
+    for place in range(len(layers)):
+        first = place // of_a_row * of_a_row  # of the row's blocks
+        complete = [i for i, event in enumerate(events) if event == ("has", place)]
+        assert len(complete) == 14  # A and B of seven layers
+        assert complete[0] > events.index(("runs", first))
+        assert first == 0 or complete[-1] < events.index(("runs", first - 1))
+
+
 @pytest.mark.parametrize(
     ("adapters", "said"),
     [

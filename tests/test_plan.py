@@ -29,6 +29,7 @@ from ztrain.footprint import GIB, LIVE, PERSISTENCE, REDUCE_BUCKET, WRAPPED, Cou
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source
 from ztrain.plan import plan, render, verdict
+from ztrain.strategy import KWARGS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -200,6 +201,7 @@ def test_the_constants_are_those_of_the_committed_results() -> None:
 def test_the_constants_of_a_run_are_those_of_its_modules() -> None:
     assert expected.REPLAYED_TOKENS == tune.REPLAYED_TOKENS
     assert (expected.NOT_PLANNED, expected.IDLE) == (memory._RESERVE, tune._IDLE)
+    assert KWARGS.bucket_cap_mb * 2**20 == expected.BUCKET_BYTES
 
 
 # --- against what was measured ----------------------------------------------------------------------------------------
@@ -315,7 +317,7 @@ def test_what_does_not_fit_is_named_with_what_does() -> None:
 
 
 def test_what_is_sent_and_what_hides_it() -> None:
-    """Under DDP gradients come when nothing is left to compute: [siglip]'s by their place, all LoRAs' as one row."""
+    """Under DDP [siglip]'s gradients come when nothing is left to compute; of a LoRA's only the last bucket does."""
     words = ("--train.gradient_accumulation_steps", "1")
     waiting = expected.WAITING["ddp"]
     siglip, lora = (
@@ -324,8 +326,8 @@ def test_what_is_sent_and_what_hides_it() -> None:
     )
     assert siglip.sent_gb == pytest.approx(4 * 358_358_144 / 1e9)
     assert lora.sent_gb == pytest.approx(4 * 70_041_600 / 1e9)
-    for made in (siglip, lora):
-        assert made.step == pytest.approx(made.computing + waiting + made.sent_gb / (450 * expected.LINK_SHARE))
+    for made, last_gb in ((siglip, siglip.sent_gb), (lora, KWARGS.bucket_cap_mb * 2**20 / 1e9)):
+        assert made.step == pytest.approx(made.computing + waiting + last_gb / (450 * expected.LINK_SHARE))
     assert ("NCCL", expected.COLLECTIVES_GIB) in [(name, gib) for name, gib, _ in lora.parts]
     assert "NCCL" not in [name for name, _, _ in plan(real("lora"), counted=counted_of("lora")).parts]
     cut = plan(real("lora"), card=CARDS["rtx_4090"], strategy="fsdp2", cards=8)

@@ -6,7 +6,7 @@ Names, state dict and export stay diffusers'. Legend: B batch, N tokens, d model
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -35,6 +35,9 @@ _RECOMPILATIONS = 64
 _READ = 0.8
 """Share of the tokens, up to which the last block computes only those that are read: saving less would not pay for a
 compiled function of its own."""
+ROW_BLOCKS = 3
+"""LoRAs of so many blocks are one row, made just before the first of them: backward, their gradients are all there
+while earlier blocks are still to come, and processes sum them beside these."""
 
 
 class Given(NamedTuple):
@@ -74,8 +77,7 @@ class FastForward:
     ) -> Tensor:
         """packing: of x, which has one row then; read, keep: of block.py's `compute_keeping`; read None: all tokens."""
         if isinstance(modulation, Wanted):
-            row = _row([self.block], modulation.products)
-            modulation = _given([self.block], modulation.modulation, row, modulation.products)[id(self.block)]
+            modulation = next(_given([self.block], modulation.modulation, None, modulation.products))
         if not isinstance(modulation, Given):
             if not freqs.is_complex():
                 freqs = complex_factors(freqs)
@@ -142,11 +144,12 @@ def run(
     """
     fast = _fast(layers)
     products = _products(layers, x)
-    made: dict[int, Given | Wanted]
+    given: Iterator[Given | Wanted]
     if fast and fast[0].forward.is_alone:
-        made = {id(block): Wanted(modulation, products) for block in fast}
+        given = itertools.repeat(Wanted(modulation, products))
     else:
-        made = {**_given(fast, modulation, _row(fast, products) if row is None else row, products)}
+        given = _given(fast, modulation, row, products)
+    takes = {id(block) for block in fast}
     mask, packing = (None, None) if seen is None else seen
     shape = x.shape
     if len(fast) < len(layers):
@@ -157,9 +160,9 @@ def run(
     elif read is not None and read > _READ * x.shape[1]:
         read = None
     for place, (layer, keep) in enumerate(zip(layers, keeps, strict=True), 1):
-        if (given := made.get(id(layer))) is not None:
+        if id(layer) in takes:
             last = place == len(layers)
-            x = layer(x, mask, freqs, given, packing=packing, read=read if last else None, keep=keep)
+            x = layer(x, mask, freqs, next(given), packing=packing, read=read if last else None, keep=keep)
         elif torch.is_grad_enabled() and keep != Keep.EVERYTHING:
             x = checkpoint(layer, x, mask, freqs, modulation, use_reentrant=False)
         else:
@@ -177,7 +180,7 @@ def _packed(rows: Tensor, packing: Packing) -> Tensor:
 
 def lora_row(layers: nn.ModuleList, x: Tensor) -> Tensor | None:
     """All LoRAs of the fast among these blocks, in one row; x: the states that they read."""
-    return _row(_fast(layers), _products(layers, x))
+    return gathered([group for block in _fast(layers) for group in _groups(block)], _products(layers, x))
 
 
 def rotary_factors(dit: Any, positions: Tensor) -> Tensor:
@@ -241,20 +244,18 @@ def _fast(layers: nn.ModuleList) -> list[Any]:
     return [block for block in layers if isinstance(block.forward, FastForward) and _objection(block) is None]
 
 
-def _row(fast: Sequence[Any], products: torch.dtype) -> Tensor | None:
-    return gathered([group for block in fast for group in _groups(block)], products)
-
-
 def _given(
     fast: Sequence[Any], modulation: Tensor | None, row: Tensor | None, products: torch.dtype
-) -> dict[int, Given]:
-    """Of each block, by its id."""
-    factors = _factors_together(fast, modulation) or [_factors_of(block, modulation) for block in fast]
-    loras = iter(spread(row, [group for block in fast for group in _groups(block)]))
-    return {
-        id(block): Given(each, tuple(next(loras) for _ in _groups(block)), products)
-        for block, each in zip(fast, factors, strict=True)
-    }
+) -> Iterator[Given]:
+    """Of one block after the other. row: of all of them; None: one of `ROW_BLOCKS` at a time, when it is their turn."""
+    factors = iter(_factors_together(fast, modulation) or [_factors_of(block, modulation) for block in fast])
+    count = ROW_BLOCKS if row is None else max(len(fast), 1)
+    for first in range(0, len(fast), count):
+        some = fast[first : first + count]
+        groups = [group for block in some for group in _groups(block)]
+        loras = iter(spread(gathered(groups, products) if row is None else row, groups))
+        for block in some:
+            yield Given(next(factors), tuple(next(loras) for _ in _groups(block)), products)
 
 
 def _products(layers: nn.ModuleList, x: Tensor) -> torch.dtype:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ztrain.block import Keep
 from ztrain.cards import CARDS, Card
 from ztrain.config import Config
-from ztrain.footprint import Counted, Cut, Strategy, Weight, base_bytes, in_main
+from ztrain.footprint import REDUCE_BUCKET, Counted, Cut, Strategy, Weight, base_bytes, in_main
 from ztrain.layout import padded
 from ztrain.memory import GIB, Budget, Line, Sizes
 
@@ -47,6 +47,8 @@ WAITING: dict[Strategy, float] = {"one_gpu": 0.0, "ddp": 0.003, "fsdp2": 0.049, 
 ms less one_gpu's and less the sum that nothing hides, mean of [lora] and [siglip] with everything kept; the others: ms
 of [lora] with nothing kept less what is computed here (zero3 does not compile its blocks). On all other cards, and on
 more of them, as much: assumed."""
+BUCKET_BYTES = 50 * 2**20
+"""Of DDP's sums: bucket_cap_mb of ztrain.strategy.KWARGS."""
 REPLAYED_TOKENS = 2560
 """ztrain.tune.REPLAYED_TOKENS: a batch of fewer runs as a CUDA graph on one card, which takes its memory twice."""
 NOT_PLANNED, IDLE = 0.015, 0.15
@@ -171,23 +173,26 @@ class Traffic:
 def traffic(counted: Counted, config: Config, cut: Cut) -> Traffic:
     """By the rules of ring collectives: (n - 1) / n of what is gathered or scattered, twice that for a sum on all.
 
-    DDP and ZeRO-2 sum gradients after the backward pass, DDP once an optimizer step: those of all LoRAs come as one row
-    (loras.py), the others' weights lie before the main blocks. FSDP2 and ZeRO-3 make a row of each block, whose
-    gradients go beside the next one's, and gather what is cut twice a micro-step; ZeRO-2 and -3 gather trained weights
-    after the optimizer's step.
+    DDP and ZeRO-2 sum gradients in buckets, DDP once an optimizer step: those of the main blocks go beside what is left
+    of the backward pass, except the last bucket; the others' weights lie before the main blocks. FSDP2 and ZeRO-3 send
+    those of each block beside the next one, and gather what is cut twice a micro-step; ZeRO-2 and -3 gather trained
+    weights after the optimizer's step.
     """
     share, steps = (cut.cards - 1) / cut.cards, config.train.gradient_accumulation_steps
-    trained, last = 4.0 * counted.trained, 4.0 * (counted.trained - counted.trained_in_main)
+    trained, in_main = 4.0 * counted.trained, 4.0 * counted.trained_in_main
+    outside = trained - in_main
+
     match cut.strategy:
         case "one_gpu":
             return Traffic(0.0, 0.0)
         case "ddp":
-            return Traffic(2 * share * trained / steps, 2 * share * trained / steps)
+            return Traffic(2 * share * trained / steps, 2 * share * (outside + min(in_main, BUCKET_BYTES)) / steps)
         case "zero2":
-            return Traffic(share * (trained + trained / steps), share * (trained + trained / steps))
+            gathered = share * trained / steps
+            return Traffic(share * trained + gathered, share * (outside + min(in_main, 4 * REDUCE_BUCKET)) + gathered)
     gathered = share * (base_bytes(config) * counted.frozen + trained)
     after = share * trained / steps if cut.strategy == "zero3" else 0.0
-    return Traffic(2 * gathered + share * trained + after, share * last + after)
+    return Traffic(2 * gathered + share * trained + after, share * outside + after)
 
 
 def step_seconds(computing: float, sent: Traffic, link_gb_s: float, waiting: float) -> float:

@@ -21,9 +21,10 @@ from ztrain.limits import refusal
 from ztrain.model import AdaptedDiT
 from ztrain.together import agree
 
-KWARGS = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=100)
-"""For the Accelerator. Gradients are DDP's buckets: four bytes less for each trained number. Those of our lists come at
-the end of the backward pass, all at once: few large buckets are sooner sent than many small ones."""
+KWARGS = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=50)
+"""For the Accelerator. Gradients are DDP's buckets: four bytes less for each trained number. Those of SigLIP modules
+and projectors come at the end of the backward pass, all at once: few large buckets are sooner sent than many small
+ones. A LoRA's come all along; nothing is left to hide its last bucket, which is to be small."""
 
 
 class Strategy:

@@ -14,7 +14,7 @@ from tests.test_parity import LORA, PROJECTOR, SIGLIP, make_model, noise_like
 from ztrain import block, blocks, layout
 from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.splice import SpliceConfig
-from ztrain.block import Factors, Keep, Packing
+from ztrain.block import Factors, Keep, Linears, Loras, Packing
 from ztrain.blocks import Given, lora_row, slow_because, use_fast_blocks, use_stock_blocks
 from ztrain.conditioning import IMAGE, TEXT, Encoded, TokenStates
 from ztrain.loras import spread
@@ -121,6 +121,29 @@ def test_bfloat16_is_as_near_to_float32_as_diffusers_bfloat16(family: Path, name
             assert found[0].dtype == torch.bfloat16
             errors.append(distance(found, true))
     assert 1e-4 < errors[0] <= 1.2 * errors[1], errors
+
+
+@pytest.mark.parametrize("matrices", [1, 3], ids=["side by side", "apart"])
+def test_what_a_young_lora_adds_is_not_rounded_away(matrices: int) -> None:
+    """In bfloat16, a tenth of the last bit of what it is added to: of that, the share that arrives."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, std: float) -> Tensor:
+        return (torch.randn(shape, generator=generator) * std).bfloat16()
+
+    x, whole, a = normal(1, 1024, 256, std=1), normal(3 * 256, 256, std=1 / 16), normal(16, 256, std=1 / 16)
+    bs = (normal(256, 8, std=1e-4), None, normal(256, 8, std=1e-4))
+    weights = (whole,) if matrices == 1 else whole.chunk(3)
+    with_lora = block._project(Linears(tuple(weights), Loras(a, bs), 3), x)
+    without = block._project(Linears(tuple(weights), None, 3), x)
+    narrow = x.double() @ a.double().t()
+    for more, less, b, part in zip(with_lora, without, bs, (narrow[..., :8], None, narrow[..., 8:]), strict=True):
+        if b is None or part is None:
+            assert torch.equal(more, less)
+            continue
+        true = part @ b.double().t()
+        assert 3 * true.std() < 2.0**-8 * less.double().std()  # the last bit of most
+        assert 0.9 < ((more.double() - less.double()) * true).sum() / true.square().sum() < 1.1
 
 
 def _work(model: AdaptedDiT, states: Encoded) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ Legend: B batch, N tokens, S tokens of all samples, d model width, r LoRA rank.
 """
 
 import functools
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -214,22 +215,37 @@ def _apart(linears: Linears) -> tuple[Linears, Linears]:
 
 def _project(linears: Linears, x: Tensor) -> list[Tensor]:
     """Each layer's output for the same x, (B, N, inputs) -> (B, N, outputs)."""
+    loras = linears.loras
+    if loras is None or all(b is None for b in loras.bs):
+        return _products(linears, x)
+    narrow = iter(F.linear(x, loras.a).split([b.shape[1] for b in loras.bs if b is not None], dim=-1))
+    if torch.compiler.is_compiling():
+        # A compiler fuses the sum with what reads it; of two matrices it would make one product that first copies what
+        # it adds to, of three-dimensional tensors it does not.
+        outputs = zip(_products(linears, x), loras.bs, strict=True)
+        return [y if b is None else y + F.linear(next(narrow), b) for y, b in outputs]
+    # Rounded once. After a product is rounded to bfloat16, what a young LoRA adds is less than half of the last bit,
+    # and lost: of a first step of AdamW the forward pass then sees half (tests/test_blocks.py).
+    weights = [weight.to(x.dtype) for matrix in linears.weights for weight in _rows_of(matrix, linears)]
+    return [
+        F.linear(x, weight) if b is None else _product_and_lora(x, weight, next(narrow), b)
+        for weight, b in zip(weights, loras.bs, strict=True)
+    ]
+
+
+def _products(linears: Linears, x: Tensor) -> list[Tensor]:
+    """Of the matrices alone."""
     products = [F.linear(x, weight.to(x.dtype)) for weight in linears.weights]
-    outputs = products if len(products) == linears.layers else list(products[0].chunk(linears.layers, dim=-1))
-    if linears.loras is None or all(b is None for b in linears.loras.bs):
-        return outputs
-    wide = [(place, b) for place, b in enumerate(linears.loras.bs) if b is not None]
-    narrow = F.linear(x, linears.loras.a).split([b.shape[1] for _, b in wide], dim=-1)
-    for (place, b), part in zip(wide, narrow, strict=True):
-        output = outputs[place]
-        if torch.compiler.is_compiling():
-            # A compiler fuses the sum with what reads it; of two matrices it would make one product that first copies
-            # the output, of three-dimensional tensors it does not.
-            outputs[place] = output + F.linear(part, b)
-        else:
-            added = torch.addmm(output.flatten(0, 1), part.flatten(0, 1), b.t())
-            outputs[place] = added.view(output.shape)
-    return outputs
+    return products if len(products) == linears.layers else list(products[0].chunk(linears.layers, dim=-1))
+
+
+def _rows_of(matrix: Tensor, linears: Linears) -> Sequence[Tensor]:
+    return (matrix,) if len(linears.weights) == linears.layers else matrix.chunk(linears.layers)
+
+
+def _product_and_lora(x: Tensor, weight: Tensor, narrow: Tensor, b: Tensor) -> Tensor:
+    added = narrow.flatten(0, 1) @ b.t()
+    return torch.addmm(added, x.flatten(0, 1), weight.t()).unflatten(0, x.shape[:-1])
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
@@ -247,8 +263,8 @@ def _policy(share: float, _: Any, operation: Any, *arguments: Any, **__: Any) ->
     result takes as many FLOPs as the inner length."""
     if operation in _ATTENTION:
         return CheckpointPolicy.MUST_SAVE
-    if operation is torch.ops.aten.mm.default:
-        (_, inner), (_, outputs) = arguments[0].shape, arguments[1].shape
+    if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        (_, inner), (_, outputs) = arguments[-2].shape, arguments[-1].shape
         if inner > share * outputs:
             return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

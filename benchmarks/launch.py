@@ -44,7 +44,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import alternating
-from benchmarks.launch_rows import LOSS_TOLERANCE, Row, compared, figures_of, last_lines, said_of, weights_of
+from benchmarks.launch_rows import (
+    LOSS_TOLERANCE,
+    Row,
+    compared,
+    figures_of,
+    last_lines,
+    replaced,
+    said_of,
+    weights_of,
+)
 from benchmarks.pages import ROOT
 from benchmarks.train_real_size import ASPECTS, build_shallow_family, places_of, run
 
@@ -394,7 +403,7 @@ class Results:
     def add(self, rows: Sequence[Row]) -> None:
         """In the place of earlier rows of the same parts; writes the file, and prints what is new."""
         new = {row["part"] for row in rows}
-        rows = [row for row in self.rows if row["part"] not in new] + list(rows)
+        rows = replaced(self.rows, rows)
         self.rows = compared(sorted(rows, key=lambda row: list(PARTS).index(row["part"])), self.all_reduce)
         document = self.head | {"all_reduce_ms": self.all_reduce, "rows": self.rows}
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,8 @@ _KEEPS = {"off": "everything", "on": "nothing"}
 def table(document: dict[str, Any]) -> str:
     """Of all rows; one that failed says so in the place of its time."""
     lines = [f"| {' | '.join(_HEADS)} |", "|---" * len(_HEADS) + "|"]
-    lines += [f"| {' | '.join(_cells(row, document['loss_tolerance']))} |" for row in document["rows"]]
+    shown = {row["part"]: row for row in document["rows"]}  # of two references of one part, the newer
+    lines += [f"| {' | '.join(_cells(row, document['loss_tolerance']))} |" for row in shown.values()]
     machine, versions = document["machine"], document["versions"]
     named = ", ".join(f"{name} {number}" for name, number in versions.items())
     lines += [

@@ -188,16 +188,20 @@ def sums(cases: dict[tuple[str, int], Case]) -> str:
 
 
 def measured(rows: Sequence[dict[str, Any]]) -> str:
-    """What DDP did beside one card, as far as anybody has measured: rows that differ in nothing else. The other
-    strategies stand in docs/cards.md."""
+    """What DDP did beside one card, as far as anybody has measured: within one run, and rows that differ in nothing
+    else. The other strategies stand in docs/cards.md."""
     lines = [
         "| measured, H200 | blocks computed again | cards | ms a step | efficiency | sum of gradients, ms |"
         " waiting for data, ms |",
         "|---" * 7 + "|",
     ]
-    shown = [row for keeps in ("off", "on") for row in compared(rows, keeps=keeps)]
+    shown = [row for row in rows if row.get("alternates")]
+    shown += [row for keeps in ("off", "on") for row in compared(rows, keeps=keeps)]
     for row in [row for row in shown if row["strategy"] in ("one_gpu", "ddp")]:
-        label = f"| {LISTS[list_name(row['list'])]}, {row['strategy']} | {_AGAIN[row['keeps']]} | {row['gpus']} |"
+        turns = " (beside steps that send nothing)" if row.get("alternates") else ""
+        label = (
+            f"| {LISTS[list_name(row['list'])]}, {row['strategy']}{turns} | {_AGAIN[row['keeps']]} | {row['gpus']} |"
+        )
         rest = " | ".join(_told(row.get(key), digits) for key, digits in _COLUMNS)
         lines.append(f"{label} failed | | | |" if "failed" in row else f"{label} {rest} |")
     if len(lines) == 2:

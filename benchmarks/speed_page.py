@@ -3,8 +3,8 @@
     python -m benchmarks.speed_page
 
 In: step_nvidia_h200.json and step_miniature.json (benchmarks/step.py), train_real_size_nvidia_h200.json
-(benchmarks/train_real_size.py), cost_nvidia_h200.json (benchmarks/cost.py), of benchmarks/results. Out: docs/speed.md
-between its marks, docs/speed.svg, docs/cost.svg.
+(benchmarks/train_real_size.py), cost_nvidia_h200.json (benchmarks/cost.py), young_lora_cpu.json
+(benchmarks/young_lora.py), of benchmarks/results. Out: docs/speed.md between its marks, docs/speed.svg, docs/cost.svg.
 """
 
 import json
@@ -151,14 +151,28 @@ def draws_table(document: dict[str, Any]) -> str:
     return "\n".join([*lines, "", words])
 
 
+def young_table(document: dict[str, Any]) -> str:
+    """What of a LoRA's first step a bfloat16 forward pass sees."""
+    lines = ["| forward pass in bfloat16 by | sees of a LoRA's first step |", "|---|---|"]
+    lines += [f"| {way} | {share:.0%} |" for way, share in document["seen"].items()]
+    size = document["size"]
+    words = (
+        "A first step of AdamW changes a product by less than half of its last bit in bfloat16; who rounds the product"
+        " before adding the LoRA's part loses most of that. Share of what the loss falls by in float32; random weights,"
+        f" {size['layers']} layers, {size['dim']} wide, {size['side']} px. {_told(document)}."
+    )
+    return "\n".join([*lines, "", words])
+
+
 def tables(results: Path) -> str:
-    step, miniature, whole, cost = (
+    step, miniature, whole, cost, young = (
         json.loads((results / name).read_text(encoding="utf-8"))
         for name in (
             "step_nvidia_h200.json",
             "step_miniature.json",
             "train_real_size_nvidia_h200.json",
             "cost_nvidia_h200.json",
+            "young_lora_cpu.json",
         )
     )
     parts: Sequence[tuple[str, str]] = (
@@ -168,6 +182,7 @@ def tables(results: Path) -> str:
         ("Random batches in random budgets", draws_table(cost)),
         ("Over size, batch and rank", "![time over FLOPs](cost.svg)\n\n" + cost_table(cost)),
         ("The miniature on a CPU", step_table(miniature)),
+        ("What a young LoRA adds", young_table(young)),
     )
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts)
 

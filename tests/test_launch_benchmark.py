@@ -156,6 +156,19 @@ RuntimeError: no room for 3/4 of it
     assert lines == ["training 1,234 weights of [lora]", "blocks compiled"] and launch_rows.weights_of(lines) == 1234
 
 
+def test_a_reference_stays_while_rows_of_its_weights_do() -> None:
+    old, fsdp, new = (
+        row(part, 1.0, [loss], 2, weights_of=weights)
+        for part, loss, weights in ((REFERENCE, 2.0, "a"), ("lora_fsdp2_on_alike", 2.2, "a"), (REFERENCE, 3.0, "b"))
+    )
+    both = launch_rows.replaced([old, fsdp], [new])
+    assert both == [old, fsdp, new]
+    assert launch_rows.compared(both, {})[1]["loss_difference"] == pytest.approx(0.1)
+    again = row("lora_fsdp2_on_alike", 1.0, [3.3], 2, weights_of="b")
+    assert launch_rows.replaced([fsdp], [again]) == [again]
+    assert launch_rows.replaced([old], [new]) == [new]
+
+
 def test_buckets_hold_all_gradients() -> None:
     sizes = all_reduce.buckets_of(70_000_000)
     assert sum(sizes) == 70_000_000 and {4 * size for size in sizes[:-1]} == {50 * 2**20}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from benchmarks import step
+from benchmarks import step, young_lora
 from tests.test_blocks import distance
 from ztrain.blocks import use_fast_blocks
 from ztrain.flow import velocity_losses
@@ -77,3 +77,11 @@ def test_one_compiled_function_serves_many_blocks(monkeypatch: pytest.MonkeyPatc
         kept += [parameter.grad for parameter in each.trained]
     assert counters["stats"]["unique_graphs"] == 5
     assert distance(found, true) <= 1e-4
+
+
+def test_a_young_lora_is_seen_by_ours_and_the_result_says_by_whom(tmp_path: Path) -> None:
+    assert young_lora.main(["--tiny", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "young_lora_cpu.json").read_text())["seen"]
+    assert found.keys() == young_lora.WAYS.keys() and 0.98 < found["ztrain"] < 1.02
+    committed = json.loads((step.RESULTS / "young_lora_cpu.json").read_text())["seen"]
+    assert abs(committed["ztrain"] - 1) < 0.01 < 1 - committed["diffusers and peft"]

@@ -158,7 +158,8 @@ def young_table(document: dict[str, Any]) -> str:
     size = document["size"]
     words = (
         "A first step of AdamW changes a product by less than half of its last bit in bfloat16; who rounds the product"
-        " before adding the LoRA's part loses most of that. Share of what the loss falls by in float32; random weights,"
+        " before adding the LoRA's part loses most of that. Blocks compiled by inductor still lose some: it rounds the"
+        " product, and sums that it keeps. Share of what the loss falls by in float32; random weights,"
         f" {size['layers']} layers, {size['dim']} wide, {size['side']} px. {_told(document)}."
     )
     return "\n".join([*lines, "", words])

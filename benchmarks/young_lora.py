@@ -1,11 +1,12 @@
 """How much of a LoRA's first step the forward pass sees on a bfloat16 base: ours beside diffusers and peft.
 
-    python -m benchmarks.young_lora [--out DIR] [--tiny]
+    python -m benchmarks.young_lora [--out DIR] [--eager] [--tiny]
 
 Random weights; [lora] of rank 32 takes one step of AdamW by the gradients of a float32 base. What the loss of the same
 batch then falls by is what is to be seen; each way computes both losses with the base in bfloat16. A first step changes
-a product by less than half of its last bit: who rounds the product before adding to it sees less. On a CUDA GPU the
-real size at 1024 px, and compiled blocks by what they keep; elsewhere a transformer of 30 layers, 1024 wide, at 256 px.
+a product by less than half of its last bit: who rounds the product before adding to it sees less. Ours also compiled by
+inductor, by what blocks keep, unless --eager. On a CUDA GPU the real size at 1024 px; elsewhere a transformer of 30
+layers, 1024 wide, at 256 px, a quarter of an hour.
 Out: young_lora_<device>.json, {"command", "machine", "date", "size", "falls_by" (float32), "seen" (by way: share of
 it)}. --tiny: does everything run?
 """
@@ -102,6 +103,7 @@ def seen(first: FirstStep, compiles: bool) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.young_lora", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--eager", action="store_true", help="nothing is compiled")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args(arguments)
     is_real = torch.cuda.is_available() and not options.tiny
@@ -114,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "date": datetime.now(UTC).date().isoformat(),
         "size": {"dim": size.config.get("dim", 3840), "layers": len(first.step.model.dit.layers), "side": side},
         "falls_by": round(first.falls_by, 5),
-        "seen": {name: round(share, 3) for name, share in seen(first, is_real).items()},
+        "seen": {name: round(share, 3) for name, share in seen(first, not options.eager).items()},
     }
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"young_lora_{told['device'].lower().replace(' ', '_')}.json"

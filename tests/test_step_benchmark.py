@@ -80,8 +80,9 @@ def test_one_compiled_function_serves_many_blocks(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_young_lora_is_seen_by_ours_and_the_result_says_by_whom(tmp_path: Path) -> None:
-    assert young_lora.main(["--tiny", "--out", str(tmp_path)]) == 0
+    assert young_lora.main(["--tiny", "--eager", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "young_lora_cpu.json").read_text())["seen"]
     assert found.keys() == young_lora.WAYS.keys() and 0.98 < found["ztrain"] < 1.02
     committed = json.loads((step.RESULTS / "young_lora_cpu.json").read_text())["seen"]
-    assert abs(committed["ztrain"] - 1) < 0.01 < 1 - committed["diffusers and peft"]
+    stock = committed.pop("diffusers and peft")
+    assert abs(committed["ztrain"] - 1) < 0.01 and len(committed) == 5 and min(committed.values()) > stock + 0.1

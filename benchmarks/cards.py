@@ -142,8 +142,8 @@ STRATEGIES_LEGEND = (
     "One triplet a card, 1024 px, every main block computed again. *torch*: the most that torch had allocated;"
     " *card*: with CUDA, NCCL and libraries by computation, all that the driver saw by measurement, in which torch's"
     " unused cache is, too. The computed ms hold what the strategies took beyond computing (`WAITING` of"
-    " `ztrain/expected.py`), which was measured with `[lora]` (DDP also with `[siglip]`) on these two"
-    " cards: a forecast only for other lists."
+    " `ztrain/expected.py`), the mean of `[lora]` and `[siglip]` on these two cards (ZeRO-3: of"
+    " `[siglip]` alone): a forecast only for other lists."
 )
 
 

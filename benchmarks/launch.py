@@ -402,14 +402,14 @@ class Results:
 
     def add(self, rows: Sequence[Row]) -> None:
         """In the place of earlier rows of the same parts; writes the file, and prints what is new."""
-        new = {row["part"] for row in rows}
+        new = {(row["part"], row["weights_of"]) for row in rows}
         rows = replaced(self.rows, rows)
         self.rows = compared(sorted(rows, key=lambda row: list(PARTS).index(row["part"])), self.all_reduce)
         document = self.head | {"all_reduce_ms": self.all_reduce, "rows": self.rows}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         for row in self.rows:
-            if row["part"] in new:
+            if (row["part"], row["weights_of"]) in new:
                 print(json.dumps({k: v for k, v in row.items() if k != "losses"}), flush=True)
 
 

@@ -36,6 +36,12 @@ def table(document: dict[str, Any]) -> str:
         f" card with the same global batch and the same random weights, or to the row that is named;"
         f" {document['loss_tolerance']:.0%} is the tolerance, what is beyond is bold.",
     ]
+    calls: dict[str, list[str]] = {}
+    for row in shown.values():
+        calls.setdefault(row["weights_of"], []).append(f"`{row['part']}`")
+    if len(calls) > 1:
+        lines += ["", "Not all rows are of one machine and the same random weights; those that are:", ""]
+        lines += [f"- {', '.join(parts)}" for parts in calls.values()]
     for row in document["rows"]:
         if "failed" in row:
             lines += ["", f"`{row['part']}`:", "", "```", row["failed"], "```"]

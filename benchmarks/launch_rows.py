@@ -73,9 +73,12 @@ def replaced(rows: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     """`rows` with the new ones in the place of earlier ones of the same parts. A reference stays beside a newer one
     while rows of its random weights are there: their losses are compared with no others."""
     parts = {row["part"] for row in new}
-    rest = [row for row in rows if row["part"] not in parts]
-    weights = {row["weights_of"] for row in rest} - {row["weights_of"] for row in new}
-    return [*(row for row in rows if row in rest or (row["is_reference"] and row["weights_of"] in weights)), *new]
+    weights = {row["weights_of"] for row in rows if row["part"] not in parts} - {row["weights_of"] for row in new}
+
+    def stays(row: Row) -> bool:
+        return row["part"] not in parts or (row["is_reference"] and row["weights_of"] in weights)
+
+    return [*filter(stays, rows), *new]
 
 
 _DERIVED = ("efficiency", "exposed_ms", "of_ddp", "all_reduce_ms", "loss_difference", "first_loss_difference",

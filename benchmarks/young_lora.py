@@ -35,7 +35,7 @@ RATE = 1e-4
 """Of AdamW; its first step is this times the sign of each gradient."""
 WAYS: dict[str, Callable[[Any], None]] = {
     "diffusers and peft": use_stock_blocks,
-    "ztrain": lambda dit: use_fast_blocks(dit),
+    "ztrain": use_fast_blocks,
 }
 SMALL = replace(REAL, config={**REAL.config, "dim": 1024, "n_heads": 8, "n_kv_heads": 8, "cap_feat_dim": 512})
 

@@ -195,6 +195,7 @@ def test_the_table_goes_between_its_marks_and_says_what_failed(tmp_path: Path) -
         row(DDP, 100.0, [2.0], 2, peak_gib=31.0, data_wait_ms=0.1, checkpoint_bytes=2**30, loss_difference=0.5),
         {"failed": "RuntimeError: no"} | {k: v for k, v in row("lora_zero3_on_alike", 1.0, [], 2).items() if k != "ms"},
     ]
+    rows = [each | {"weights_of": "b" if each["part"] == DDP else "a"} for each in rows]
     document = {"machine": {"gpu": "X", "gpus": 2}, "versions": {"torch": "2"}, "date": "2026-11-22", "steps": 1,
                 "loss_tolerance": 0.02, "rows": launch_rows.compared(rows[:1] + rows[2:], {}) + rows[1:2]}  # fmt: skip
     page, results = tmp_path / "launch.md", tmp_path / "results.json"
@@ -211,6 +212,7 @@ def test_the_table_goes_between_its_marks_and_says_what_failed(tmp_path: Path) -
     assert len({line.count("|") for line in lines}) == 1 and len(lines) == 5
     assert "| one_gpu | 1 | `[lora]` | everything | alike | 97.0 | 1.000 |" in text
     assert "| **5.0e-01** | 1.00 |" in text and "RuntimeError: no" in text
+    assert f"- `{ALONE}`, `lora_zero3_on_alike`\n- `{DDP}`\n" in text
     launch_page.main(page, results)
     assert page.read_text() == text
 

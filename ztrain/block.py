@@ -225,7 +225,7 @@ def _project(linears: Linears, x: Tensor) -> list[Tensor]:
         outputs = zip(_products(linears, x), loras.bs, strict=True)
         return [y if b is None else y + F.linear(next(narrow), b) for y, b in outputs]
     # Rounded once. After a product is rounded to bfloat16, what a young LoRA adds is less than half of the last bit,
-    # and lost: of a first step of AdamW the forward pass then sees half (tests/test_blocks.py).
+    # and lost: of a first step of AdamW the forward pass then sees half (benchmarks/young_lora.py).
     weights = [weight.to(x.dtype) for matrix in linears.weights for weight in _rows_of(matrix, linears)]
     return [
         F.linear(x, weight) if b is None else _product_and_lora(x, weight, next(narrow), b)

@@ -62,6 +62,8 @@ def test_a_compiled_run_trains_as_an_eager_one(family: Path, paintings: Path, tm
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on a CPU")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo asks for it
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, of its compiler
 def test_compiled_loras_copy_no_outputs(family: Path) -> None:
     """Inductor makes addmm of a product and a sum of matrices, and copies what it adds to."""
     model, noisy, states = make(family, [EVERYWHERE]), noise_like((8, 8), (8, 8)), uniform(2, 0)

@@ -9,7 +9,6 @@ Legend: B batch, N tokens, S tokens of all samples, d model width, r LoRA rank.
 """
 
 import functools
-from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -17,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ztrain.product import product_and_loras
 
 
 class Keep(IntEnum):
@@ -215,37 +216,25 @@ def _apart(linears: Linears) -> tuple[Linears, Linears]:
 
 def _project(linears: Linears, x: Tensor) -> list[Tensor]:
     """Each layer's output for the same x, (B, N, inputs) -> (B, N, outputs)."""
-    loras = linears.loras
+    weights, loras = [weight.to(x.dtype) for weight in linears.weights], linears.loras
     if loras is None or all(b is None for b in loras.bs):
-        return _products(linears, x)
-    narrow = iter(F.linear(x, loras.a).split([b.shape[1] for b in loras.bs if b is not None], dim=-1))
-    if torch.compiler.is_compiling():
-        # A compiler fuses the sum with what reads it; of two matrices it would make one product that first copies what
-        # it adds to, of three-dimensional tensors it does not.
-        outputs = zip(_products(linears, x), loras.bs, strict=True)
-        return [y if b is None else y + F.linear(next(narrow), b) for y, b in outputs]
-    # Rounded once. After a product is rounded to bfloat16, what a young LoRA adds is less than half of the last bit,
-    # and lost: of a first step of AdamW the forward pass then sees half (benchmarks/young_lora.py).
-    weights = [weight.to(x.dtype) for matrix in linears.weights for weight in _rows_of(matrix, linears)]
-    return [
-        F.linear(x, weight) if b is None else _product_and_lora(x, weight, next(narrow), b)
-        for weight, b in zip(weights, loras.bs, strict=True)
-    ]
-
-
-def _products(linears: Linears, x: Tensor) -> list[Tensor]:
-    """Of the matrices alone."""
-    products = [F.linear(x, weight.to(x.dtype)) for weight in linears.weights]
+        products = [F.linear(x, weight) for weight in weights]
+    else:
+        products = _with_loras(x, weights, loras)
     return products if len(products) == linears.layers else list(products[0].chunk(linears.layers, dim=-1))
 
 
-def _rows_of(matrix: Tensor, linears: Linears) -> Sequence[Tensor]:
-    return (matrix,) if len(linears.weights) == linears.layers else matrix.chunk(linears.layers)
-
-
-def _product_and_lora(x: Tensor, weight: Tensor, narrow: Tensor, b: Tensor) -> Tensor:
-    added = narrow.flatten(0, 1) @ b.t()
-    return torch.addmm(added, x.flatten(0, 1), weight.t()).unflatten(0, x.shape[:-1])
+def _with_loras(x: Tensor, weights: list[Tensor], loras: Loras) -> list[Tensor]:
+    """Of each matrix, which is of one layer or of all."""
+    of_matrices = [loras.bs] if len(weights) == 1 else [(b,) for b in loras.bs]
+    ranks = [sum(b.shape[1] for b in bs if b is not None) for bs in of_matrices]
+    narrow = F.linear(x, loras.a).split(ranks, dim=-1)
+    return [
+        product_and_loras(x, weight, own, [weight.new_empty(len(weight) // len(bs), 0) if b is None else b for b in bs])
+        if rank
+        else F.linear(x, weight)
+        for weight, own, bs, rank in zip(weights, narrow, of_matrices, ranks, strict=True)
+    ]
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
@@ -263,8 +252,9 @@ def _policy(share: float, _: Any, operation: Any, *arguments: Any, **__: Any) ->
     result takes as many FLOPs as the inner length."""
     if operation in _ATTENTION:
         return CheckpointPolicy.MUST_SAVE
-    if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-        (_, inner), (_, outputs) = arguments[-2].shape, arguments[-1].shape
+    if operation in (torch.ops.aten.mm.default, torch.ops.ztrain.product_and_loras.default):
+        second = arguments[1]
+        inner, outputs = second.shape if operation is torch.ops.aten.mm.default else reversed(second.shape)
         if inner > share * outputs:
             return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,71 @@
+"""Products of matrices with LoRAs, rounded once.
+
+In bfloat16 what a young LoRA adds is less than half of the last bit of what it is added to: after a product is rounded,
+it is lost (benchmarks/young_lora.py). So the base's product is accumulated onto the LoRAs'. It is an operator of its
+own because no other way leaves out the copy of what is added to: addmm makes one, and so does a compiler that is given
+one; the operator makes what it adds to, and nobody else sees that.
+
+Legend: N tokens, i inputs, o outputs, r rank of a LoRA, sums over layers that read the same.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+
+@torch.library.custom_op("ztrain::product_and_loras", mutates_args=())
+def product_and_loras(x: Tensor, weight: Tensor, narrow: Tensor, bs: Sequence[Tensor]) -> Tensor:
+    """(..., N, i), (sum o, i), (..., N, sum r), each layer's (o, r) -> x weight^T + narrow bs^T, (..., N, sum o).
+
+    narrow: what the LoRAs' first matrices made of x, layer by layer; a layer without a LoRA has rank 0. All of one
+    dtype. Gradients as autograd's own of the sum.
+    """
+    product = x.new_empty(*x.shape[:-1], len(weight))
+    flat = product.flatten(0, -2)
+    for part, of_layer, b in zip(*_by_layer(flat, narrow.flatten(0, -2), bs), bs, strict=True):
+        torch.mm(of_layer, b.t(), out=part)
+    flat.addmm_(x.flatten(0, -2), weight.t())
+    return product
+
+
+@product_and_loras.register_fake
+def _(x: Tensor, weight: Tensor, narrow: Tensor, bs: Sequence[Tensor]) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Sequence[Tensor]], output: Tensor) -> None:
+    x, weight, narrow, bs = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, narrow, *bs)
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
+    x, weight, narrow, *bs = ctx.saved_tensors
+    of_x, of_weight, of_narrow, of_bs = ctx.needs_input_grad
+    tokens, flat = gradient.shape[:-1], gradient.flatten(0, -2)  # (N, sum o)
+    parts, of_layers = _by_layer(flat, narrow.flatten(0, -2), bs)
+    return (
+        (flat @ weight).unflatten(0, tokens) if of_x else None,
+        flat.t() @ x.flatten(0, -2) if of_weight else None,
+        torch.cat([part @ b for part, b in zip(parts, bs, strict=True)], dim=-1).unflatten(0, tokens)
+        if of_narrow
+        else None,
+        [part.t() @ own if of_b else None for part, own, of_b in zip(parts, of_layers, of_bs, strict=True)],
+    )
+
+
+product_and_loras.register_autograd(_gradients, setup_context=_remember)
+
+
+@register_flop_formula(torch.ops.ztrain.product_and_loras)
+def _flops(x: Any, weight: Any, narrow: Any, bs: Any, *_: Any, **__: Any) -> int:
+    """2 for each number that is multiplied and added; arguments are shapes here."""
+    *tokens, inputs = x
+    return 2 * torch.Size(tokens).numel() * (weight[0] * inputs + sum(outputs * rank for outputs, rank in bs))
+
+
+def _by_layer(wide: Tensor, narrow: Tensor, bs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Of (N, sum o) and (N, sum r), each layer's columns."""
+    return wide.split([b.shape[0] for b in bs], dim=-1), narrow.split([b.shape[1] for b in bs], dim=-1)

@@ -131,10 +131,10 @@ def compute(
     states = _scaled(_normalised(x, weights.eps[0]), factors.into_attention, *whose).to(products)
     count = read.shape[1]
     if count == x.shape[1]:
-        query, key, value = _project(weights.qkv, states)
+        query, key, value = _project(weights.qkv, states, stored=1)
     else:
-        queries, others = _apart(weights.qkv)
-        (query,), (key, value) = _project(queries, states[:, :count]), _project(others, states)
+        queries, others = _apart(weights.qkv, 1)
+        (query,), (key, value) = _project(queries, states[:, :count]), _project(others, states, stored=1)
     query, key, value = (projected.unflatten(-1, (weights.heads, -1)) for projected in (query, key, value))
     query = _turned(_normed_heads(query, weights.norm_q), freqs[:, :count]).to(products)
     key = _turned(_normed_heads(key, weights.norm_k), freqs).to(products)
@@ -201,40 +201,66 @@ def complex_factors(factors: Tensor) -> Tensor:
     return torch.complex(own[..., ::2], neighbours[..., 1::2])
 
 
-def _apart(linears: Linears) -> tuple[Linears, Linears]:
-    """The first layer, and the others."""
-    (first, *others), loras = linears.weights, linears.loras
-    if not others and linears.layers > 1:
-        rows = len(first) // linears.layers
-        first, others = first[:rows], [first[rows:]]
+def _apart(linears: Linears, count: int) -> tuple[Linears, Linears]:
+    """The first `count` layers, and the others."""
+    (whole, *more), loras, layers = linears.weights, linears.loras, linears.layers
+    weights = whole.tensor_split([len(whole) // layers * count]) if not more else ()
+    first, others = ((weights[0],), (weights[1],)) if weights else (linears.weights[:count], linears.weights[count:])
     if loras is None:
-        return Linears((first,), None, 1), Linears(tuple(others), None, linears.layers - 1)
-    rank = 0 if loras.bs[0] is None else loras.bs[0].shape[1]
-    apart = (Loras(loras.a[:rank], loras.bs[:1]), Loras(loras.a[rank:], loras.bs[1:]))
-    return Linears((first,), apart[0], 1), Linears(tuple(others), apart[1], linears.layers - 1)
+        return Linears(first, None, count), Linears(others, None, layers - count)
+    rank = sum(b.shape[1] for b in loras.bs[:count] if b is not None)
+    apart = (Loras(loras.a[:rank], loras.bs[:count]), Loras(loras.a[rank:], loras.bs[count:]))
+    return Linears(first, apart[0], count), Linears(others, apart[1], layers - count)
 
 
-def _project(linears: Linears, x: Tensor) -> list[Tensor]:
-    """Each layer's output for the same x, (B, N, inputs) -> (B, N, outputs)."""
-    weights, loras = [weight.to(x.dtype) for weight in linears.weights], linears.loras
+def _project(linears: Linears, x: Tensor, stored: int = 0) -> list[Tensor]:
+    """Each layer's output for the same x, (B, N, inputs) -> (B, N, outputs).
+
+    stored: of how many of the last layers the output is read from memory as it is; those are rounded once. What reads
+    the others is elementwise or a norm: a compiler makes the sum of a product and its LoRA there, and never rounds it.
+    """
+    loras = linears.loras
     if loras is None or all(b is None for b in loras.bs):
-        products = [F.linear(x, weight) for weight in weights]
-    else:
-        products = _with_loras(x, weights, loras)
-    return products if len(products) == linears.layers else list(products[0].chunk(linears.layers, dim=-1))
+        return _products(linears, x)
+    narrow = F.linear(x, loras.a)
+    if not torch.compiler.is_compiling() or stored == linears.layers:
+        return _rounded_once(linears, x, narrow)
+    if not stored:
+        return _summed(linears, x, narrow)
+    first, last = _apart(linears, linears.layers - stored)
+    rank = sum(b.shape[1] for b in loras.bs[:-stored] if b is not None)
+    return [*_summed(first, x, narrow[..., :rank]), *_rounded_once(last, x, narrow[..., rank:])]
 
 
-def _with_loras(x: Tensor, weights: list[Tensor], loras: Loras) -> list[Tensor]:
-    """Of each matrix, which is of one layer or of all."""
-    of_matrices = [loras.bs] if len(weights) == 1 else [(b,) for b in loras.bs]
-    ranks = [sum(b.shape[1] for b in bs if b is not None) for bs in of_matrices]
-    narrow = F.linear(x, loras.a).split(ranks, dim=-1)
-    return [
-        product_and_loras(x, weight, own, [weight.new_empty(len(weight) // len(bs), 0) if b is None else b for b in bs])
+def _products(linears: Linears, x: Tensor) -> list[Tensor]:
+    """Of the matrices alone."""
+    return _of_layers([F.linear(x, weight.to(x.dtype)) for weight in linears.weights], linears.layers)
+
+
+def _summed(linears: Linears, x: Tensor, narrow: Tensor) -> list[Tensor]:
+    """For a compiler, which fuses the sum with what reads it: of two matrices it would make one product that first
+    copies what it adds to, of three-dimensional tensors it does not."""
+    bs = linears.loras.bs if linears.loras else ()
+    parts = iter(narrow.split([b.shape[1] for b in bs if b is not None], dim=-1))
+    return [y if b is None else y + F.linear(next(parts), b) for y, b in zip(_products(linears, x), bs, strict=True)]
+
+
+def _rounded_once(linears: Linears, x: Tensor, narrow: Tensor) -> list[Tensor]:
+    bs = linears.loras.bs if linears.loras else ()
+    of_matrices = [bs] if len(linears.weights) == 1 else [(b,) for b in bs]
+    ranks = [sum(b.shape[1] for b in own if b is not None) for own in of_matrices]
+    parts, weights = narrow.split(ranks, dim=-1), [weight.to(x.dtype) for weight in linears.weights]
+    products = [
+        product_and_loras(x, weight, part, [x.new_empty(len(weight) // len(own), 0) if b is None else b for b in own])
         if rank
         else F.linear(x, weight)
-        for weight, own, bs, rank in zip(weights, narrow, of_matrices, ranks, strict=True)
+        for weight, part, own, rank in zip(weights, parts, of_matrices, ranks, strict=True)
     ]
+    return _of_layers(products, linears.layers)
+
+
+def _of_layers(products: list[Tensor], layers: int) -> list[Tensor]:
+    return products if len(products) == layers else list(products[0].chunk(layers, dim=-1))
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------

@@ -25,7 +25,14 @@ def product_and_loras(x: Tensor, weight: Tensor, narrow: Tensor, bs: Sequence[Te
     """
     product = x.new_empty(*x.shape[:-1], len(weight))
     flat = product.flatten(0, -2)
-    for part, of_layer, b in zip(*_by_layer(flat, narrow.flatten(0, -2), bs), bs, strict=True):
+    layers = list(zip(*_by_layer(flat, narrow.flatten(0, -2), bs), bs, strict=True))
+    if x.is_cuda and x.dtype != torch.float32:
+        # cuBLAS rounds the product before it adds what lies there (measured on an H200).
+        exact = torch.mm(x.flatten(0, -2), weight.t(), out_dtype=torch.float32)
+        for (part, of_layer, b), own in zip(layers, exact.split([len(b) for b in bs], dim=-1), strict=True):
+            torch.add(own, of_layer @ b.t(), out=part)
+        return product
+    for part, of_layer, b in layers:
         torch.mm(of_layer, b.t(), out=part)
     flat.addmm_(x.flatten(0, -2), weight.t())
     return product

@@ -123,27 +123,36 @@ def test_bfloat16_is_as_near_to_float32_as_diffusers_bfloat16(family: Path, name
     assert 1e-4 < errors[0] <= 1.2 * errors[1], errors
 
 
-@pytest.mark.parametrize("matrices", [1, 3], ids=["side by side", "apart"])
-def test_what_a_young_lora_adds_is_not_rounded_away(matrices: int) -> None:
-    """In bfloat16, a tenth of the last bit of what it is added to: of that, the share that arrives."""
+def a_young_lora(matrices: int, device: torch.device) -> tuple[Linears, Tensor, list[Tensor | None]]:
+    """Three layers in bfloat16, what they read, and what their LoRAs add: a tenth of the last bit; none the second."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, std: float) -> Tensor:
-        return (torch.randn(shape, generator=generator) * std).bfloat16()
+        return (torch.randn(shape, generator=generator) * std).to(device, torch.bfloat16)
 
     x, whole, a = normal(1, 1024, 256, std=1), normal(3 * 256, 256, std=1 / 16), normal(16, 256, std=1 / 16)
     bs = (normal(256, 8, std=1e-4), None, normal(256, 8, std=1e-4))
-    weights = (whole,) if matrices == 1 else whole.chunk(3)
-    with_lora = block._project(Linears(tuple(weights), Loras(a, bs), 3), x)
-    without = block._project(Linears(tuple(weights), None, 3), x)
-    narrow = x.double() @ a.double().t()
-    for more, less, b, part in zip(with_lora, without, bs, (narrow[..., :8], None, narrow[..., 8:]), strict=True):
-        if b is None or part is None:
+    narrow = (x.double() @ a.double().t()).split(8, dim=-1)
+    true = [narrow[0] @ bs[0].double().t(), None, narrow[1] @ bs[2].double().t()]
+    return Linears((whole,) if matrices == 1 else whole.chunk(3), Loras(a, bs), 3), x, true
+
+
+def share_of(added: Tensor, more: Tensor, less: Tensor) -> float:
+    """How much of it is in more - less."""
+    assert 3 * added.std() < 2.0**-8 * less.double().std()  # the last bit of most
+    return float(((more.double() - less.double()) * added).sum() / added.square().sum())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("matrices", [1, 3], ids=["side by side", "apart"])
+def test_what_a_young_lora_adds_is_not_rounded_away(matrices: int, device: str) -> None:
+    linears, x, true = a_young_lora(matrices, torch.device(device))
+    with_lora, without = (block._project(each, x) for each in (linears, linears._replace(loras=None)))
+    for more, less, added in zip(with_lora, without, true, strict=True):
+        if added is None:
             assert torch.equal(more, less)
-            continue
-        true = part @ b.double().t()
-        assert 3 * true.std() < 2.0**-8 * less.double().std()  # the last bit of most
-        assert 0.9 < ((more.double() - less.double()) * true).sum() / true.square().sum() < 1.1
+        else:
+            assert 0.9 < share_of(added, more, less) < 1.1
 
 
 def _work(model: AdaptedDiT, states: Encoded) -> tuple[int, int, int]:

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from tests.test_batched import gradients, uniform
-from tests.test_blocks import EVERYWHERE, SIGMA, distance, make
+from tests.test_blocks import EVERYWHERE, SIGMA, a_young_lora, distance, make, share_of
 from tests.test_main_path import losses, paintings, train
 from tests.test_parity import LORA, make_model, noise_like
+from ztrain import block
+from ztrain.block import Linears
 from ztrain.blocks import reads_real, use_fast_blocks
 from ztrain.compiling import compile_blocks
 
@@ -58,6 +61,27 @@ def test_a_compiled_run_trains_as_an_eager_one(family: Path, paintings: Path, tm
     done = train(family, paintings, tmp_path / "compiled", "lora", *words, "--train.compile", "on")
     assert "blocks compiled by inductor" in done.stdout
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on a CPU")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, of its compiler
+@pytest.mark.parametrize("matrices", [1, 3], ids=["side by side", "apart"])
+def test_compiled_what_a_young_lora_adds_is_not_rounded_away(matrices: int) -> None:
+    """Queries and keys are read in float32, as the norms of heads do; values are stored."""
+    torch.compiler.reset()
+    linears, x, true = a_young_lora(matrices, torch.device("cpu"))
+
+    def read(linears: Linears, x: Tensor) -> list[Tensor]:
+        query, key, value = block._project(linears, x, stored=1)
+        return [query.float(), key.float(), value]
+
+    with_lora, without = (torch.compile(read)(each, x) for each in (linears, linears._replace(loras=None)))
+    for more, less, added in zip(with_lora, without, true, strict=True):
+        if added is None:
+            assert torch.equal(more, less)
+        else:
+            assert 0.9 < share_of(added, more, less) < 1.1
 
 
 @pytest.mark.slow

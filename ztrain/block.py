@@ -204,8 +204,8 @@ def complex_factors(factors: Tensor) -> Tensor:
 def _apart(linears: Linears, count: int) -> tuple[Linears, Linears]:
     """The first `count` layers, and the others."""
     (whole, *more), loras, layers = linears.weights, linears.loras, linears.layers
-    weights = whole.tensor_split([len(whole) // layers * count]) if not more else ()
-    first, others = ((weights[0],), (weights[1],)) if weights else (linears.weights[:count], linears.weights[count:])
+    rows = len(whole) // layers * count
+    first, others = (linears.weights[:count], linears.weights[count:]) if more else ((whole[:rows],), (whole[rows:],))
     if loras is None:
         return Linears(first, None, count), Linears(others, None, layers - count)
     rank = sum(b.shape[1] for b in loras.bs[:count] if b is not None)

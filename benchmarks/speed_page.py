@@ -3,8 +3,9 @@
     python -m benchmarks.speed_page
 
 In: step_nvidia_h200.json and step_miniature.json (benchmarks/step.py), train_real_size_nvidia_h200.json
-(benchmarks/train_real_size.py), cost_nvidia_h200.json (benchmarks/cost.py), young_lora_cpu.json
-(benchmarks/young_lora.py), of benchmarks/results. Out: docs/speed.md between its marks, docs/speed.svg, docs/cost.svg.
+(benchmarks/train_real_size.py), cost_nvidia_h200.json (benchmarks/cost.py), young_lora_nvidia_h200.json and
+young_lora_cpu.json (benchmarks/young_lora.py), of benchmarks/results. Out: docs/speed.md between its marks,
+docs/speed.svg, docs/cost.svg.
 """
 
 import json
@@ -151,28 +152,38 @@ def draws_table(document: dict[str, Any]) -> str:
     return "\n".join([*lines, "", words])
 
 
-def young_table(document: dict[str, Any]) -> str:
-    """What of a LoRA's first step a bfloat16 forward pass sees."""
-    lines = ["| forward pass in bfloat16 by | sees of a LoRA's first step |", "|---|---|"]
-    lines += [f"| {way} | {share:.0%} |" for way, share in document["seen"].items()]
-    size = document["size"]
+def young_table(documents: Sequence[dict[str, Any]]) -> str:
+    """What of a LoRA's first step a bfloat16 forward pass sees, on each machine."""
+    devices = [document["machine"]["device"] for document in documents]
+    lines = [
+        f"| sees of a LoRA's first step, in bfloat16 | {' | '.join(devices)} |",
+        "|---" * (len(devices) + 1) + "|",
+    ]
+    for way in documents[0]["seen"]:
+        shares = [f"{document['seen'][way]:.0%}" for document in documents]
+        lines.append(f"| {way} | {' | '.join(shares)} |")
     words = (
-        "A first step of AdamW changes a product by less than half of its last bit in bfloat16; who rounds the product"
-        " before adding the LoRA's part loses most of that. Blocks compiled by inductor still lose some: it rounds the"
-        " product, and sums that it keeps. Share of what the loss falls by in float32; random weights,"
-        f" {size['layers']} layers, {size['dim']} wide, {size['side']} px. {_told(document)}."
+        "Share of what the loss falls by in float32; random weights. A first step of AdamW changes a product by less"
+        " than half of its last bit in bfloat16: who rounds the product before adding the LoRA's part loses most of"
+        " that. With everything kept the compiler stores some sums before it reads them again."
     )
-    return "\n".join([*lines, "", words])
+    told = [
+        f"{_told(document)}: {size['layers']} layers, {size['dim']} wide, {size['side']} px."
+        for document in documents
+        for size in [document["size"]]
+    ]
+    return "\n".join([*lines, "", " ".join([words, *told])])
 
 
 def tables(results: Path) -> str:
-    step, miniature, whole, cost, young = (
+    step, miniature, whole, cost, *young = (
         json.loads((results / name).read_text(encoding="utf-8"))
         for name in (
             "step_nvidia_h200.json",
             "step_miniature.json",
             "train_real_size_nvidia_h200.json",
             "cost_nvidia_h200.json",
+            "young_lora_nvidia_h200.json",
             "young_lora_cpu.json",
         )
     )

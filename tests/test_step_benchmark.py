@@ -83,6 +83,8 @@ def test_a_young_lora_is_seen_by_ours_and_the_result_says_by_whom(tmp_path: Path
     assert young_lora.main(["--tiny", "--eager", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "young_lora_cpu.json").read_text())["seen"]
     assert found.keys() == young_lora.WAYS.keys() and 0.98 < found["ztrain"] < 1.02
-    committed = json.loads((step.RESULTS / "young_lora_cpu.json").read_text())["seen"]
-    stock = committed.pop("diffusers and peft")
-    assert abs(committed["ztrain"] - 1) < 0.01 and len(committed) == 5 and min(committed.values()) > stock + 0.1
+    for name in ("young_lora_cpu.json", "young_lora_nvidia_h200.json"):
+        committed = json.loads((step.RESULTS / name).read_text())["seen"]
+        stock, stored = committed.pop("diffusers and peft"), committed.pop("ztrain, compiled, everything kept")
+        assert len(committed) == 4 and all(abs(share - 1) < 0.01 for share in committed.values()), name
+        assert stock + 0.2 < stored, name

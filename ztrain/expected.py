@@ -42,12 +42,11 @@ may take, in the same lines."""
 COLLECTIVES_GIB = 0.82
 """NCCL's buffers, for several cards: launch_nvidia_h200.json, used_gib less peak_gib of ddp, less the same of one_gpu,
 mean of [lora] and [siglip] with everything kept."""
-WAITING: dict[Strategy, float] = {"one_gpu": 0.0, "ddp": 0.003, "fsdp2": 0.044, "zero2": 0.014, "zero3": 0.284}
+WAITING: dict[Strategy, float] = {"one_gpu": 0.0, "ddp": 0.003, "fsdp2": 0.044, "zero2": 0.006, "zero3": 0.284}
 """Seconds of a micro-step beyond computing and what is sent beside nothing: launch_nvidia_h200.json, two H200. ddp: its
 exposed_ms in the rows that send by turns, less the sums that nothing hides; the others: ms with nothing kept less what
 is computed here; means of [lora] and [siglip]. zero3, whose blocks are not compiled, waits for its host: of [siglip],
-since [lora]'s steps took 973 ms in this call and 666 in another. On all other cards, and on more of them, as much:
-assumed."""
+since [lora]'s steps took 666 to 973 ms in three calls. On all other cards, and on more of them, as much: assumed."""
 BUCKET_BYTES = 50 * 2**20
 """Of DDP's sums: bucket_cap_mb of ztrain.strategy.KWARGS."""
 REPLAYED_TOKENS = 2560

@@ -1,9 +1,9 @@
 """Products of matrices with LoRAs, rounded once.
 
 In bfloat16 what a young LoRA adds is less than half of the last bit of what it is added to: after a product is rounded,
-it is lost (benchmarks/young_lora.py). So the base's product is accumulated onto the LoRAs'. It is an operator of its
-own because no other way leaves out the copy of what is added to: addmm makes one, and so does a compiler that is given
-one; the operator makes what it adds to, and nobody else sees that.
+it is lost (benchmarks/young_lora.py). So both are summed before: on a CPU the product is accumulated onto what the LoRA
+adds; on a GPU it is taken in float32, since cuBLAS rounds a product before it adds what lies in its place (seen on an
+H200, CUDA 13). An operator, because a compiler would copy what is added to.
 
 Legend: N tokens, i inputs, o outputs, r rank of a LoRA, sums over layers that read the same.
 """
@@ -24,17 +24,16 @@ def product_and_loras(x: Tensor, weight: Tensor, narrow: Tensor, bs: Sequence[Te
     dtype. Gradients as autograd's own of the sum.
     """
     product = x.new_empty(*x.shape[:-1], len(weight))
-    flat = product.flatten(0, -2)
-    layers = list(zip(*_by_layer(flat, narrow.flatten(0, -2), bs), bs, strict=True))
-    if x.is_cuda and x.dtype != torch.float32:
-        # cuBLAS rounds the product before it adds what lies there (measured on an H200).
-        exact = torch.mm(x.flatten(0, -2), weight.t(), out_dtype=torch.float32)
+    rows, flat = x.flatten(0, -2), product.flatten(0, -2)
+    layers = zip(*_by_layer(flat, narrow.flatten(0, -2), bs), bs, strict=True)
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        exact = torch.mm(rows, weight.t(), out_dtype=torch.float32)
         for (part, of_layer, b), own in zip(layers, exact.split([len(b) for b in bs], dim=-1), strict=True):
             torch.add(own, of_layer @ b.t(), out=part)
         return product
     for part, of_layer, b in layers:
         torch.mm(of_layer, b.t(), out=part)
-    flat.addmm_(x.flatten(0, -2), weight.t())
+    flat.addmm_(rows, weight.t())
     return product
 
 

@@ -9,6 +9,7 @@ Legend: B batch, N tokens, S tokens of all samples, d model width, r LoRA rank.
 """
 
 import functools
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -222,14 +223,16 @@ def _project(linears: Linears, x: Tensor, stored: int = 0) -> list[Tensor]:
     loras = linears.loras
     if loras is None or all(b is None for b in loras.bs):
         return _products(linears, x)
-    narrow = F.linear(x, loras.a)
+    narrow, bs = F.linear(x, loras.a), loras.bs
     if not torch.compiler.is_compiling() or stored == linears.layers:
-        return _rounded_once(linears, x, narrow)
+        return _rounded_once(linears, bs, x, narrow)
     if not stored:
-        return _summed(linears, x, narrow)
-    first, last = _apart(linears, linears.layers - stored)
-    rank = sum(b.shape[1] for b in loras.bs[:-stored] if b is not None)
-    return [*_summed(first, x, narrow[..., :rank]), *_rounded_once(last, x, narrow[..., rank:])]
+        return _summed(linears, bs, x, narrow)
+    count = linears.layers - stored
+    first, last = _apart(linears, count)
+    rank = sum(b.shape[1] for b in bs[:count] if b is not None)
+    summed = _summed(first, bs[:count], x, narrow[..., :rank])
+    return [*summed, *_rounded_once(last, bs[count:], x, narrow[..., rank:])]
 
 
 def _products(linears: Linears, x: Tensor) -> list[Tensor]:
@@ -237,16 +240,14 @@ def _products(linears: Linears, x: Tensor) -> list[Tensor]:
     return _of_layers([F.linear(x, weight.to(x.dtype)) for weight in linears.weights], linears.layers)
 
 
-def _summed(linears: Linears, x: Tensor, narrow: Tensor) -> list[Tensor]:
+def _summed(linears: Linears, bs: Sequence[Tensor | None], x: Tensor, narrow: Tensor) -> list[Tensor]:
     """For a compiler, which fuses the sum with what reads it: of two matrices it would make one product that first
     copies what it adds to, of three-dimensional tensors it does not."""
-    bs = linears.loras.bs if linears.loras else ()
     parts = iter(narrow.split([b.shape[1] for b in bs if b is not None], dim=-1))
     return [y if b is None else y + F.linear(next(parts), b) for y, b in zip(_products(linears, x), bs, strict=True)]
 
 
-def _rounded_once(linears: Linears, x: Tensor, narrow: Tensor) -> list[Tensor]:
-    bs = linears.loras.bs if linears.loras else ()
+def _rounded_once(linears: Linears, bs: Sequence[Tensor | None], x: Tensor, narrow: Tensor) -> list[Tensor]:
     of_matrices = [bs] if len(linears.weights) == 1 else [(b,) for b in bs]
     ranks = [sum(b.shape[1] for b in own if b is not None) for own in of_matrices]
     parts, weights = narrow.split(ranks, dim=-1), [weight.to(x.dtype) for weight in linears.weights]
@@ -279,8 +280,8 @@ def _policy(share: float, _: Any, operation: Any, *arguments: Any, **__: Any) ->
     if operation in _ATTENTION:
         return CheckpointPolicy.MUST_SAVE
     if operation in (torch.ops.aten.mm.default, torch.ops.ztrain.product_and_loras.default):
-        second = arguments[1]
-        inner, outputs = second.shape if operation is torch.ops.aten.mm.default else reversed(second.shape)
+        is_operator = operation is not torch.ops.aten.mm.default  # which takes its matrix as it lies
+        inner, outputs = reversed(arguments[1].shape) if is_operator else arguments[1].shape
         if inner > share * outputs:
             return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

@@ -164,8 +164,8 @@ def young_table(documents: Sequence[dict[str, Any]]) -> str:
         lines.append(f"| {way} | {' | '.join(shares)} |")
     words = (
         "Share of what the loss falls by in float32; random weights. A first step of AdamW changes a product by less"
-        " than half of its last bit in bfloat16: who rounds the product before adding the LoRA's part loses most of"
-        " that. With everything kept the compiler stores some sums before it reads them again."
+        " than half of its last bit in bfloat16: where a rounded product and the LoRA's part are rounded together, most"
+        " of that is lost. With everything kept the compiler stores some sums before it reads them again."
     )
     told = [
         f"{_told(document)}: {size['layers']} layers, {size['dim']} wide, {size['side']} px."

@@ -66,11 +66,12 @@ def test_a_compiled_run_trains_as_an_eager_one(family: Path, paintings: Path, tm
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on a CPU")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, of its compiler
+@pytest.mark.parametrize("have", [(0, 2), (0, 1), (2,)], ids=["query and value", "query and key", "value"])
 @pytest.mark.parametrize("matrices", [1, 3], ids=["side by side", "apart"])
-def test_compiled_what_a_young_lora_adds_is_not_rounded_away(matrices: int) -> None:
+def test_compiled_what_a_young_lora_adds_is_not_rounded_away(matrices: int, have: tuple[int, ...]) -> None:
     """Queries and keys are read in float32, as the norms of heads do; values are stored."""
     torch.compiler.reset()
-    linears, x, true = a_young_lora(matrices, torch.device("cpu"))
+    linears, x, true = a_young_lora(matrices, torch.device("cpu"), have)
 
     def read(linears: Linears, x: Tensor) -> list[Tensor]:
         query, key, value = block._project(linears, x, stored=1)

@@ -2,8 +2,9 @@
 
 `compute` is ZImageTransformerBlock.forward in basic mode (transformer_z_image.py, diffusers 0.42.1) with less traffic:
 RMSNorm is one kernel; a norm's weight and what modulates or gates it are one factor, made before the block; matrices
-that share their input are one product where they lie side by side (storage.py); LoRAs that share their input share one
-product with it. It takes tensors and numbers alone, so that one compiled function serves all blocks.
+that share their input are one product where they lie side by side (storage.py), unless they are rounded differently;
+LoRAs that share their input share one product with it. It takes tensors and numbers alone, so that one compiled
+function serves all blocks.
 
 Legend: B batch, N tokens, S tokens of all samples, d model width, r LoRA rank.
 """
@@ -218,7 +219,8 @@ def _project(linears: Linears, x: Tensor, stored: int = 0) -> list[Tensor]:
     """Each layer's output for the same x, (B, N, inputs) -> (B, N, outputs).
 
     stored: of how many of the last layers the output is read from memory as it is; those are rounded once. What reads
-    the others is elementwise or a norm: a compiler makes the sum of a product and its LoRA there, and never rounds it.
+    the others is elementwise or a norm: a compiler makes the sum of a product and its LoRA there, and does not round
+    it, unless it keeps it: where everything is kept, some are read as they were stored.
     """
     loras = linears.loras
     if loras is None or all(b is None for b in loras.bs):
@@ -226,7 +228,7 @@ def _project(linears: Linears, x: Tensor, stored: int = 0) -> list[Tensor]:
     narrow, bs = F.linear(x, loras.a), loras.bs
     if not torch.compiler.is_compiling() or stored == linears.layers:
         return _rounded_once(linears, bs, x, narrow)
-    if not stored:
+    if not stored or all(b is None for b in bs[-stored:]):
         return _summed(linears, bs, x, narrow)
     count = linears.layers - stored
     first, last = _apart(linears, count)

@@ -1,9 +1,9 @@
 """Products of matrices with LoRAs, rounded once.
 
-In bfloat16 what a young LoRA adds is less than half of the last bit of what it is added to: after a product is rounded,
-it is lost (benchmarks/young_lora.py). So both are summed before: on a CPU the product is accumulated onto what the LoRA
-adds; on a GPU it is taken in float32, since cuBLAS rounds a product before it adds what lies in its place (seen on an
-H200, CUDA 13). An operator, because a compiler would copy what is added to.
+In bfloat16 what a young LoRA adds is less than half of the last bit of what it is added to: where a rounded product and
+it are rounded together, it is lost (benchmarks/young_lora.py). So both are summed before any is: on a CPU the product
+is accumulated onto what the LoRA adds; on a GPU it is taken in float32, since cuBLAS rounds a product before it adds
+what lies in its place (seen on an H200, CUDA 13). An operator, because a compiler would copy what is added to.
 
 Legend: N tokens, i inputs, o outputs, r rank of a LoRA, sums over layers that read the same.
 """
@@ -25,15 +25,15 @@ def product_and_loras(x: Tensor, weight: Tensor, narrow: Tensor, bs: Sequence[Te
     """
     product = x.new_empty(*x.shape[:-1], len(weight))
     rows, flat = x.flatten(0, -2), product.flatten(0, -2)
-    layers = zip(*_by_layer(flat, narrow.flatten(0, -2), bs), bs, strict=True)
-    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-        exact = torch.mm(rows, weight.t(), out_dtype=torch.float32)
-        for (part, of_layer, b), own in zip(layers, exact.split([len(b) for b in bs], dim=-1), strict=True):
-            torch.add(own, of_layer @ b.t(), out=part)
+    parts, of_layers = _by_layer(flat, narrow.flatten(0, -2), bs)
+    if not (x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)):
+        for part, of_layer, b in zip(parts, of_layers, bs, strict=True):
+            torch.mm(of_layer, b.t(), out=part)
+        flat.addmm_(rows, weight.t())
         return product
-    for part, of_layer, b in layers:
-        torch.mm(of_layer, b.t(), out=part)
-    flat.addmm_(rows, weight.t())
+    matrices = weight.split([len(b) for b in bs])
+    for part, of_layer, b, matrix in zip(parts, of_layers, bs, matrices, strict=True):  # float32 of one at a time
+        torch.add(torch.mm(rows, matrix.t(), out_dtype=torch.float32), of_layer @ b.t(), out=part)
     return product
 
 
@@ -44,7 +44,8 @@ def _(x: Tensor, weight: Tensor, narrow: Tensor, bs: Sequence[Tensor]) -> Tensor
 
 def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Sequence[Tensor]], output: Tensor) -> None:
     x, weight, narrow, bs = inputs
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, narrow, *bs)
+    of_x, of_weight, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(x if of_weight else None, weight if of_x else None, narrow, *bs)
 
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:

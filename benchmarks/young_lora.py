@@ -4,9 +4,9 @@
 
 Random weights; [lora] of rank 32 takes one step of AdamW by the gradients of a float32 base. What the loss of the same
 batch then falls by is what is to be seen; each way computes both losses with the base in bfloat16. A first step changes
-a product by less than half of its last bit: who rounds the product before adding to it sees less. Ours also compiled by
-inductor, by what blocks keep, unless --eager. On a CUDA GPU the real size at 1024 px; elsewhere a transformer of 30
-layers, 1024 wide, at 256 px, a quarter of an hour.
+a product by less than half of its last bit: where a rounded product and what a LoRA adds are rounded together, that is
+lost. Ours also compiled by inductor, by what blocks keep, unless --eager. On a CUDA GPU the real size at 1024 px;
+elsewhere a transformer of 30 layers, 1024 wide, at 256 px, a quarter of an hour.
 Out: young_lora_<device>.json, {"command", "machine", "date", "size", "falls_by" (float32), "seen" (by way: share of
 it)}. --tiny: does everything run?
 """

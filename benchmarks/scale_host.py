@@ -27,11 +27,11 @@ from benchmarks.laboratory import machine
 from benchmarks.step import RESULTS
 from ztrain.cache import Cache, Needs
 from ztrain.config import Config, load_config
+from ztrain.files import workspace
 from ztrain.sampler import Mixture
 from ztrain.samples import all_needs, read_samples
 from ztrain.store import Entry
 from ztrain.tokens import token_counts
-from ztrain.workspace import workspace
 
 SIZES = (10_000, 40_000)
 ORDERED = 4_000_000

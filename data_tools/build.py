@@ -29,6 +29,7 @@ from data_tools.split import split
 from data_tools.stages import ENGINES, Table, run_stage
 from data_tools.triplets import LEFT_OUT_NAME
 from ztrain.errors import InputError
+from ztrain.terminal import command
 from ztrain.yamls import describe_errors
 
 
@@ -134,14 +135,13 @@ def read_command(arguments: Sequence[str]) -> Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 built or up to date, 2 something the user can mend."""
-    try:
-        command = read_command(sys.argv[1:] if arguments is None else arguments)
-        triplets = build(command)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{command.out}: " + ", ".join(f"{split} {count}" for split, count in triplets.items()))
-    return 0
+
+    def work() -> str:
+        given = read_command(sys.argv[1:] if arguments is None else arguments)
+        triplets = build(given)
+        return f"{given.out}: " + ", ".join(f"{split} {count}" for split, count in triplets.items())
+
+    return command(work)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from data_tools.sources import Reader
 from data_tools.stages import ENGINES, Batch, Engine, Table, run_here, run_stage
 from ztrain.errors import InputError
 from ztrain.images import decode_image
+from ztrain.terminal import command
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 """Of a repository: weights, settings, chat template, vocabulary in any of its forms."""
@@ -229,18 +230,17 @@ def count(table: Table, column: str) -> Counts:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
-    try:
-        command = tyro.cli(Command, args=arguments, prog="data_tools.caption")
-        source, engine = Table.open(command.table), ENGINES[command.engine]
-        table = caption(source, command.settings, command.out, engine=engine, workers=command.workers)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    found = count(table, command.settings.column)
-    kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(found.faults.items()))
-    print(f"{table.folder}: {found.captioned} captioned, {found.kept} kept, {found.left_out} left out,"
-          f" {found.faults.total()} at fault" + (f": {kinds}" if kinds else ""))  # fmt: skip
-    return 0
+
+    def work() -> str:
+        asked = tyro.cli(Command, args=arguments, prog="data_tools.caption")
+        source, engine = Table.open(asked.table), ENGINES[asked.engine]
+        table = caption(source, asked.settings, asked.out, engine=engine, workers=asked.workers)
+        found = count(table, asked.settings.column)
+        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(found.faults.items()))
+        return (f"{table.folder}: {found.captioned} captioned, {found.kept} kept, {found.left_out} left out,"
+                f" {found.faults.total()} at fault" + (f": {kinds}" if kinds else ""))  # fmt: skip
+
+    return command(work)
 
 
 if __name__ == "__main__":

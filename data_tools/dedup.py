@@ -26,6 +26,7 @@ from scipy.sparse.csgraph import connected_components
 from data_tools import likeness
 from data_tools.stages import Table, attach
 from ztrain.errors import InputError
+from ztrain.terminal import command
 
 
 class DedupRules(pydantic.BaseModel):
@@ -149,16 +150,15 @@ class Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
-    try:
-        command = tyro.cli(Command, args=arguments, prog="data_tools.dedup")
-        table = dedup(Table.open(command.table), command.rules, command.out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    copies = [way for way in table.read(["copy_by"])["copy_by"].to_pylist() if way]
-    told = ", ".join(f"{copies.count(way)} by {way}" for way in ("bytes", "pixels", "likeness"))
-    print(f"{table.folder}: {len(copies)} copies ({told})")
-    return 0
+
+    def work() -> str:
+        asked = tyro.cli(Command, args=arguments, prog="data_tools.dedup")
+        table = dedup(Table.open(asked.table), asked.rules, asked.out)
+        copies = [way for way in table.read(["copy_by"])["copy_by"].to_pylist() if way]
+        told = ", ".join(f"{copies.count(way)} by {way}" for way in ("bytes", "pixels", "likeness"))
+        return f"{table.folder}: {len(copies)} copies ({told})"
+
+    return command(work)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ import tyro
 
 from data_tools.sources import Reader
 from data_tools.stages import ENGINES, Batch, Engine, Table, run_here, run_stage
-from ztrain.errors import InputError
 from ztrain.images import decode_image
+from ztrain.terminal import command
 
 
 class EmbedRules(pydantic.BaseModel):
@@ -150,17 +150,16 @@ def embed(source: Table, settings: EmbedSettings, out: Path, *, engine: Engine =
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
-    try:
-        command = tyro.cli(Command, args=arguments, prog="data_tools.embed")
-        source, engine = Table.open(command.table), ENGINES[command.engine]
-        table = embed(source, command.settings, command.out, engine=engine, workers=command.workers)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    column = command.settings.column
-    values = table.read([column])[column]
-    print(f"{table.folder}: {len(values) - values.null_count} pictures have {column!r}")
-    return 0
+
+    def work() -> str:
+        asked = tyro.cli(Command, args=arguments, prog="data_tools.embed")
+        source, engine = Table.open(asked.table), ENGINES[asked.engine]
+        table = embed(source, asked.settings, asked.out, engine=engine, workers=asked.workers)
+        column = asked.settings.column
+        values = table.read([column])[column]
+        return f"{table.folder}: {len(values) - values.null_count} pictures have {column!r}"
+
+    return command(work)
 
 
 if __name__ == "__main__":

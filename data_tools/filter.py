@@ -18,6 +18,7 @@ import tyro
 
 from data_tools.stages import ENGINES, Batch, Table, run_stage
 from ztrain.errors import InputError
+from ztrain.terminal import command
 
 
 class FilterRules(pydantic.BaseModel):
@@ -101,18 +102,15 @@ class Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
-    try:
-        command = tyro.cli(Command, args=arguments, prog="data_tools.filter")
-        source = Table.open(command.table)
-        engine = ENGINES[command.engine]
-        stage = Filter(command.rules)
-        table = run_stage(stage, source, command.out, engine=engine, workers=command.workers)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    left = table.read(["refused"])["refused"].null_count
-    print(f"{table.folder}: {left} of {source.read(['refused'])['refused'].null_count} pictures are left")
-    return 0
+
+    def work() -> str:
+        asked = tyro.cli(Command, args=arguments, prog="data_tools.filter")
+        source = Table.open(asked.table)
+        table = run_stage(Filter(asked.rules), source, asked.out, engine=ENGINES[asked.engine], workers=asked.workers)
+        left = table.read(["refused"])["refused"].null_count
+        return f"{table.folder}: {left} of {source.read(['refused'])['refused'].null_count} pictures are left"
+
+    return command(work)
 
 
 if __name__ == "__main__":

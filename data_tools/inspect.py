@@ -24,6 +24,7 @@ from data_tools.survey import SUREST_SHARE, DataSet, Row, choose, measure_target
 from ztrain.errors import InputError
 from ztrain.images import Picture
 from ztrain.pages import Thumbnails, check_out, render, write_page
+from ztrain.terminal import command
 
 MAKER = "ztrain.data_tools.inspect"
 """Whose pages are replaced."""
@@ -151,20 +152,19 @@ def _warnings(data: DataSet, splits: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 written, 2 something the user can mend."""
-    command = tyro.cli(Command, args=arguments, prog="data_tools.inspect")
-    try:
-        if command.max_triplets < 1 or command.max_refused < 0 or not 32 <= command.thumbnail_side <= 1024:
+
+    def work() -> str:
+        asked = tyro.cli(Command, args=arguments, prog="data_tools.inspect")
+        if asked.max_triplets < 1 or asked.max_refused < 0 or not 32 <= asked.thumbnail_side <= 1024:
             raise InputError("max_triplets must be at least 1, max_refused at least 0, thumbnail_side 32 to 1024")
-        check_out(command.out, MAKER)
-        page, counts = make_page(command)
-        write_page(page, command.out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if counts["lost"]:
-        print(f"note: {counts['lost']} rows or pictures cannot be read; the page says why", file=sys.stderr)
-    print(f"{command.out}: {counts['shown']} of {counts['rows']} triplets, {len(page) / 2**20:.1f} MiB")
-    return 0
+        check_out(asked.out, MAKER)
+        page, counts = make_page(asked)
+        write_page(page, asked.out)
+        if counts["lost"]:
+            print(f"note: {counts['lost']} rows or pictures cannot be read; the page says why", file=sys.stderr)
+        return f"{asked.out}: {counts['shown']} of {counts['rows']} triplets, {len(page) / 2**20:.1f} MiB"
+
+    return command(work)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""What all steps that write have in common: hashes, the share of faults to put up with, folders that appear whole."""
+"""What all steps that write have in common: hashes, the share of faults to put up with, manifests."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ztrain.errors import InputError
-from ztrain.workspace import workspace
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"})
 """Of files that count as pictures, in small letters."""
@@ -34,23 +32,6 @@ def check_share(rejected: Mapping[str, str], total: int, max_share: float, what:
             f"{len(rejected)} of {total} {what} ({share:.2%}) cannot be used, more than max_reject_share "
             f"{max_share:g} allows; mend or remove them, or raise it:{first}"
         )
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder that takes the place of `out` at the end, so that `out` is never seen half done.
-
-    Raises InputError where it cannot be written; on any error nothing is left behind, and what a killed process has
-    left is removed by the next one.
-    """
-    try:
-        with workspace(out.parent) as scratch:
-            building = scratch / out.name
-            building.mkdir()
-            yield building
-            building.rename(out)
-    except OSError as error:
-        raise InputError(f"{out}: cannot write it ({error}); free space or choose another --out") from error
 
 
 def read_manifest(path: Path, expected: str) -> dict[str, Any] | None:

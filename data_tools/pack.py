@@ -26,15 +26,17 @@ from tqdm import tqdm
 
 from data_tools.card import card
 from data_tools.layouts import LAYOUTS, Content, Files, Known, pictures_of, read
-from data_tools.output import digest_of, fingerprint, read_manifest, whole_folder
+from data_tools.output import digest_of, fingerprint, read_manifest
 from data_tools.split import shared
 from data_tools.stages import TABLE_NAME, Table
 from data_tools.triplets import LEFT_OUT_NAME, TablePicture, as_triplets, read_left_out, read_pairings
 from ztrain.data import MANIFEST_NAME, read_triplets
 from ztrain.errors import InputError
+from ztrain.files import whole_folder
 from ztrain.images import Picture
 from ztrain.rows import Triplet
 from ztrain.tars import PACK_MANIFEST_NAME
+from ztrain.terminal import command
 
 SUMS_NAME, CARD_NAME = "SHA256SUMS", "README.md"
 _RULES = 2  # part of the fingerprint: raise it when the same inputs come to give other files
@@ -271,24 +273,23 @@ class Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 packed or up to date, 2 something the user can mend."""
-    try:
-        command = tyro.cli(Command, args=arguments, prog="data_tools.pack")
-        is_table = (command.data / TABLE_NAME).exists()
-        if command.text_only and is_table or command.rules.format == "imagefolder" and not is_table:
+
+    def work() -> str:
+        asked = tyro.cli(Command, args=arguments, prog="data_tools.pack")
+        is_table = (asked.data / TABLE_NAME).exists()
+        if asked.text_only and is_table or asked.rules.format == "imagefolder" and not is_table:
             raise InputError(
-                f"{command.data}: imagefolder is made of a table of data_tools.pair, and text_only of a folder; choose"
+                f"{asked.data}: imagefolder is made of a table of data_tools.pair, and text_only of a folder; choose"
                 " --format webdataset or parquet for a folder"
             )
-        check_free(command.out)
-        if command.data.resolve() in command.out.resolve().parents:
-            raise InputError(f"{command.out}: lies inside {command.data}; choose another --out")
-        given = from_table(Table.open(command.data), {}) if is_table else from_folder(command.data, command.text_only)
-        triplets = pack(given, command.rules, command.out.resolve())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{command.out}: " + ", ".join(f"{split} {count}" for split, count in triplets.items()))
-    return 0
+        check_free(asked.out)
+        if asked.data.resolve() in asked.out.resolve().parents:
+            raise InputError(f"{asked.out}: lies inside {asked.data}; choose another --out")
+        given = from_table(Table.open(asked.data), {}) if is_table else from_folder(asked.data, asked.text_only)
+        triplets = pack(given, asked.rules, asked.out.resolve())
+        return f"{asked.out}: " + ", ".join(f"{split} {count}" for split, count in triplets.items())
+
+    return command(work)
 
 
 if __name__ == "__main__":

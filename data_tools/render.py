@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from data_tools.diffusion import Batch, Pipeline, RenderSettings
 from data_tools.style_tables import Content, Style, as_csv, read_contents, read_styles
-from ztrain.errors import InputError, sentence
-from ztrain.workspace import workspace
+from ztrain.errors import InputError
+from ztrain.files import workspace
+from ztrain.terminal import command
 from ztrain.yamls import describe_errors
 
 REPORT_NAME = "render.json"
@@ -284,17 +285,16 @@ def describe_blank(report: Mapping[str, Any], max_share: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
-    try:
-        command = tyro.cli(Command, args=arguments, prog="data_tools.render")
-        counts = render(command)["counts"]
-    except pydantic.ValidationError as error:
-        print(f"error: {describe_errors(error, source='command line', model=RenderSettings)}", file=sys.stderr)
-        return 2
-    except (InputError, OSError) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 2
-    print(f"{command.out}: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
-    return 0
+
+    def work() -> str:
+        try:
+            asked = tyro.cli(Command, args=arguments, prog="data_tools.render")
+        except pydantic.ValidationError as error:
+            raise InputError(describe_errors(error, source="command line", model=RenderSettings)) from error
+        counts = render(asked)["counts"]
+        return f"{asked.out}: " + ", ".join(f"{number} {name}" for name, number in counts.items())
+
+    return command(work)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from data_tools.sources import KINDS, Reader, list_pictures, resolve
 from data_tools.stages import ENGINES, Batch, Table, run_stage
 from ztrain.errors import InputError
 from ztrain.images import decode_image
+from ztrain.terminal import command
 
 
 class ScanRules(pydantic.BaseModel):
@@ -178,13 +179,12 @@ def summary(table: Table) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
-    try:
+
+    def work() -> str:
         table = scan(tyro.cli(Command, args=arguments, prog="data_tools.scan"))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{table.folder}: {summary(table)}")
-    return 0
+        return f"{table.folder}: {summary(table)}"
+
+    return command(work)
 
 
 if __name__ == "__main__":

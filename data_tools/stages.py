@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from data_tools.output import fingerprint
 from ztrain.errors import InputError
+from ztrain.files import workspace
 from ztrain.interrupt import end_with_parent
-from ztrain.workspace import workspace
 
 TABLE_NAME = "table.json"
 _SHARD = re.compile(r"[0-9a-f]{32}")

@@ -1,6 +1,5 @@
 """The command line that label, split and pair share: a table in, a section of a build's config, a table out."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import tyro
 
 from data_tools.stages import Table
 from ztrain.errors import InputError
+from ztrain.terminal import command
 from ztrain.yamls import describe_errors, load_yaml
 
 
@@ -37,18 +37,17 @@ def run_step(
     arguments: Sequence[str] | None,
 ) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
-    try:
-        command = tyro.cli(Command, args=arguments, prog=f"data_tools.{name}")
-        section = load_yaml(command.config).get(name) or {}
-        table = make(Table.open(command.table), rules.model_validate(section), command)
-    except pydantic.ValidationError as error:
-        print(f"error: {describe_errors(error, source=f'{command.config}: {name}', model=rules)}", file=sys.stderr)
-        return 2
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{table.folder}: {say(table)}")
-    return 0
+
+    def work() -> str:
+        asked = tyro.cli(Command, args=arguments, prog=f"data_tools.{name}")
+        try:
+            section = rules.model_validate(load_yaml(asked.config).get(name) or {})
+        except pydantic.ValidationError as error:
+            raise InputError(describe_errors(error, source=f"{asked.config}: {name}", model=rules)) from error
+        table = make(Table.open(asked.table), section, asked)
+        return f"{table.folder}: {say(table)}"
+
+    return command(work)
 
 
 def count_splits(table: Table) -> str:

@@ -28,13 +28,13 @@ from ztrain.cache import Cache, Request
 from ztrain.config import Config, EncodersConfig
 from ztrain.encoders import Encoders, LatentCodec, SiglipEncoder, TextEncoder, assemble
 from ztrain.errors import InputError
+from ztrain.files import workspace
 from ztrain.fill import Filled, _difference, fill, verify
 from ztrain.images import fit_target, open_image
 from ztrain.prepare import cache_states
 from ztrain.samples import Samples, all_needs, drop_refused, read_samples
 from ztrain.store import Entry, Store
 from ztrain.vision_language import SplicedModel
-from ztrain.workspace import workspace
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,11 @@ from tests.triplets import ROOT, model_words, tiny_config, write_triplets
 from ztrain import checkpoint
 from ztrain.cache import Cache
 from ztrain.cli import main as cli
+from ztrain.files import workspace
 from ztrain.prepare import cache_states
 from ztrain.samples import all_needs, read_samples
 from ztrain.store import Entry
 from ztrain.tune import Probe
-from ztrain.workspace import workspace
 
 ENVIRONMENT = {
     **os.environ,

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import get_args
 
 from ztrain.config import Aspect, Config, load_config
-from ztrain.errors import InputError, sentence
+from ztrain.errors import InputError
+from ztrain.terminal import command
 from ztrain.yamls import dump_yaml
 
 
@@ -107,13 +108,7 @@ def _sample(config: Config, options: argparse.Namespace) -> str:
 def _mini(words: Sequence[str]) -> int:
     from ztrain.mini.command import main as mini
 
-    try:
-        finished = mini(words)
-    except (InputError, OSError) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 2
-    print(finished if finished is not None else "some stages are still to be run")
-    return 0
+    return command(lambda: mini(words) or "some stages are still to be run")
 
 
 def report_parser() -> argparse.ArgumentParser:
@@ -129,12 +124,7 @@ def _report(words: Sequence[str]) -> int:
     options = report_parser().parse_args(words)
     from ztrain.report.page import make_report
 
-    try:
-        print(make_report(options.place, options.out, blind=options.blind, max_rows=options.max_rows))
-    except (InputError, OSError) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return command(lambda: make_report(options.place, options.out, blind=options.blind, max_rows=options.max_rows))
 
 
 _VERBS = {
@@ -196,13 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__doc__, file=sys.stdout if helped else sys.stderr)
         return 0 if helped else 2
     options, overrides = _parser(verb).parse_known_args(words[len(verb.split()) :])
-    try:
-        if said := _VERBS[verb](load_config(options.config, overrides, f"ztrain {verb}"), options):
-            print(said)
-    except (InputError, OSError) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return command(lambda: _VERBS[verb](load_config(options.config, overrides, f"ztrain {verb}"), options) or None)
 
 
 if __name__ == "__main__":

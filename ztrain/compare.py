@@ -25,6 +25,7 @@ from ztrain.config import Config
 from ztrain.digests import digest_bytes
 from ztrain.errors import InputError
 from ztrain.export import read_adapter
+from ztrain.files import workspace
 from ztrain.from_checkpoint import export_checkpoint
 from ztrain.grid import draw_grid
 from ztrain.images import Picture, PictureFile, open_image
@@ -36,7 +37,6 @@ from ztrain.ranking import Groups, choose, grouped, metric_of
 from ztrain.studio import Studio
 from ztrain.tars import PACK_MANIFEST_NAME
 from ztrain.version import VERSION
-from ztrain.workspace import workspace
 from ztrain.yamls import dump_yaml
 
 SHEET_NAME = "compare.png"

@@ -24,7 +24,6 @@ from tqdm.auto import tqdm
 from ztrain.adapters import describe_list
 from ztrain.config import Config, load_config
 from ztrain.data import read_triplets
-from ztrain.errors import InputError
 from ztrain.grid import draw_grid
 from ztrain.mini.exam import CONTENT_LOSS
 from ztrain.mini.style_folders import paint_many_styles
@@ -40,6 +39,7 @@ from ztrain.mini.trials import (
     markdown_table,
     splice_settings,
 )
+from ztrain.terminal import command
 
 EXPERIMENTS = ("projector", "splice_lora", "siglip", "siglip_lora", "lora")
 DEFAULT = "siglip_lora"
@@ -90,11 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = Plan(adapters=options.adapters, steps=options.steps, seed=options.seed)
     if options.smoke:
         plan = replace(plan, painted=SMOKE, layers=(5,))
-    try:
-        return plan.status(demo(options.out, plan))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command(lambda: plan.status(demo(options.out, plan)))
 
 
 def demo(out: Path, plan: Plan) -> bool:

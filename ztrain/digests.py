@@ -4,7 +4,6 @@ In: pictures wherever they lie, and files of models. Out: `Known` pictures, by w
 file without names or paths; losing it costs time only.
 """
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ import xxhash
 from tqdm.auto import tqdm
 
 from ztrain.errors import InputError
+from ztrain.files import whole_file
 from ztrain.images import Picture, PictureFile, image_size, read_picture
-from ztrain.workspace import workspace
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +98,6 @@ class Digests:
         merged = self._load() | self._known
         digests, widths, heights = zip(*merged.values(), strict=True)
         columns = {"stamp": list(merged), "digest": digests, "width": widths, "height": heights}
-        with workspace(self.path.parent) as scratch:
-            pq.write_table(pa.table(columns, schema=self._SCHEMA), scratch / self.path.name)
-            os.replace(scratch / self.path.name, self.path)
+        with whole_file(self.path) as building:
+            pq.write_table(pa.table(columns, schema=self._SCHEMA), building)
         self._saved = len(merged)

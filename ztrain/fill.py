@@ -27,11 +27,11 @@ from ztrain.config import Config
 from ztrain.digests import digest_bytes
 from ztrain.encoders import LatentCodec, SiglipEncoder, TextEncoder, omni_crop
 from ztrain.errors import InputError
+from ztrain.files import workspace
 from ztrain.images import decode_image, fit_target, read_picture
 from ztrain.models import Source, base_dtype, identity
 from ztrain.store import Entry
 from ztrain.vision_language import SplicedModel
-from ztrain.workspace import workspace
 
 TOLERANCE = 1e-2
 """Largest relative difference that verify puts up with: another GPU or library build rounds differently."""

@@ -9,7 +9,6 @@ import base64
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,8 +18,8 @@ import xxhash
 from PIL import Image
 
 from ztrain.errors import InputError
+from ztrain.files import write_bytes
 from ztrain.images import Picture, decode_image, read_picture
-from ztrain.workspace import workspace
 
 SHARED = Path(__file__).parent
 """Where page.css and page.js are."""
@@ -131,13 +130,4 @@ def check_out(out: Path, maker: str) -> None:
 
 def write_page(page: bytes, out: Path) -> None:
     """Whole or not at all. Raises InputError."""
-    try:
-        with workspace(out.parent) as scratch:
-            place = scratch / "page.html"
-            with place.open("wb") as file:
-                file.write(page)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(place, out)
-    except OSError as error:
-        raise InputError(f"{out}: cannot write it ({error.strerror}); make room or choose another --out") from error
+    write_bytes(out, page, sync=True)

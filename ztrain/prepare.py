@@ -16,10 +16,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from ztrain.cache import Cache, Needs, StateName
 from ztrain.config import Config
-from ztrain.errors import InputError
+from ztrain.errors import MENDABLE, InputError
 from ztrain.fill import Filled, fill, verify
 from ztrain.samples import Samples, all_needs, drop_refused, needs_of, read_samples
-from ztrain.together import MENDABLE, together
+from ztrain.together import together
 
 _PATIENCE = timedelta(hours=12)  # the others wait while the main process reads every picture of a data set
 

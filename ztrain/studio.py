@@ -29,13 +29,13 @@ from ztrain.dit import load_transformer
 from ztrain.encoders import Encoders, LatentCodec
 from ztrain.errors import InputError
 from ztrain.export import Identities, adapt, check_identity, encoder_identities
+from ztrain.files import workspace
 from ztrain.flow import sampler_noise
 from ztrain.images import Bucket, fit_target, open_image
 from ztrain.lineup import Case, Entry, exchanged
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype, identity
 from ztrain.sample import SampleSettings, released_or, sample
-from ztrain.workspace import workspace
 
 FOLDER = "pictures"
 _RULES = 1  # part of every picture's name: raise it when the same settings come to draw otherwise

@@ -8,13 +8,9 @@ from contextlib import contextmanager
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 
-from ztrain.errors import InputError, sentence
+from ztrain.errors import MENDABLE, InputError, sentence
 from ztrain.interrupt import Stopped, interruption
-
-MENDABLE = (InputError, OSError, SafetensorError)
-"""What a user can mend: wrong input, and files that cannot be read or written."""
 
 
 class _Agreed(InputError):

@@ -25,7 +25,7 @@ from ztrain.batches import Batch, Loader
 from ztrain.conditioning import moved
 from ztrain.config import Config, load_config
 from ztrain.entering import enter_folder
-from ztrain.errors import InputError, sentence
+from ztrain.errors import MENDABLE, InputError
 from ztrain.flow import (
     draw_noise,
     draw_sigma,
@@ -41,7 +41,8 @@ from ztrain.run import Run, after_step, build, export, recorded, save
 from ztrain.sampler import MicroBatches, Mixture
 from ztrain.stats import check_statistics
 from ztrain.strategy import KWARGS
-from ztrain.together import MENDABLE, together
+from ztrain.terminal import command
+from ztrain.together import together
 from ztrain.tokens import token_counts
 from ztrain.vigil import Vigil, met, watched
 
@@ -278,13 +279,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known, overrides = parser.parse_known_args(arguments)
     end_with_launcher()
     use_growing_segments()
-    try:
-        return report(train(load_config(known.config, overrides, "ztrain.train")))
-    except Stopped as stopped:
-        return _leave(stopped)
-    except MENDABLE as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 2
+
+    def work() -> int:
+        try:
+            return report(train(load_config(known.config, overrides, "ztrain.train")))
+        except Stopped as stopped:
+            return _leave(stopped)
+
+    return command(work)
 
 
 def _leave(stopped: Stopped) -> int:

@@ -45,6 +45,7 @@ from ztrain.mini.parts import (
     build_vae,
     build_vision_language,
 )
+from ztrain.terminal import command
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -221,16 +222,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Build the tiny random Z-Image family.")
     parser.add_argument("--out", type=Path, required=True, help="folder to create; left alone if complete")
     out = parser.parse_args(arguments).out
-    if is_complete(out):
-        print(f"{out} holds a complete family of version {FAMILY_VERSION} already")
-        return 0
-    try:
+
+    def work() -> str:
+        if is_complete(out):
+            return f"{out} holds a complete family of version {FAMILY_VERSION} already"
         build_family(out)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"built the Z-Image family in {out}")
-    return 0
+        return f"built the Z-Image family in {out}"
+
+    return command(work)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from ztrain.mini.world import (
     name_content,
     pick,
 )
+from ztrain.terminal import command
 
 _MOST_PICTURES = len(KIND_NAMES) - 2  # a style holds out one or two kinds of objects
 
@@ -220,13 +221,12 @@ def main() -> int:
     ):
         parser.add_argument(name, type=int, default=default, help=f"{text} (default: {default})")
     given = parser.parse_args()
-    try:
+
+    def work() -> str:
         paint_style_folders(given.out, seed=given.seed, size=given.size, num_contents=given.num_contents)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{given.out}: {given.num_contents} contents in {len(STYLES)} styles")
-    return 0
+        return f"{given.out}: {given.num_contents} contents in {len(STYLES)} styles"
+
+    return command(work)
 
 
 if __name__ == "__main__":

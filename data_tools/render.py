@@ -287,11 +287,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
 
     def work() -> str:
+        asked = tyro.cli(Command, args=arguments, prog="data_tools.render")
         try:
-            asked = tyro.cli(Command, args=arguments, prog="data_tools.render")
+            counts = render(asked)["counts"]
         except pydantic.ValidationError as error:
             raise InputError(describe_errors(error, source="command line", model=RenderSettings)) from error
-        counts = render(asked)["counts"]
         return f"{asked.out}: " + ", ".join(f"{number} {name}" for name, number in counts.items())
 
     return command(work)

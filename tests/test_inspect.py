@@ -221,7 +221,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, capsys
         assert run("--data", tmp_path / "set", "--out", tmp_path / "page.html") == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert "page.html: cannot write it (File too large)" in capsys.readouterr().err
+    assert "page.html: cannot write it, the disk or its quota is full" in capsys.readouterr().err
     assert (tmp_path / "page.html").read_bytes() == old and sorted(os.listdir(tmp_path)) == ["page.html", "set"]
 
 

@@ -29,6 +29,22 @@ from types import ModuleType
 ROOT = Path(__file__).parents[1]
 
 
+COMMAND = """#!{python} -IS
+import json, os, socket, sys
+words = ["-m", "ztrain.cli", *sys.argv[1:]] if "{name}" == "ztrain" else sys.argv[1:]
+if words[:1] != ["-m"] or words[1].split(".")[0] not in ("ztrain", "data_tools"):
+    os.execv("{python}", ["{python}", *words])
+connection = socket.socket(socket.AF_UNIX)
+connection.connect("{socket}")
+request = dict(arguments=words[1:], environment=dict(os.environ), folder=os.getcwd())
+request.update(out=f"/proc/{{os.getpid()}}/fd/1", err=f"/proc/{{os.getpid()}}/fd/2")
+connection.sendall(json.dumps(request).encode() + b"\\n")
+lines = connection.makefile("r")
+pid, status = int(lines.readline()), int(lines.readline())
+sys.exit(status if status >= 0 else 128 - status)
+"""
+
+
 class Forged:
     """A running child, with the part of subprocess.Popen that tests use."""
 
@@ -68,13 +84,16 @@ class Forge:
             [sys.executable, "-m", "tests.forge", str(self.place)], cwd=ROOT, env=environment
         )
 
+    def wait_until_ready(self) -> None:
+        while not self.place.exists():
+            assert self.server.poll() is None, "the forge did not start"
+            time.sleep(0.05)
+
     def start(
         self, arguments: Sequence[str], environment: dict[str, str], out: Path, err: Path, folder: Path = ROOT
     ) -> Forged:
         """`python -m <arguments>` from the project's root, or another folder."""
-        while not self.place.exists():
-            assert self.server.poll() is None, "the forge did not start"
-            time.sleep(0.05)
+        self.wait_until_ready()
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(str(self.place))
         request = {"arguments": list(arguments), "environment": environment, "folder": str(folder)}
@@ -89,6 +108,19 @@ class Forge:
             out, err = Path(place) / "out", Path(place) / "err"
             status = self.start(arguments, environment, out, err, folder).wait()
             return subprocess.CompletedProcess(list(arguments), status, out.read_text(), err.read_text())
+
+    def commands(self) -> Path:
+        """A folder for the front of PATH, whose `python -m` and `ztrain` start our programs through the forge; all else
+        that python is asked for, and what a launcher starts, is the ordinary one's."""
+        self.wait_until_ready()
+        folder = self.folder / "commands"
+        if not folder.exists():
+            folder.mkdir()
+            for name in ("python", "ztrain"):
+                place = folder / name
+                place.write_text(COMMAND.format(python=sys.executable, socket=self.place, name=name))
+                place.chmod(0o755)
+        return folder
 
     def free_port(self) -> int:
         """One that nobody else is given, another worker of pytest neither: a socket here stays bound to it, unheard."""
@@ -144,6 +176,10 @@ def child(request: dict) -> None:
         os.environ.clear()
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
+        if hub := request["environment"].get("HF_HOME"):  # read when it was imported
+            from huggingface_hub import constants
+
+            constants.HF_HOME, constants.HF_HUB_CACHE = hub, f"{hub}/hub"
         signal.set_wakeup_fd(-1)
         module, *words = request["arguments"]
         if module == "-c":

@@ -5,12 +5,16 @@ import re
 import shutil
 from pathlib import Path
 
+import pytest
+
 from tests.test_main_path import ROOT, hub_cache, named_files, shell
 from ztrain.data import read_triplets
 from ztrain.mini.style_folders import paint_style_folders
 from ztrain.mini.trials import WEIGHTS
 
 PAGE = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+
+pytestmark = pytest.mark.usefixtures("forge")
 
 
 def commands(heading: str) -> list[str]:

@@ -91,7 +91,7 @@ def shell(folder: Path, script: str, **variables: str) -> subprocess.CompletedPr
     (folder / "shared").symlink_to(ROOT.parent / "shared")
     environment = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{the_forge().commands()}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
@@ -347,8 +347,10 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(
 
 
 def test_the_demo_judges_what_it_trains_and_prints_its_picture_last(tmp_path: Path) -> None:
+    program = "import sys; from ztrain import demo; sys.executable = sys.argv[1]; sys.exit(demo.main(sys.argv[2:]))"
+    python = str(the_forge().commands() / "python")  # of the demo's own commands
     for words in (("--adapters", "splice_lora"), ()):  # over itself as well
-        finished = run("ztrain.demo", "--out", str(tmp_path), "--steps", "4", "--smoke", *words)
+        finished = run("-c", program, python, "--out", str(tmp_path), "--steps", "4", "--smoke", *words)
         lines = finished.stdout.splitlines()
         assert lines[-1] == str(tmp_path / "demo.png") and Path(lines[-1]).is_file()
         result = json.loads((tmp_path / "result.json").read_text())

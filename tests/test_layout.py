@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "images": set(),
     "rows": {"images"},
     "tars": {"images", "rows"},
-    "tables": {"images", "rows"},
+    "tables": {"images", "rows", "tars"},
     "data": {"rows", "tables", "tars"},
     "sampler": set(),
     "flow": set(),
@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "privacy": {"models"},
     "tracking": {"config", "privacy"},
     "store": set(),
-    "digests": {"images"},
+    "digests": {"images", "store"},
     "cache": {
         "conditioning", "config", "digests", "images", "models", "store", "vision_language",
     },

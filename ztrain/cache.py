@@ -20,6 +20,7 @@ from ztrain.conditioning import TokenStates
 from ztrain.config import Config
 from ztrain.digests import Digests, Known
 from ztrain.errors import InputError
+from ztrain.files import read_text
 from ztrain.images import Bucket
 from ztrain.models import Source
 from ztrain.store import Store
@@ -206,8 +207,11 @@ class Cache:
         for kind in kinds:
             path = self.store(kind).folder / "kind.json"
             try:
-                found |= json.loads(path.read_text(encoding="utf-8"))["identities"]
-            except (OSError, ValueError, KeyError) as error:
+                document = json.loads(read_text(path, "json"))
+                if document.pop("xxh3", None) not in (None, digest_json(document)):  # None: of an earlier version
+                    raise ValueError("its bytes are not the ones that were written")
+                found |= document["identities"]
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise InputError(
                     f"{path}: cannot read which encoders made this part of the cache ({error}); delete "
                     f"{path.parent.name} and run `ztrain cache` again"
@@ -222,4 +226,6 @@ def _files(source: Source, *patterns: str) -> tuple[Source, list[Path]]:
 
 def digest_json(value: Any) -> str:
     """128-bit digest of JSON values, as 32 hex digits."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+    return xxhash.xxh3_128_hexdigest(
+        json.dumps(value, sort_keys=True, ensure_ascii=False).encode(errors="surrogateescape")
+    )

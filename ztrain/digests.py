@@ -4,19 +4,20 @@ In: pictures wherever they lie, and files of models. Out: `Known` pictures, by w
 file without names or paths; losing it costs time only.
 """
 
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 from tqdm.auto import tqdm
 
 from ztrain.errors import InputError
-from ztrain.files import whole_file
+from ztrain.files import check_regular, may_write, whole_file
 from ztrain.images import Picture, PictureFile, image_size, read_picture
+from ztrain.store import read_parquet, write_parquet
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +48,15 @@ class Digests:
         self._saved = len(self._known)
 
     def _load(self) -> dict[str, tuple[str, int, int]]:
-        try:
-            columns = pq.read_table(self.path, schema=self._SCHEMA).to_pydict()
-        except FileNotFoundError:
+        if not self.path.exists():
             return {}
-        except (pa.ArrowInvalid, OSError):
-            return {}  # only a memo: what it held is read from the files again
+        check_regular(self.path)
+        try:
+            columns = read_parquet(self.path, self._SCHEMA).to_pydict()
+        except (pa.ArrowException, OSError, ValueError) as error:  # only a memo
+            reason = str(error).partition("\n")[0]
+            print(f"{self.path}: cannot be used ({reason}); pictures and weights are read again", file=sys.stderr)
+            return {}
         places = zip(columns["digest"], columns["width"], columns["height"], strict=True)
         return dict(zip(columns["stamp"], places, strict=True))
 
@@ -60,6 +64,7 @@ class Digests:
         """Digest of any file's bytes."""
         source = PictureFile(path)
         if source.stamp not in self._known:
+            check_regular(path)
             digest = xxhash.xxh3_128()
             with path.open("rb") as file:
                 while block := file.read(1 << 24):
@@ -92,12 +97,13 @@ class Digests:
             return InputError(f"{picture.name}: cannot read the picture ({error.strerror or error})")
 
     def save(self) -> None:
-        """Writes what is new, together with what other processes have written since."""
-        if len(self._known) == self._saved:
+        """Writes what is new, together with what other processes have written since; nothing into a folder that is
+        only to be read."""
+        if len(self._known) == self._saved or not may_write(self.path.parent):
             return
         merged = self._load() | self._known
         digests, widths, heights = zip(*merged.values(), strict=True)
         columns = {"stamp": list(merged), "digest": digests, "width": widths, "height": heights}
         with whole_file(self.path) as building:
-            pq.write_table(pa.table(columns, schema=self._SCHEMA), building)
+            write_parquet(pa.table(columns, schema=self._SCHEMA), building)
         self._saved = len(merged)

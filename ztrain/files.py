@@ -127,6 +127,12 @@ def _file_mode(scratch: Path) -> int:
     return mode
 
 
+def may_write(folder: Path) -> bool:
+    """Whether this process may make files in a folder, or the folder itself: of somebody else's, to read only, say."""
+    place = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+    return os.access(place, os.W_OK | os.X_OK)
+
+
 def sync_to_disk(path: Path) -> None:
     """Waits until a file or a folder's list of names has reached the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -239,6 +245,18 @@ def check_safetensors(path: Path) -> None:
 
 def _cut_off(path: Path, size: int, promised: str) -> str:
     return f"{path}: is cut off: {size:,} bytes are there, its header promises {promised}; fetch it again"
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[Path]:
+    """A path under which a library that takes UTF-8 alone, as safetensors does, can open a file whose path is none."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            yield Path(f"/proc/self/fd/{file.fileno()}")
+    else:
+        yield path
 
 
 def expand(path: str) -> str:

@@ -5,9 +5,7 @@ written by one. Interrupted, it goes on where it was. Pictures are decoded and s
 """
 
 import gc
-import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +25,7 @@ from ztrain.config import Config
 from ztrain.digests import digest_bytes
 from ztrain.encoders import LatentCodec, SiglipEncoder, TextEncoder, omni_crop
 from ztrain.errors import InputError
-from ztrain.files import workspace
+from ztrain.files import may_write, workspace, write_json
 from ztrain.images import decode_image, fit_target, read_picture
 from ztrain.models import Source, base_dtype, identity
 from ztrain.store import Entry
@@ -148,6 +146,7 @@ def fill(
     filled, started = Filled(), time.perf_counter()
     missing = cache.missing(needs)
     if missing:
+        _require_writable(cache, missing)
         with workspace(cache.folder) as scratch:
             for kinds in _GROUPS:
                 if todo := [request for request in missing if request.state in kinds]:
@@ -155,6 +154,18 @@ def fill(
         gc.collect()  # the encoders' modules refer to each other: without this they stay until Python feels like it
     filled.seconds = time.perf_counter() - started
     return filled
+
+
+def _require_writable(cache: Cache, missing: Sequence[Request]) -> None:
+    """Raises InputError where somebody else's cache lacks something: before an encoder is loaded for it."""
+    stores = [cache.store(kind).folder for kind in dict.fromkeys(request.state for request in missing)]
+    for folder in (cache.folder, *(folder / name for folder in stores for name in (".", "index", "claims"))):
+        if not may_write(folder):
+            fault = "this user may not write there" if folder.is_dir() or not folder.exists() else "is no folder"
+            raise InputError(
+                f"{folder}: {fault}, and {len(missing)} states are not cached, first {missing[0].label}; run "
+                "`ztrain cache` as a user who may, or set another cache.dir"
+            )
 
 
 def verify(cache: Cache, needs: Needs, device: torch.device | str) -> str:
@@ -299,10 +310,7 @@ class _Filling:
         store = self.cache.store(kind)
         known = {role: encoding.identities[role] for role in ROLES[kind]}
         document = {"kind": kind, "fingerprint": self.cache.fingerprint(kind), "identities": known}
-        store.folder.mkdir(parents=True, exist_ok=True)
-        place = self.scratch / f"{kind}.json"
-        place.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        os.replace(place, store.folder / "kind.json")
+        write_json(store.folder / "kind.json", document | {"xxh3": digest_json(document)})
 
     def _claimed(self, missing: Sequence[Request], wait: bool, bar: tqdm) -> Iterator[Request]:
         """The requests of every shard that this process claims, shard after shard, less what has been done since.

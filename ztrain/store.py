@@ -6,7 +6,6 @@ leaves behind is not seen. Every read is checked against the index. Knows nothin
 """
 
 import contextlib
-import errno
 import os
 import threading
 import uuid
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ztrain.errors import InputError
+from ztrain.files import cannot_write, check_regular, publish, readable
 
 _INDEX = pa.schema(
     [
@@ -80,9 +80,10 @@ class Store:
             return
 
     def _add(self, name: str, path: Path) -> None:
+        _check_access(path)
         try:
-            table = pq.read_table(path, schema=_INDEX)
-        except (pa.ArrowInvalid, OSError) as error:
+            table = read_parquet(path, _INDEX)
+        except (pa.ArrowException, OSError, ValueError) as error:
             if isinstance(error, FileNotFoundError):
                 raise
             raise InputError(
@@ -92,7 +93,7 @@ class Store:
         with self._lock:
             self._open.clear()  # a shard that was written again must not be read through its old file
         shards = {shard for shard in table["shard"].unique().to_pylist() if shard}
-        gone = {shard for shard in shards if not (self.folder / shard).is_file()}
+        gone = {shard for shard in shards if not (self.folder / shard).exists()}
         merged = name.startswith(_MERGED)
         for row, (key, shard) in enumerate(zip(table["key"].to_pylist(), table["shard"].to_pylist(), strict=True)):
             if shard in gone or (merged and key in self._places):  # entries of a deleted shard are computed again
@@ -139,18 +140,18 @@ class Store:
     def shapes(self, part: str, workers: int) -> dict[str, tuple[int, ...]]:
         """Shape of one part of every entry, by key, from the shards' headers alone. Raises InputError as `read`."""
 
-        def look_into(shard: str) -> list[tuple[str, tuple[int, ...]]]:
-            path = self.folder / shard
+        def look_into(shard: tuple[str, int]) -> list[tuple[str, tuple[int, ...]]]:
+            path = self.folder / shard[0]
             try:
-                with safe_open(path, framework="pt") as file:
+                with _open_shard(path, shard[1]) as file:
                     names = ((key, _tensor_name(key, part)) for key in shards[shard])
                     return [(key, tuple(file.get_slice(name).get_shape())) for key, name in names]
             except (SafetensorError, OSError) as error:
                 raise InputError(_damaged(path, str(error))) from error
 
-        shards: dict[str, list[str]] = {}
-        for key, shard, _ in self._entries(part):
-            shards.setdefault(shard, []).append(key)
+        shards: dict[tuple[str, int], list[str]] = {}  # by file name and bytes
+        for key, shard, size, _ in self._entries(part):
+            shards.setdefault((shard, size), []).append(key)
         with ThreadPoolExecutor(max(1, workers)) as pool:
             return dict(entry for found in pool.map(look_into, shards) for entry in found)
 
@@ -159,28 +160,26 @@ class Store:
         read once. For small parts that differ little; raises InputError as `read`."""
         tensors: dict[str, Tensor] = {}
         found = {}
-        for key, _, expected in self._entries(part):
+        for key, _, _, expected in self._entries(part):
             if expected not in tensors:
                 tensors[expected] = self._read(self._row(key), part)[part]
             found[key] = tensors[expected]
         return found
 
-    def _entries(self, part: str) -> Iterator[tuple[str, str, str]]:
-        """Key, shard and the hash of that part of every entry that was not refused."""
+    def _entries(self, part: str) -> Iterator[tuple[str, str, int, str]]:
+        """Key, shard, its bytes and the hash of that part of every entry that was not refused."""
         for name, table in self._tables.items():
-            columns = (table[column].to_pylist() for column in ("key", "shard", "parts", "xxh3"))
-            for row, (key, shard, parts, hashes) in enumerate(zip(*columns, strict=True)):
+            columns = (table[column].to_pylist() for column in ("key", "shard", "shard_bytes", "parts", "xxh3"))
+            for row, (key, shard, size, parts, hashes) in enumerate(zip(*columns, strict=True)):
                 if shard and self._places.get(key) == (name, row):
-                    yield key, shard, hashes[parts.index(part)]
+                    yield key, shard, size, hashes[parts.index(part)]
 
     def _shard(self, path: Path, expected_bytes: int) -> Any:
         with self._lock:
             if path.name not in self._open:
-                if (found := path.stat().st_size) != expected_bytes:
-                    raise InputError(_damaged(path, f"it has {found} bytes instead of {expected_bytes}"))
                 while len(self._open) >= _OPEN_SHARDS:
                     self._open.pop(next(iter(self._open)))
-                self._open[path.name] = safe_open(path, framework="pt")
+                self._open[path.name] = _open_shard(path, expected_bytes)
             return self._open[path.name]
 
     def write(self, name: str, entries: Sequence[Entry], workspace: Path) -> None:
@@ -199,28 +198,23 @@ class Store:
             rows = [
                 {
                     "key": entry.key,
-                    "label": entry.label,
+                    "label": _as_utf8(entry.label),
                     "shard": "" if entry.refused else shard,
                     "shard_bytes": size,
                     "parts": list(entry.parts),
                     "xxh3": [_hash(tensor.contiguous()) for tensor in entry.parts.values()],
-                    "refused": entry.refused,
+                    "refused": _as_utf8(entry.refused),
                 }
                 for entry in entries
             ]
-            pq.write_table(pa.Table.from_pylist(rows, schema=_INDEX), workspace / index.name)
+            write_parquet(pa.Table.from_pylist(rows, schema=_INDEX), workspace / index.name)
             index.parent.mkdir(parents=True, exist_ok=True)
             if shard:
-                os.replace(workspace / shard, self.folder / shard)
-            os.replace(workspace / index.name, index)
+                publish(workspace / shard, self.folder / shard, sync=True)
+            publish(workspace / index.name, index, sync=True)
         except (OSError, SafetensorError) as error:
-            # safetensors reports a full disk as an error of its own, with the system's words.
-            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-            advice = "free some space" if full else "mend it"
-            raise InputError(
-                f"{self.folder / (shard or index.name)}: cannot write it ({error}); {advice} and run again, what was "
-                "finished before is kept"
-            ) from error
+            told = cannot_write(self.folder / (shard or index.name), error)
+            raise InputError(f"{told}, what was finished before is kept") from error
         self.reload()
 
     @contextmanager
@@ -249,8 +243,8 @@ class Store:
                 return
             rows = [self._tables[name].slice(row, 1) for name, row in self._places.values()]
             place = f"{_MERGED}{uuid.uuid4().hex[:16]}.parquet"
-            pq.write_table(pa.concat_tables(rows).combine_chunks(), workspace / place)
-            os.replace(workspace / place, self.folder / "index" / place)
+            write_parquet(pa.concat_tables(rows).combine_chunks(), workspace / place)
+            publish(workspace / place, self.folder / "index" / place, sync=True)  # before the ones that it replaces go
             for name, number in merged.items():
                 path = self.folder / "index" / name
                 with contextlib.suppress(FileNotFoundError):
@@ -258,8 +252,46 @@ class Store:
                         path.unlink()
 
 
+def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
+    """A table that `write_parquet` wrote. Raises ArrowException, OSError or ValueError where any bit has changed that
+    matters: checksums of the pages tell, and what the footer says twice."""
+    with path.open("rb") as file:  # pyarrow takes no path that is not UTF-8
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        table = parquet.read()
+    if not table.schema.equals(schema) or table.num_rows != parquet.metadata.num_rows:
+        raise pa.ArrowInvalid("its rows or columns are not the ones that were written")
+    return table
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """With checksums of its pages; raises OSError."""
+    with path.open("wb") as file:
+        pq.write_table(table, file, write_page_checksum=True)
+
+
+def _open_shard(path: Path, expected_bytes: int) -> Any:
+    """Raises InputError for a file of another size, SafetensorError for another header."""
+    _check_access(path)
+    if (found := path.stat().st_size) != expected_bytes:
+        raise InputError(_damaged(path, f"it has {found} bytes instead of {expected_bytes}"))
+    with readable(path) as place:
+        return safe_open(place, framework="pt")
+
+
+def _check_access(path: Path) -> None:
+    """Raises InputError for what is no file, or not for this user: neither is damaged."""
+    check_regular(path)
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path}: this user may not read it; its owner can change that (chmod a+r)")
+
+
 def _tensor_name(key: str, part: str) -> str:
     return f"{key}.{part}"
+
+
+def _as_utf8(text: str) -> str:
+    """Names of files may hold bytes that are no text; they come as backslash escapes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _hash(tensor: Tensor) -> str:

@@ -3,18 +3,24 @@
 import glob
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ztrain.errors import InputError
+from ztrain.files import check_regular
 from ztrain.images import Picture, stamp_of
-from ztrain.rows import RowReader, Triplet, find_picture, listed, take_text
+from ztrain.rows import RowReader, Triplet, check_size, find_picture, listed, take_text
+from ztrain.tars import lost
 
 if TYPE_CHECKING:
     import datasets
+
+
+_MAX_FOOTER = 1 << 28  # bytes; it is read whole, before a row is
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +42,9 @@ class CellPicture:
 
     def read(self) -> bytes:
         cell = self.table.data.column(self.column)[self.row]
-        data: bytes = (cell if self.position is None else cell[self.position])["bytes"].as_py()
+        value = (cell if self.position is None else cell[self.position])["bytes"]
+        check_size(value.as_buffer().size, "picture", where=self.name)
+        data: bytes = value.as_py()
         return data
 
 
@@ -65,15 +73,18 @@ class _Cell:
     path: str | None
 
 
-def parquet_rows(files: list[Path], root: Path, split: str, text_only: bool) -> Iterator[RowReader]:
-    import pyarrow.parquet
-
+def parquet_rows(
+    files: list[Path], root: Path, split: str, text_only: bool, packed: Mapping[Path, int]
+) -> Iterator[RowReader]:
+    """packed: how many rows a table had, where that is known."""
     filled = []  # `datasets` cannot load a file of no rows
     for path in files:
         try:
-            filled += [path] * (pyarrow.parquet.read_metadata(path).num_rows > 0)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not a readable Parquet file ({error}); restore it") from error
+            filled += [path] * (_count_rows(path) > 0)
+        except InputError as error:
+            if path not in packed:
+                raise
+            yield from lost(path, str(error).removeprefix(f"{path}: "), packed[path])
     if not filled:
         return
     # Without a name for their state `datasets` would find its cached copy by path and mtime only.
@@ -85,8 +96,52 @@ def parquet_rows(files: list[Path], root: Path, split: str, text_only: bool) -> 
         "split": "train",
     }
     place = f"{root}, split {split}"
-    data = _load_table(choice, f"{place}: cannot load the tables", "restore the files")
+    try:
+        data = _load_table(choice, f"{place}: cannot load the tables", "restore the files")
+    except InputError as error:
+        for path in filled if "No space left" not in str(error) else []:
+            _check_pages(path)
+        raise
     yield from _table_rows(_Table(data, place, root), text_only)
+
+
+def _count_rows(path: Path) -> int:
+    """By the table's footer, which must fit into the file. Raises InputError."""
+    import pyarrow.parquet
+
+    if str(path).encode(errors="ignore").decode() != str(path):
+        raise InputError(f"{path}: a table's path must be UTF-8; rename it, or give a link to its folder")
+    with _explained(path), path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        length, mark = int.from_bytes(file.read(4), "little"), file.read(4)
+        if mark != b"PAR1" or length > size - 12:
+            raise ValueError(f"its {size:,} bytes do not end as a table does: it was cut off, or is none")
+        if length > _MAX_FOOTER:
+            raise ValueError(f"its footer claims {length:,} bytes")
+        return int(pyarrow.parquet.ParquetFile(file).metadata.num_rows)
+
+
+def _check_pages(path: Path) -> None:
+    """Reads a table, as `datasets` does not say which of many is the damaged one. Raises InputError."""
+    import pyarrow.parquet
+
+    with _explained(path), path.open("rb") as file:
+        for _ in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=64):
+            pass
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """What opening a table raises, as one sentence."""
+    try:
+        check_regular(path)
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are these
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path}: not a readable Parquet file ({reason}); restore it") from error
 
 
 def hub_rows(location: str, split: str, revision: str | None, text_only: bool) -> Iterator[RowReader]:

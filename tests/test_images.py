@@ -26,6 +26,7 @@ from ztrain.images import (
     image_size,
     open_image,
     pick_bucket,
+    sniff,
     target_buckets,
 )
 
@@ -111,6 +112,41 @@ def test_first_frame_of_several() -> None:
         later = animation.convert("RGB")
     assert distance(open_image(path), first) == 0
     assert distance(open_image(path), later) > 0
+
+
+# ---- what kind of file it is
+
+
+@pytest.mark.parametrize(
+    ("head", "name", "kind"),
+    [
+        (b"\xff\xd8\xff\xe0", "web.jfif", "JPEG"),
+        (b"\xff\xd8\xff\xe1", "no extension", "JPEG"),
+        (b"II\x2a\0\x08\0\0\0", "a.tif", "TIFF"),
+        (b"MM\0\x2b\0\x08\0\0", "a.png", "TIFF"),
+        (b"II\x2a\0\x08\0\0\0", "a.DNG", "camera raw"),
+        (b"II\x2a\0\x10\0\0\0CR\2\0", "a.tif", "camera raw"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\1", "a", "camera raw"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a.png", "HEIF"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "a.heic", "HEIF"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "a.heic", "AVIF"),
+        (b"\0\0\0\x18ftypisom\0\0\2\0isomiso2", "a.mp4", None),
+        (b"\xff\x0a\xfa\x7f", "a.jxl", "JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n\0\0\0\x14ftypjxl ", "a", "JPEG XL"),
+        (b"8BPS\0\1", "a.psd", "Photoshop"),
+        (b"<?xml version='1.0'?>\n<!-- drawn -->\n<svg xmlns=", "a.svg", "SVG"),
+        (b"<?xml version='1.0'?>\n<notes>", "a.xml", None),
+        (b"%PDF-1.7", "a", "PDF"),
+        (b"PK\3\4" + bytes(26) + b"mimetypeapplication/x-krita", "a.kra", "Krita"),
+        (b"BM is a brand of cars, said somebody", "a.txt", None),
+        (bytes((0, 0, 2)) + bytes(9) + bytes((4, 0, 4, 0, 24, 0)), "a.TGA", "TGA"),
+        (bytes((0, 0, 2)) + bytes(9) + bytes((4, 0, 4, 0, 24, 0)), "a.bin", None),
+        (b"a text of twenty letters", "a.tga", None),
+        (b"", "a.png", None),
+    ],
+)
+def test_the_first_bytes_say_what_kind_of_picture_it_is(head: bytes, name: str, kind: str | None) -> None:
+    assert sniff(head, name) == kind
 
 
 # ---- pictures made here

@@ -6,6 +6,7 @@ In: the bytes of a picture, from a file, a tar or a table. Out: RGB images. What
 
 import io
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -33,6 +34,52 @@ ALPHA_BACKGROUND = (255, 255, 255)
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF") + (("AVIF",) if features.check("avif") else ())
 """Pillow decoders that may see a file; the others (PostScript, FITS, ...) never get untrusted bytes."""
+
+READ = frozenset({"JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF", "TGA"})
+"""Formats, as `sniff` names them, that open_image reads: HEIF (.heic) with the extra `heif`, TGA by its name only."""
+
+HEAD = 1024
+"""Bytes at the start of a file that `sniff` looks at; fewer name fewer kinds."""
+
+# In this order: the first that fits counts.
+_SIGNATURES = {
+    name: re.compile(signature, re.DOTALL)
+    for name, signature in {
+        "JPEG": rb"\xff\xd8\xff",
+        "PNG": rb"\x89PNG\r\n\x1a\n",
+        "GIF": rb"GIF8[79]a",
+        "WEBP": rb"RIFF.{4}WEBP",
+        "camera raw": rb"II\*\0.{4}CR|IIU\0|IIR[OS]|MMOR|FUJIFILMCCD-RAW|.{4}ftypcrx ",
+        "TIFF": rb"II[*+]\0|MM\0[*+]",
+        "BMP": rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
+        "AVIF": rb".{4}ftyp(?:avi[fs]|m[is]f1.{4}(?:.{4}){0,8}?avi[fs])",
+        "HEIF": rb".{4}ftyp(?:he[iv][cxms]|m[is]f1)",
+        "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n",
+        "JPEG 2000": rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n",
+        "JPEG XR": rb"II\xbc[\0\x01]",
+        "Photoshop": rb"8BPS",
+        "GIMP": rb"gimp xcf ",
+        "Krita": rb"PK\x03\x04.{26}mimetypeapplication/x-krita",
+        "OpenRaster": rb"PK\x03\x04.{26}mimetypeimage/openraster",
+        "CLIP STUDIO": rb"CSFCHUNK",
+        "SVG": rb"(?:\xef\xbb\xbf)?\s*(?:<svg|<!DOCTYPE svg|<[?!].*?<svg)",
+        "PDF": rb"%PDF-",
+        "PostScript": rb"%!PS|\xc5\xd0\xd3\xc6",
+        "OpenEXR": rb"v/1\x01",
+        "Radiance HDR": rb"#\?R(?:ADIANCE|GBE)",
+        "PNM": rb"P[1-6]\s+(?:#|\d+\s+\d+\s)|P7\nWIDTH |P[Ff]\n",
+        "icon": rb"\0\0[\x01\x02]\0[^\0]\0|icns",
+        "DDS": rb"DDS \x7c\0\0\0",
+        "QOI": rb"qoif",
+        "FITS": rb"SIMPLE  =",
+        "DICOM": rb".{128}DICM",
+    }.items()
+}
+_RAW_NAMES = re.compile(r"\.(3fr|arw|cr2|dng|erf|iiq|kdc|mef|mos|nef|nrw|pef|raw|rwl|sr2|srw)", re.IGNORECASE)
+_TGA_NAMES = re.compile(r"\.(tga|icb|vda|vst)", re.IGNORECASE)
+_TGA_HEADER = re.compile(
+    rb".[\0\x01][\x01-\x03\x09-\x0b].{13}[\x01\x08\x10\x18\x20].", re.DOTALL
+)  # there is no signature
 
 # What Pillow's decoders raise on damaged files, found by flipping bytes; a MemoryError stays a MemoryError.
 _DECODER_ERRORS = (
@@ -90,6 +137,20 @@ def stamp_of(found: os.stat_result) -> str:
     """A text that differs whenever the bytes of the file may have changed."""
     # ctime too: copying tools restore mtime, nothing restores ctime.
     return f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
+
+
+def sniff(head: bytes, name: str = "") -> str | None:
+    """What kind of picture a file is by its first `HEAD` bytes: one of `READ`, a kind that is not read, or None.
+
+    `name` decides where bytes alone cannot: TGA has no signature, and raw files of cameras have that of TIFF.
+    """
+    kind = next((kind for kind, signature in _SIGNATURES.items() if signature.match(head)), None)
+    suffix = os.path.splitext(name)[1]
+    if kind == "TIFF" and _RAW_NAMES.fullmatch(suffix):
+        return "camera raw"
+    if kind is None and _TGA_NAMES.fullmatch(suffix) and _TGA_HEADER.match(head):
+        return "TGA"
+    return kind
 
 
 def open_image(picture: Picture | Path) -> Image.Image:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import pyarrow.compute as compute
 import pydantic
 import tyro
 
@@ -25,12 +26,17 @@ from data_tools.filter import Filter, FilterRules
 from data_tools.label import label
 from data_tools.pack import check_free, from_table, pack
 from data_tools.pair import pair
+from data_tools.sources import LISTED
 from data_tools.split import split
 from data_tools.stages import ENGINES, Table, run_stage
+from data_tools.step import at_home
 from data_tools.triplets import LEFT_OUT_NAME
 from ztrain.errors import InputError
+from ztrain.files import expand
 from ztrain.terminal import command
 from ztrain.yamls import describe_errors
+
+_NAMED = 10  # pictures and folders that are passed by, in what a build prints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +82,9 @@ def _check_places(sources: Sequence[str], folder: Path, out: Path) -> None:
     """Raises InputError for an `out` that is taken, or that the next scan would find."""
     check_free(out)
     for source in sources:
-        if (folder / source).resolve() in (out, *out.parents):
-            searched = f"{folder / source}, which is searched for pictures"
+        place = folder / expand(source)
+        if place.resolve() in (out, *out.parents):
+            searched = f"{place}, which is searched for pictures"
             raise InputError(f"{out}: lies inside {searched}; choose another --out")
 
 
@@ -94,9 +101,11 @@ def _look(command: Command, config: BuildConfig, work: Path) -> Table:
             engine=command.engine,
             workers=command.workers,
             folder=command.config.parent,
+            links=config.links,
         )
     )
     _tell(table)
+    _tell_passed_by(table)
     rules, workers = config.filter, command.workers
     if rules != FilterRules() and not rules.has_scores:
         table = _tell(run_stage(Filter(rules), table, work / "filter", engine=engine, workers=workers))
@@ -112,6 +121,18 @@ def _look(command: Command, config: BuildConfig, work: Path) -> Table:
     return table
 
 
+def _tell_passed_by(table: Table) -> None:
+    """What the listing has passed by: all of it by kind, the first by name."""
+    if said := scan.passed_by(table):
+        print(f"note: ignored: {said}", file=sys.stderr)
+    rows = table.read(["name", "refused", "refused_by"])
+    named = rows.filter(compute.equal(rows["refused_by"], LISTED))
+    for row in named.slice(0, _NAMED).to_pylist():
+        print(f"  {row['name']}: {row['refused']}", file=sys.stderr)
+    if named.num_rows > _NAMED:
+        print(f"  and {named.num_rows - _NAMED} more, in {LEFT_OUT_NAME}", file=sys.stderr)
+
+
 def _tell(table: Table) -> Table:
     rows = sum(table.lengths())
     print(f"{table.folder.name}: {rows} rows", file=sys.stderr)
@@ -125,10 +146,10 @@ def read_command(arguments: Sequence[str]) -> Command:
     path = finder.parse_known_args(arguments)[0].config
     plain = (tyro.conf.AvoidSubcommands,)
     if path is None:  # tyro explains what is missing
-        return tyro.cli(Command, args=arguments, prog="data_tools.build", config=plain)
-    default = Command(config=path, out=tyro.MISSING, build=read_config(path))
+        return at_home(tyro.cli(Command, args=arguments, prog="data_tools.build", config=plain))
+    default = Command(config=path, out=tyro.MISSING, build=read_config(Path(expand(str(path)))))
     try:
-        return tyro.cli(Command, args=arguments, default=default, prog="data_tools.build", config=plain)
+        return at_home(tyro.cli(Command, args=arguments, default=default, prog="data_tools.build", config=plain))
     except pydantic.ValidationError as error:
         raise InputError(describe_errors(error, source="command line", model=BuildConfig)) from error
 

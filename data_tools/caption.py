@@ -27,6 +27,7 @@ from data_tools.output import digest_of, fingerprint
 from data_tools.replies import Reply, judge
 from data_tools.sources import Reader
 from data_tools.stages import ENGINES, Batch, Engine, Table, run_here, run_stage
+from data_tools.step import parse
 from ztrain.errors import InputError
 from ztrain.images import decode_image
 from ztrain.terminal import command
@@ -232,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
 
     def work() -> str:
-        asked = tyro.cli(Command, args=arguments, prog="data_tools.caption")
+        asked = parse(Command, arguments, "data_tools.caption")
         source, engine = Table.open(asked.table), ENGINES[asked.engine]
         table = caption(source, asked.settings, asked.out, engine=engine, workers=asked.workers)
         found = count(table, asked.settings.column)

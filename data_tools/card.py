@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ztrain.terminal import printable
 from ztrain.yamls import dump_yaml
 
 _FILES = {"imagefolder": "{split}/**", "webdataset": "{split}-[0-9]*.tar", "parquet": "data/{split}-[0-9]*.parquet"}
+_NAMED = 20  # pictures and folders that were passed by
 _NOTES = {
     "webdataset": "`datasets` reads tars whose samples all have the same kinds of files, webdataset and ztrain any.\n"
 }
@@ -36,11 +38,19 @@ def card(manifest: Mapping[str, Any]) -> str:
         _styles(manifest["styles"]),
         _shared(manifest["shared"]),
         "## What was counted\n\n" + _table(("", ""), _words(manifest["counts"])) if manifest["counts"] else "",
-        "Every picture and row that was left out is in `left_out.jsonl`, with its reason.\n",
+        _passed_by(manifest["ignored"], manifest["passed_by"]),
+        "Every picture and row that was left out is in `left_out.jsonl`, with its reason, and every picture and folder"
+        " that was passed by.\n",
         "## Licences\n\n" + _licences(manifest["licences"]),
-        "## Made from\n\n```yaml\n" + dump_yaml(manifest["config"]) + "```\n" if manifest["config"] else "",
+        "## Made from\n\n" + _fenced(dump_yaml(manifest["config"])) if manifest["config"] else "",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _fenced(text: str) -> str:
+    """A block of code that no text in it ends."""
+    fence = "`" * max([3, *(len(found) + 1 for found in re.findall("`+", text))])
+    return f"{fence}yaml\n{printable(text)}{fence}\n"
 
 
 def _table(head: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> str:
@@ -52,8 +62,8 @@ def _table(head: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
-    # As text, whatever a style is called: neither HTML nor Markdown.
-    plain = " ".join(html.escape(str(value), quote=False).split())
+    # As text, whatever a style is called: neither HTML nor Markdown, nor what a terminal would obey.
+    plain = " ".join(html.escape(printable(str(value)), quote=False).split())
     return re.sub(r"([\\`*\[\]|~])", r"\\\1", plain)
 
 
@@ -75,6 +85,15 @@ def _shared(shared: Mapping[str, Mapping[str, int]]) -> str:
     kinds = list(next(iter(shared.values())))
     rows = [(f"{names} share", *(counts[kind] for kind in kinds)) for names, counts in shared.items()]
     return "## What splits share\n\nTargets and references together; 0 is disjoint.\n\n" + _table(("", *kinds), rows)
+
+
+def _passed_by(kinds: Mapping[str, int], names: Mapping[str, str]) -> str:
+    if not kinds:
+        return ""
+    told = "## What was passed by\n\nFiles and folders of the sources that are no input.\n\n"
+    told += _table(("", ""), kinds.items())
+    named = list(names.items())[:_NAMED]
+    return told + ("\n" + _table(("pictures and folders among them", "why"), named) if named else "")
 
 
 def _licences(names: Iterable[str]) -> str:

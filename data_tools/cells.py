@@ -13,11 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.names import reason_of
+from data_tools.names import CAPTION_COLUMNS, reason_of
+from data_tools.output import arrow_file
 from ztrain.errors import InputError
 
-CAPTION_COLUMNS = ("caption", "text", "prompt")
-"""Of Parquet files and the Hub: the first that holds texts, or lists of them, is taken for the caption."""
 _NAME_COLUMN = "file_name"
 _LARGEST_CACHE = 256 << 20  # bytes of decoded row groups that a process keeps
 
@@ -43,7 +42,7 @@ def list_cells(path: Path, ignored: Counter[str]) -> Iterator[Cell]:
     row once and without climbing, it is `<column>/<that path>`: the folders of style folders live on in tables.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        with arrow_file(path) as source, pq.ParquetFile(source) as file:
             yield from _list_cells(file, path, ignored)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: names of columns
         raise InputError(f"{path}: not a readable Parquet file ({reason_of(error, path)})") from error
@@ -92,7 +91,7 @@ def _is_texts(kind: pa.DataType) -> bool:
 
 
 def _caption_column(schema: pa.Schema, ignored: Counter[str]) -> str:
-    """The first that holds texts; empty where none does."""
+    """The first that holds texts, or lists of them; empty where none does."""
     for name in CAPTION_COLUMNS:
         if name not in schema.names:
             continue
@@ -185,7 +184,8 @@ _State = tuple[int, int]  # time and size of a file: another file under its name
 
 @lru_cache(maxsize=64)
 def _group_sizes(path: Path, state: _State) -> tuple[int, ...]:
-    metadata = pq.read_metadata(path)
+    with arrow_file(path) as source:
+        metadata = pq.read_metadata(source)
     return tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
 
 
@@ -202,7 +202,7 @@ class _Groups:
         if key in self.kept:
             self.kept.move_to_end(key)
             return self.kept[key]
-        with pq.ParquetFile(path) as file:
+        with arrow_file(path) as source, pq.ParquetFile(source) as file:
             if column not in file.schema_arrow.names:
                 raise OSError(f"column {column} is not there any more")
             values = file.read_row_group(group, columns=[column]).column(column)

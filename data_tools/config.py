@@ -13,11 +13,14 @@ from data_tools.dedup import DedupRules
 from data_tools.embed import EmbedSettings
 from data_tools.filter import FilterRules
 from data_tools.label import LabelRules
+from data_tools.names import in_letters
 from data_tools.pack import PackRules
 from data_tools.pair import PairRules
 from data_tools.scan import ScanRules
 from data_tools.split import SplitRules
+from data_tools.walk import Links
 from ztrain.errors import InputError
+from ztrain.files import expand
 from ztrain.yamls import describe_errors, load_yaml
 
 
@@ -28,6 +31,8 @@ class BuildConfig(pydantic.BaseModel):
 
     sources: Annotated[list[str], pydantic.Field(min_length=1)]
     """Folders, tars, Parquet files, hub:owner/name@revision."""
+    links: Links = "inside"
+    """Which links in them are followed: those that lead to something inside the sources, or all."""
     max_refused_share: float = pydantic.Field(default=0.05, ge=0, le=1)
     """Fails where a larger share of the pictures is refused by the scan: 0 on the first, 1 never."""
     scan: ScanRules = ScanRules()
@@ -47,6 +52,7 @@ class BuildConfig(pydantic.BaseModel):
         """With models and questions that are files below `folder`, which relative paths are relative to."""
 
         def place(given: str) -> str:
+            given = expand(given)
             return str(folder / given) if (folder / given).exists() else given
 
         embed = [each.model_copy(update={"model": place(each.model)}) for each in self.embed]
@@ -61,7 +67,8 @@ class BuildConfig(pydantic.BaseModel):
         from ztrain.models import public_name  # here, for it brings torch
 
         document: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
-        document["sources"] = [each if each.startswith("hub:") else Path(each).name for each in self.sources]
+        document["sources"] = [each if each.startswith("hub:") else in_letters(Path(each).name)
+                               for each in self.sources]  # fmt: skip
         for step in (*document["caption"], *document["embed"]):
             step["model"] = public_name(step["model"])
         for step in document["caption"]:

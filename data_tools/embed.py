@@ -20,6 +20,7 @@ import tyro
 
 from data_tools.sources import Reader
 from data_tools.stages import ENGINES, Batch, Engine, Table, run_here, run_stage
+from data_tools.step import parse
 from ztrain.images import decode_image
 from ztrain.terminal import command
 
@@ -152,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
 
     def work() -> str:
-        asked = tyro.cli(Command, args=arguments, prog="data_tools.embed")
+        asked = parse(Command, arguments, "data_tools.embed")
         source, engine = Table.open(asked.table), ENGINES[asked.engine]
         table = embed(source, asked.settings, asked.out, engine=engine, workers=asked.workers)
         column = asked.settings.column

@@ -3,35 +3,38 @@
 In: the pictures of a table. Out: items that name their references.
 """
 
-import csv
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pydantic
 
-from data_tools.groups import check_header, check_split
+from data_tools.groups import check_split
 from data_tools.likeness import COPY_SCORE
 from data_tools.output import check_share
 from data_tools.pictures import Pictures, Told, texts
 from data_tools.triplets import Item, Scanned
+from ztrain.csvs import Row, read_table
 from ztrain.errors import InputError
-from ztrain.rows import check_text, parse_object, take_text
+from ztrain.files import expand
+from ztrain.forms import Matches, matched, one_form
+from ztrain.rows import check_text
 
+_NEEDED, _SPLIT = ("reference", "target", "prompt"), "split"
 _RESERVED = ("way", "copy_score")
 
 
 class PairTable(pydantic.BaseModel):
     """A table with one row per triplet: reference (several joined by "|"), target, prompt and perhaps split; CSV, or
-    JSONL with the same keys (several references as a list). Further columns travel with the row. Where no row names a
-    split, data_tools.split divides them; where some do, the others are for train."""
+    JSONL with the same keys (several references as a list). Paths may have the backslashes of Windows. Further columns
+    travel with the row. Where no row names a split, data_tools.split divides them; where some do, the others are for
+    train."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
     table: str
-    """.csv or .jsonl, relative to the config file. Pictures are named as in their source, or source/name."""
+    """.csv, .tsv or .jsonl, relative to the config file. Pictures are named as in their source, or source/name."""
     max_reject_share: float = pydantic.Field(default=0.0, ge=0, le=1)
     """Largest share of unusable rows to put up with: 0 fails on the first, 1 on none."""
     max_copy_score: float = pydantic.Field(default=COPY_SCORE, ge=0, le=1)
@@ -39,40 +42,46 @@ class PairTable(pydantic.BaseModel):
 
     def tables(self, folder: Path) -> list[Path]:
         """Raises InputError where the table as a whole cannot be read."""
-        for _ in _read_table(folder / self.table):
+        path = folder / expand(self.table)
+        for _ in read_table(path, _NEEDED, [_SPLIT]):
             pass
-        return [folder / self.table]
+        return [path]
 
     def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
         """Raises InputError where too many rows are unusable."""
-        known = {picture.key: picture for picture in pictures.usable}
-        for picture in pictures.usable:
-            known.setdefault(picture.name, picture)
+        path = folder / expand(self.table)
+        rows: list[tuple[str, Row]] = []
         rejected: dict[str, str] = {}
-        items: list[Item] = []
-        for where, read in _read_table(folder / self.table):
+        for where, read in read_table(path, _NEEDED, [_SPLIT]):
             try:
-                items.append(self._item(read(), known, pictures, where=where))
+                rows.append((where, read()))
+            except InputError as error:
+                rejected[where] = str(error)
+        named = _Named.of(pictures, {name for _, row in rows for name in (*_references(row), row["target"])
+                                     if isinstance(name, str)})  # fmt: skip
+        items: list[Item] = []
+        for where, row in rows:
+            try:
+                items.append(self._item(row, named, where=where))
             except InputError as error:
                 rejected[where] = str(error)
         for where, reason in rejected.items():
-            row = f"{Path(self.table).name}:{where.rpartition(':')[2]}"
-            told.leave_out("rows_rejected", row, "label", reason.removeprefix(f"{where}: "))
+            line = f"{path.name}:{where.rpartition(':')[2]}"
+            told.leave_out("rows_rejected", line, "label", reason.removeprefix(f"{where}: "))
         check_share(rejected, len(items) + len(rejected), self.max_reject_share, "rows")
         if not items:
-            raise InputError(f"{folder / self.table}: no row is left; give the table at least one usable pair")
+            raise InputError(f"{path}: no row is left; give the table at least one usable pair")
         some = any(item.split is not None for item in items)
         yield from (replace(item, split="train") if some and item.split is None else item for item in items)
 
-    def _item(self, row: dict[str, Any], known: Mapping[str, Scanned], pictures: Pictures, *, where: str) -> Item:
-        given = row.pop("reference", [])
-        names = given if isinstance(given, list) else [given]
-        if not names:
+    def _item(self, row: Row, named: "_Named", *, where: str) -> Item:
+        if not (names := _references(row)):
             raise InputError(f"{where}: 'reference' is missing; name at least one picture")
-        references = tuple(_find(name, "reference", known, pictures, where=where) for name in names)
-        target = _find(row.pop("target", ""), "target", known, pictures, where=where)
-        prompt = take_text(row, "prompt", where=where)
-        split = row.pop("split", None) or None
+        references = tuple(named.find(name, "reference", where=where) for name in names)
+        target = named.find(row["target"], "target", where=where)
+        prompt = check_text(row["prompt"], "prompt", where=where)
+        split = row.get(_SPLIT) or None
+        row = {name: value for name, value in row.items() if name not in (*_NEEDED, _SPLIT)}
         try:
             if split is not None:
                 check_split(check_text(split, "split", where=where))
@@ -113,20 +122,24 @@ class BeforeAfter(pydantic.BaseModel):
         prompts = dict(zip(pictures.usable, texts(pictures, self.caption_column), strict=True))
         before = self._below(self.before, pictures)
         after = self._below(self.after, pictures)
-        for name in sorted(before.keys() ^ after.keys()):
-            picture, why = (before.get(name) or after[name]).key, "no usable picture of its name on the other side"
-            told.leave_out("pictures_without_partner", picture, "label", why)
-        for name in sorted(before.keys() & after.keys()):
+        partners = matched(after.keys(), before.keys())
+        found = set(partners.found.values())
+        for name, picture in sorted([*((name, after[name]) for name in after.keys() - partners.found.keys()),
+                                     *((name, before[name]) for name in before.keys() - found)],
+                                    key=lambda each: (each[0], each[1].key)):  # fmt: skip
+            why = f"no usable picture of its name on the other side{partners.why_not(name)}"
+            told.leave_out("pictures_without_partner", picture.key, "label", why)
+        for name, other in sorted(partners.found.items()):
             target = after[name]
-            yield Item(picture=target, way="before_after", content=target.key, whole=name, references=(before[name],),
+            yield Item(picture=target, way="before_after", content=target.key, whole=name, references=(before[other],),
                        prompt=self.prompt or prompts[target], max_copy_score=self.max_copy_score)  # fmt: skip
 
     def _below(self, folder: str, pictures: Pictures) -> dict[str, Scanned]:
         found: dict[str, Scanned] = {}
         for picture in pictures.usable:
             for name in (picture.name, picture.key):
-                if name.startswith(f"{folder}/"):
-                    stem = str(PurePosixPath(name.removeprefix(f"{folder}/")).with_suffix(""))
+                if one_form(name).startswith(f"{one_form(folder)}/"):
+                    stem = str(PurePosixPath(*PurePosixPath(name).parts[folder.count("/") + 1 :]).with_suffix(""))
                     if stem in found:
                         raise InputError(f"{picture.key}: the same name as {found[stem].key}; keep one")
                     found[stem] = picture
@@ -136,39 +149,45 @@ class BeforeAfter(pydantic.BaseModel):
         return found
 
 
-def _read_table(path: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """The place of each row and what reads its columns, raising InputError as this does for the whole table."""
-    if path.suffix not in (".csv", ".jsonl"):
-        raise InputError(f"{path}: pairs must be a .csv or a .jsonl table")
-    try:
-        if path.suffix == ".jsonl":
-            for number, raw in enumerate(path.read_bytes().splitlines(), start=1):
-                if raw.strip():
-                    yield f"{path}:{number}", partial(parse_object, raw, where=f"{path}:{number}")
-            return
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            header = reader.fieldnames or ()
-            for column in (column for column in ("reference", "target", "prompt") if column not in header):
-                raise InputError(f"{path}: no column {column!r}; its columns are: {', '.join(header)}")
-            check_header(header, path)
-            for row in reader:
-                yield f"{path}:{reader.line_num}", partial(_csv_columns, row, where=f"{path}:{reader.line_num}")
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path}: cannot read the table of pairs ({error}); it must be UTF-8") from error
+def _references(row: Row) -> list[Any]:
+    """Names, of CSV joined by "|"; what is no text is for `_find` to refuse."""
+    given = row["reference"]
+    return given if isinstance(given, list) else given.split("|") if isinstance(given, str) else [given]
 
 
-def _csv_columns(row: dict[str, Any], *, where: str) -> dict[str, Any]:
-    if None in row or None in row.values():  # DictReader's marks for a long and for a short row
-        raise InputError(f"{where}: must have as many fields as the header")
-    return row | {"reference": row["reference"].split("|")}
+def _spellings(name: str) -> tuple[str, str]:
+    """A name as tables of pictures have it, and the one that it has where it comes from Windows."""
+    return str(PurePosixPath(name.strip())), str(PurePosixPath(name.strip().replace("\\", "/")))
 
 
-def _find(name: object, key: str, known: Mapping[str, Scanned], pictures: Pictures, *, where: str) -> Scanned:
-    text = str(PurePosixPath(check_text(name, key, where=where)))
-    if text in known:
-        return known[text]
-    for refused, (_, reason) in pictures.refused.items():
-        if text in (refused, refused.partition("/")[2]):
-            raise InputError(f"{where}: {text}: {reason}")
-    raise InputError(f"{where}: the picture {text!r} is not in the sources; restore it or drop the row")
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """Pictures by the names that a table gives them."""
+
+    known: Mapping[str, Scanned]
+    matches: Matches
+    """Of all that the table names."""
+    refused: Mapping[str, str]
+    """Name -> why it cannot be used."""
+
+    @classmethod
+    def of(cls, pictures: Pictures, names: set[str]) -> "_Named":
+        known = {picture.key: picture for picture in pictures.usable}
+        for picture in pictures.usable:
+            known.setdefault(picture.name, picture)
+        matches = matched({each for name in names for each in _spellings(name)}, known.keys(), shared=True)
+        lost = [*pictures.passed_by.items(), *pictures.refused.items()]
+        refused = {name: why for key, (_, why) in lost for name in (key.partition("/")[2], key)}
+        return cls(known, matches, refused)
+
+    def find(self, name: object, key: str, *, where: str) -> Scanned:
+        """Raises InputError."""
+        spellings = _spellings(text := check_text(name, key, where=where))
+        for each in spellings:
+            if each in self.matches.found:
+                return self.known[self.matches.found[each]]
+        for each in spellings:
+            if each in self.refused:
+                raise InputError(f"{where}: {each}: {self.refused[each]}")
+        why = self.matches.why_not(spellings[1])
+        raise InputError(f"{where}: the picture {text!r} is not in the sources{why}; restore it or drop the row")

@@ -3,7 +3,6 @@
 In: the pictures of a table. Out: items; which of a group meet is data_tools.pair's to say.
 """
 
-import csv
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,10 @@ import pydantic
 from data_tools.output import fingerprint
 from data_tools.pictures import Pictures, Told, texts
 from data_tools.triplets import Item, Scanned
+from ztrain.csvs import cell, read_rows
 from ztrain.errors import InputError
+from ztrain.files import expand
+from ztrain.forms import matched, one_form
 
 
 class _Way(pydantic.BaseModel):
@@ -56,7 +58,7 @@ class StyleFolders(_Way):
         if self.contents is None:
             return []
         self._read(folder, Told())
-        return [folder / self.contents]
+        return [folder / expand(self.contents)]
 
     def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
         """Raises InputError."""
@@ -81,11 +83,14 @@ class StyleFolders(_Way):
         self, style: str, pictures: Sequence[Scanned], contents: Mapping[str, tuple[str, str | None]] | None, told: Told
     ) -> dict[str, Scanned]:
         """Content -> its picture in this style. Raises InputError."""
+        own = {picture: one_form(PurePosixPath(picture.name).stem) for picture in pictures}
+        matches = matched(set(own.values()), contents.keys() if contents is not None else set(own.values()))
         named: dict[str, Scanned] = {}
         for picture in pictures:
-            content = PurePosixPath(picture.name).stem
-            if contents is not None and (content not in contents or contents[content][1] == ""):
-                why = "its content is of another split" if content in contents else f"no id {content!r} in the table"
+            content = matches.found.get(own[picture])
+            if content is None or contents is not None and contents[content][1] == "":
+                missing = f"no id {own[picture]!r} in the table{matches.why_not(own[picture])}"
+                why = missing if content is None else "its content is of another split"
                 told.leave_out("pictures_without_content", picture.key, "label", why)
                 continue
             if content in named:
@@ -100,36 +105,24 @@ class StyleFolders(_Way):
         present: dict[str, list[Scanned]] = defaultdict(list)
         for picture in usable:
             parent = str(PurePosixPath(picture.name).parent)
-            present[picture.source if parent == "." else parent].append(picture)
-        styles = dict.fromkeys(self.styles or sorted(present))  # named twice is no more than once
+            present[one_form(picture.source if parent == "." else parent)].append(picture)
+        styles = dict.fromkeys(map(one_form, self.styles or sorted(present)))  # named twice is no more than once
         if missing := [style for style in styles if style not in present]:
             raise InputError(f"no style folder {', '.join(missing)}; found: {', '.join(sorted(present)) or 'none'}")
         return {style: sorted(present[style], key=lambda each: each.name) for style in styles}
 
     def _read(self, folder: Path, told: Told) -> dict[str, tuple[str, str | None]]:
         """Content id -> prompt and split, "" for one that is left out. Raises InputError."""
-        path = folder / str(self.contents)
-        contents: dict[str, tuple[str, str | None]] = {}
+        path = folder / expand(str(self.contents))
         columns = [name for name in (self.id_column, self.prompt_column, self.split_column) if name is not None]
-        try:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file, strict=True)
-                header = reader.fieldnames or ()
-                for column in (column for column in columns if column not in header):
-                    raise InputError(f"{path}: no column {column!r}; its columns are: {', '.join(header)}")
-                check_header(header, path)
-                for row in reader:
-                    where = f"{path}:{reader.line_num}"
-                    if None in row or None in row.values():  # DictReader's marks for a long and for a short row
-                        raise InputError(f"{where}: must have {len(header)} fields, as many as the header")
-                    content, prompt, *split = (row[column].strip() for column in columns)
-                    if not content or not prompt:
-                        raise InputError(f"{where}: {columns[bool(content)]} is empty; fill it in")
-                    if content in contents:
-                        raise InputError(f"{where}: the {self.id_column} {content!r} stands twice; keep one")
-                    contents[content] = (prompt, self.splits.get(split[0], "") if split else None)
-        except (OSError, ValueError, csv.Error) as error:
-            raise InputError(f"{path}: cannot read the contents table ({error}); it must be UTF-8 CSV") from error
+        contents: dict[str, tuple[str, str | None]] = {}
+        for where, row in read_rows(path, columns):
+            content = one_form(cell(row, self.id_column, where=where))
+            prompt = cell(row, self.prompt_column, where=where)
+            named = self.split_column and cell(row, self.split_column, where=where, optional=True)
+            if content in contents:
+                raise InputError(f"{where}: the {self.id_column} {content!r} stands twice; keep one")
+            contents[content] = (prompt, None if named is None else self.splits.get(named, ""))
         told.counts["contents_of_other_splits"] = sum(split == "" for _, split in contents.values())
         empty = sorted(set(self.splits.values()) - {folder for _, folder in contents.values() if folder is not None})
         if empty and self.split_column is not None:
@@ -239,10 +232,3 @@ def check_splits(names: Sequence[str]) -> None:
         check_split(name)
     if len({name.casefold() for name in names}) < len(set(names)):
         raise ValueError(f"{', '.join(names)}: differ in capitals alone; rename one")
-
-
-def check_header(header: Sequence[str], path: Path) -> None:
-    """Raises InputError for a column that stands twice, of which one would win unseen."""
-    for column in header:
-        if header.count(column) > 1:
-            raise InputError(f"{path}: the column {column!r} stands {header.count(column)} times; keep one")

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
 from tqdm import tqdm
 
 from data_tools.charts import STYLES, aspect_chart, number_chart, score_chart, style_bars
 from data_tools.likeness import COPY_SCORE
+from data_tools.step import parse
 from data_tools.survey import SUREST_SHARE, DataSet, Row, choose, measure_targets, read_data_set, text_of
 from ztrain.errors import InputError
 from ztrain.images import Picture
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 written, 2 something the user can mend."""
 
     def work() -> str:
-        asked = tyro.cli(Command, args=arguments, prog="data_tools.inspect")
+        asked = parse(Command, arguments, "data_tools.inspect")
         if asked.max_triplets < 1 or asked.max_refused < 0 or not 32 <= asked.thumbnail_side <= 1024:
             raise InputError("max_triplets must be at least 1, max_refused at least 0, thumbnail_side 32 to 1024")
         check_out(asked.out, MAKER)

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import pydantic
 
+from data_tools.captions import GIVEN
 from data_tools.given import BeforeAfter, PairTable
 from data_tools.groups import Alone, Clips, StyleClusters, StyleFolders
 from data_tools.output import digest_of
@@ -70,8 +71,9 @@ def label(source: Table, rules: LabelRules, folder: Path, out: Path) -> Table:
     """`folder`: what tables are relative to. Raises InputError."""
     digests = [digest_of(path) for path in rules.tables(folder)]
     pictures, told = Pictures.read(source, rules.keep_copies), Told()
-    for key, (stage, reason) in pictures.refused.items():
-        told.leave_out("pictures_refused", key, stage, reason)
+    for what, lost in (("passed_by", pictures.passed_by), ("pictures_refused", pictures.refused)):
+        for key, (stage, reason) in lost.items():
+            told.leave_out(what, key, stage, reason)
     if not pictures.usable:
         raise InputError(f"{source.folder}: no picture is left; lower the limits before it")
     items = [item for way in rules.ways() for item in way.items(pictures, folder, told)]
@@ -82,7 +84,11 @@ def label(source: Table, rules: LabelRules, folder: Path, out: Path) -> Table:
     for picture in pictures.usable:
         if picture.key not in met:
             told.leave_out("pictures_not_asked_for", picture.key, "label", "no way of labelling takes it")
-    facts = {"counts": {"pictures": len(pictures.usable) + len(pictures.refused), **told.counts}}
+    count = len(pictures.usable) + len(pictures.refused)
+    authors = pictures.column("caption_from") if "caption_from" in source.columns else []
+    by_model = sum(author is not None and not author.startswith(GIVEN) for author in authors)
+    facts = {"counts": {"pictures": count, **source.facts.get("counts", {}), "captions_by_a_model": by_model,
+                        **told.counts}}  # fmt: skip
     about = (_RULES, rules.model_dump(mode="json"), digests)
     return write_rows(item_rows(items), ITEMS, out, source, name="label", about=about, left_out=told.left_out,
                       facts=facts)  # fmt: skip

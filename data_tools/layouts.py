@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from data_tools.output import EXTENSIONS
+from data_tools.output import EXTENSIONS, arrow_file
 from ztrain.data import MANIFEST_NAME
 from ztrain.errors import InputError
 from ztrain.images import Picture
@@ -181,7 +181,7 @@ def write_tables(folder: Path, content: Content) -> Files:
         shards = list(_cut(of_split, content.known, content.max_shard_bytes))
         for number, triplets in enumerate(tqdm(shards, desc=f"packing {split}", unit="shard", disable=None)):
             path = folder / f"data/{split}-{number:05d}-of-{len(shards):05d}.parquet"
-            with pq.ParquetWriter(path, schema) as writer:
+            with arrow_file(path, "w") as file, pq.ParquetWriter(file, schema) as writer:
                 for rows in _cut(triplets, content.known, _BYTES_PER_GROUP, _ROWS_PER_GROUP):
                     cells = [_cells(triplet, several=several) for triplet in rows]
                     writer.write_table(pa.Table.from_pylist(cells, schema=schema))

@@ -1,21 +1,29 @@
 """Pictures in plain tars: which members are one, what they are called, where their bytes lie, and their captions.
 
-In: a tar. Out: for each picture a name, a range of bytes or the reason why there is none, and the caption of a member
-beside it: `<stem>.txt`, or else `<key>.txt` as WebDataset names the members of a sample.
+In: a tar. Out: for each picture (by what is in it, where its name does not say) a name, a range of bytes or the reason
+why there is none, and the texts of members beside it: `<stem>.txt`, or else `<key>.txt` as WebDataset names the members
+of a sample, and so `.caption` and `.json`.
 
-Names are unique in the archive. Of members with one name the last is the picture, as it is when the tar is unpacked;
-an earlier one is `<name>#1`, `<name>#2`, ... and refused. A hard link is the file that it names.
+Names are in letters, and unique in the archive. Of members with one name the last is the picture, as it is when the tar
+is unpacked; an earlier one is `<name>#1`, `<name>#2`, ... and refused. A hard link is the file that it names.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from data_tools.names import kind_of, kind_said, printable, stem_of, texts_by_stem
-from data_tools.output import EXTENSIONS
+from data_tools.names import SIDECARS, in_letters, kind_of, kind_said, texts_beside
+from data_tools.output import CALLED_PICTURES, EXTENSIONS
+from data_tools.walk import not_read
 from ztrain.errors import InputError
+from ztrain.files import LIMITS
+from ztrain.images import HEAD, READ, sniff
 from ztrain.tars import META_MEMBER, Archive, index_tar
+
+_BY_NAME = "by its name"
+_READ = READ | {_BY_NAME}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +37,10 @@ class Member:
     """In bytes."""
     fault: str
     """Why it cannot be used; empty where it can."""
-    caption: bytes | None
-    """UTF-8, if the archive is right."""
+    is_passed: bool = False
+    """Whether it is of a format that is not read, and counts as no picture."""
+    texts: tuple[tuple[str, bytes | InputError], ...] = ()
+    """As data_tools.captions takes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,28 +59,50 @@ def list_members(path: Path, ignored: Counter[str]) -> Iterator[Member]:
     archive = index_tar(path)
     entries = _entries(archive, ignored)
     last = {entry.name: entry for entry in entries}
-    captions = _captions(last)
-    used = {id(text) for text in captions.values()}
     again: Counter[str] = Counter()
     with path.open("rb") as file:
+        formats = {id(entry): _format(file, entry) for entry in entries}
+        pictures = [entry.name for entry in last.values() if formats[id(entry)] in _READ]
+        texts = texts_beside(pictures, (name for name, entry in last.items() if not entry.fault), keys=True)
+        used = {id(last[name]) for beside in texts.values() for name in beside}
         for entry in entries:
-            if kind_of(entry.name) not in EXTENSIONS:
-                if id(entry) not in used:
-                    ignored[kind_said(entry.name)] += 1
+            format, name, fault = formats[id(entry)], in_letters(entry.name), entry.fault
+            if format is None:
+                ignored[kind_said(entry.name)] += id(entry) not in used
                 continue
-            name, is_last, fault = printable(entry.name), last[entry.name] is entry, entry.fault
-            if not is_last or (name != entry.name and name in last):
+            if last[entry.name] is not entry:
                 again[name] += 1
                 name = f"{name}#{again[name]}"
-            if not is_last:
                 fault = "stands again later in the archive, and unpacking it gives what stands last"
-            caption = None
-            if not fault and (text := captions.get(entry.name)):
-                file.seek(text.offset)
-                caption = file.read(text.size)
-            yield Member(name, entry.offset, entry.size, fault, caption)
+            if format not in _READ:
+                ignored[f"{format or 'unknown'} pictures"] += 1
+                yield Member(name, entry.offset, entry.size, not_read(format), is_passed=True)
+                continue
+            beside = () if fault else tuple(_text(file, last[text]) for text in texts.get(entry.name, ()))
+            yield Member(name, entry.offset, entry.size, fault, texts=beside)
     if archive.damage:
         raise InputError(f"{path}: {archive.damage}; what stands behind is lost")
+
+
+def _format(file: BinaryIO, entry: _Entry) -> str | None:
+    """As `sniff` names it, _BY_NAME where the name is enough, "" for what is called a picture and is none; None for
+    what is no picture."""
+    kind = kind_of(entry.name)
+    if kind in EXTENSIONS:
+        return _BY_NAME
+    if kind in SIDECARS or entry.fault:
+        return None
+    file.seek(entry.offset)
+    format = sniff(file.read(min(entry.size, HEAD)), entry.name)
+    return "" if format is None and kind in CALLED_PICTURES else format
+
+
+def _text(file: BinaryIO, entry: _Entry) -> tuple[str, bytes | InputError]:
+    whose, limit = f"sidecar {kind_of(entry.name)}", LIMITS["json" if kind_of(entry.name) == ".json" else "caption"]
+    if entry.size > limit:
+        return whose, InputError(f"has {entry.size:,} bytes, more than the {limit:,} of a caption; shorten it")
+    file.seek(entry.offset)
+    return whose, file.read(entry.size)
 
 
 def _entries(archive: Archive, ignored: Counter[str]) -> list[_Entry]:
@@ -99,17 +131,3 @@ def _entries(archive: Archive, ignored: Counter[str]) -> list[_Entry]:
 
 def _plain(name: str) -> str:
     return "/".join(part for part in name.split("/") if part not in ("", "."))
-
-
-def _captions(last: Mapping[str, _Entry]) -> dict[str, _Entry]:
-    """Name of a picture -> its text."""
-    texts = texts_by_stem(name for name, entry in last.items() if not entry.fault)
-    pictures = (name for name in last if kind_of(name) in EXTENSIONS)
-    found = ((name, texts.get(stem_of(name)) or texts.get(_key(name))) for name in pictures)
-    return {name: last[text] for name, text in found if text}
-
-
-def _key(name: str) -> str:
-    """Of the sample that WebDataset puts a member into."""
-    folder, slash, file = name.rpartition("/")
-    return folder + slash + file.partition(".")[0]

@@ -2,14 +2,25 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import pyarrow as pa
 
 from ztrain.errors import InputError
+from ztrain.files import read_bytes
 
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"})
-"""Of files that count as pictures, in small letters."""
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"})
+"""Of files that count as pictures whatever is in them, in small letters; others count where their bytes say so."""
+CALLED_PICTURES = EXTENSIONS | {".heic", ".heif", ".hif", ".tga", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".exr"}
+"""Of files that are named where they turn out to be none."""
+
+
+def arrow_file(path: Path, mode: Literal["r", "w"] = "r") -> pa.OSFile:
+    """A file as Arrow reads and writes it, which takes paths that are not UTF-8 as bytes alone. Raises OSError."""
+    return pa.OSFile(os.fsencode(path), mode)
 
 
 def digest_of(path: Path) -> str:
@@ -40,7 +51,7 @@ def read_manifest(path: Path, expected: str) -> dict[str, Any] | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(read_bytes(path, "record"))
     except (OSError, ValueError):  # none, or none of ours
         manifest = None
     if not isinstance(manifest, dict) or manifest.get("fingerprint") != expected:

@@ -27,19 +27,22 @@ from tqdm import tqdm
 from data_tools.card import card
 from data_tools.layouts import LAYOUTS, Content, Files, Known, pictures_of, read
 from data_tools.output import digest_of, fingerprint, read_manifest
+from data_tools.sources import LISTED
 from data_tools.split import shared
 from data_tools.stages import TABLE_NAME, Table
+from data_tools.step import parse
 from data_tools.triplets import LEFT_OUT_NAME, TablePicture, as_triplets, read_left_out, read_pairings
 from ztrain.data import MANIFEST_NAME, read_triplets
 from ztrain.errors import InputError
-from ztrain.files import whole_folder
+from ztrain.files import read_bytes, read_text, whole_folder
 from ztrain.images import Picture
 from ztrain.rows import Triplet
 from ztrain.tars import PACK_MANIFEST_NAME
 from ztrain.terminal import command
 
 SUMS_NAME, CARD_NAME = "SHA256SUMS", "README.md"
-_RULES = 2  # part of the fingerprint: raise it when the same inputs come to give other files
+_RULES = 3  # part of the fingerprint: raise it when the same inputs come to give other files
+_NAMED = 100  # pictures and folders that were passed by, in a manifest; left_out.jsonl has all
 _LICENCES = ("LICENSES.md", "LICENSE.md", "LICENSE.txt", "LICENSE")
 
 
@@ -62,6 +65,7 @@ class _Carried(pydantic.BaseModel):
     """What a manifest says that goes on with its triplets."""
 
     counts: dict[str, int]
+    ignored: dict[str, int] = {}
     shared: dict[str, dict[str, int]]
     config: dict[str, Any]
     licences: list[Annotated[str, pydantic.Field(pattern=r"^LICENSE[\w.-]*$")]]
@@ -78,7 +82,7 @@ class Input:
     left_out: str = ""
     """Lines of JSON."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """For the manifest: counts, shared, config."""
+    """For the manifest: counts, ignored, shared, config."""
 
 
 def pack(given: Input, rules: PackRules, out: Path) -> dict[str, int]:
@@ -89,12 +93,16 @@ def pack(given: Input, rules: PackRules, out: Path) -> dict[str, int]:
         if picture.name not in known:
             known[picture.name] = given.known(picture)
     licences = _name_licences(given.licences)
-    about = {"counts": {}, "shared": {}, "config": {}, **given.about}
+    about = {"counts": {}, "ignored": {}, "shared": {}, "config": {}, **given.about}
     rows = {split: [_identity(triplet, known) for triplet in of_split] for split, of_split in given.splits.items()}
     digests = [(name, digest_of(path)) for name, path in licences.items()]
-    made_from = fingerprint(
-        _RULES, rules.model_dump(mode="json", exclude={"link"}), rows, digests, about, given.left_out
-    )
+    # Files that are passed by decide no triplet: one more, which a file browser may leave there, changes nothing.
+    lines = given.left_out.split("\n")
+    left_out = [line for line in lines if f'"stage": "{LISTED}"' not in line]
+    passed_by = [json.loads(line) for line in lines if f'"stage": "{LISTED}"' in line]
+    counts = {name: count for name, count in about["counts"].items() if name != "passed_by"}
+    made_from = fingerprint(_RULES, rules.model_dump(mode="json", exclude={"link"}), rows, digests, left_out,
+                            {**about, "counts": counts, "ignored": None})  # fmt: skip
     if manifest := read_manifest(out / PACK_MANIFEST_NAME, made_from):
         _check_files(out, manifest)
         print(f"{out} is up to date")
@@ -106,6 +114,7 @@ def pack(given: Input, rules: PackRules, out: Path) -> dict[str, int]:
         "picture_files": len(known),
         "styles": _styles(given.splits),
         **about,
+        "passed_by": {row["name"]: row["reason"] for row in passed_by[:_NAMED]},
         "licences": list(licences),
     }
     place = given.place if rules.link else _nowhere
@@ -215,7 +224,12 @@ def from_table(table: Table, config: Mapping[str, Any], tables: Iterable[Path] =
         place=_place_in_table,
         licences=find_licences([*(path.parent for path in tables), *table.roots.values()]),
         left_out=left_out,
-        about={"counts": counts, "shared": shared(read_pairings(table)), "config": dict(config)},
+        about={
+            "counts": counts,
+            "ignored": dict(table.facts.get("ignored", {})),
+            "shared": shared(read_pairings(table)),
+            "config": dict(config),
+        },  # fmt: skip
     )
 
 
@@ -239,12 +253,12 @@ def from_folder(data: Path, text_only: bool) -> Input:
         raise InputError(f"{data}: no split with a {MANIFEST_NAME} there; build it with data_tools.build")
     about, left_out, licences = {}, "", [data / name for name in _LICENCES if (data / name).is_file()][:1]
     try:
-        manifest = _Carried.model_validate_json((data / PACK_MANIFEST_NAME).read_bytes())
-        about = manifest.model_dump(include={"counts", "shared", "config"})
+        manifest = _Carried.model_validate_json(read_bytes(data / PACK_MANIFEST_NAME, "record"))
+        about = manifest.model_dump(include={"counts", "ignored", "shared", "config"})
         licences = [data / name for name in manifest.licences]
         if strange := [path for path in licences if path.is_symlink() or not path.is_file()]:
             raise ValueError(f"{strange[0].name} is no file there")
-        left_out = (data / LEFT_OUT_NAME).read_text(encoding="utf-8")
+        left_out = read_text(data / LEFT_OUT_NAME, "record")
     except FileNotFoundError:
         pass  # somebody's own folder has none
     except (OSError, ValueError) as error:
@@ -275,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 packed or up to date, 2 something the user can mend."""
 
     def work() -> str:
-        asked = tyro.cli(Command, args=arguments, prog="data_tools.pack")
+        asked = parse(Command, arguments, "data_tools.pack")
         is_table = (asked.data / TABLE_NAME).exists()
         if asked.text_only and is_table or asked.rules.format == "imagefolder" and not is_table:
             raise InputError(

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_tools.sources import LISTED
 from data_tools.stages import Table
 from data_tools.triplets import PICTURE_COLUMNS, LeftOut, Scanned
+from ztrain.rows import clean
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,8 @@ class Pictures:
     """Their places in the table."""
     refused: dict[str, tuple[str, str]]
     """Key -> the program that refused it, and why."""
+    passed_by: dict[str, tuple[str, str]]
+    """The same of what the listing named and did not take for a picture that can be used."""
     copies: dict[str, str]
     """Key -> why it is a copy, for usable ones that another picture stands for."""
     keep_copies: bool = False
@@ -32,10 +36,11 @@ class Pictures:
         location = [name for name in PICTURE_COLUMNS if name != "cluster"]
         copies = [name for name in ("cluster", "copy_of", "copy_by", "copy_score") if name in names]
         found = table.read([*location, "refused", "refused_by", *copies])
-        pictures = cls(table, [], [], {}, {}, keep_copies)
+        pictures = cls(table, [], [], {}, {}, {}, keep_copies)
         for place, row in enumerate(found.to_pylist()):
             if row["refused"] is not None:
-                pictures.refused[f"{row['source']}/{row['name']}"] = (row["refused_by"], row["refused"])
+                lost = pictures.passed_by if row["refused_by"] == LISTED else pictures.refused
+                lost[f"{row['source']}/{row['name']}"] = (row["refused_by"], row["refused"])
                 continue
             known = {name: row[name] for name in location}
             cluster = row.get("cluster") or f"pixels {row['pixels']}"
@@ -89,4 +94,4 @@ class Told:
 def texts(pictures: Pictures, column: str) -> Sequence[str | None]:
     """A column of texts; none at all where the table does not have it."""
     values = pictures.column(column) if column in pictures.table.columns else [None] * len(pictures.usable)
-    return [value.strip() or None if isinstance(value, str) else None for value in values]
+    return [clean(value) or None if isinstance(value, str) else None for value in values]

@@ -116,8 +116,8 @@ def judge(reply: Reply, max_words: int) -> tuple[str | None, str | None]:
         fault = f"repetition: {phrase}"
     elif not reply.is_whole:
         fault = f"unfinished: it has not ended within max_new_tokens: ...{text[-40:]}"
-    elif not count:
-        fault = "empty: no word in it"
+    elif not count or "\0" in text:
+        fault = f"empty: {'it holds NULs' if count else 'no word in it'}"
     elif count > max_words:
         fault = f"too long: {count} words, more than max_words {max_words}"
     else:

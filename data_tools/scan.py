@@ -23,10 +23,12 @@ import xxhash
 from PIL import Image
 
 from data_tools import likeness, quality
-from data_tools.sources import KINDS, Reader, list_pictures, resolve
+from data_tools.sources import LISTED, Reader, list_pictures, resolve
 from data_tools.stages import ENGINES, Batch, Table, run_stage
+from data_tools.step import parse
+from data_tools.walk import CONTAINERS, Links
 from ztrain.errors import InputError
-from ztrain.images import decode_image
+from ztrain.images import READ, decode_image
 from ztrain.terminal import command
 
 
@@ -85,7 +87,7 @@ class Scan:
 
     def _scan(self, row: Mapping[str, Any]) -> dict[str, Any]:
         if row["refused"] is not None:
-            return _NOTHING | {"refused": row["refused"], "refused_by": self.name}
+            return _NOTHING | {"refused": row["refused"], "refused_by": row["refused_by"] or self.name}
         found = self._measure(row)
         return found if found["refused"] is None else found | {"refused_by": self.name}
 
@@ -142,6 +144,8 @@ class Command:
     """local: processes of this machine. ray: Ray Data, on a cluster that shares the folders."""
     workers: int | None = None
     """Processes or actors; None takes as many as there are cores."""
+    links: Links = "inside"
+    """Which links are followed: those that lead to something inside the sources, or all."""
     folder: tyro.conf.Suppress[Path] = field(default=Path("."))
     """What relative sources are relative to."""
 
@@ -151,9 +155,11 @@ def scan(command: Command) -> Table:
     if command.rows_per_shard < 1:
         raise InputError(f"rows_per_shard {command.rows_per_shard} must be at least 1")
     roots = resolve(command.sources, command.folder)
-    listing = list_pictures(roots, command.out / "listing", command.rows_per_shard)
-    if not listing.shards:
-        raise InputError(f"{', '.join(roots)}: no picture there; these kinds are read: {', '.join(sorted(KINDS))}")
+    listing = list_pictures(roots, command.out / "listing", command.rows_per_shard, command.links)
+    if not listing.shards or listing.read(["refused_by"])["refused_by"].null_count == 0:
+        kinds = ", ".join((*sorted(READ), *CONTAINERS))
+        told = f"; ignored: {said}" if (said := passed_by(listing)) else ""
+        raise InputError(f"{', '.join(roots)}: no picture there; these are read: {kinds}{told}")
     stage = Scan(command.rules, roots)
     table = run_stage(stage, listing, command.out, engine=ENGINES[command.engine], workers=command.workers)
     table = _count_left_out(table)
@@ -172,7 +178,8 @@ def _count_left_out(table: Table) -> Table:
 
 def check_refused(table: Table, max_share: float) -> None:
     """Raises InputError where more than `max_share` (0..1) of the rows is refused."""
-    rows = table.read(["name", "refused"])
+    rows = table.read(["name", "refused", "refused_by"])
+    rows = rows.filter(compute.not_equal(rows["refused_by"].fill_null(""), LISTED))
     refused = rows.filter(compute.is_valid(rows["refused"]))
     if refused.num_rows > max_share * rows.num_rows:
         first = "".join(f"\n  {row['name']}: {row['refused']}" for row in refused.slice(0, 10).to_pylist())
@@ -184,18 +191,23 @@ def check_refused(table: Table, max_share: float) -> None:
 
 def summary(table: Table) -> str:
     """Counts, for people."""
-    refused = table.read(["refused"])["refused"]
-    count = len(refused) - refused.null_count
-    ignored = ", ".join(f"{number} {kind}" for kind, number in Counter(table.facts["ignored"]).most_common())
+    refused_by = table.read(["refused_by"])["refused_by"]
+    count = compute.sum(compute.not_equal(refused_by, LISTED)).as_py() or 0
+    ignored = f"; ignored: {said}" if (said := passed_by(table)) else ""
     counts = "".join(f", {number} {name.replace('_', ' ')}" for name, number in table.facts["counts"].items())
-    return f"{len(refused) - count} pictures, {count} refused{counts}" + (f"; ignored: {ignored}" if ignored else "")
+    return f"{refused_by.null_count} pictures, {count} refused{counts}{ignored}"
+
+
+def passed_by(table: Table) -> str:
+    """What the listing has passed by, by kind; empty for nothing."""
+    return ", ".join(f"{number} {kind}" for kind, number in Counter(table.facts["ignored"]).most_common())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
 
     def work() -> str:
-        table = scan(tyro.cli(Command, args=arguments, prog="data_tools.scan"))
+        table = scan(parse(Command, arguments, "data_tools.scan"))
         return f"{table.folder}: {summary(table)}"
 
     return command(work)

@@ -27,6 +27,7 @@ from data_tools.stages import Table
 from data_tools.step import Command, count_splits, run_step
 from data_tools.triplets import ITEMS, Item, Pairing, item_rows, read_items, read_left_out, write_rows
 from ztrain.errors import InputError
+from ztrain.forms import folded
 
 _RULES = 1
 Tie = Literal["copies", "content", "style"]
@@ -103,9 +104,9 @@ def _ties(item: Item, apart: Iterable[Tie]) -> Iterator[tuple[str, str]]:
         for picture in (item.picture, *(item.references or ())):
             yield "copies", picture.cluster
     if "content" in apart and item.whole is not None:
-        yield "content", item.whole
+        yield "content", folded(item.whole)
     if "style" in apart and item.group is not None:
-        yield "style", item.group
+        yield "style", folded(item.group)
 
 
 def _pieces(ties: Sequence[Sequence[tuple[str, str]]]) -> list[int]:
@@ -219,15 +220,15 @@ def _without_leaks(
 
 def shared(splits: Mapping[str, Sequence[Pairing]]) -> dict[str, dict[str, int]]:
     """ "train and validation" -> what both have, counted over targets and references: pictures, copies, and values of
-    the columns style and content."""
+    the columns style and content, whatever their capitals."""
     seen: dict[str, dict[str, set[object]]] = {}
     for name, of_split in splits.items():
         pictures = {each for one in of_split for each in (one.target, *(known.picture for known in one.references))}
         seen[name] = {
             "pictures": {picture.pixels for picture in pictures},
             "copies": {picture.cluster for picture in pictures},
-            "contents": {json.dumps(value) for one in of_split for value in _contents(one.columns)},
-            "styles": {json.dumps(one.columns["style"]) for one in of_split if "style" in one.columns},
+            "contents": {_same(value) for one in of_split for value in _contents(one.columns)},
+            "styles": {_same(one.columns["style"]) for one in of_split if "style" in one.columns},
         }
     names = list(splits)
     return {
@@ -235,6 +236,11 @@ def shared(splits: Mapping[str, Sequence[Pairing]]) -> dict[str, dict[str, int]]
         for place, one in enumerate(names)
         for other in names[place + 1 :]
     }
+
+
+def _same(value: object) -> str:
+    """Equal for names that differ in their Unicode form or in capitals alone."""
+    return folded(json.dumps(value, ensure_ascii=False))
 
 
 def _contents(columns: Mapping[str, object]) -> Iterator[object]:

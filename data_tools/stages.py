@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pydantic
 from tqdm import tqdm
 
-from data_tools.output import fingerprint
+from data_tools.output import arrow_file, fingerprint
 from ztrain.errors import InputError
 from ztrain.files import workspace
 from ztrain.interrupt import end_with_parent
@@ -103,7 +103,7 @@ class Table:
         # Relative: no path of this machine, and folders that move together stay together.
         sources = {label: os.path.relpath(root, self.folder) for label, root in self.roots.items()}
         document = {"shards": self.shards, "sources": sources, "facts": self.facts}
-        text = json.dumps(document, ensure_ascii=False, indent=1) + "\n"
+        text = json.dumps(document, indent=1) + "\n"  # in ASCII: paths may be no UTF-8
         with scratch_folder(self.folder) as scratch:
             (scratch / TABLE_NAME).write_text(text, encoding="utf-8")
             os.replace(scratch / TABLE_NAME, self.folder / TABLE_NAME)
@@ -118,7 +118,8 @@ def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     if lacking := [name for name in columns or () if name not in read_schema(path).names]:
         raise InputError(f"{path.parent}: has no column {', '.join(lacking)}; run the stage that makes it first")
     try:
-        return pq.read_table(path, columns=None if columns is None else list(columns), partitioning=None)
+        with arrow_file(path) as source:
+            return pq.read_table(source, columns=None if columns is None else list(columns), partitioning=None)
     except (pa.ArrowInvalid, OSError) as error:
         raise _damaged(path, error) from error
 
@@ -131,7 +132,8 @@ def read_schema(path: Path) -> pa.Schema:
 def read_metadata(path: Path) -> pq.FileMetaData:
     """Raises InputError for a damaged shard."""
     try:
-        return pq.read_metadata(path)
+        with arrow_file(path) as source:
+            return pq.read_metadata(source)
     except (pa.ArrowInvalid, OSError) as error:
         raise _damaged(path, error) from error
 
@@ -156,7 +158,8 @@ def write_shard(rows: pa.Table, path: Path, scratch: Path) -> None:
     """Whole or not at all. `scratch`: a folder of this process on the same file system."""
     place = scratch / f"{os.getpid()}-{path.name}"
     try:
-        pq.write_table(rows, place, compression="zstd")
+        with arrow_file(place, "w") as made:
+            pq.write_table(rows, made, compression="zstd")
         with place.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(place, path)

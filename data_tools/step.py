@@ -1,17 +1,22 @@
-"""The command line that label, split and pair share: a table in, a section of a build's config, a table out."""
+"""Command lines: paths of all programs here, and what label, split and pair share: a table in, a section of a build's
+config, a table out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pydantic
 import tyro
 
 from data_tools.stages import Table
 from ztrain.errors import InputError
+from ztrain.files import expand
 from ztrain.terminal import command
 from ztrain.yamls import describe_errors, load_yaml
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +32,18 @@ class Command:
 
 
 RulesT = TypeVar("RulesT", bound=pydantic.BaseModel)
+CommandT = TypeVar("CommandT", bound="DataclassInstance")
+
+
+def parse(kind: type[CommandT], arguments: Sequence[str] | None, program: str) -> CommandT:
+    """A command of the words that a program was given. Raises InputError; tyro exits with 2 on unknown options."""
+    return at_home(tyro.cli(kind, args=arguments, prog=program))
+
+
+def at_home(command: CommandT) -> CommandT:
+    """With ~ and $HOME in its paths, which no shell has seen in --out=~/made, as what they stand for."""
+    paths = {each.name: value for each in fields(command) if isinstance(value := getattr(command, each.name), Path)}
+    return replace(command, **{name: Path(expand(str(path))) for name, path in paths.items()})
 
 
 def run_step(
@@ -39,7 +56,7 @@ def run_step(
     """Exit status: 0 done, 2 something the user can mend."""
 
     def work() -> str:
-        asked = tyro.cli(Command, args=arguments, prog=f"data_tools.{name}")
+        asked = parse(Command, arguments, f"data_tools.{name}")
         try:
             section = rules.model_validate(load_yaml(asked.config).get(name) or {})
         except pydantic.ValidationError as error:

@@ -14,10 +14,11 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from safetensors import SafetensorError, safe_open
-
 from data_tools.output import digest_of
+from ztrain.csvs import cell, read_rows
 from ztrain.errors import InputError
+from ztrain.files import check_safetensors, expand
+from ztrain.forms import folded
 from ztrain.models import Source
 
 _LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers' own
@@ -68,9 +69,11 @@ def read_contents(path: Path) -> list[Content]:
 
 
 def as_csv(contents: Sequence[Content]) -> str:
-    """The table that `read_contents` reads."""
+    """The table that `read_contents` reads. A cell that a spreadsheet would take for a formula begins with a space,
+    which all readers here take off."""
     table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([("id", "prompt", "split"), *map(astuple, contents)])
+    rows = [[f" {cell}" if cell[0] in "=+-@" else cell for cell in astuple(content)] for content in contents]
+    csv.writer(table, lineterminator="\n").writerows([("id", "prompt", "split"), *rows])
     return table.getvalue()
 
 
@@ -86,7 +89,7 @@ def _read_style(row: _Row, where: str, folder: Path) -> Style:
     place, scale = row.get("lora", ""), row.get("lora_scale", "")
     if scale and not place:
         raise InputError(f"{where}: lora_scale {scale} has no lora; give one, or leave it empty")
-    lora = _read_lora(place, scale or "1", where, folder) if place else None
+    lora = _read_lora(expand(place), scale or "1", where, folder) if place else None
     return Style(row["id"], row["prompt"], row.get("negative_prompt", ""), lora)
 
 
@@ -115,53 +118,35 @@ def _find_lora(place: str, where: str, folder: Path) -> Path:
             raise InputError(f"{where}: the lora {place!r} has {len(files)} .safetensors files; name one")
         path = chosen[0]
     try:
-        with safe_open(path, framework="np"):
-            return path
-    except (SafetensorError, OSError) as error:
+        check_safetensors(path)
+        return path
+    except (InputError, OSError) as error:
         raise InputError(f"{where}: the lora {place!r} is no readable .safetensors file ({error})") from error
 
 
 def _read(path: Path, required: Sequence[str], optional: Sequence[str] | None) -> list[tuple[str, _Row]]:
     """(file:line, row) of every row, stripped; required columns are filled, ids are plain names and stand once.
 
-    optional: None takes any other column. Raises InputError.
+    optional: None takes any other column, and leaves it out. Raises InputError.
     """
     rows: list[tuple[str, _Row]] = []
     seen: set[str] = set()
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            header = list(reader.fieldnames or ())
-            _check_header(path, header, required, optional)
-            for row in reader:
-                where = f"{path}:{reader.line_num}"
-                if None in row or None in row.values():  # DictReader's marks for a long and for a short row
-                    raise InputError(f"{where}: must have {len(header)} fields, as many as the header")
-                found = {name: value.strip() for name, value in row.items()}
-                if empty := [name for name in required if not found[name]]:
-                    raise InputError(f"{where}: {empty[0]} is empty; fill it in")
-                _check_id(found["id"], where, seen)
-                rows.append((where, found))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot read the table ({error}); it must be UTF-8 CSV") from error
+    for where, row in read_rows(path, required, optional or ()):
+        known = row if optional is None else (*required, *optional)
+        if unknown := [name for name in row if name not in known]:
+            raise InputError(f"{path}: unknown column {unknown[0]!r}; it may have: {', '.join(known)}")
+        found = {name: cell(row, name, where=where) for name in required}
+        found |= {name: cell(row, name, where=where, optional=True) for name in optional or ()}
+        _check_id(found["id"], where, seen)
+        rows.append((where, found))
     if not rows:
         raise InputError(f"{path}: has no rows; add one at least")
     return rows
 
 
-def _check_header(path: Path, header: list[str], required: Sequence[str], optional: Sequence[str] | None) -> None:
-    if missing := [name for name in required if name not in header]:
-        raise InputError(f"{path}: no column {missing[0]!r}; its columns are: {', '.join(header)}")
-    if twice := [name for name in header if header.count(name) > 1]:
-        raise InputError(f"{path}: the column {twice[0]!r} stands twice; keep one")
-    known = header if optional is None else [*required, *optional]
-    if unknown := [name for name in header if name not in known]:
-        raise InputError(f"{path}: unknown column {unknown[0]!r}; it may have: {', '.join(known)}")
-
-
 def _check_id(name: str, where: str, seen: set[str]) -> None:
     if name[0] == "." or re.search(r"[\x00-\x1f/\\:]", name) or len(name.encode()) > 200:
         raise InputError(f"{where}: the id {name!r} names a file; give it without / \\ : and without a leading dot")
-    if name.casefold() in seen:  # names that differ in case alone are one file on some disks
+    if folded(name) in seen:  # names that look the same, or differ in capitals alone, are one file on some disks
         raise InputError(f"{where}: the id {name!r} stands twice; keep one")
-    seen.add(name.casefold())
+    seen.add(folded(name))

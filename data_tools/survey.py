@@ -18,6 +18,7 @@ from tqdm import tqdm
 from data_tools.triplets import LEFT_OUT_NAME
 from ztrain.data import MANIFEST_NAME, read_triplets
 from ztrain.errors import InputError
+from ztrain.files import read_bytes
 from ztrain.images import image_size, read_picture
 from ztrain.rows import Triplet, listed, parse_object
 from ztrain.tars import PACK_MANIFEST_NAME
@@ -45,6 +46,8 @@ class Manifest(pydantic.BaseModel):
     """Split -> rows."""
     counts: dict[str, int] = {}
     """What was counted while it was made."""
+    ignored: dict[str, int] = {}
+    """Files and folders of the sources that were no input, by kind."""
     shared: dict[str, dict[str, int]] = {}
     """Two splits -> what they were compared by -> how much of it they share."""
     licences: list[str] | None = None
@@ -136,7 +139,7 @@ def read_data_set(folder: Path, *, text_only: bool = False) -> DataSet:
 def _bytes_of(path: Path) -> bytes | None:
     """None where there is no such file."""
     try:
-        return path.read_bytes()
+        return read_bytes(path, "record")
     except FileNotFoundError:
         return None
     except OSError as error:

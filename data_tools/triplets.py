@@ -23,6 +23,7 @@ from data_tools.output import EXTENSIONS, fingerprint
 from data_tools.sources import Reader
 from data_tools.stages import Table, check_apart, scratch_folder, write_shard
 from ztrain.errors import InputError
+from ztrain.forms import folded
 from ztrain.images import HEAD, decode_image, sniff
 from ztrain.rows import Triplet
 
@@ -337,7 +338,7 @@ class _Names:
 
 def _folded(path: PurePosixPath) -> str:
     """Equal for what some file systems take for one name."""
-    return unicodedata.normalize("NFC", str(path)).casefold()
+    return folded(str(path))
 
 
 def _is_portable(path: PurePosixPath) -> bool:
@@ -352,5 +353,5 @@ def _is_portable(path: PurePosixPath) -> bool:
 def _extension(reader: Reader, picture: Scanned) -> str:
     """Of a picture without a file name, by its first bytes."""
     data = reader.read_same({each.name: getattr(picture, each.name) for each in fields(picture)})
-    kind = (sniff(data[:HEAD]) or "img").lower()
+    kind = (sniff(data[:HEAD], picture.name) or "img").lower()
     return {"jpeg": ".jpg", "heif": ".heic"}.get(kind, f".{kind}")

@@ -127,7 +127,7 @@ def test_captions_that_are_there_stay(
     rows = rows_of(tmp_path / "out")
     said = [row["caption"] for row in rows]
     assert said == ["my own words", None, drawn[2], drawn[3], drawn[4], None]
-    assert rows[0]["caption_from"] == "sidecar" and rows[1]["caption_from"] is rows[5]["caption_from"] is None
+    assert rows[0]["caption_from"] == "sidecar .txt" and rows[1]["caption_from"] is rows[5]["caption_from"] is None
     assert "3 captioned, 1 kept, 2 left out, 0 at fault" in capsys.readouterr().out
 
     detail = tmp_path / "detail"
@@ -157,7 +157,7 @@ def test_faults_are_named_counted_and_stop_the_run(
     assert "0 captioned, 1 kept, 2 left out, 3 at fault: 3 unfinished" in capsys.readouterr().out
     rows = rows_of(tmp_path / "out")
     assert [row["caption"] for row in rows] == ["my own words", *[None] * 5]
-    assert [row["caption_from"] for row in rows] == ["sidecar", *[None] * 5]
+    assert [row["caption_from"] for row in rows] == ["sidecar .txt", *[None] * 5]
     assert [bool(row["caption_fault"]) for row in rows] == [False, False, True, True, True, False]
     words = words_for(mixed, tmp_path / "short", question, "--max-words", 3, "--max-fault-share", 1)
     assert caption.main(words) == 0
@@ -436,6 +436,12 @@ REFUSALS = (
     "I apologize, there is nothing here.", "Unfortunately, I was given no picture.", "I cannot determine the content.",
     "As an assistant I see nothing.", "I don't have the ability to view images.",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\u200b\ufeff", "\0"])
+def test_a_reply_that_is_no_text_is_empty(text: str) -> None:
+    caption, fault = judge(Reply(text, is_whole=True), 80)
+    assert caption is None and fault is not None and fault.startswith("empty: ")
 
 
 @pytest.mark.parametrize("text", [pytest.param(ORDINARY, id=f"{len(ORDINARY)} captions")])

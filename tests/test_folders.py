@@ -239,7 +239,7 @@ def spoil_styles(change: Callable[[Path], object]) -> Callable[[Path], object]:
         (lambda folder: with_texts(folder, {"a.png": "\n"}), "a.txt: the caption is empty"),
         (
             lambda folder: (with_texts(folder, {"a.png": "a"}), (folder / "a.txt").write_bytes(b"\xff")),
-            "a.txt: cannot read the caption .*UTF-8",
+            "a.txt: is not UTF-8",
         ),
         (
             lambda folder: (with_texts(folder, {"a.png": "a"}), (folder / "a.png").write_bytes(b"no picture")),
@@ -254,7 +254,7 @@ def spoil_styles(change: Callable[[Path], object]) -> Callable[[Path], object]:
         (spoil_styles(lambda folder: (folder / "metadata.csv").touch()), "contents.csv and metadata.csv"),
         (
             spoil_styles(lambda folder: (folder / "contents.csv").write_text("name,prompt\nc00,a\n")),
-            "no column 'id'; it has 'name', 'prompt'",
+            "no column 'id'; its columns are: name, prompt",
         ),
         (
             spoil_styles(lambda folder: (folder / "contents.csv").write_text("id,prompt\nc00,a\nc00,b\n")),

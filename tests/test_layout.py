@@ -24,6 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "formats": set(),
     "images": {"formats"},
     "rows": {"images"},
+    "forms": set(),
+    "csvs": {"forms", "rows"},
     "tars": {"images", "rows"},
     "tables": {"images", "rows", "tars"},
     "data": {"rows", "tables", "tars"},
@@ -134,10 +136,11 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     },
     "demo": {"adapters", "config", "data", "grid", "mini", "terminal"},
     "mini": {
-        "adapters", "compiling", "conditioning", "config", "dit", "encoders", "export", "flow", "grid", "images",
-        "intervals", "metrics", "model", "models", "rows", "sample", "terminal", "vision_language",
+        "adapters", "compiling", "conditioning", "config", "csvs", "dit", "encoders", "export", "flow", "forms", "grid",
+        "images", "intervals", "metrics", "model", "models", "rows", "sample", "terminal", "vision_language",
     },
     "data_tools": {
+        "csvs", "forms",
         "data", "encoders", "features", "images", "interrupt", "models", "pages", "rows", "tars", "terminal", "yamls",
     },
     "ztrain/__init__": {"export", "version"},

@@ -276,7 +276,7 @@ def test_copies_never_meet_and_never_cross_splits(tmp_path: Path) -> None:
         assert row["copy_score"] < likeness.COPY_SCORE
 
 
-def test_real_drawings_leak_nothing(tmp_path: Path) -> None:
+def test_real_drawings_leak_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if not EMOJI.is_dir():
         pytest.skip(f"{EMOJI} is absent")
     out = tmp_path / "out"
@@ -298,6 +298,18 @@ def test_real_drawings_leak_nothing(tmp_path: Path) -> None:
     crossing = [pair for pair in pairs if (pair < len(prints["train"])).sum() == 1]
     assert not crossing, [(both[one][0], both[other][0]) for one, other in crossing]
     assert len(both) > 4500
+    # The other shipped config, over the same pictures: what has been scanned is not scanned again.
+    words = [
+        "--config",
+        str(ROOT / "configs/data/pairs.yaml"),
+        "--out",
+        str(tmp_path / "pairs"),
+        "--work",
+        f"{out}.work",
+    ]
+    capsys.readouterr()
+    assert build(words) == 0 and capsys.readouterr().out == f"{tmp_path / 'pairs'}: train 5, validation 1\n"
+    assert (tmp_path / "pairs/LICENSES.md").read_bytes() == (EMOJI / "LICENSES.md").read_bytes()
 
 
 WISHES: dict[str, dict[str, Any]] = {
@@ -341,7 +353,7 @@ def test_every_picture_is_used_or_left_out_with_a_reason(tmp_path: Path, wish: s
     told = counts(tmp_path / "out")
     cut = told.pop("triplets_cut", 0)
     assert (cut > 0) == wish.startswith("cut")
-    without = {"pictures", "contents_of_other_splits", "contents_without_picture"}
+    without = {"pictures", "contents_of_other_splits", "contents_without_picture", "captions_given"}
     assert sum(count for name, count in told.items() if name not in without) == len(left_out)
     if wish in ("some styles", "clips"):  # nothing is lost to a copy that is not itself used
         assert "in/a/1.png" in used

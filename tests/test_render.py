@@ -331,7 +331,7 @@ def refuse(said: str, *more: object, header: str = "id,prompt", styles: str = "a
     [
         refuse("no column 'prompt'; its columns are: id", header="id", styles="a"),
         refuse("unknown column 'negative'", header="id,prompt,negative", styles="a,{content},b"),
-        refuse("the column 'prompt' stands twice", header="id,prompt,prompt", styles="a,{content},b"),
+        refuse("the column 'prompt' stands 2 times", header="id,prompt,prompt", styles="a,{content},b"),
         refuse("styles.csv:2: must have 2 fields", styles="a"),
         refuse("styles.csv:2: prompt is empty", styles="a,"),
         refuse("styles.csv:2: the prompt 'ink' must have {content}", styles="a,ink"),

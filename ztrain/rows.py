@@ -6,6 +6,7 @@ folder.
 
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -32,6 +33,11 @@ class Triplet:
     columns: dict[str, object]
     """The row's further keys as the file gave them, for example style and content."""
 
+
+_UNSEEN_ENDS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u2060\ufeff"
+"""White space of any script, zero-width spaces and the byte order mark."""
+_BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"
+"""Letters and symbols to Unicode, drawn as nothing."""
 
 RowReader = Callable[[int], Triplet]
 """Makes the triplet with this index, or raises InputError: reading a bad row must not end the reading of others."""
@@ -71,14 +77,34 @@ def take_text(row: dict[str, Any], key: str, *, where: str) -> str:
     return check_text(row.pop(key), key, where=where)
 
 
-def check_text(value: object, key: str, *, where: str) -> str:
-    """The string without white space around it. Raises InputError for other types and empty strings."""
+def check_text(value: object, key: str, *, where: str, optional: bool = False) -> str:
+    """The string without white space around it. Raises InputError for other types, and for strings that say nothing
+    unless they are optional."""
     if not isinstance(value, str):
         raise InputError(f"{where}: {key} must be text, not {value!r}")
-    text = value.strip()
-    if not text:
+    try:
+        text = clean(value)
+    except ValueError as error:
+        raise InputError(f"{where}: {key} {error}") from error
+    if not text and not optional:
         raise InputError(f"{where}: {key} is empty; write it or drop the row")
     return text
+
+
+def clean(text: str) -> str:
+    """The text without white space around it, "" where none of its letters can be seen: zero-width ones, for example.
+
+    Raises ValueError, whose words follow the text's name, for NULs, which no text has: UTF-16 read as UTF-8 does.
+    """
+    if "\0" in text:
+        raise ValueError("holds NULs, as text in UTF-16 does; save it as UTF-8")
+    text = text.strip(_UNSEEN_ENDS)
+    return text if any(map(_is_seen, text)) else ""
+
+
+def _is_seen(letter: str) -> bool:
+    category = unicodedata.category(letter)
+    return category[0] not in "ZM" and category not in ("Cc", "Cf", "Cs") and letter not in _BLANK_LETTERS
 
 
 def find_picture(folder: Path, name: str, *, where: str) -> PictureFile:

@@ -9,27 +9,28 @@ In: one of three layouts.
 Out: galleries. Only style folders know styles; elsewhere every picture is in a style of its own.
 """
 
-import csv
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ztrain.csvs import cell, read_rows
 from ztrain.errors import InputError
+from ztrain.files import read_text
+from ztrain.forms import matched, one_form
 from ztrain.images import Bucket, PictureFile, fit_target, open_image
 from ztrain.mini.gallery import Gallery, Split
-from ztrain.rows import check_text, find_picture, listed, parse_object
+from ztrain.rows import check_text, find_picture, listed
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"})
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"})
 """Of files that count as pictures, in small letters."""
 
 CONTENTS, TABLES = "contents.csv", ("metadata.jsonl", "metadata.csv")
@@ -134,14 +135,16 @@ def _find_in_styles(table: Path) -> list[_Entry]:
     contents = _read_contents(table)
     entries: dict[tuple[str, str], _Entry] = {}
     missing: list[Path] = []
-    for path in _pictures_below(images):
+    paths = _pictures_below(images)
+    meant = matched({path.stem for path in paths}, contents.keys(), shared=True).found
+    for path in paths:
         inside = path.relative_to(images).parts
         if len(inside) != 2:
             raise InputError(f"{path}: not in a style folder; pictures must lie in {images}/<style>/")
-        if path.stem not in contents:
+        if path.stem not in meant:
             missing.append(path)
             continue
-        style, content = inside[0], path.stem
+        style, content = inside[0], meant[path.stem]
         if (style, content) in entries:
             raise InputError(f"{path}: the same content as {entries[style, content].file.path.name}; keep one")
         caption, split = contents[content]
@@ -155,33 +158,39 @@ def _find_in_styles(table: Path) -> list[_Entry]:
 def _read_contents(table: Path) -> dict[str, tuple[str, str | None]]:
     """Content id -> caption and split. Raises InputError."""
     contents: dict[str, tuple[str, str | None]] = {}
-    for where, row in _csv_rows(table, ("id", "prompt")):
-        content = check_text(row["id"], "id", where=where)
+    for where, row in read_rows(table, ("id", "prompt"), ("split",)):
+        content = one_form(cell(row, "id", where=where))
         if content in contents:
             raise InputError(f"{where}: the id {content!r} stands twice; keep one")
-        split = row.get("split")
+        split = cell(row, "split", where=where, optional=True) if "split" in row else None
         if split not in (None, "train", "val"):
             raise InputError(f"{where}: split must be train or val, not {split!r}")
-        contents[content] = (_one_line(check_text(row["prompt"], "prompt", where=where)), split)
+        contents[content] = (_one_line(cell(row, "prompt", where=where)), split)
     return contents
 
 
 def _find_with_texts(folder: Path) -> list[_Entry]:
     entries: list[_Entry] = []
     missing: list[Path] = []
-    by_text: dict[Path, Path] = {}
-    for path in _pictures_below(folder):
-        text = path.with_suffix(".txt")
-        if text in by_text:
-            raise InputError(f"{path}: shares its caption {text.name} with {by_text[text].name}; rename or drop one")
-        by_text[text] = path
-        if not text.is_file():
+    by_stem: dict[Path, Path] = {}
+    pictures = _pictures_below(folder)
+    texts = {str(path.with_suffix("")): path for path in _shown_below(folder) if path.suffix.lower() == ".txt"}
+    own = matched({str(path.with_suffix("")) for path in pictures}, texts.keys()).found
+    for path in pictures:
+        stem = path.with_suffix("")
+        if stem in by_stem:
+            raise InputError(
+                f"{path}: shares its caption {stem.name}.txt with {by_stem[stem].name}; rename or drop one"
+            )
+        by_stem[stem] = path
+        if str(stem) not in own:
             missing.append(path)
             continue
+        text = texts[own[str(stem)]]
         try:
-            caption = _one_line(check_text(text.read_text(encoding="utf-8-sig"), "the caption", where=str(text)))
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{text}: cannot read the caption ({error}); it must be UTF-8 text") from error
+            caption = _one_line(check_text(read_text(text, "caption"), "the caption", where=str(text)))
+        except OSError as error:
+            raise InputError(f"{text}: cannot read the caption ({error.strerror or error})") from error
         entries.append(_unstyled(PictureFile(path), folder, caption))
     _refuse_missing(missing, len(missing) + len(entries), "write it into a text file of the same name, as cat.txt")
     return entries
@@ -189,8 +198,7 @@ def _find_with_texts(folder: Path) -> list[_Entry]:
 
 def _find_in_table(table: Path) -> list[_Entry]:
     folder = table.parent
-    rows = _csv_rows(table, ("file_name",)) if table.suffix == ".csv" else _json_rows(table)
-    if not rows:
+    if not (rows := list(read_rows(table, ("file_name",), CAPTION_COLUMNS))):
         return []
     columns = list(dict.fromkeys(column for _, row in rows for column in row))
     captions = [column for column in CAPTION_COLUMNS if column in columns]
@@ -201,17 +209,13 @@ def _find_in_table(table: Path) -> list[_Entry]:
     entries: dict[Path, _Entry] = {}
     missing: list[Path] = []
     for where, row in rows:
-        if "file_name" not in row:
-            raise InputError(f"{where}: no column 'file_name'; it has {listed(row)}")
         file = find_picture(folder, check_text(row["file_name"], "file_name", where=where), where=where)
         if file.path in entries:
             raise InputError(f"{where}: the picture {row['file_name']!r} stands twice; keep one")
-        caption = row.get(captions[0])
-        if caption is None or not str(caption).strip():
+        if text := cell(row, captions[0], where=where, optional=True):
+            entries[file.path] = _unstyled(file, folder, _one_line(text))
+        else:
             missing.append(file.path)
-            continue
-        text = check_text(caption, captions[0], where=where)
-        entries[file.path] = _unstyled(file, folder, _one_line(text))
     _refuse_missing(missing, len(rows), f"fill the column {captions[0]!r} of {table}")
     return [entries[path] for path in sorted(entries)]
 
@@ -223,46 +227,20 @@ def _unstyled(file: PictureFile, folder: Path, caption: str) -> _Entry:
 
 def _pictures_below(folder: Path) -> list[Path]:
     """Pictures in the folder and in those inside it, in the order of their paths; nothing that is hidden."""
+    return [path for path in _shown_below(folder) if path.suffix.lower() in SUFFIXES and path.is_file()]
+
+
+def _shown_below(folder: Path) -> list[Path]:
     return [
         path
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
 
 
 def _refuse_missing(missing: Sequence[Path], total: int, remedy: str) -> None:
     if missing:
         raise InputError(f"{len(missing)} of {total} pictures have no caption, for example {missing[0]}: {remedy}")
-
-
-def _csv_rows(path: Path, needed: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
-    """Place and fields of every row. Raises InputError, also where a needed column is not there."""
-    rows: list[tuple[str, dict[str, Any]]] = []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            header = reader.fieldnames or ()
-            for column in (column for column in needed if column not in header):
-                raise InputError(f"{path}: no column {column!r}; it has {listed(header)}")
-            for row in reader:
-                where = f"{path}:{reader.line_num}"
-                if None in row or None in row.values():  # DictReader's marks for a long and for a short row
-                    raise InputError(f"{where}: must have {len(header)} fields, as many as the header")
-                rows.append((where, row))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot read the table ({error}); it must be UTF-8 CSV") from error
-    return rows
-
-
-def _json_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    try:
-        lines = path.read_bytes().splitlines()  # of bytes: U+2028 inside a caption is no line end
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the table ({error.strerror})") from error
-    numbered = ((f"{path}:{number}", raw) for number, raw in enumerate(lines, start=1) if raw.strip())
-    return [(where, parse_object(raw, where=where)) for where, raw in numbered]
 
 
 def _one_line(text: str) -> str:

@@ -457,6 +457,9 @@ def test_a_vote_goes_on_from_its_file_and_refuses_others(
         (json.dumps(saved | {"comparison": "0"}), "about another comparison"),
         (json.dumps(saved | {"seed": 78, "pairs": 5}), "do not fit"),
         (json.dumps(saved | {"votes": [saved["votes"][0] | {"vote": "<b>"}]}), "do not fit"),
+        (json.dumps(saved | {"votes": [None, 1e308, "a\0b"]}), "do not fit"),
+        (json.dumps(saved | {"seed": 1e308}), "do not fit"),
+        (json.dumps(saved | {"one": saved["other"]}), "do not fit"),
     ):
         load(again, document)
         assert complaint in text(again, "trouble") and again.run("find('start').hidden") is False

@@ -7,7 +7,7 @@ are called by their public names.
 Legend: C columns, R rows, S seeds, M metrics.
 """
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +15,18 @@ from typing import Any, Literal
 import pydantic
 
 from ztrain.errors import InputError
+from ztrain.files import read_bytes, write_json, write_text
 from ztrain.rows import parse_object
 from ztrain.yamls import describe_errors
 
 FILE_NAME = "comparison.json"
 BEST_NAME = "best.json"
 """In a run: which of its steps is best."""
+
+LARGEST = 1e100
+"""Of numbers in records, either way: what lies beyond was measured by nobody, and no chart could hold it."""
+_DEEPEST = 32  # levels of a record; ours have 6
+_NUMBER = re.compile("[0-9]{1,15}")  # of a step
 
 Direction = Literal["higher", "lower", "neither"]
 Verdict = Literal["better", "worse", "undecided", "none"]
@@ -169,12 +175,35 @@ class Comparison(_Part):
         return next(metric for metric in self.metrics if metric.name == name)
 
 
+def is_wild(value: object) -> bool:
+    """Whether it is a number that no record of ours holds: NaN, infinite or beyond `LARGEST`."""
+    return isinstance(value, int | float) and not -LARGEST <= value <= LARGEST
+
+
+def blank_wild(document: dict[str, Any], where: str) -> list[str]:
+    """Puts None in the place of each wild number of a JSON object, and gives their dotted keys.
+
+    Raises InputError starting with `where` for absurd nesting, which would end whatever walks through it.
+    """
+    blanked: list[str] = []
+    waiting: list[tuple[str, int, Any]] = [("", 1, document)]
+    while waiting:
+        above, depth, holder = waiting.pop()
+        if depth > _DEEPEST:
+            raise InputError(f"{where}: {above[:40]} is nested more than {_DEEPEST} deep; is it the right file?")
+        for key, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
+            if isinstance(value, dict | list):
+                waiting.append((f"{above}{key}.", depth + 1, value))
+            elif is_wild(value):
+                holder[key] = None
+                blanked.append(f"{above}{key}")
+    return blanked
+
+
 def write_comparison(found: Comparison, folder: Path) -> Path:
-    """Writes the file whole or not at all."""
+    """Writes the file whole or not at all. Raises InputError."""
     path = folder / FILE_NAME
-    writing = path.with_name(f".writing-{FILE_NAME}")
-    writing.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    writing.replace(path)
+    write_text(path, found.model_dump_json(indent=1) + "\n", sync=True)
     return path
 
 
@@ -182,10 +211,12 @@ def read_comparison(path: Path) -> Comparison:
     """The record of a folder or a file. Raises InputError, also where a picture that it names is not below it."""
     file = path / FILE_NAME if path.is_dir() else path
     try:
-        raw = file.read_bytes()
+        raw = read_bytes(file, "record")
     except OSError as error:
         raise InputError(f"{file}: cannot read it ({error.strerror}); give the folder of a comparison") from error
-    parse_object(raw, where=str(file))  # a key twice, NaN, bad UTF-8
+    document = parse_object(raw, where=str(file))  # a key twice, NaN, bad UTF-8
+    if wild := blank_wild(document, str(file)):
+        raise InputError(f"{file}: {wild[0]} is a number beyond {LARGEST:g}, which nothing measured; write it again")
     try:
         found = Comparison.model_validate_json(raw)
     except pydantic.ValidationError as error:
@@ -204,6 +235,8 @@ def _check(found: Comparison, file: Path) -> None:
     for metric in found.metrics:
         if len(metric.means) != columns or len(metric.differences) != columns:
             raise InputError(f"{file}: {metric.name} has not one mean and difference for each column; write it again")
+        if found.baseline is None and any(difference is not None for difference in metric.differences):
+            raise InputError(f"{file}: {metric.name} has differences, and there is no baseline; write it again")
     places = [found.baseline, found.best.column, found.best_splice.column, *(c.of for c in found.columns)]
     if any(place is not None and not 0 <= place < columns for place in places):
         raise InputError(f"{file}: a place among the columns is out of range; write it again")
@@ -212,7 +245,11 @@ def _check(found: Comparison, file: Path) -> None:
         raise InputError(f"{file}: style or adherence is no metric of this file; write it again")
     root = file.parent.resolve()
     for name in pictures_of(found):
-        if not (root / name).resolve().is_relative_to(root):
+        try:
+            is_inside = root in (root / name).resolve().parents
+        except (ValueError, OSError, RuntimeError):  # a NUL, links that go round
+            is_inside = False
+        if not is_inside:
             raise InputError(f"{file}: the picture {name!r} is outside of its folder")
 
 
@@ -231,18 +268,28 @@ def read_best(path: Path, by: str) -> dict[str, list[float | None]]:
     """What was seen of each step by the same rows and judges; nothing where the file is not there or is damaged: then
     steps are marked from here on."""
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        return dict(told["steps"]) if told["by"] == by else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        told = parse_object(read_bytes(path, "record"), where=str(path))
+    except (OSError, InputError):
         return {}
+    steps = told.get("steps")
+    return steps if told.get("by") == by and isinstance(steps, dict) and all(map(_is_seen, steps.items())) else {}
+
+
+def _is_seen(step: tuple[str, Any]) -> bool:
+    """Whether it is the number of a step, with a likeness and a share or None."""
+    number, values = step
+    is_pair = isinstance(values, list) and len(values) == 2
+    return (
+        bool(_NUMBER.fullmatch(number))
+        and is_pair
+        and all(value is None or (type(value) in (int, float) and not is_wild(value)) for value in values)
+    )
 
 
 def write_best(run: Path, best: Choice, step: int | None, steps: Mapping[str, Any], by: str) -> Path:
     """Writes whole which step of a run is best, by which rule, and what was seen of each: likeness and share of the
     prompt's adherence that is kept. `by`: digest of rows and judges; figures of different ones are never mixed."""
     path = run / BEST_NAME
-    writing = path.with_name(f".writing-{BEST_NAME}")
     document = {"step": step, "rule": best.rule, "found": best.found, "steps": dict(steps), "by": by}
-    writing.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    writing.replace(path)
+    write_json(path, document, sync=True)
     return path

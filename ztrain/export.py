@@ -6,6 +6,7 @@ adapter.safetensors and / or the LoRA files, and a model card. `load_adapter` is
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from ztrain.conditioning import Encoded
 from ztrain.config import Aspect, Config, DataConfig, EncodersConfig, ModelConfig, SampleConfig, list_reads, parse
 from ztrain.encoders import Encoders, LatentCodec, SiglipEncoder, TextEncoder
 from ztrain.errors import InputError
+from ztrain.files import remove, whole_folder
 from ztrain.images import Bucket, as_rgb, check_reference, fit_target
 from ztrain.model import AdaptedDiT
 from ztrain.models import QUANTISED, BaseDefaults, Source, defaults_for, identity, public_name
@@ -35,6 +37,7 @@ CONFIG_FILE = "adapter_config.json"
 CARD_FILE = "README.md"
 STATISTICS_FILE = "statistics.safetensors"
 FORMAT_VERSION = 1
+_UNSHOWN = re.compile(r"[`\s\x00-\x1f\x7f-\x9f]+")  # would end the code span of a Markdown card
 
 Identities = dict[str, dict[str, str]]
 Weights = Mapping[str, Tensor]
@@ -59,8 +62,19 @@ def save_adapter(
     folder: Path, model: AdaptedDiT, config: Config, known: Identities, *, step: int, state: Weights | None = None
 ) -> Path:
     """Writes every file of the adapter list, in float32 also on a bf16 base: then a reload is bit-exact. state: the
-    trained weights, where the model holds parts of them only."""
-    folder.mkdir(parents=True, exist_ok=True)
+    trained weights, where the model holds parts of them only.
+
+    The folder appears whole, in place of an older one. Raises InputError."""
+    with whole_folder(folder, sync=True) as building:
+        _write_adapter(building, model, config, known, step, state)
+        if (folder / CONFIG_FILE).is_file():  # anything else is not ours to remove
+            remove(folder)
+    return folder
+
+
+def _write_adapter(
+    folder: Path, model: AdaptedDiT, config: Config, known: Identities, step: int, state: Weights | None
+) -> None:
     tensors: dict[str, dict[str, Tensor]] = {}
     metadata: dict[str, dict[str, str]] = {}
     exported = []
@@ -92,9 +106,7 @@ def save_adapter(
         "step": step,
     }
     (folder / CARD_FILE).write_text(_model_card(config, document), encoding="utf-8")
-    # Last: a folder without it is no adapter, so an interrupted export is never half-loaded.
     (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return folder
 
 
 def _in_dtype(tensor: Tensor, dtype: str) -> Tensor:
@@ -126,6 +138,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def quoted(text: str) -> str:
+    """A name as a literal of Python in one line: what is in it is no code."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _model_card(config: Config, document: dict[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
@@ -141,12 +158,12 @@ def _model_card(config: Config, document: dict[str, Any]) -> str:
     lora = "Stock diffusers reads the LoRA alone with `pipe.load_lora_weights(folder)`.\n"
     example = (
         "```python\nimport torch\nimport ztrain\nfrom diffusers import ZImagePipeline\n\n"
-        f'pipe = ZImagePipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")\n'
+        f'pipe = ZImagePipeline.from_pretrained({quoted(base)}, torch_dtype=torch.bfloat16).to("cuda")\n'
         "adapted = ztrain.load_adapter(pipe, folder)\nimages = adapted(prompt, reference)\n```\n\n"
     )
     return (
         f"---\n{data.to_yaml()}\n---\n\n# ztrain adapter `{kinds}`\n\n"
-        f"Reference-image adapter for `{base}`, trained for {document['step']} steps with ztrain"
+        f"Reference-image adapter for `{_UNSHOWN.sub(' ', base)}`, trained for {document['step']} steps with ztrain"
         f" {document['ztrain_version']}.\n\n{example}" + (lora if "lora" in kinds else "")
     )
 

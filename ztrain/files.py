@@ -149,8 +149,28 @@ def write_bytes(path: Path, data: bytes, *, sync: bool = False) -> None:
 
 
 def write_text(path: Path, text: str, *, sync: bool = False) -> None:
-    """As UTF-8; what has none (names that are not UTF-8) as backslash escapes. Raises InputError."""
-    write_bytes(path, text.encode(errors="backslashreplace"), sync=sync)
+    """As UTF-8. Raises InputError."""
+    write_bytes(path, as_text(text).encode(), sync=sync)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a record, all of it or nothing. Raises InputError."""
+    with _written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            before, rest = file.tell(), f"{as_text(line)}\n".encode()
+            try:
+                while rest:  # a full disk may take a part before it refuses the rest
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(before)
+                raise
+
+
+def as_text(name: str) -> str:
+    """A name as it is written into records: bytes of it that are no UTF-8, which Python keeps as half surrogates and
+    JSON refuses, as escapes."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def write_json(path: Path, document: Any, *, sync: bool = False) -> None:

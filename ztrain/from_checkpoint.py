@@ -10,8 +10,9 @@ from ztrain import checkpoint
 from ztrain.config import Config
 from ztrain.dit import load_transformer
 from ztrain.errors import InputError
+from ztrain.export import save_adapter
 from ztrain.models import Source, base_dtype, check_trainable, identity
-from ztrain.run import make_model, publish_adapter
+from ztrain.run import make_model
 
 _DECIDING = ("adapters", "encoders", "seed")
 """Of the configuration: what a list's weights mean. The models are compared by what they are, not where they lie."""
@@ -38,5 +39,4 @@ def export_checkpoint(config: Config, path: Path, out: Path) -> Path:
     model = make_model(config, dit)
     weights = found.tensors.get("ema.safetensors", found.tensors["trainable.safetensors"])
     model.load_trainable_state(weights, str(path))
-    publish_adapter(out, model, config, known, step=found.step)
-    return out
+    return save_adapter(out, model, config, known, step=found.step)

@@ -6,6 +6,7 @@ adapter records and a load compares.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import nn
 
 from ztrain.config import ModelConfig, ModelsConfig
 from ztrain.errors import InputError
+from ztrain.files import as_text
 from ztrain.quantised import is_quantised
 
 
@@ -36,7 +38,7 @@ class Source:
         """The local folder, or None for a Hub id."""
         path = Path(self.location)
         named_as_path = path.is_absolute() or self.location.startswith(".") or self.location.count("/") != 1
-        return path if path.exists() or named_as_path else None
+        return path if os.path.exists(path) or named_as_path else None  # unlike Path.exists, also for names too long
 
     def require(self, file: str, *, what: str) -> None:
         """Refuses a local folder that lacks the file that makes it such a model."""
@@ -220,4 +222,5 @@ def base_dtype(mixed_precision: str) -> torch.dtype:
 
 def public_name(location: str) -> str:
     """A repository's name without the path of this machine: Hub ids as they are, folders by their last part."""
-    return location if Source(location).folder is None else Path(location).resolve().name
+    path = location.replace("\0", "")
+    return as_text(location if Source(location).folder is None else os.path.basename(os.path.realpath(path)))

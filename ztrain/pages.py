@@ -6,6 +6,7 @@ Content-Security-Policy names the hashes of the one style and the one script. Eq
 """
 
 import base64
+import functools
 import hashlib
 import io
 import json
@@ -78,13 +79,13 @@ def as_json(payload: Any) -> str:
     return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def render(template: Path, facts: Mapping[str, Any], payload: Any) -> bytes:
-    """The page. The template sees `facts`, `policy`, `payload` (JSON) and `text_of(name)`, the unchanged text of a file
-    beside it or here; its blocks `style` and `script` see `text_of` alone, because the policy holds their hashes."""
+@functools.cache
+def _environment(folder: Path) -> Any:
+    """jinja2's, with the templates of a folder as they are read: compiling one takes longer than filling it."""
     import jinja2
     from markupsafe import Markup
 
-    folders = [template.parent, SHARED]
+    folders = [folder, SHARED]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folders),
         autoescape=True,
@@ -98,7 +99,15 @@ def render(template: Path, facts: Mapping[str, Any], payload: Any) -> bytes:
         return Markup(found.read_text(encoding="utf-8"))
 
     environment.globals["text_of"] = text_of
-    page = environment.get_template(template.name)
+    return environment
+
+
+def render(template: Path, facts: Mapping[str, Any], payload: Any) -> bytes:
+    """The page. The template sees `facts`, `policy`, `payload` (JSON) and `text_of(name)`, the unchanged text of a file
+    beside it or here; its blocks `style` and `script` see `text_of` alone, because the policy holds their hashes."""
+    from markupsafe import Markup
+
+    page = _environment(template.parent).get_template(template.name)
     policy = ["default-src 'none'", "img-src data:", "base-uri 'none'", "form-action 'none'"]
     for block in ("style", "script"):
         text = "".join(page.blocks[block](page.new_context()))

@@ -7,7 +7,6 @@ alone does (files, locks) fails on all processes together.
 import functools
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,12 +29,14 @@ from ztrain.config import Config, TrainConfig
 from ztrain.dit import load_transformer
 from ztrain.encoders import LatentCodec, siglip_width
 from ztrain.errors import InputError
-from ztrain.export import Identities, Weights, save_adapter
+from ztrain.export import save_adapter
+from ztrain.files import write_json, write_text
 from ztrain.flow import SigmaDensity, resolution_shift
 from ztrain.meter import environment
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype, check_trainable, identity
 from ztrain.prepare import prepare
+from ztrain.privacy import own_config
 from ztrain.sampler import SampleKey
 from ztrain.samples import Samples, write_manifest
 from ztrain.scoring import Scoring
@@ -245,10 +246,8 @@ def recorded(run: Run, resumed: checkpoint.Checkpoint | None) -> Iterator[None]:
             # Not before: a resume that is refused must leave everything as it was.
             for path in checkpoint.set_aside(run.checkpoints, above=-1 if resumed is None else run.step):
                 print(f"{path.name} is beyond the step that the run goes on from: moved to {path.parent}")
-            (folder / "config.yaml").write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")
-            (folder / "env.json").write_text(
-                json.dumps(environment(run.accelerator), indent=2) + "\n", encoding="utf-8"
-            )
+            write_text(folder / "config.yaml", dump_yaml(own_config(config.model_dump(mode="json"))), sync=True)
+            write_json(folder / "env.json", environment(run.accelerator), sync=True)
             started = (folder / "metrics.jsonl").exists()  # one that ended before its first checkpoint starts anew
             step = run.step if resumed is not None else -1 if started else None
             run.record = Record(folder, config.tracking, config.model_dump(mode="json"), resumed_step=step)
@@ -324,7 +323,7 @@ def save(run: Run) -> Path:
 def _state(run: Run) -> dict[str, Any]:
     """What a checkpoint says besides its tensors, and what a resumed run is compared with."""
     return {
-        "config": run.config.model_dump(mode="json"),
+        "config": own_config(run.config.model_dump(mode="json")),
         "identities": run.identities,
         "samples": run.samples.digest,
         "global_batch_size": _global_batch_size(run),
@@ -381,15 +380,5 @@ def export(run: Run) -> Path:
         state = run.strategy.whole(run.trained)
         with together(run.accelerator):
             if run.accelerator.is_main_process:
-                publish_adapter(exported, run.model, run.config, run.identities, step=run.step, state=state)
+                save_adapter(exported, run.model, run.config, run.identities, step=run.step, state=state)
     return exported
-
-
-def publish_adapter(
-    folder: Path, model: AdaptedDiT, config: Config, known: Identities, *, step: int, state: Weights | None = None
-) -> None:
-    """`save_adapter` into a folder that appears whole, in place of an older one."""
-    writing = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(writing, ignore_errors=True)  # of a life that was cut off
-    save_adapter(writing, model, config, known, step=step, state=state)
-    checkpoint.replace_folder(writing, folder)

@@ -17,6 +17,7 @@ from ztrain.data import read_triplets
 from ztrain.digests import Known
 from ztrain.encoders import assemble
 from ztrain.errors import InputError
+from ztrain.files import as_text, write_text
 from ztrain.images import Bucket, check_reference, pick_bucket, target_buckets
 from ztrain.layout import padded
 from ztrain.rows import Triplet, one_line
@@ -186,13 +187,13 @@ def write_manifest(samples: Samples, path: Path) -> Path:
     """The training samples as JSON lines, pictures by name and digest: what a run was trained on, without paths."""
 
     def describe(known: Known) -> dict[str, str]:
-        return {"name": Path(known.picture.name).name, "xxh3": known.digest}
+        return {"name": as_text(Path(known.picture.name).name), "xxh3": known.digest}
 
     rows = [
         {"prompt": s.prompt, "references": [describe(known) for known in s.references], "target": describe(s.target)}
         for s in samples.trained
     ]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path
 
 

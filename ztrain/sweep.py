@@ -16,7 +16,9 @@ from ztrain.compare import Plan, carry_out
 from ztrain.comparison import Comparison
 from ztrain.config import Config, parse
 from ztrain.errors import InputError
+from ztrain.files import write_text
 from ztrain.lineup import Entry, check_entries, fitting, plain
+from ztrain.privacy import public_config
 from ztrain.yamls import dump_yaml
 
 BEST_NAME = "best_splice.yaml"
@@ -74,7 +76,7 @@ def _setting(config: Config, chosen: Mapping[str, Any]) -> Entry:
         changed[section][name] = value
     where = ", ".join(f"{key} {value}" for key, value in chosen.items())
     return Entry(
-        label=" · ".join(f"{_short(key)} {_told(value)}" for key, value in chosen.items()),
+        label=" · ".join(f"{_short(key)} {_told(value)}" for key, value in public_config(chosen).items()),
         role="setting",
         adapters=(_with(config.compare.splice, changed["splice"], where),),
         encoders=_with(config.encoders, changed["encoders"], where),
@@ -113,6 +115,7 @@ def write_preset(entry: Entry, found: Comparison, path: Path) -> Path:
     }
     if keys:
         document["sample"] = entry.sample.model_dump(mode="json", include=keys)
-    words = f"# The best setting of a sweep: {found.best.found}\n# {found.best.rule}\n"
-    path.write_text(words + dump_yaml(document), encoding="utf-8")
+    told = (f"The best setting of a sweep: {found.best.found}", found.best.rule)
+    words = "".join(f"# {' '.join(line.split())}\n" for line in told)
+    write_text(path, words + dump_yaml(document), sync=True)
     return path

@@ -16,6 +16,7 @@ import pydantic
 import yaml
 
 from ztrain.errors import InputError
+from ztrain.files import as_text
 
 # YAML 1.1 wants a dot and a signed exponent before it believes in a float; YAML 1.2 does not.
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
@@ -49,6 +50,7 @@ class _Dumper(yaml.SafeDumper):
     """
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
+        data = as_text(data)  # of half surrogates no reader makes a text again
         style = '"' if re.search("[\x85\u2028\u2029]", data) else None
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 

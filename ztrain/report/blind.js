@@ -175,13 +175,13 @@ function resume(text) {
   if (saved?.format !== FORMAT || saved.version !== 1 || !Array.isArray(saved.votes)) return "That file holds no votes of a ztrain report; choose votes that this page saved.";
   if (saved.comparison !== payload.fingerprint) return "Those votes are about another comparison; open the page that they were given on.";
   const [one, other] = [saved.one, saved.other].map((name) => columns.findIndex((column) => column.name === name));
-  const pairs = ["first", "all"].includes(saved.seeds) && Number.isInteger(saved.seed) ? pairsOf(saved.seeds, saved.seed) : [];
+  const pairs = ["first", "all"].includes(saved.seeds) && saved.seed >>> 0 === saved.seed ? pairsOf(saved.seeds, saved.seed) : [];
   const votes = pairs.map((pair) => {
     const [row, seed] = [rows[pair.row].number, rows[pair.row].seeds[pair.seed]];
-    return saved.votes.find((entry) => entry.row === row && entry.seed === seed)?.vote ?? null;
+    return saved.votes.find((entry) => entry?.row === row && entry.seed === seed)?.vote ?? null;
   });
   const known = votes.filter((vote) => ["one", "other", "tie"].includes(vote)).length;
-  if (one < 0 || other < 0 || saved.pairs !== pairs.length || known !== saved.votes.length) return "Those votes do not fit the pictures of this page; open the page that they were given on.";
+  if (one < 0 || other < 0 || one === other || saved.pairs !== pairs.length || known !== saved.votes.length) return "Those votes do not fit the pictures of this page; open the page that they were given on.";
   begin(one, other, saved.seeds, saved.seed, votes);
   return "";
 }

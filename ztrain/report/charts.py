@@ -16,6 +16,8 @@ _LONGEST = 30  # letters of a label
 _RADII = (9.0, 15.0, 24.0, 36.0, 52.0, 72.0, 96.0)  # distances at which a label may stand from its dot
 _DIRECTIONS = (315, 225, 45, 135, 0, 180, 270, 90, 337, 22, 202, 157)
 """Degrees, clockwise from the right, in the order of preference: error bars lie at 0, 90, 180 and 270."""
+_APART = 1e-9  # of the larger of two ends: nearer ones are one
+_TINY = 1e-100  # smaller numbers are 0
 _POINTS = 360
 """Of a curve: more cannot be told apart on a screen."""
 
@@ -141,7 +143,8 @@ class Scale:
 def scale_of(values: Sequence[float], start: float, end: float, *, margin: float = 0.06) -> Scale:
     """An axis that holds all values and a margin, as a share of their range."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    room = (high - low) * margin or abs(high) * 0.1 or 1.0
+    reach, size = (0.0 if abs(value) < _TINY else value for value in (high - low, abs(high)))
+    room = (reach * margin if reach > _APART * max(abs(low), size) else 0.0) or size * 0.1 or 1.0
     return Scale(low - room, high + room, start, end)
 
 

@@ -2,7 +2,7 @@
 
 In: config.yaml, env.json, metrics.jsonl, samples/, and where they are there best.json and export/. Out: `Run`, and its
 previews as a `Comparison` whose columns are the base's and each step's. A folder that is still written to is read as
-far as it is whole.
+far as it is whole; what is left out, and numbers that nothing measured, are counted in `Run.warnings`.
 """
 
 import json
@@ -14,8 +14,10 @@ from typing import Any
 
 import pydantic
 
-from ztrain.comparison import BEST_NAME, Choice, Column, Comparison, Row
+from ztrain.comparison import BEST_NAME, LARGEST, Choice, Column, Comparison, Row, blank_wild, is_wild
+from ztrain.drawn import is_whole
 from ztrain.errors import InputError
+from ztrain.files import read_bytes
 from ztrain.privacy import public_config, public_text
 from ztrain.rows import parse_object
 from ztrain.version import VERSION
@@ -23,7 +25,8 @@ from ztrain.yamls import describe_errors, dump_yaml, load_yaml
 
 METRICS = "metrics.jsonl"
 _BASE = {"no_image": ("no image", "none"), "splice": ("splice", "splice")}
-_STEP = re.compile(r"step-(\d+)")
+_STEP = re.compile(r"step-([0-9]{8,15})")
+_KEY = "key.json"
 
 Scalar = bool | int | float | str | None
 
@@ -85,40 +88,62 @@ def is_run(folder: Path) -> bool:
 
 def read_run(folder: Path) -> Run:
     """Raises InputError naming the file at fault."""
-    config = _read_config(folder / "config.yaml")
-    rows, cut = _read_rows(folder / METRICS)
-    warnings = [f"{METRICS}: the last line is not finished and left out."] if cut else []
-    environment = _read_object(folder / "env.json")
-    best, best_step = _read_best(folder / BEST_NAME)
+    warnings: list[str] = []
+    config = _read_config(folder / "config.yaml", warnings)
+    rows = _read_rows(folder / METRICS, warnings)
+    environment = _read_object(folder / "env.json", warnings)
+    best, best_step = _read_best(folder / BEST_NAME, warnings)
     samples = folder / "samples"
-    prompts = _prompts(samples / "base" / "key.json")
-    steps = []
-    for path in sorted(samples.glob("step-*")):
-        if not (found := _STEP.fullmatch(path.name)) or not path.is_dir() or not prompts:
-            continue
-        if all((path / f"{i}.png").is_file() for i in range(len(prompts))):
-            steps.append(int(found[1]))
-        else:
-            warnings.append(f"samples/{path.name}: not all of its pictures are there; left out.")
+    key = _key_of(samples / "base", warnings)
+    prompts = _prompts(key, samples / "base" / _KEY)
+    steps = _whole_steps(samples, key, len(prompts), warnings) if prompts else []
     base = [name for name in _BASE if prompts and (samples / "base" / f"{name}-0.png").is_file()]
     return Run(
-        name=folder.resolve().name,
+        name=public_text(folder.resolve().name),
         config=config,
         environment=_flat(environment),
         rows=rows,
         best=best,
         best_step=best_step,
         is_exported=(folder / "export" / "adapter_config.json").is_file(),
-        steps=sorted(steps),
+        steps=steps,
         base=base,
         prompts=prompts,
         warnings=warnings,
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _whole_steps(samples: Path, key: Mapping[str, Any], count: int, warnings: list[str]) -> list[int]:
+    """Steps whose `count` previews are there, drawn for the same rows with the same settings as those of the base."""
+    shared, steps = {name: value for name, value in key.items() if name != "splice"}, []
+    for path in sorted(samples.glob("step-*")):
+        if not (found := _STEP.fullmatch(path.name)) or not path.is_dir():
+            continue
+        if _key_of(path, warnings) not in (shared, {}):  # nothing: of a version that did not write it
+            warnings.append(f"samples/{path.name}: drawn for other rows or with other settings; left out.")
+        elif all(is_whole(path / f"{i}.png") for i in range(count)):
+            steps.append(int(found[1]))
+        else:
+            warnings.append(f"samples/{path.name}: not all of its pictures are there and whole; left out.")
+    return sorted(steps)
+
+
+def _key_of(folder: Path, warnings: list[str]) -> dict[str, Any]:
+    """What decided a set of previews; nothing where that is not there."""
+    return _read_object(folder / _KEY, warnings) if (folder / _KEY).exists() else {}
+
+
+def _tell_missing(name: str, keys: Sequence[str], warnings: list[str]) -> None:
+    """Counts the numbers that `blank_wild` took away."""
+    if keys:
+        what = "1 number is" if len(keys) == 1 else f"{len(keys)} numbers are"
+        warnings.append(f"{name}: {what} beyond {LARGEST:g} and shown as missing, the first at {keys[0]}.")
+
+
+def _read_config(path: Path, warnings: list[str]) -> dict[str, Any]:
     """The run's settings without secrets and paths of this machine."""
     config = load_yaml(path)
+    _tell_missing(path.name, blank_wild(config, str(path)), warnings)
     try:
         _Settings.model_validate(config)
     except pydantic.ValidationError as error:
@@ -126,38 +151,49 @@ def _read_config(path: Path) -> dict[str, Any]:
     return public_config(config)
 
 
-def _read_rows(path: Path) -> tuple[list[dict[str, float]], bool]:
-    """The rows, and whether the last line was never finished."""
+def _read_rows(path: Path, warnings: list[str]) -> list[dict[str, float]]:
+    """The rows that are finished, without numbers that nothing measured."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_bytes(path, "record").split(b"\n")
     except OSError as error:
         raise InputError(f"{path}: cannot read it ({error.strerror}); give the folder of a run") from error
     rows: list[dict[str, float]] = []
+    missing: list[str] = []
     for number, line in enumerate(lines[:-1], start=1):
         row = parse_object(line, where=f"{path}:{number}")
         wrong = next((name for name, value in row.items() if type(value) not in (int, float)), None)
-        if wrong is not None or type(row.get("step")) is not int:
-            raise InputError(f"{path}:{number}: {wrong or 'step'} is no number; restore the file or remove the line")
+        if wrong is not None or type(row.get("step")) is not int or is_wild(row["step"]):
+            what = f"{wrong} is no number" if wrong is not None else "step is no number of a step"
+            raise InputError(f"{path}:{number}: {what}; restore the file or remove the line")
+        wild = [name for name, value in row.items() if is_wild(value)]
+        missing += [f"line {number}, {name}" for name in wild]
+        row = {name: value for name, value in row.items() if name not in wild}
         if rows and row["step"] <= rows[-1]["step"]:
             raise InputError(
                 f"{path}:{number}: step {row['step']} does not come after the one before; restore the file"
             )
         rows.append(row)
-    return rows, bool(lines[-1])
+    _tell_missing(path.name, missing, warnings)
+    if lines[-1]:
+        warnings.append(f"{path.name}: the last line is not finished and left out.")
+    return rows
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path, warnings: list[str]) -> dict[str, Any]:
+    """With None in the place of numbers that nothing measured."""
     try:
-        return parse_object(path.read_bytes(), where=str(path))
+        document = parse_object(read_bytes(path, "record"), where=str(path))
     except OSError as error:
         raise InputError(f"{path}: cannot read it ({error.strerror}); restore the run's file") from error
+    _tell_missing(path.name, blank_wild(document, str(path)), warnings)
+    return document
 
 
-def _read_best(path: Path) -> tuple[Choice | None, int | None]:
+def _read_best(path: Path, warnings: list[str]) -> tuple[Choice | None, int | None]:
     """The choice and the step that it fell on; nothing where no step was scored."""
-    if not path.is_file():
+    if not path.exists():
         return None, None
-    told = _read_object(path)
+    told = _read_object(path, warnings)
     step, rule, found = (told.get(key) for key in ("step", "rule", "found"))
     if not isinstance(rule, str) or not isinstance(found, str) or not (step is None or type(step) is int):
         raise InputError(f"{path}: has no step, rule and found; restore it, or remove it to report without a best step")
@@ -181,11 +217,11 @@ def _flat(document: Mapping[str, Any], above: str = "") -> dict[str, Scalar]:
     return found
 
 
-def _prompts(path: Path) -> list[str]:
+def _prompts(key: Mapping[str, Any], path: Path) -> list[str]:
     """Of the rows that are previewed; none where the run previews nothing."""
-    if not path.is_file():
+    if not key:
         return []
-    rows = _read_object(path).get("rows")
+    rows = key.get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, list) and row and isinstance(row[0], str) for row in rows):
         raise InputError(f"{path}: has no rows with prompts; restore it, or remove samples/ to report without previews")
     return [row[0] for row in rows]

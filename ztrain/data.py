@@ -15,7 +15,7 @@ from typing import Any
 from ztrain.errors import InputError
 from ztrain.rows import RowReader, Triplet, check_text, find_picture, listed, parse_object, take_text
 from ztrain.tables import hub_rows, parquet_rows
-from ztrain.tars import tar_rows
+from ztrain.tars import check_format, tar_rows
 
 MANIFEST_NAME = "metadata.jsonl"
 """The name that `datasets` gives the table of an image folder, so that the same folder loads there too."""
@@ -94,6 +94,7 @@ def _find(location: str, split: str, revision: str | None, text_only: bool) -> t
         raise InputError(
             f"{root}: no split {split!r} there; expected one of {', '.join(layouts)}; found {listed(present)}"
         )
+    check_format(root)
     [(pattern, files)] = found.items()
     place = str(files[0]) if len(files) == 1 else str(root / pattern)
     return place, layouts[pattern](files, root, split, text_only)

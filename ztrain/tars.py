@@ -22,6 +22,10 @@ from ztrain.rows import RowReader, Triplet, listed, parse_object, refuse, take_t
 PACK_MANIFEST_NAME = "manifest.json"
 """Lies beside shards of data_tools.pack and says how many samples each of them had: what a damaged one has lost."""
 
+FORMAT_VERSION = 1
+"""Of a data set of data_tools.pack, in its manifest; one that says none is of format 1. Raise it when what is written
+comes to mean something else: tests/test_golden.py."""
+
 _MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # key and field of a member, as WebDataset splits its name
 META_MEMBER = re.compile(r"__[^/]*__(/|$)")
 """Start of the name of a member that is no part of a sample to WebDataset."""
@@ -96,6 +100,18 @@ def tar_rows(files: list[Path], root: Path, split: str, text_only: bool) -> Iter
     for path, expected in packed.items():
         for number in range(expected):
             yield partial(refuse, f"{path}: sample {number + 1} of {expected} is lost: the archive is missing")
+
+
+def check_format(root: Path) -> None:
+    """Raises InputError for a data set of data_tools.pack that a later version wrote."""
+    path = root / PACK_MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return  # none, or none of ours
+    version = manifest.get("format_version", 1) if isinstance(manifest, dict) and "shards" in manifest else 1
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path}: data set format {version!r} is not {FORMAT_VERSION}; update ztrain")
 
 
 def _packed_samples(root: Path, split: str) -> dict[Path, int]:

@@ -13,20 +13,24 @@ FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test lint demo clean
+.PHONY: help test test-all lint demo clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
 	@sed -n '2,3s/^# */  /p' Makefile
 
-test demo: export TOKENIZERS_PARALLELISM = false
-test demo: export HF_HUB_OFFLINE = 1
+test test-all demo: export TOKENIZERS_PARALLELISM = false
+test test-all demo: export HF_HUB_OFFLINE = 1
 demo: export TRANSFORMERS_VERBOSITY = error
 # Two pytest workers with a thread for every core each would fight for the cores.
-test: export OMP_NUM_THREADS = 1
+test test-all: export OMP_NUM_THREADS = 1
 
 test: lint  ## ruff, mypy and the tests (GPU and slow ones deselected)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 40
+
+test-all: lint  ## everything that needs no GPU: slow tests (100 kills), 2 minutes of fuzzing; not in CI
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 40 -m 'not gpu'
+	$(BIN)/python -m tests.fuzz --minutes 2 --seed $$(date +%j)
 
 lint: $(READY)  ## ruff and mypy only
 	$(BIN)/ruff check .

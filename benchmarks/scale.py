@@ -219,6 +219,10 @@ def _told(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
+STAGES = ("digests_seconds", "samples_seconds", "needs_seconds", "index_seconds", "tokens_seconds")
+"""Of a start, of scale_host.json."""
+
+
 @dataclass(frozen=True, slots=True)
 class Host:
     """What one process takes before its first step, for TRIPLETS."""
@@ -231,13 +235,13 @@ class Host:
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> "Host":
-        """In proportion to what 40,000 triplets took, the order to 4 million: all of it grows so, or faster."""
+        """In proportion to the largest data set that was measured, the order to 4 million: all of it grows so, or
+        faster."""
         each, order = document["per_triplet"], document["order"]
-        stages = ("digests_seconds", "samples_seconds", "needs_seconds", "index_seconds", "tokens_seconds")
         return cls(
             ram_gb=each["process_bytes"] * TRIPLETS / 1e9,
             order_gb=2 * order["bytes_each"] * TRIPLETS / 1e9,
-            hours=sum(max(0.0, each[stage]) for stage in stages) * TRIPLETS / 3600,
+            hours=sum(max(0.0, each[stage]) for stage in STAGES) * TRIPLETS / 3600,
             hashing_hours=each["hash_seconds"] * TRIPLETS / 3600,
             order_seconds=order["by_tokens_seconds"] / order["samples"] * TRIPLETS,
         )
@@ -297,6 +301,29 @@ def breaks(cases: dict[tuple[str, int], Case], host: Host, whole: dict[str, Any]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def starts(document: dict[str, Any]) -> str:
+    """What was measured of data sets of several sizes, each part of it beside the others."""
+    heads = (
+        "triplets", "rows, digests, index, tokens", "`ztrain train` until step 1", "two ranks", "`ztrain cache`, full",
+        "`data_tools.build`",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in document["rows"]:
+        cells = [f"{row['triplets']:,}", "not measured"]
+        if found := row.get("stages"):
+            seconds = sum(found[name] for name in STAGES)
+            cells[1] = f"{seconds:.0f} s, {found['process_bytes'] / 1e9:.2f} GB"
+        for part in ("train", "train_of_two", "cache", "build"):
+            found = row.get(part, {"failed": ""})
+            each = " and ".join(f"{peak / 1e9:.2f}" for peak in found.get("peak_bytes", [])[: 1 + (part[-3:] == "two")])
+            seconds = found.get("ready_seconds", found.get("seconds", 0))
+            cells.append("not measured" if "failed" in found else f"{seconds:.0f} s, {each} GB")
+        lines.append(f"| {' | '.join(cells)} |")
+    told = document["machine"]
+    where = f"{told['cpu_cores']} cores, torch {told['torch']}; parts of a row side by side; peaks of each process"
+    return "\n".join([*lines, "", f"{where}. {document['what'][0].upper()}{document['what'][1:]}."])
+
+
 def text() -> str:
     cases = {(name, side): Case.of(name, side) for name in LISTS for side in SIDES}
     read = {
@@ -308,6 +335,7 @@ def text() -> str:
     told = " and ".join(f"{side} px, batch {BATCHES[side]} a card ({tokens[side]} tokens each)" for side in SIDES)
     parts = (
         ("What breaks first", breaks(cases, host, whole)),
+        ("Before the first step, measured", starts(read["scale_host"])),
         ("Computing, one epoch", computing(cases)),
         ("The cache", caching(cases, whole)),
         ("Sums of gradients", sums(cases)),

@@ -1,125 +1,289 @@
-"""What ztrain keeps in memory, and takes in time, for each triplet before the first step: measured on a CPU.
+"""What a large data set takes on the host: time and memory before the first step, and of a build, measured on CPUs.
 
     python -m benchmarks.scale_host --work out/scale
 
-Makes SIZES[-1] triplets of tiny pictures, each with a prompt, a reference and a target of its own, and a cache of tiny
-tensors under the names that training asks for; then, in a process of its own for each of SIZES, does what every process
-of a run does when it starts. Out: benchmarks/results/scale_host.json, {"command", "machine", "rows", "per_triplet",
-"order"}; per_triplet is the slope between the two sizes. No encoder runs, nothing is trained.
+For each of SIZES it makes as many triplets of tiny pictures, each with a prompt, a reference and a target of its own,
+and a full cache of the tiny family's states. Then, side by side, each in processes of its own and for `--minutes` at
+most: the stages of a start (`stages`), `ztrain train` for two steps alone and as two ranks, `ztrain cache`, and
+`data_tools.build` of the same triplets. Out: benchmarks/results/scale_host.json, {"command", "machine", "rows",
+"per_triplet", "order"}, written again after each part; per_triplet is of `stages` of the largest.
 """
 
 import argparse
+import contextlib
+import csv
+import functools
 import json
+import os
 import random
+import shutil
+import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-import torch
-from PIL import Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from benchmarks.laboratory import machine
 from benchmarks.step import RESULTS
-from ztrain.cache import Cache, Needs
+from ztrain.cache import Cache, Needs, Request, StateName
 from ztrain.config import Config, load_config
+from ztrain.digests import Digests, Known, digest_bytes
 from ztrain.files import workspace
+from ztrain.fill import fill
+from ztrain.images import Bucket, PictureFile, stamp_of
+from ztrain.mini.family import SIGLIP, TURBO, VISION_LANGUAGE, build_family
 from ztrain.sampler import Mixture
-from ztrain.samples import all_needs, read_samples
-from ztrain.store import Entry
+from ztrain.samples import Sample, all_needs, needs_of, read_samples
+from ztrain.store import Entry, Store
 from ztrain.tokens import token_counts
 
-SIZES = (10_000, 40_000)
+SIZES = (100_000, 1_000_000)
 ORDERED = 4_000_000
 """Samples of the order that is timed."""
 PROMPT = "a lighthouse on a cliff above a rough sea, seen from below, with gulls around its lantern, drawn with care, "
-_RANKS = {"latents": (16, 8, 8), "siglip": (2, 2, 1), "text": (64, 1)}
+SIDE = 64  # pixels
+_HASHED = 10_000  # triplets whose pictures are read, to say what that takes
 _READS = 2_000
+_PART = 4_096  # triplets that are made together, and entries of a shard
 
 
-def make(work: Path, count: int) -> None:
-    """Triplets as an image folder, whole or not there."""
+# --- triplets and a full cache ----------------------------------------------------------------------------------------
+
+
+def words(work: Path) -> list[str]:
+    """The command line of an experiment, [siglip], on the triplets and the cache in `work`."""
+    family, off = work.parent / "family", ("validation_steps", "preview_steps", "score_steps")
+    places = {"base": family / TURBO, "vision_language": family / VISION_LANGUAGE, "siglip": family / SIGLIP}
+    return [
+        "--config", "configs/siglip.yaml", "configs/tiny.yaml", *(f"--validation.{name}=0" for name in off),
+        *(f"--models.{role}.pretrained_model_name_or_path={place}" for role, place in places.items()),
+        f"--data.train_data_dir={work / 'triplets'}", f"--cache.dir={work / 'cache'}",
+    ]  # fmt: skip
+
+
+def settings(work: Path) -> Config:
+    _, first, second, *rest = words(work)
+    return load_config([Path(first), Path(second)], rest)
+
+
+def _picture(number: int) -> bytes:
+    """A PNG of one colour, another for each number."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + number.to_bytes(3, "big") * SIDE) * SIDE, 1)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@functools.lru_cache(maxsize=2 * _PART)
+def _known(path: Path, number: int) -> Known:
+    return Known(PictureFile(path), digest_bytes(_picture(number)), SIDE, SIDE)
+
+
+def _triplet(work: Path, i: int, each: int) -> Sample:
+    """`each`: targets and references that there are of each; every pair of them comes once before one comes again."""
     folder = work / "triplets" / "train"
+    target, reference = i % each, i if i < each else (i + i // each) % each
+    known = _known(folder / f"target-{target:08d}.png", 2 * target)
+    seen = _known(folder / f"reference-{reference:08d}.png", 2 * reference + 1)
+    return Sample(prompt=f"{PROMPT}{i:08d}", references=(seen,), target=known, bucket=Bucket(SIDE, SIDE), where=str(i))
+
+
+class _Writer(Store):
+    """One that does not look at what the others have written."""
+
+    def reload(self) -> None: ...
+
+
+def _make_part(work: Path, start: int, end: int, each: int) -> None:
+    """Pictures, rows, memo and cache of some triplets; the states are those of triplet 0, which are there."""
+    lines, memo = [], []
+    config = settings(work)
+    cache, needs = Cache(config), Needs()
+    for i in range(start, end):
+        sample = _triplet(work, i, each)
+        paths = [Path(known.picture.name) for known in (sample.target, *sample.references)]
+        names = {"target_file_name": paths[0].name, "reference_file_name": paths[1].name}
+        lines.append(json.dumps({"prompt": sample.prompt, **names}) + "\n")
+        if i >= each:  # the pictures are another's
+            needs.text(sample.prompt)
+            continue
+        needs_of([sample], config.reads, needs)
+        for salt, path in enumerate(paths):
+            path.write_bytes(data := _picture(2 * i + salt))
+            memo.append((stamp_of(path.stat()), digest_bytes(data), SIDE, SIDE))
+    (work / "parts" / f"{start:08d}.jsonl").write_text("".join(lines), encoding="utf-8")
+    columns = [[row[k] for row in memo] for k in range(4)]
+    table = pa.table(
+        [pa.array(c, t) for c, t in zip(columns, Digests._SCHEMA.types, strict=True)], Digests._SCHEMA.names
+    )
+    pq.write_table(table, work / "parts" / f"{start:08d}.parquet")
+    first = Needs()
+    needs_of([_triplet(work, 0, 1)], config.reads, first)
+    of_first = {kind: key for kind, key in first.requests}
+    by_kind: dict[StateName, list[Request]] = {}
+    for place, request in needs.requests.items():
+        if place not in first.requests:
+            by_kind.setdefault(request.state, []).append(request)
+    with workspace(work / "parts") as scratch:
+        for kind, requests in by_kind.items():
+            folder = cache.store(kind).folder
+            states = cache.store(kind).read(of_first[kind])
+            copies = [{part: tensor.clone() for part, tensor in states.items()} for _ in requests]
+            entries = [Entry(key=r.key, label=r.label, parts=c) for r, c in zip(requests, copies, strict=True)]
+            _Writer(folder).write(f"{start:012d}", entries, scratch)
+
+
+def make(work: Path, count: int, each: int) -> float:
+    """All of it, whole or not there; seconds."""
+    folder, started = work / "triplets" / "train", time.perf_counter()
     if (folder / "metadata.jsonl").exists():
-        return
+        return 0.0
+    build_family(work.parent / "family")
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for i in range(count):
-        for kind, salt in (("target", 0), ("reference", 1)):
-            colour = tuple((2 * i + salt).to_bytes(3, "big"))
-            Image.new("RGB", (64, 64), colour).save(folder / f"{kind}-{i:08d}.png")
-        names = {"reference_file_name": f"reference-{i:08d}.png", "target_file_name": f"target-{i:08d}.png"}
-        rows.append(json.dumps({"prompt": PROMPT + str(i), **names}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (work / "parts").mkdir(exist_ok=True)
+    sample, needs, config = _triplet(work, 0, 1), Needs(), settings(work)
+    for salt, known in enumerate((sample.target, *sample.references)):
+        Path(known.picture.name).write_bytes(_picture(salt))
+    needs_of([sample], config.reads, needs)
+    fill(Cache(config), needs, "cpu", progress=False)
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        made = [pool.submit(_make_part, work, i, min(count, i + _PART), each) for i in range(0, count, _PART)]
+        for part in made:
+            part.result()
+    memo = [pq.read_table(path) for path in sorted((work / "parts").glob("*.parquet"))]
+    pq.write_table(pa.concat_tables(memo), work / "cache" / "digests.parquet")
+    rows = [path.read_text(encoding="utf-8") for path in sorted((work / "parts").glob("*.jsonl"))]
+    (folder / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
+    return round(time.perf_counter() - started, 1)
 
 
-def settings(work: Path, count: int) -> Config:
-    """[siglip] on the first `count` triplets, of which a folder of links to them tells."""
-    folder = work / f"first-{count}" / "train"
-    if not (folder / "metadata.jsonl").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        whole = work / "triplets" / "train"
-        for i in range(count):
-            for kind in ("target", "reference"):
-                (folder / f"{kind}-{i:08d}.png").hardlink_to(whole / f"{kind}-{i:08d}.png")
-        lines = (whole / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    off = {"validation_steps": 0, "preview_steps": 0}
-    words = [f"--validation.{name}={value}" for name, value in off.items()]
-    words += [f"--data.train_data_dir={folder.parent}", f"--cache.dir={work / f'cache-{count}'}"]
-    return load_config([Path("configs/siglip.yaml"), Path("configs/miniature.yaml")], words)
+# --- what is measured -------------------------------------------------------------------------------------------------
 
 
-def fill_with_nothing(cache: Cache, needs: Needs) -> None:
-    """Entries of tiny tensors under the names that are asked for, in shards as fill.py cuts them."""
-    with workspace(cache.folder) as scratch:
-        for kind in sorted({kind for kind, _ in needs.requests}):
-            asked = [request for (of, _), request in needs.requests.items() if of == kind]
-            store, size = cache.store(kind), cache.config.cache.entries_per_shard
-            for start in range(0, len(asked), size):
-                piece = asked[start : start + size]
-                entries = [Entry(key=r.key, label=r.label, parts={"states": torch.zeros(_RANKS[kind])}) for r in piece]
-                store.write(f"{start:012d}", entries, scratch)
-            store.compact(scratch)
-
-
-def one(work: Path, count: int) -> dict[str, float]:
+def stages(work: Path) -> dict[str, float]:
     """What a process of a run does before its first step: seconds of each stage, and the bytes by which it grew."""
     process = psutil.Process()
-    row: dict[str, float] = {"triplets": count}
-    config = settings(work, count)
+    row: dict[str, float] = {}
+    config = settings(work)
 
     def stage(name: str, work_of: Callable[[], Any]) -> Any:
         started = time.perf_counter()
         made = work_of()
         row[f"{name}_seconds"] = round(time.perf_counter() - started, 3)
+        print(json.dumps(row), flush=True)
         return made
 
-    filler = Cache(config)
-    if not filler.digests.path.exists():
-        first = time.perf_counter()
-        samples = read_samples(config, filler)
-        row["hash_seconds"] = round(time.perf_counter() - first, 3)
-        fill_with_nothing(filler, all_needs(config, samples))
-        filler.digests.save()
-        return row
+    pictures = [PictureFile(path) for path in sorted((work / "triplets" / "train").glob("*.png"))[: 2 * _HASHED]]
+    stage("hash", lambda: Digests(work / "none").of_pictures(pictures, config.data.dataloader_num_workers))
     before = process.memory_info().rss
     cache = stage("digests", lambda: Cache(config))
     samples = stage("samples", lambda: read_samples(config, cache))
     needs = stage("needs", lambda: all_needs(config, samples))
-    stage("index", lambda: cache.missing(needs))
-    assert not cache.missing(needs)
+    assert not stage("index", lambda: cache.missing(needs))
     stage("tokens", lambda: token_counts(config, cache, samples.trained))
     row["process_bytes"] = process.memory_info().rss - before
     requests = random.Random(0).sample(list(needs.requests.values()), _READS)
     stage("reads", lambda: [cache.store(request.state).read(request.key) for request in requests])
+    row["hash_seconds"] = round(row["hash_seconds"] / len(pictures) * 2, 6)
     row["read_seconds_each"] = round(row.pop("reads_seconds") / _READS, 6)
     row["index_files_bytes"] = sum(path.stat().st_size for path in cache.folder.glob("*/index/*.parquet"))
     return row
+
+
+def started(command: list[str], minutes: float, ready: Path | None = None) -> dict[str, Any]:
+    """Seconds of a command, until `ready` has content too, the peak of each of its largest processes in bytes, and what
+    all of them held at once, shared pages counted once and those of files left out."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    begun = time.perf_counter()
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as process:
+        with ThreadPoolExecutor(1) as reader:
+            said = reader.submit(process.stdout.read)  # type: ignore[union-attr]
+            row: dict[str, Any] = {}
+            peaks: dict[int, int] = {}
+            together = 0
+            while process.poll() is None:
+                time.sleep(0.1)
+                now = time.perf_counter() - begun
+                held = 0
+                with contextlib.suppress(psutil.Error):
+                    for each in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+                        with contextlib.suppress(OSError, psutil.Error, KeyError):
+                            status = _status(each.pid)
+                            peaks[each.pid] = status["VmHWM"]
+                            held += status["RssAnon"]
+                together = max(together, held)
+                if ready is not None and "ready_seconds" not in row and ready.is_file() and ready.stat().st_size:
+                    row["ready_seconds"] = round(now, 1)
+                if now > 60 * minutes:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    row["failed"] = f"not done after {minutes:g} minutes"
+            row["seconds"] = round(time.perf_counter() - begun, 1)
+            if process.returncode and "failed" not in row:
+                row["failed"] = said.result().decode(errors="replace")[-600:]
+    largest = sorted(peaks.values(), reverse=True)
+    return row | {"peak_bytes": largest[:2], "together_bytes": together}
+
+
+def _status(pid: int) -> dict[str, int]:
+    """Figures of /proc/<pid>/status in bytes."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
+
+
+def parts(work: Path, minutes: float) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is measured on one data set."""
+    python = [sys.executable, "-m"]
+    pair = [*python, "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+
+    def train(launcher: list[str], out: Path) -> dict[str, Any]:
+        end = ["--train.max_train_steps=2", f"--output_dir={out}"]
+        return started([*launcher, "ztrain.train", *words(work), *end], minutes, ready=out / "metrics.jsonl")
+
+    def build() -> dict[str, Any]:
+        with (work / "pairs.csv").open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["reference", "target", "prompt", "split"])
+            for line in (work / "triplets" / "train" / "metadata.jsonl").open():
+                row = json.loads(line)
+                table.writerow([row["reference_file_name"], row["target_file_name"], row["prompt"], "train"])
+        (work / "build.yaml").write_text(
+            "sources: [triplets/train]\nlabel: {pairs: {table: pairs.csv}}\nsplit: {apart: []}\ndedup: null\n"
+            "scan: {measures: []}\n"
+        )
+        workers = max(1, (os.cpu_count() or 1) - 5)  # the other parts run beside it
+        out = ["--out", str(work / "built"), "--rows_per_shard", "10000", "--workers", str(workers)]
+        command = [*python, "data_tools.build", "--config", str(work / "build.yaml"), *out]
+        return {"workers": workers} | started(command, minutes)
+
+    def told() -> dict[str, Any]:
+        command = [*python, "benchmarks.scale_host", "--work", str(work), "--stages"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60 * minutes, check=True)
+        row: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
+        return row
+
+    return {
+        "stages": told,
+        "train": lambda: train(python, work / "run"),
+        "train_of_two": lambda: train(pair, work / "run-of-two"),
+        "cache": lambda: started([*python, "ztrain.cli", "cache", *words(work)], minutes),
+        "build": build,
+    }
 
 
 def order() -> dict[str, Any]:
@@ -127,50 +291,67 @@ def order() -> dict[str, Any]:
     tokens = np.random.default_rng(0).choice(np.arange(4192, 4640, 32, dtype=np.int32), ORDERED)
     found: dict[str, Any] = {"samples": ORDERED}
     for name, given in (("plain", None), ("by_tokens", tokens)):
-        started = time.perf_counter()
+        begun = time.perf_counter()
         mixture = Mixture(ORDERED, tokens=given)
         mixture.keys(0, global_batch_size=64, seed=0)
-        found[f"{name}_seconds"] = round(time.perf_counter() - started, 3)
+        found[f"{name}_seconds"] = round(time.perf_counter() - begun, 3)
     found["bytes_each"] = next(iter(mixture._orders.values())).itemsize
     return found
+
+
+def per_triplet(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What `stages` took for each triplet of the largest data set;"""
+    row = max((row for row in rows if "process_bytes" in row.get("stages", {})), key=lambda row: row["triplets"])
+    names = [name for name in row["stages"] if name.endswith(("_seconds", "_bytes"))]
+    found = {name: row["stages"][name] / row["triplets"] for name in names}
+    found["hash_seconds"] = row["stages"]["hash_seconds"]  # of the two pictures of one
+    return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.scale_host", description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--one", type=int, default=None, help="one size, as a process of its own")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--parts", nargs="+", default=None, help="of those that are measured")
+    parser.add_argument("--pictures", type=int, default=max(SIZES), help="targets, and references, that there are")
+    parser.add_argument("--at-once", type=int, default=5, help="parts")
+    parser.add_argument("--minutes", type=float, default=15.0, help="that one part may take")
+    parser.add_argument("--out", type=Path, default=RESULTS / "scale_host.json")
+    parser.add_argument("--stages", action="store_true", help="the stages of a start, as a process of its own")
     options = parser.parse_args()
-    if options.one is not None:
-        print(json.dumps(one(options.work, options.one)))
+    if options.stages:
+        print(json.dumps(stages(options.work)))
         return
-    make(options.work, SIZES[-1])
-    rows = []
-    for count in SIZES:
-        row: dict[str, Any] = {}
-        for _ in range(2):  # the first makes the cache
-            words = [sys.executable, "-m", "benchmarks.scale_host", "--work", str(options.work), "--one", str(count)]
-            done = subprocess.run(words, capture_output=True, text=True, check=True)
-            row |= json.loads(done.stdout.splitlines()[-1])
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    few, many = rows
-    slope = {
-        name: (many[name] - few[name]) / (many["triplets"] - few["triplets"])
-        for name in many
-        if name.endswith(("_seconds", "_bytes"))
-    }
-    document = {
+    document: dict[str, Any] = {
         "command": "python -m benchmarks.scale_host --work out/scale",
-        "what": "[siglip], every triplet with a prompt, a reference and a target of its own; prompts of"
-        f" {len(PROMPT) + 5} characters; tiny pictures, so that hash_seconds knows no bandwidth",
-        "machine": machine(),
-        "rows": rows,
-        "per_triplet": {name: float(f"{value:.4g}") for name, value in slope.items()},
+        "what": "[siglip] of the tiny family, every triplet with a prompt, a reference and a target of its own; prompts"
+        f" of {len(PROMPT) + 8} characters; tiny pictures, so that hash_seconds knows no bandwidth",
+        "pictures": options.pictures,
+        "at_once": options.at_once,
+        "machine": machine() | {"device": "cpu"},
         "order": order(),
+        "rows": [],
     }
-    path = RESULTS / "scale_host.json"
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
+    for count in options.sizes:
+        work = options.work.resolve() / str(count)
+        row: dict[str, Any] = {"triplets": count, "made_seconds": make(work, count, min(count, options.pictures))}
+        print(json.dumps(row), flush=True)
+        document["rows"].append(row)
+        chosen = {n: part for n, part in parts(work, options.minutes).items() if n in (options.parts or [n])}
+        with ThreadPoolExecutor(options.at_once) as pool:
+            running = {pool.submit(part): name for name, part in chosen.items()}
+            for done in as_completed(running):
+                try:
+                    row[running[done]] = done.result()
+                except (subprocess.SubprocessError, OSError) as error:
+                    row[running[done]] = {"failed": str(error)[-600:]}
+                print(json.dumps({running[done]: row[running[done]]}), flush=True)
+                options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(work)
+    if any("process_bytes" in row.get("stages", {}) for row in document["rows"]):
+        document["per_triplet"] = per_triplet(document["rows"])
+    options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {options.out}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from ztrain.errors import InputError
 from ztrain.files import read_bytes, read_text, whole_folder
 from ztrain.images import Picture
 from ztrain.rows import Triplet
-from ztrain.tars import PACK_MANIFEST_NAME
+from ztrain.tars import FORMAT_VERSION, PACK_MANIFEST_NAME
 from ztrain.terminal import command
 
 SUMS_NAME, CARD_NAME = "SHA256SUMS", "README.md"
@@ -108,6 +108,7 @@ def pack(given: Input, rules: PackRules, out: Path) -> dict[str, int]:
         print(f"{out} is up to date")
         return dict(manifest["triplets"])
     manifest = {
+        "format_version": FORMAT_VERSION,
         "fingerprint": made_from,
         "format": rules.format,
         "triplets": {split: len(of_split) for split, of_split in given.splits.items()},

@@ -28,6 +28,10 @@ from ztrain.vision_language import weight_files
 
 StateName = Literal["latents", "clean_latents", "siglip", "text", "segment", "reference", "fused"]
 
+FORMAT_VERSION = 1
+"""Of a folder of states, in its kind.json; one that says none is of format 1. Raise it when what a folder holds is
+written otherwise: tests/test_golden.py."""
+
 _RULES = 1  # part of every fingerprint: raise it when this package comes to prepare inputs or read states otherwise
 
 # Encoder settings that a kind depends on; the others leave it valid.
@@ -148,7 +152,9 @@ class Cache:
 
     def store(self, kind: StateName) -> Store:
         if kind not in self._stores:
-            self._stores[kind] = Store(self.folder / f"{kind}-{digest_json(self.fingerprint(kind))[:16]}")
+            folder = self.folder / f"{kind}-{digest_json(self.fingerprint(kind))[:16]}"
+            _check_format(folder / "kind.json")
+            self._stores[kind] = Store(folder)
         return self._stores[kind]
 
     def fingerprint(self, kind: StateName) -> dict[str, Any]:
@@ -217,6 +223,18 @@ class Cache:
                     f"{path.parent.name} and run `ztrain cache` again"
                 ) from error
         return found
+
+
+def _check_format(path: Path) -> None:
+    """Raises InputError for a folder of states that a later version wrote."""
+    try:
+        version = json.loads(path.read_text(encoding="utf-8")).get("format_version", 1)
+    except (OSError, ValueError, AttributeError):
+        return  # `identities` says so where it is missed
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: cache format {version!r} is not {FORMAT_VERSION}; update ztrain or name another cache.dir"
+        )
 
 
 def _files(source: Source, *patterns: str) -> tuple[Source, list[Path]]:

@@ -17,7 +17,7 @@ from ztrain.errors import InputError
 from ztrain.files import MAX_LINE, check_regular
 from ztrain.rows import RowReader, Triplet, check_text, find_picture, listed, one_line, parse_object, take_text
 from ztrain.tables import hub_rows, parquet_rows
-from ztrain.tars import lost, packed_samples, tar_rows
+from ztrain.tars import check_format, lost, packed_samples, tar_rows
 
 MANIFEST_NAME = "metadata.jsonl"
 """The name that `datasets` gives the table of an image folder, so that the same folder loads there too."""
@@ -96,6 +96,7 @@ def _find(location: str, split: str, revision: str | None, text_only: bool) -> t
         raise InputError(
             f"{root}: no split {split!r} there; expected one of {', '.join(layouts)}; found {listed(present)}"
         )
+    check_format(root)
     [(pattern, files)] = found.items()
     place = str(files[0]) if len(files) == 1 else str(root / pattern)
     if pattern.endswith(MANIFEST_NAME):

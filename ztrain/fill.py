@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ztrain.cache import ROLES, Cache, Needs, Request, StateName, digest_json
+from ztrain.cache import FORMAT_VERSION, ROLES, Cache, Needs, Request, StateName, digest_json
 from ztrain.config import Config
 from ztrain.digests import digest_bytes
 from ztrain.encoders import LatentCodec, SiglipEncoder, TextEncoder, omni_crop
@@ -309,7 +309,8 @@ class _Filling:
         """kind.json: what the fingerprint was made of, in words, and the identity of the encoders."""
         store = self.cache.store(kind)
         known = {role: encoding.identities[role] for role in ROLES[kind]}
-        document = {"kind": kind, "fingerprint": self.cache.fingerprint(kind), "identities": known}
+        document = {"format_version": FORMAT_VERSION, "kind": kind}
+        document |= {"fingerprint": self.cache.fingerprint(kind), "identities": known}
         write_json(store.folder / "kind.json", document | {"xxh3": digest_json(document)})
 
     def _claimed(self, missing: Sequence[Request], wait: bool, bar: tqdm) -> Iterator[Request]:

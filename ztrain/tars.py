@@ -24,6 +24,10 @@ from ztrain.rows import RowReader, Triplet, check_size, listed, one_line, parse_
 PACK_MANIFEST_NAME = "manifest.json"
 """Lies beside shards of data_tools.pack and says how many samples each of them had: what a damaged one has lost."""
 
+FORMAT_VERSION = 1
+"""Of a data set of data_tools.pack, in its manifest; one that says none is of format 1. Raise it when what is written
+comes to mean something else: tests/test_golden.py."""
+
 _MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # key and field of a member, as WebDataset splits its name
 META_MEMBER = re.compile(r"__[^/]*__(/|$)")
 """Start of the name of a member that is no part of a sample to WebDataset."""
@@ -108,6 +112,18 @@ def tar_rows(
             yield partial(refuse, f"{path}: {archive.damage}; how many samples it has lost is unknown; restore it")
         reason = archive.damage or "the archive ends before it"
         yield from lost(path, f"{reason}; restore the archive", expected or 0, len(archive.samples))
+
+
+def check_format(root: Path) -> None:
+    """Raises InputError for a data set of data_tools.pack that a later version wrote."""
+    path = root / PACK_MANIFEST_NAME
+    try:
+        manifest = json.loads(read_bytes(path, "record"))
+    except (OSError, ValueError, RecursionError):
+        return  # none, or none of ours
+    version = manifest.get("format_version", 1) if isinstance(manifest, dict) and "shards" in manifest else 1
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path}: data set format {version!r} is not {FORMAT_VERSION}; update ztrain")
 
 
 def lost(path: Path, reason: str, expected: int, found: int = 0) -> Iterator[RowReader]:

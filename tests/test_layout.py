@@ -138,7 +138,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "demo": {"adapters", "config", "data", "drawn", "grid", "mini", "terminal"},
     "mini": {
         "adapters", "compiling", "conditioning", "config", "csvs", "dit", "drawn", "encoders", "export", "flow",
-        "forms", "grid", "images", "intervals", "metrics", "model", "models", "rows", "sample", "terminal", "vision_language",
+        "forms", "grid", "images", "intervals", "metrics", "model", "models", "rows", "sample", "terminal",
+        "vision_language",
     },
     "data_tools": {
         "csvs", "forms",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ztrain.errors import InputError
-from ztrain.files import check_regular, read_text
+from ztrain.files import check_regular, read_bytes, read_text
 from ztrain.images import Picture, stamp_of
 from ztrain.rows import RowReader, Triplet, check_size, listed, one_line, parse_object, refuse, take_text
 

@@ -309,7 +309,7 @@ class _Filling:
         """kind.json: what the fingerprint was made of, in words, and the identity of the encoders."""
         store = self.cache.store(kind)
         known = {role: encoding.identities[role] for role in ROLES[kind]}
-        document = {"format_version": FORMAT_VERSION, "kind": kind}
+        document: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind}
         document |= {"fingerprint": self.cache.fingerprint(kind), "identities": known}
         write_json(store.folder / "kind.json", document | {"xxh3": digest_json(document)})
 

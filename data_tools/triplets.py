@@ -23,7 +23,7 @@ from data_tools.output import EXTENSIONS, fingerprint
 from data_tools.sources import Reader
 from data_tools.stages import Table, check_apart, scratch_folder, write_shard
 from ztrain.errors import InputError
-from ztrain.images import decode_image
+from ztrain.images import HEAD, decode_image, sniff
 from ztrain.rows import Triplet
 
 LEFT_OUT_NAME = "left_out.jsonl"
@@ -352,6 +352,5 @@ def _is_portable(path: PurePosixPath) -> bool:
 def _extension(reader: Reader, picture: Scanned) -> str:
     """Of a picture without a file name, by its first bytes."""
     data = reader.read_same({each.name: getattr(picture, each.name) for each in fields(picture)})
-    with Image.open(io.BytesIO(data)) as image:
-        kind = (image.format or "").lower()
-    return {"jpeg": ".jpg"}.get(kind, f".{kind}") if kind else ".img"
+    kind = (sniff(data[:HEAD]) or "img").lower()
+    return {"jpeg": ".jpg", "heif": ".heic"}.get(kind, f".{kind}")

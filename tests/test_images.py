@@ -1,17 +1,24 @@
 """Pixels: pictures of every kind, awkward ones row by row from their own table, and targets cut to their buckets."""
 
+import base64
 import csv
 import io
+import itertools
 import math
 import os
 import pickle
+import re
 import struct
+import sys
+import tracemalloc
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, features
@@ -19,6 +26,7 @@ from PIL import Image, ImageCms, features
 from ztrain import images
 from ztrain.errors import InputError
 from ztrain.images import (
+    READ,
     Bucket,
     PictureFile,
     check_reference,
@@ -114,6 +122,53 @@ def test_first_frame_of_several() -> None:
     assert distance(open_image(path), later) > 0
 
 
+def test_awkward_pictures_painted_here_have_their_outcomes(tmp_path: Path) -> None:
+    """Promise 9, without the shared folder: what is read, and the sentence for what is not."""
+    noise = Image.effect_noise((48, 32), 60).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    saved(tmp_path, noise, "plain.png")
+    saved(tmp_path, noise.convert("CMYK"), "cmyk.jpg")
+    saved(tmp_path, Image.fromarray(np.full((32, 48), 25700, np.uint16)), "deep.png")
+    saved(tmp_path, noise, "turned.jpg", exif=exif)
+    frames = [noise.convert("P"), Image.new("P", (48, 32))]
+    saved(tmp_path, frames[0], "moving.gif", save_all=True, append_images=frames[1:])
+    saved(tmp_path, noise, "wrong.jpg", format="PNG")
+    saved(tmp_path, noise, "a\nb \x1b[31m 日本.png")
+    cut = [f"cut.{suffix}" for suffix in ("jpg", "png", "webp", "tif", "gif", "bmp", "tga")]
+    for name in cut:
+        path = saved(tmp_path, noise, name)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 5])
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("a text")
+    (tmp_path / "huge.png").write_bytes(png_header(60_000, 60_000))
+    (tmp_path / "folder.png").mkdir()
+    for name, to in (("link.png", "plain.png"), ("lost.png", "nowhere"), ("circle.png", "circle.png")):
+        (tmp_path / name).symlink_to(to)
+    fault = {
+        **dict.fromkeys(
+            ["cut.jpg", "cut.png", "cut.webp", "cut.tif", "cut.gif", "cut.bmp", "cut.tga"], "replace it with"
+        ),
+        "empty.png": "the file is empty",
+        "text.png": "no known format",
+        "huge.png": "too many pixels (60000 x 60000",
+        "folder.png": "is no regular file, but a folder",
+        "lost.png": "does not exist",
+        "circle.png": "cannot read the picture",
+    }
+    for path in tmp_path.iterdir():
+        if path.name in fault:
+            with pytest.raises(InputError) as caught:
+                open_image(path)
+            assert str(caught.value).startswith(f"{path}: ") and fault[path.name] in str(caught.value), path.name
+        else:
+            image = open_image(path)
+            assert image.size == ((32, 48) if path.name == "turned.jpg" else (48, 32)) and image.info == {}
+            assert path.name in ("cmyk.jpg", "deep.png", "turned.jpg", "moving.gif") or distance(image, noise) == 0
+    assert (pixels(open_image(tmp_path / "deep.png")) == 100).all()
+    assert distance(open_image(tmp_path / "moving.gif"), frames[0].convert("RGB")) == 0
+
+
 # ---- what kind of file it is
 
 
@@ -147,6 +202,100 @@ def test_first_frame_of_several() -> None:
 )
 def test_the_first_bytes_say_what_kind_of_picture_it_is(head: bytes, name: str, kind: str | None) -> None:
     assert sniff(head, name) == kind
+
+
+# ---- what is read by content, by name, or not at all
+
+# 96 x 64 pixels, red 220 on the left, green 200 above, turned by EXIF orientation 6; written by libheif and x265.
+HEIC = base64.b64decode(
+    "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAaFtZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAA"
+    "ADRpbG9jAAAAAERAAAIAAQAAAAABxQABAAAAAAAAAMkAAgAAAAACjgABAAAAAAAAACQAAAA4aWluZgAAAAAAAgAAABVpbmZlAgAA"
+    "AAABAABodmMxAAAAABVpbmZlAgAAAQACAABFeGlmAAAAAA5waXRtAAAAAAABAAAA4GlwcnAAAADAaXBjbwAAAHhodmNDAQNwAAAA"
+    "kAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAAAAMAAAMAHroCQGEAAQArQgEBA3AAAAMAkAAAAwAAAwAeoDCBBZbq"
+    "SSmubgIaDAgAAAMAyAAAAwAIQGIAAQAHRAHBcrAiQAAAABNjb2xybmNseAABAA0ABoAAAAAUaXNwZQAAAAAAAABgAAAAQAAAABBw"
+    "aXhpAAAAAAMICAgAAAAJaXJvdAMAAAAYaXBtYQAAAAAAAAABAAEFgQIDBIUAAAAaaXJlZgAAAAAAAAAOY2RzYwACAAEAAQAAAPVt"
+    "ZGF0AAAAxSgBrwng4wucuq+v/uuX///CZDkPVjykglP/9L4Ed8frf/2kYaxZMpLKqQBBOCEims5xXzopkDf9BeaN7IF5atlhKUwj"
+    "RalE7HPPuXl191m83BlT45PFNFwtLQ/dSuk82tx//765zj7+kZb7vrDbJWP/8w+UEY/9267lYJ4ysaDefJ2mZgw8zPn0ko70zma1"
+    "v5NX2AWPZZu8f71ue/ZTFwq2yPcSussc/wVx2fw5FXYJcZlAk46Hrk/SP4oj8jH+ITAuhtbAAAAABkV4aWYAAE1NACoAAAAIAAEB"
+    "EgADAAAAAQAGAAAAAAAA"
+)
+
+
+def test_names_do_not_matter_where_bytes_tell(tmp_path: Path) -> None:
+    image = Image.effect_noise((16, 16), 60).convert("RGB")
+    for form, name in (
+        ("JPEG", "web.jfif"),
+        ("JPEG", "old.jpe"),
+        ("PNG", "no extension"),
+        ("WEBP", "a.heic"),
+        ("GIF", "a.tga"),
+    ):
+        assert open_image(saved(tmp_path, image, name, format=form)).size == (16, 16)
+
+
+def test_heic_is_read_with_its_extra_and_named_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jpg").write_bytes(HEIC)
+    image = pixels(open_image(tmp_path / "a.jpg"))
+    assert image.shape == (96, 64, 3) and image_size(HEIC, "a") == (64, 96)
+    assert np.abs(image[5, 5] - (220, 30, 90)).max() < 8 and np.abs(image[90, 60] - (20, 200, 90)).max() < 8
+    with pytest.raises(InputError, match=r"a: not a readable picture \(HEIF: "):
+        images.decode_image(HEIC[:600], "a")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(InputError, match=r"a\.jpg: .*pip install 'ztrain\[heif\]'"):
+        open_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA"])
+def test_tga_is_read_by_its_name(tmp_path: Path, mode: str) -> None:
+    image = Image.effect_noise((40, 30), 60).convert(mode)
+    path = saved(tmp_path, image, "a.TGA", compression="tga_rle")
+    assert distance(open_image(path), image.convert("RGB")) == 0
+    data = path.read_bytes()
+    assert (
+        data.endswith(b"TRUEVISION-XFILE.\0") and distance(images.decode_image(data, "a cell"), open_image(path)) == 0
+    )
+    assert images.decode_image(data[:-26], "a.tga").size == (40, 30)
+    with pytest.raises(InputError, match="no known format"):
+        images.decode_image(data[:-26], "a cell")
+
+
+def test_tga_has_no_transparency_where_its_header_gives_it_no_bits(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (40, 30), (10, 200, 30, 0))
+    path = saved(tmp_path, image, "a.tga")
+    assert (pixels(open_image(path)) == 255).all()
+    data = bytearray(path.read_bytes())
+    data[17] &= 0xF0
+    path.write_bytes(data)
+    assert (pixels(open_image(path)) == (10, 200, 30)).all()
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"), [(b"\xff\x0a", "JPEG XL"), (b"8BPS", "Photoshop"), (b"<svg/>", "SVG"), (b"%PDF-1.7", "PDF")]
+)
+def test_known_kinds_that_are_not_read_are_named(head: bytes, kind: str) -> None:
+    with pytest.raises(InputError, match=f"^a.png: not a readable picture \\(it is a {kind} file"):
+        images.decode_image(head + bytes(90), "a.png")
+
+
+def test_foreign_pictures_are_opened_by_one_module() -> None:
+    root = Path(images.__file__).parents[1]
+    files = (*root.glob("ztrain/**/*.py"), *root.glob("data_tools/*.py"))
+    asking = {path.stem for path in files if re.search(r"\bImage\.open\(", path.read_text("utf-8"))}
+    assert asking == {"render", "studio", "validate", "runs"}  # pictures of our own, and a page's example
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a\.png: is no regular file"):
+        open_image(tmp_path / "a.png")
+
+
+def test_a_file_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.png").open("wb") as file:
+        file.truncate(60 << 30)  # sparse
+    with pytest.raises(InputError, match=r"a\.png: has 64,424,509,440 bytes, more than"):
+        open_image(tmp_path / "a.png")
 
 
 # ---- pictures made here
@@ -235,12 +384,229 @@ def test_profile_survives_transparency(tmp_path: Path) -> None:
     assert np.abs(opened[1:] - (10, 200, 30)).max() <= 1
 
 
-@pytest.mark.parametrize(("mode", "profile"), [("RGB", b"junk"), ("CMYK", None)])
-def test_profile_that_does_not_belong_is_refused(tmp_path: Path, mode: str, profile: bytes | None) -> None:
-    profile = profile or ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    path = saved(tmp_path, Image.new(mode, (4, 4)), "a.jpg", icc_profile=profile)
-    with pytest.raises(InputError, match=r"a\.jpg.*profile"):
-        open_image(path)
+# ---- TIFF beside a second decoder
+
+
+def tiff(pixels: np.ndarray, **options: Any) -> bytes:
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels, metadata=None, **options)
+    return file.getvalue()
+
+
+def second_decoder(data: bytes) -> np.ndarray:
+    """(H, W, 3) floats of 0..255 by tifffile and the rules of TIFF 6.0, on white where there is transparency."""
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        page = file.pages.first
+        values, extra = page.asarray(), [tifffile.EXTRASAMPLE(each) for each in page.extrasamples]
+        photometric, is_separate = page.photometric, page.planarconfig == 2 and page.samplesperpixel > 1
+    top = {"f": 1, "u": 255 if values.dtype == np.uint8 else 65535, "i": 65535}[values.dtype.kind]
+    planes = np.moveaxis(values, 0, -1) if is_separate else values if values.ndim == 3 else values[..., None]
+    planes = planes.astype(float) / top
+    colours, alpha = planes[..., : planes.shape[-1] - len(extra)], np.ones(planes.shape[:2])
+    if extra and extra[0] != tifffile.EXTRASAMPLE.UNSPECIFIED:
+        alpha = planes[..., colours.shape[-1]]
+    if photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+        colours = 1 - colours
+    if photometric == tifffile.PHOTOMETRIC.SEPARATED:
+        colours = (1 - colours[..., :3]) * (1 - colours[..., 3:])
+    if tifffile.EXTRASAMPLE.ASSOCALPHA not in extra:
+        colours = colours * alpha[..., None]
+    return np.broadcast_to(255 * (colours + 1 - alpha[..., None]), (*alpha.shape, 3))
+
+
+READ_TIFFS = {  # type of values, what a further sample means
+    "minisblack": {("u1", None), ("u1", "assocalpha"), ("u1", "unassalpha"), ("u2", None), ("i2", None), ("f4", None)},
+    "miniswhite": {("u1", None), ("u2", None), ("f4", None)},
+    "rgb": set(itertools.product(["u1", "u2"], [None, "unspecified", "assocalpha", "unassalpha"])),
+    "separated": {("u1", None), ("u2", None)},
+}
+TOPS = {"u1": 255, "i1": 127, "u2": 65535, "i2": 32767, "u4": 65535, "i4": 65535, "f2": 1, "f4": 1, "f8": 1}
+
+
+@pytest.mark.parametrize("photometric", READ_TIFFS)
+def test_tiff_has_the_pixels_of_a_second_decoder_or_is_refused(photometric: str) -> None:
+    chance, refused = np.random.default_rng(0), set()
+    count = {"rgb": 3, "separated": 4}.get(photometric, 1)
+    extras, stored = (
+        (None, "unspecified", "assocalpha", "unassalpha"),
+        (("", None), ("zlib", (16, 32)), ("delta", None)),
+    )
+    for kind, extra, is_separate, order, (packed, tile) in itertools.product(TOPS, extras, (False, True), "<>", stored):
+        planes = np.repeat(np.repeat(chance.random((6, 7, count + (extra is not None))), 5, 0), 6, 1)
+        planes[..., :count] *= planes[..., count:] if extra == "assocalpha" else 1
+        planes *= TOPS[kind]
+        samples = np.moveaxis(planes, -1, 0) if is_separate else planes
+        data = tiff(
+            np.ascontiguousarray(samples if kind[0] == "f" else samples.round()).astype(kind).squeeze(),
+            photometric=photometric,
+            planarconfig=("separate" if is_separate else "contig") if planes.shape[-1] > 1 else None,
+            byteorder=order,
+            compression="zlib" if packed else None,
+            predictor=2 if packed == "delta" and kind[0] != "f" else None,
+            tile=tile,
+            rowsperstrip=None if tile else 7,
+            extrasamples=[extra] if extra else None,
+        )
+        try:
+            found = pixels(images.decode_image(data, "a.tif"))
+        except InputError as error:
+            assert "save it as RGB with 8 bits" in str(error)
+            if order == "<" and not is_separate:
+                refused.add((kind, extra))
+        else:
+            assert np.abs(found - second_decoder(data)).max() < 3, (kind, extra, is_separate, order, packed)
+    assert not refused & READ_TIFFS[photometric]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"photometric": "minisblack", "subfiletype": 1},  # a preview of another page
+        {"photometric": "minisblack", "extratags": [(50706, 1, 4, (1, 4, 0, 0), True)]},  # DNG
+        {"photometric": "separated", "extratags": [(332, 3, 1, 2, True)]},  # inks that are not CMYK
+        {"photometric": "minisblack", "tile": (5120, 5120), "compression": "zlib"},  # memory
+    ],
+)
+def test_tiff_that_would_come_out_otherwise_is_refused(options: dict[str, Any]) -> None:
+    values = np.zeros((32, 32, 4) if options["photometric"] == "separated" else (32, 32), np.uint8)
+    with pytest.raises(InputError, match=r"a\.tif: not a readable picture \(TIFF: .*save it as RGB"):
+        images.decode_image(tiff(values, **options), "a.tif")
+
+
+def test_tiff_with_a_colour_map_of_8_bits() -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (3, 256))
+    data = tiff(
+        np.arange(256, dtype=np.uint8).reshape(16, 16), photometric="palette", colormap=colours.astype(np.uint16)
+    )
+    assert (pixels(images.decode_image(data, "a.tif")).reshape(256, 3) == colours.T).all()
+
+
+def test_gray_of_12_bits_fills_the_range() -> None:
+    file = io.BytesIO(tiff(np.array([[0x80, 0x0F, 0xFF]] * 2, np.uint8), photometric="minisblack"))  # 0x800, 0xFFF
+    with tifffile.TiffFile(file, mode="r+b") as changed:
+        for tag, value in (("ImageWidth", 2), ("BitsPerSample", 12)):
+            changed.pages.first.tags[tag].overwrite(value)
+    assert pixels(images.decode_image(file.getvalue(), "a.tif"))[..., 0].tolist() == [[128, 255]] * 2
+
+
+# ---- metadata that are damaged, or belong to other pixels
+
+
+def gray_profile() -> bytes:
+    """An ICC profile for gray of gamma 2.2: LittleCMS makes none."""
+    description = b"desc" + bytes(4) + struct.pack(">I", 5) + b"gray\0" + bytes(80)
+    white = b"XYZ " + bytes(4) + struct.pack(">iii", 63190, 65536, 54061)
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 563) + bytes(2)
+    tags = {b"desc": description, b"wtpt": white, b"kTRC": curve, b"cprt": b"text" + bytes(4) + b"CC0\0"}
+    table, body, at = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, raw in tags.items():
+        table, body = table + name + struct.pack(">II", at + len(body), len(raw)), body + raw + bytes(-len(raw) % 4)
+    head = struct.pack(">I4xI", at + len(body), 0x02400000) + b"mntrGRAYXYZ " + struct.pack(">6H", 2020, 1, 1, 0, 0, 0)
+    head = head + b"acsp" + bytes(28) + struct.pack(">iii", 63190, 65536, 54061)
+    return head.ljust(128, b"\0") + table + body
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+LONG_SRGB = struct.pack(">I", len(SRGB) + 2_000_000) + SRGB[4:] + bytes(2_000_000)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "profile", "said"),
+    [
+        ("RGB", "jpg", b"no profile at all", "ICC profile is left out"),
+        ("RGB", "png", SRGB[:300], "ICC profile is left out"),
+        ("RGB", "webp", SRGB[:128] + bytes(900), "ICC profile is left out"),
+        ("CMYK", "jpg", SRGB, "ICC profile is left out (it is for 'RGB' but the pixels are CMYK)"),
+        ("RGB", "tif", gray_profile(), "ICC profile is left out (it is for 'GRAY' but the pixels are RGB)"),
+        ("RGB", "png", LONG_SRGB, ""),
+        ("RGB", "png", LONG_SRGB + bytes(images.MAX_METADATA), "ICC profile is left out"),
+        ("1", "png", SRGB, ""),
+        ("L", "png", SRGB, ""),
+    ],
+)
+def test_a_profile_that_is_damaged_or_of_other_pixels_is_left_out_and_said(
+    tmp_path: Path, mode: str, suffix: str, profile: bytes, said: str
+) -> None:
+    image = Image.effect_noise((40, 40), 60).convert(mode)
+    if mode == "RGB":
+        image.putpixel((0, 0), (9, 200, 30))  # no gray
+    path, left_out = saved(tmp_path, image, f"a.{suffix}", icc_profile=profile), list[str]()
+    plain = open_image(saved(tmp_path, image, f"plain.{suffix}"))
+    assert np.abs(pixels(open_image(path, left_out)) - pixels(plain)).max() <= 1
+    assert len(left_out) == bool(said) and all(said in note for note in left_out)
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "L"])
+def test_a_profile_of_gray_is_used_for_all_grays(tmp_path: Path, mode: str) -> None:
+    gray = Image.linear_gradient("L").resize((64, 64))
+    path, left_out = saved(tmp_path, gray.convert(mode), "a.png", icc_profile=gray_profile()), list[str]()
+    wanted = ImageCms.profileToProfile(
+        gray.convert(mode).convert("L"), io.BytesIO(gray_profile()), ImageCms.createProfile("sRGB"), outputMode="RGB"
+    )
+    assert distance(open_image(path, left_out), wanted) == 0 and left_out == []
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def with_chunks(png: bytes, chunks: bytes) -> bytes:
+    """A PNG with chunks more behind its header."""
+    return png[:33] + chunks + png[33:]
+
+
+TURNED = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"  # EXIF: orientation 6
+XMP, RAW_EXIF = b"XML:com.adobe.xmp\0", b"Raw profile type exif\0\0"
+
+
+@pytest.mark.parametrize(
+    ("chunks", "is_turned", "said"),
+    [
+        (chunk(b"iTXt", XMP + b"\x01\0\0\0" + zlib.compress(b"y" * 2_000_000)), False, ""),
+        (chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"z" * 2_000_000)), False, ""),
+        (chunk(b"zTXt", b"workflow\0\x07nothing packed"), False, ""),
+        (chunk(b"tEXt", b"transparency\0no number"), False, ""),
+        (chunk(b"tEXt", b"icc_profile\0no profile"), False, ""),
+        (chunk(b"tEXt", b"a text with a wrong sum\0")[:-1] + b"?", False, ""),
+        (chunk(b"eXIf", TURNED), True, ""),
+        (
+            chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n  32\n" + TURNED.hex().encode())),
+            True,
+            "",
+        ),
+        (chunk(b"iTXt", XMP + b"\0\0\0\0" + b" " * 2_000_000 + b'<x tiff:Orientation="6"/>'), True, ""),
+        (chunk(b"eXIf", b"no EXIF"), False, "EXIF or XMP"),
+        (chunk(b"eXIf", TURNED)[:-1] + b"?", False, "EXIF or XMP"),
+        (chunk(b"iCCP", b"name\0\0nothing packed"), False, "ICC profile"),
+        (chunk(b"iCCP", b"name\0\0" + zlib.compress(bytes(200_000_000), 1)), False, "ICC profile"),
+        (20 * chunk(b"iTXt", XMP + b"\x01\0\0\0" + zlib.compress(bytes(200_000_000), 1)), False, "EXIF or XMP"),
+    ],
+    ids=range(14),
+)
+def test_png_metadata_never_make_a_whole_picture_unreadable(chunks: bytes, is_turned: bool, said: str) -> None:
+    file, left_out = io.BytesIO(), list[str]()
+    Image.effect_noise((64, 32), 60).convert("RGB").save(file, "PNG")
+    plain = images.decode_image(file.getvalue(), "a.png")
+    data = with_chunks(file.getvalue(), chunks)
+    tracemalloc.start()
+    try:
+        found, size = images.decode_image(data, "a.png", left_out), image_size(data, "a.png")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert size == found.size == ((32, 64) if is_turned else (64, 32))
+    assert distance(plain.transpose(Image.Transpose.ROTATE_270) if is_turned else plain, found) == 0
+    assert len(left_out) == bool(said) and all(said in note for note in left_out)
+    assert peak < 2 * images.MAX_METADATA + 4 * len(data), "a little file took much memory"
+
+
+def test_damaged_exif_is_left_out_and_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, left_out = saved(tmp_path, Image.new("RGB", (8, 4)), "a.jpg", exif=b"Exif\0\0no EXIF"), list[str]()
+    assert open_image(path, left_out).size == (8, 4) and "EXIF" in left_out[0]
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        assert open_image(path).size == (8, 4)  # nobody collects what is left out
+    assert capsys.readouterr().err == f"note: {path}: {left_out[0]}\n"
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -281,11 +647,11 @@ def samples() -> list[bytes]:
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 255, (24, 24, 4), np.uint8), "RGBA")
     files = []
-    for name in images.FORMATS:
+    for name in sorted(READ - {"HEIF"}):
         buffer = io.BytesIO()
         image.convert("RGB" if name in ("JPEG", "BMP") else "RGBA").save(buffer, name)
         files.append(buffer.getvalue())
-    return files
+    return [*files, HEIC]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
@@ -301,7 +667,7 @@ def test_damage_is_an_input_error_or_a_picture(
     damaged = bytearray(file)
     for position, value in changes:
         damaged[position % len(damaged)] = value
-    path = tmp_path_factory.getbasetemp() / "damaged"
+    path = tmp_path_factory.getbasetemp() / "damaged.tga"
     path.write_bytes(damaged[: len(damaged) if kept > 0.5 else round(2 * kept * len(damaged))])
     try:
         image = open_image(path)

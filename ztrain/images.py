@@ -6,98 +6,30 @@ In: the bytes of a picture, from a file, a tar or a table. Out: RGB images. What
 
 import io
 import os
-import re
-import struct
-import warnings
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
+from ztrain import files
 from ztrain.errors import InputError
+from ztrain.formats import DECODER_ERRORS, GRAY_RANGE, MAX_METADATA, opened, orientation_of
+from ztrain.formats import HEAD as HEAD
+from ztrain.formats import READ as READ
+from ztrain.formats import sniff as sniff
 
 IMAGE_MULTIPLE = 16
 """Pixels of a DiT patch: 8 of the VAE times 2 of the transformer; every side of a target is a multiple."""
 
-MAX_PIXELS = 100_000_000
-"""Pictures with more pixels are refused from the header. Pillow's own limit (Image.MAX_IMAGE_PIXELS, 89.5
-million unless the process changed it) is an error here too, so the lower of the two holds."""
-
 ALPHA_BACKGROUND = (255, 255, 255)
 """8-bit sRGB colour that transparent pictures are laid on: white, as paper and as the shipped data."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF") + (("AVIF",) if features.check("avif") else ())
-"""Pillow decoders that may see a file; the others (PostScript, FITS, ...) never get untrusted bytes."""
-
-READ = frozenset({"JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF", "TGA"})
-"""Formats, as `sniff` names them, that open_image reads: HEIF (.heic) with the extra `heif`, TGA by its name only."""
-
-HEAD = 1024
-"""Bytes at the start of a file that `sniff` looks at; fewer name fewer kinds."""
-
-# In this order: the first that fits counts.
-_SIGNATURES = {
-    name: re.compile(signature, re.DOTALL)
-    for name, signature in {
-        "JPEG": rb"\xff\xd8\xff",
-        "PNG": rb"\x89PNG\r\n\x1a\n",
-        "GIF": rb"GIF8[79]a",
-        "WEBP": rb"RIFF.{4}WEBP",
-        "camera raw": rb"II\*\0.{4}CR|IIU\0|IIR[OS]|MMOR|FUJIFILMCCD-RAW|.{4}ftypcrx ",
-        "TIFF": rb"II[*+]\0|MM\0[*+]",
-        "BMP": rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
-        "AVIF": rb".{4}ftyp(?:avi[fs]|m[is]f1.{4}(?:.{4}){0,8}?avi[fs])",
-        "HEIF": rb".{4}ftyp(?:he[iv][cxms]|m[is]f1)",
-        "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n",
-        "JPEG 2000": rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n",
-        "JPEG XR": rb"II\xbc[\0\x01]",
-        "Photoshop": rb"8BPS",
-        "GIMP": rb"gimp xcf ",
-        "Krita": rb"PK\x03\x04.{26}mimetypeapplication/x-krita",
-        "OpenRaster": rb"PK\x03\x04.{26}mimetypeimage/openraster",
-        "CLIP STUDIO": rb"CSFCHUNK",
-        "SVG": rb"(?:\xef\xbb\xbf)?\s*(?:<svg|<!DOCTYPE svg|<[?!].*?<svg)",
-        "PDF": rb"%PDF-",
-        "PostScript": rb"%!PS|\xc5\xd0\xd3\xc6",
-        "OpenEXR": rb"v/1\x01",
-        "Radiance HDR": rb"#\?R(?:ADIANCE|GBE)",
-        "PNM": rb"P[1-6]\s+(?:#|\d+\s+\d+\s)|P7\nWIDTH |P[Ff]\n",
-        "icon": rb"\0\0[\x01\x02]\0[^\0]\0|icns",
-        "DDS": rb"DDS \x7c\0\0\0",
-        "QOI": rb"qoif",
-        "FITS": rb"SIMPLE  =",
-        "DICOM": rb".{128}DICM",
-    }.items()
-}
-_RAW_NAMES = re.compile(r"\.(3fr|arw|cr2|dng|erf|iiq|kdc|mef|mos|nef|nrw|pef|raw|rwl|sr2|srw)", re.IGNORECASE)
-_TGA_NAMES = re.compile(r"\.(tga|icb|vda|vst)", re.IGNORECASE)
-_TGA_HEADER = re.compile(
-    rb".[\0\x01][\x01-\x03\x09-\x0b].{13}[\x01\x08\x10\x18\x20].", re.DOTALL
-)  # there is no signature
-
-# What Pillow's decoders raise on damaged files, found by flipping bytes; a MemoryError stays a MemoryError.
-_DECODER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    ImageCms.PyCMSError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
+_AT_ONCE = 1 << 20  # values of deep gray that are converted at a time
 
 
 class Picture(Protocol):
@@ -112,7 +44,7 @@ class Picture(Protocol):
         """Differs whenever the bytes may have changed since; equal stamps save reading them again."""
 
     def read(self) -> bytes:
-        """All bytes; OSError where they cannot be read."""
+        """All bytes; OSError or InputError where they cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +62,7 @@ class PictureFile:
         return stamp_of(os.stat(self.path))
 
     def read(self) -> bytes:
-        return self.path.read_bytes()
+        return files.read_bytes(self.path, "picture")
 
 
 def stamp_of(found: os.stat_result) -> str:
@@ -139,29 +71,16 @@ def stamp_of(found: os.stat_result) -> str:
     return f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
 
 
-def sniff(head: bytes, name: str = "") -> str | None:
-    """What kind of picture a file is by its first `HEAD` bytes: one of `READ`, a kind that is not read, or None.
-
-    `name` decides where bytes alone cannot: TGA has no signature, and raw files of cameras have that of TIFF.
-    """
-    kind = next((kind for kind, signature in _SIGNATURES.items() if signature.match(head)), None)
-    suffix = os.path.splitext(name)[1]
-    if kind == "TIFF" and _RAW_NAMES.fullmatch(suffix):
-        return "camera raw"
-    if kind is None and _TGA_NAMES.fullmatch(suffix) and _TGA_HEADER.match(head):
-        return "TGA"
-    return kind
-
-
-def open_image(picture: Picture | Path) -> Image.Image:
+def open_image(picture: Picture | Path, left_out: list[str] | None = None) -> Image.Image:
     """The picture as 8-bit sRGB (mode RGB, upright, fully decoded, no metadata); of several frames the first.
 
     EXIF orientation and ICC profile are applied, transparency is laid on `ALPHA_BACKGROUND`, 16-bit gray is
-    divided by 257, float gray must lie in 0..1. Raises InputError naming the file where it is no picture of a
-    known format, is damaged or cut short, or has more than `MAX_PIXELS` pixels (refused from the header).
+    divided by 257, float gray must lie in 0..1. Profiles and EXIF that are damaged, or a profile of other pixels, are
+    passed by, and named in `left_out`, or else on stderr. Raises InputError naming the file where it is no picture of
+    a known format, is damaged or cut short, or has more than `formats.MAX_PIXELS` (refused from the header).
     """
     source = PictureFile(picture) if isinstance(picture, Path) else picture
-    return decode_image(read_picture(source), source.name)
+    return decode_image(read_picture(source), source.name, left_out)
 
 
 def read_picture(picture: Picture) -> bytes:
@@ -174,75 +93,75 @@ def read_picture(picture: Picture) -> bytes:
         raise InputError(f"{picture.name}: cannot read the picture ({error.strerror or error})") from error
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
+def decode_image(data: bytes, name: str, left_out: list[str] | None = None) -> Image.Image:
     """The picture in these bytes, as `open_image` gives it. Raises InputError starting with `name`."""
-    with _opened(data, name) as image:
+    notes: list[str] = [] if left_out is None else left_out
+    with opened(data, name, notes) as image:
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)  # not a copy of what is upright already
-        return _to_rgb(image, name)
+        rgb = _to_rgb(_upright(image, notes), name, notes)
+    if left_out is None:
+        _tell(name, notes)
+    return rgb
+
+
+_TOLD: set[str] = set()
+_MOST_TOLD = 20  # pictures
+
+
+def _tell(name: str, left_out: list[str]) -> None:
+    """Says on stderr, once for each picture, what nobody collects."""
+    if left_out and name not in _TOLD and len(_TOLD) < _MOST_TOLD:
+        _TOLD.add(name)
+        more = "; more such pictures are not named" if len(_TOLD) == _MOST_TOLD else ""
+        print(f"note: {name}: {'; '.join(left_out)}{more}", file=sys.stderr)
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
-    """(width, height) as `open_image` gives them, from the header of the picture's bytes; raises as `open_image`.
-
-    Of PNG all is decoded: their orientation may stand behind the pixels.
-    """
-    with _opened(data, name) as image:
+    """(width, height) as `open_image` gives them, from the header of the picture's bytes; raises as `open_image`."""
+    with opened(data, name, []) as image:
         width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        turned = orientation_of(image, []) in (5, 6, 7, 8)
         if isinstance(image, TiffImageFile) and ExifTags.Base.Orientation in image.tag_v2:
             turned = False  # Pillow has swapped the two already
         return (height, width) if turned else (width, height)
 
 
-@contextmanager
-def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
-    """The picture's header read, its size checked; what decoders raise inside becomes one sentence with `name`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise InputError(_too_many_pixels(name, f"{image.width} x {image.height}"))
-                yield image
-    except InputError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(_too_many_pixels(name, str(error))) from error
-    except _DECODER_ERRORS as error:
-        raise InputError(
-            f"{name}: not a readable picture ({_reason(data, error)}); "
-            f"replace it with a whole file of one of {', '.join(FORMATS)}"
-        ) from error
-
-
 def as_rgb(image: Image.Image) -> Image.Image:
     """A picture in memory as `open_image` would give it: orientation, profile, transparency and depth in the pixels."""
-    return _to_rgb(ImageOps.exif_transpose(image), "the given picture")
+    name, notes = "the given picture", list[str]()
+    rgb = _to_rgb(ImageOps.exif_transpose(image), name, notes)
+    _tell(name, notes)
+    return rgb
 
 
-def _too_many_pixels(name: str, found: str) -> str:
-    return f"{name}: too many pixels ({found}; at most {MAX_PIXELS:,} are read); shrink the picture"
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by the value of EXIF's orientation
 
 
-def _reason(data: bytes, error: Exception) -> str:
-    """Why decoding failed, in words; Pillow names its own buffer for files that it does not know."""
-    if isinstance(error, UnidentifiedImageError):
-        return "its bytes are of no known format" if data else "the file is empty"
-    return str(error) or type(error).__name__
+def _upright(image: Image.Image, left_out: list[str]) -> Image.Image:
+    # ImageOps.exif_transpose writes the other EXIF data again, which fails where one of them is damaged.
+    turn = _TURNS.get(orientation_of(image, left_out))
+    return image if turn is None else image.transpose(turn)
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, left_out: list[str]) -> Image.Image:
     """Any decoded picture as RGB, composited in sRGB: colours first, then transparency. Raises InputError."""
     profile = image.info.get("icc_profile")
     image, alpha = _split_alpha(image)
-    if image.mode.startswith("I"):
-        image = _scale_gray(image, name, limit=65535)
-    elif image.mode == "F":
-        image = _scale_gray(image, name, limit=1)
-    if image.mode in ("1", "P", "YCbCr"):  # none of these carries a profile of its own colour space
+    if image.mode.startswith(("I", "F")):
+        image = _scale_gray(image, name)
+    elif image.mode == "1":
+        image = image.convert("L")
+    elif image.mode in ("P", "YCbCr"):  # neither carries a profile of its own colour space
         image = image.convert("RGB")
-    rgb = _to_srgb(image, profile, name) if profile else image.convert("RGB")
+    rgb = _to_srgb(image, profile, left_out) if profile else image.convert("RGB")
     if alpha is not None:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, ALPHA_BACKGROUND), alpha)
     rgb.info = {}  # the profile and the orientation are in the pixels now: saved again they would count twice
@@ -255,7 +174,7 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         return image, None
     if image.mode.startswith("I"):  # Pillow compares the transparent gray after clipping to 8 bits
         gray = np.asarray(image)
-        return image, Image.fromarray(np.where(gray == image.info["transparency"], 0, 255).astype(np.uint8))
+        return image, Image.fromarray((gray != image.info["transparency"]) * np.uint8(255))
     if image.mode in ("LA", "La"):
         gray_alpha = image.convert("LA")
         return gray_alpha.getchannel("L"), gray_alpha.getchannel("A")
@@ -264,32 +183,48 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     return image if image.mode == "L" else rgba.convert("RGB"), rgba.getchannel("A")
 
 
-def _scale_gray(image: Image.Image, name: str, *, limit: int) -> Image.Image:
-    """Gray of values 0..limit as an L image of 0..255, rounded. Raises InputError for others, as NaN."""
-    values = np.asarray(image).astype(np.float64)
-    if not ((values >= 0) & (values <= limit)).all():  # written so that NaN fails too
-        raise InputError(
-            f"{name}: its {image.mode} pixels reach from {values.min():g} to {values.max():g}, "
-            f"not inside 0..{limit}; store the picture with 8 bits per channel"
-        )
-    return Image.fromarray(np.round(values * (255 / limit)).astype(np.uint8))
+def _scale_gray(image: Image.Image, name: str) -> Image.Image:
+    """Deep or float gray as an L image of 0..255, rounded. Raises InputError for values outside its range, as NaN."""
+    black, white = image.info.get(GRAY_RANGE, (0, 1 if image.mode == "F" else 65535))
+    low, high = sorted((black, white))
+    values = np.asarray(image)
+    gray = np.empty(values.size, np.uint8)
+    for start in range(0, values.size, _AT_ONCE):  # as float64 all are eight times the picture
+        some = values.reshape(-1)[start : start + _AT_ONCE].astype(np.float64)
+        if not ((some >= low) & (some <= high)).all():  # written so that NaN fails too
+            raise InputError(
+                f"{name}: its {image.mode} pixels reach from {values.min():g} to {values.max():g}, "
+                f"not inside {low}..{high}; store the picture with 8 bits per channel"
+            )
+        gray[start : start + _AT_ONCE] = np.round((some - black) * (255 / (white - black)))
+    return Image.fromarray(gray.reshape(values.shape))
 
 
-def _to_srgb(image: Image.Image, profile: bytes, name: str) -> Image.Image:
-    """A picture in the colours of an ICC profile as sRGB. Raises InputError where the two do not match."""
-    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    space = source.profile.xcolor_space.strip()
-    if image.mode == "L" and space == "RGB":  # gray that kept the profile of an RGB original
-        image = image.convert("RGB")
-    if {"L": "GRAY"}.get(image.mode, image.mode) != space:
-        raise InputError(
-            f"{name}: its ICC profile is for {space} but its pixels are {image.mode}; "
-            "save the picture without the profile"
-        )
-    target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-    converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+def _to_srgb(image: Image.Image, profile: bytes, left_out: list[str]) -> Image.Image:
+    """A picture in the colours of an ICC profile as sRGB; as it is where the profile is damaged or of other pixels."""
+    try:
+        if len(profile) > MAX_METADATA:
+            raise ValueError(f"it is larger than {MAX_METADATA:,} bytes")
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = source.profile.xcolor_space.strip()
+        if image.mode == "L" and space == "RGB":  # gray that kept the profile of an RGB original
+            image = image.convert("RGB")
+        if image.mode == "RGB" and space == "GRAY" and _is_gray(image):  # a palette of grays
+            image = image.getchannel("R")
+        if {"L": "GRAY"}.get(image.mode, image.mode) != space:
+            raise ValueError(f"it is for {space!r} but the pixels are {image.mode}")
+        target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+    except DECODER_ERRORS as error:
+        left_out.append(f"its ICC profile is left out ({error})")
+        return image.convert("RGB")
     assert converted is not None  # None is only for in-place conversion
     return converted
+
+
+def _is_gray(image: Image.Image) -> bool:
+    red, green, blue = image.split()
+    return red.tobytes() == green.tobytes() == blue.tobytes()
 
 
 def check_reference(size: tuple[int, int], name: str, *, min_side: int, max_aspect: float) -> None:

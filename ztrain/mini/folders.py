@@ -12,7 +12,6 @@ Out: galleries. Only style folders know styles; elsewhere every picture is in a 
 import csv
 import hashlib
 import json
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -333,10 +331,7 @@ def _decode(files: list[PictureFile], size: int) -> Tensor:
         picture = fit_target(open_image(files[row].path), Bucket(height=size, width=size))
         images[row] = np.asarray(picture).transpose(2, 0, 1)
 
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        # open_image sets this filter and restores the old ones, which threads do to each other: set out here, whatever
-        # one of them restores is right.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with ThreadPoolExecutor() as pool:
         done = pool.map(decode, range(len(files)))
         for _ in tqdm(done, "reading pictures", len(files), unit="picture", disable=len(files) <= _BAR_FROM or None):
             pass

@@ -11,7 +11,7 @@ Transparency is laid on white, and orientation, profiles and depths are applied,
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -62,6 +62,7 @@ MEASURED = pa.schema(
         ("height", pa.int32()),
         *((name, pa.float32()) for name in quality.COLUMNS),
         ("likeness", pa.binary(likeness.BYTES)),
+        ("read_without", pa.string()),  # what metadata were damaged and left out; null where none were
     ]
 )
 _NOTHING: dict[str, Any] = dict.fromkeys(MEASURED.names)
@@ -71,7 +72,7 @@ class Scan:
     """Stage: opens and measures listed pictures."""
 
     name: ClassVar[str] = "scan"
-    rules: ClassVar[int] = 3
+    rules: ClassVar[int] = 4
     adds = MEASURED
 
     def __init__(self, config: ScanRules, roots: Mapping[str, Path]) -> None:
@@ -93,10 +94,12 @@ class Scan:
         try:
             data = self.reader.read(row)
             found["digest"] = xxhash.xxh3_128_hexdigest(data)
-            image = decode_image(data, row["name"])
+            left_out: list[str] = []
+            image = decode_image(data, row["name"], left_out)
         except InputError as error:
             return found | {"refused": str(error).removeprefix(f"{row['name']}: ")}
         found |= {"width": image.width, "height": image.height, "pixels": digest_pixels(image)}
+        found["read_without"] = "; ".join(left_out) or None
         if fault := self._fault(image.width, image.height):
             return found | {"refused": fault}
         if "quality" in self.config.measures:
@@ -153,7 +156,17 @@ def scan(command: Command) -> Table:
         raise InputError(f"{', '.join(roots)}: no picture there; these kinds are read: {', '.join(sorted(KINDS))}")
     stage = Scan(command.rules, roots)
     table = run_stage(stage, listing, command.out, engine=ENGINES[command.engine], workers=command.workers)
+    table = _count_left_out(table)
     check_refused(table, command.max_refused_share)
+    return table
+
+
+def _count_left_out(table: Table) -> Table:
+    """The table with the number of pictures that lack damaged metadata among its facts."""
+    column = table.read(["read_without"])["read_without"]
+    counts = {**table.facts.get("counts", {}), "read_without_damaged_metadata": len(column) - column.null_count}
+    table = replace(table, facts={**table.facts, "counts": {name: count for name, count in counts.items() if count}})
+    table.close()
     return table
 
 
@@ -174,7 +187,8 @@ def summary(table: Table) -> str:
     refused = table.read(["refused"])["refused"]
     count = len(refused) - refused.null_count
     ignored = ", ".join(f"{number} {kind}" for kind, number in Counter(table.facts["ignored"]).most_common())
-    return f"{len(refused) - count} pictures, {count} refused" + (f"; ignored: {ignored}" if ignored else "")
+    counts = "".join(f", {number} {name.replace('_', ' ')}" for name, number in table.facts["counts"].items())
+    return f"{len(refused) - count} pictures, {count} refused{counts}" + (f"; ignored: {ignored}" if ignored else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import pickle
+import re
 import struct
 import sys
 import tracemalloc
@@ -274,6 +275,13 @@ def test_tga_has_no_transparency_where_its_header_gives_it_no_bits(tmp_path: Pat
 def test_known_kinds_that_are_not_read_are_named(head: bytes, kind: str) -> None:
     with pytest.raises(InputError, match=f"^a.png: not a readable picture \\(it is a {kind} file"):
         images.decode_image(head + bytes(90), "a.png")
+
+
+def test_foreign_pictures_are_opened_by_one_module() -> None:
+    root = Path(images.__file__).parents[1]
+    files = (*root.glob("ztrain/**/*.py"), *root.glob("data_tools/*.py"))
+    asking = {path.stem for path in files if re.search(r"\bImage\.open\(", path.read_text("utf-8"))}
+    assert asking == {"render", "studio", "validate", "runs"}  # pictures of our own, and a page's example
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])

@@ -1,6 +1,10 @@
 """Comparisons, sweeps and checkpoints on the shipped miniature: what is drawn, what is judged, what is chosen."""
 
 import json
+import os
+import random
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +14,17 @@ import yaml
 from PIL import Image
 
 from data_tools.build import main as build
-from ztrain.compare import compare, compare_checkpoints
+from tests.triplets import full_disk
+from ztrain.compare import _keep_given, compare, compare_checkpoints
 from ztrain.comparison import FILE_NAME, Choice, Comparison, Difference, pictures_of, read_best, read_comparison
 from ztrain.config import Config, JudgesConfig, ModelConfig, load_config
+from ztrain.digests import Known
+from ztrain.drawn import save_picture
 from ztrain.errors import InputError
+from ztrain.images import PictureFile
 from ztrain.intervals import two_way
 from ztrain.judging import Score, Verdicts
-from ztrain.lineup import entries_of
+from ztrain.lineup import Case, entries_of
 from ztrain.mini.style_folders import paint_many_styles
 from ztrain.mini.trials import ADAPTERS
 from ztrain.ranking import Groups, choose, metric_of
@@ -123,8 +131,8 @@ def test_what_is_drawn_is_kept_and_only_what_is_missing_is_drawn(
     assert {path for path in after if after[path][0] != before[path][0]} == set(lost)
     assert again.pictures == first.pictures and again.metrics == first.metrics
     # One seed more adds its own; other steps are other pictures.
-    more = compare(two_lists(data, out, "--compare.num_seeds", "3"))
-    assert [[row[:SEEDS] for row in of_column] for of_column in more.pictures] == first.pictures
+    more = compare(settings(data, out, "--compare.num_seeds", "3"))
+    assert [[row[:SEEDS] for row in of_column] for of_column in more.pictures] == first.pictures[:2]
     other = compare(settings(data, out, "--sample.num_inference_steps", "1"))
     assert not set(pictures_of(other)) & {name for of in first.pictures for row in of for name in row}
 
@@ -167,6 +175,16 @@ def test_prompts_are_crossed_with_pictures(data: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n")
     with pytest.raises(InputError, match="no line has a prompt"):
         compare(settings(data, tmp_path / "out", *words))
+
+
+def test_plain_pictures_of_two_shapes_are_two(tmp_path: Path) -> None:
+    """Their bytes are the same."""
+    known = []
+    for name, size in (("wide", (96, 64)), ("tall", (64, 96))):
+        Image.new("RGB", size, "white").save(tmp_path / f"{name}.png")
+        known.append(Known(PictureFile(tmp_path / f"{name}.png"), name, *size))
+    kept = _keep_given([Case(prompt="a", references=tuple(known), target=None, where="")], tmp_path)
+    assert len(set(kept.values())) == 2 and all((tmp_path / name).is_file() for name in kept.values())
 
 
 # What is judged
@@ -389,15 +407,63 @@ def test_presets_of_one_name_are_told_apart_and_lists_of_scales_go_where_they_fi
                      "[siglip, lora]": [1.0, 0.5]}  # fmt: skip
 
 
-def test_a_picture_cut_short_is_drawn_again(data: Path, tmp_path: Path) -> None:
-    config = settings(data, tmp_path, "--compare.num_samples", "2", "--sample.batch_size", "1")
-    found = compare(config)
-    path = tmp_path / found.pictures[1][0][0]
-    whole = path.read_bytes()
-    for cut in (0, len(whole) // 2):
-        path.write_bytes(whole[:cut])
-        compare(config)
-        assert path.read_bytes() == whole
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files of a comparison by name; of its record all but how long it took."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return found | {FILE_NAME: re.sub(rb'"seconds": [\d.]+', b"", found[FILE_NAME])}
+
+
+@pytest.mark.parametrize("verb", ["compare", "sweep"])
+def test_cut_off_anywhere_and_run_again_it_is_the_undisturbed_one(
+    data: Path, tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed at a random picture in the middle of a batch, met by a full disk, damaged afterwards."""
+
+    def run(out: Path) -> None:
+        config = settings(data, out, "--compare.num_samples", "4", "--sample.batch_size", "3")
+        axes = config.sweep.model_copy(update={"axes": {"splice.tokens": ["text"]}, "output_dir": str(out)})
+        if verb == "sweep":
+            sweep(config.model_copy(update={"sweep": axes}))
+        else:
+            compare(config)
+
+    run(out := tmp_path / "out")
+    whole, draw = everything(out), random.Random(verb)
+    shutil.rmtree(out)
+    names = [name for name in whole if name.startswith("pictures/")]
+    left = draw.randint(2, len(names) // 2)
+
+    def save(image: Image.Image, path: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        save_picture(image, path)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("ztrain.studio.save_picture", save)
+        run(out)
+    sizes = {name: len(whole[name]) for name in names if not (out / name).exists()}
+    with (
+        full_disk(max(sizes.values()) - 1),
+        pytest.raises(InputError, match="the disk .* is full") as told,
+    ):
+        run(out)
+    assert str(told.value).startswith(str(out / "pictures")) and not list(out.rglob(".writing-*"))
+    kept = sorted(name for name in names if (out / name).exists())
+    assert 1 < len(kept) < len(names) and all((out / name).read_bytes() == whole[name] for name in kept)
+    # What cannot be read is made again, which is said.
+    given = next(name for name in whole if name.startswith("given/"))
+    for name in (kept[0], given):
+        (out / name).write_bytes(whole[name][: len(whole[name]) // 2])
+    (out / kept[1]).unlink()
+    os.mkfifo(out / kept[1])
+    capsys.readouterr()
+    run(out)
+    assert everything(out) == whole
+    said = capsys.readouterr().out
+    assert f"given: 1 picture cannot be read, so made again; the first is {Path(given).name}" in said
+    assert "pictures: 2 pictures cannot be read, so made again; the first is " in said
 
 
 def test_cells_that_start_at_the_reference_are_chosen_among_each_other_only(data: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "validate": {
         "adapters", "batches", "cache", "conditioning", "config", "encoders", "flow", "grid", "images",
         "intervals", "model", "models", "sample", "sampler", "samples", "strategy",
-        "together",
+        "drawn", "together",
     },
     "tune": {
         "batches", "block", "blocks", "cache", "compiling", "config", "dit", "flow", "graphs", "images", "memory",
@@ -88,15 +88,15 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     },
     "run": {
         "adapters", "blocks", "cache", "checkpoint", "config", "dit", "encoders", "export", "meter", "model", "models",
-        "batches", "flow", "prepare", "sampler", "samples", "scoring", "strategy", "together", "tracking", "tune",
-        "validate", "yamls",
+        "batches", "flow", "prepare", "privacy", "sampler", "samples", "scoring", "strategy", "together", "tracking",
+        "tune", "validate", "yamls",
     },
     "train": {
         "batches", "checkpoint", "conditioning", "config", "entering", "flow", "interrupt", "memory", "meter", "run",
         "sampler", "samples", "stats", "strategy", "terminal", "together", "tokens", "vigil",
     },
     "entering": {"checkpoint", "config", "together"},
-    "from_checkpoint": {"checkpoint", "config", "dit", "models", "run"},
+    "from_checkpoint": {"checkpoint", "config", "dit", "export", "models", "run"},
     "grid": set(),
     "intervals": set(),
     "features": {"encoders", "models"},
@@ -106,7 +106,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     },
     "studio": {
         "adapters", "aspects", "cache", "conditioning", "config", "digests", "dit", "encoders", "export", "flow",
-        "images", "lineup", "model", "models", "sample",
+        "drawn", "images", "lineup", "model", "models", "sample",
     },
     "judging": {"comparison", "config", "features", "images", "lineup", "metrics", "mini", "models"},
     "ranking": {"comparison", "intervals", "judging"},
@@ -116,25 +116,26 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     },
     "compare": {
         "aspects", "cache", "checkpoint", "comparison", "config", "digests", "export", "from_checkpoint", "grid",
-        "images", "judging", "lineup", "models", "privacy", "ranking", "studio", "tars", "version",
+        "drawn", "images", "judging", "lineup", "models", "privacy", "ranking", "rows", "studio", "tars", "version",
         "yamls",
     },
-    "sweep": {"compare", "comparison", "config", "lineup", "yamls"},
+    "sweep": {"compare", "comparison", "config", "lineup", "privacy", "yamls"},
     "pages": {"images"},
-    "report": {"comparison", "images", "pages", "privacy", "rows", "version", "yamls"},
+    "drawn": set(),
+    "report": {"comparison", "drawn", "images", "pages", "privacy", "rows", "version", "yamls"},
     "render": {
-        "adapters", "aspects", "blocks", "conditioning", "config", "dit", "encoders", "export", "grid", "images",
-        "model", "models", "sample", "stats", "version",
+        "adapters", "aspects", "blocks", "conditioning", "config", "dit", "drawn", "encoders", "export", "grid",
+        "images", "model", "models", "sample", "stats", "version",
     },
     "stats": {"config", "models", "data", "images", "encoders", "adapters"},
     "cli": {
         "cards", "compare", "config", "from_checkpoint", "interrupt", "mini", "plan", "prepare", "render", "report",
         "stats", "sweep", "terminal", "train", "yamls",
     },
-    "demo": {"adapters", "config", "data", "grid", "mini", "terminal"},
+    "demo": {"adapters", "config", "data", "drawn", "grid", "mini", "terminal"},
     "mini": {
-        "adapters", "compiling", "conditioning", "config", "dit", "encoders", "export", "flow", "grid", "images",
-        "intervals", "metrics", "model", "models", "rows", "sample", "terminal", "vision_language",
+        "adapters", "compiling", "conditioning", "config", "dit", "drawn", "encoders", "export", "flow", "grid",
+        "images", "intervals", "metrics", "model", "models", "rows", "sample", "terminal", "vision_language",
     },
     "data_tools": {
         "data", "encoders", "features", "images", "interrupt", "models", "pages", "rows", "tars", "terminal", "yamls",

@@ -1,6 +1,7 @@
 """Sampling for people: aspects, windows, weighted references, batches of any sizes, starts, and the command itself."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from tests.test_parity import (
     picture,
     relative_error,
 )
+from tests.triplets import full_disk
 from ztrain.adapters.siglip import SiglipConfig
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.aspects import ASPECTS, output_size, size_of
@@ -402,7 +404,9 @@ def test_prompts_aspects_and_seeds_become_a_folder(project: Path, capsys: pytest
     assert np.abs(one - shown[1]).mean() < 4 < np.abs(one - shown[0]).mean()
 
 
-def test_what_is_sampled_is_written_though_it_ends_early(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_sampled_is_written_though_it_ends_early(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Ctrl-C after the third picture; with the VAE apart it comes back for them."""
     for words in ((), ("--offload",)):
         out = project / f"cut{len(words)}"
@@ -419,6 +423,18 @@ def test_what_is_sampled_is_written_though_it_ends_early(project: Path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             run("--prompt", "a star", "--num-images", 5, "--sample.batch_size", 1, "--out", out, *words)
         assert {path.name for path in out.glob("*.png")} == {f"prompt1-64x64-seed{seed}.png" for seed in range(3)}
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    # A disk that takes all but the largest: what is drawn before it stays, with its note.
+    sizes = [(project / f"cut0/prompt1-64x64-seed{seed}.png").stat().st_size for seed in range(3)]
+    with full_disk(max(sizes) - 1):
+        run("--prompt", "a star", "--num-images", 3, "--sample.batch_size", 1, "--out", project / "full", status=2)
+    kept = [f"prompt1-64x64-seed{seed}.png" for seed in range(sizes.index(max(sizes)))]
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"error: {project}/full/prompt1-64x64-seed{len(kept)}.png: cannot write it, the disk")
+    assert sorted(os.listdir(project / "full")) == sorted([*kept, *(["pictures.jsonl"] if kept else [])])
+    notes = (project / "full/pictures.jsonl").read_text() if kept else ""
+    assert [json.loads(line)["file"] for line in notes.splitlines()] == kept
 
 
 def test_a_start_is_cropped_to_the_output_and_left_by_strength(project: Path) -> None:
@@ -476,6 +492,7 @@ PLACES = {
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (("--prompt", "a\udcff", "--out", "x.png"), r"--prompt 'a\udcff' is not UTF-8"),
         (("--prompt", "a", "b", "--out", "x.png"), "--out x.png: give a folder for several pictures"),
         (("--prompt", "a", "--out", "x"), "--out x: give a file for one picture, named .png or"),
         (("--prompt", "a", "", "--out", "x"), "the prompt is empty and there is no reference"),

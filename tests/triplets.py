@@ -1,6 +1,9 @@
 """A small folder of triplets for tests, and configs over it; every picture differs from every other."""
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,17 @@ PLACES = {
     "vision_language": "Qwen3-VL-4B-Instruct",
     "siglip": "siglip2-so400m-patch16-naflex",
 }
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """No file of this process grows beyond `limit` bytes: it is told what a full disk tells."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:

@@ -5,8 +5,8 @@ Columns: no image, the splice, presets, exported adapters, controls. In `<compar
 special case: they are lists without weights. With `--checkpoints` the columns are the checkpoints of a run.
 """
 
-import json
 import platform
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,24 +16,27 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
+from pydantic import BaseModel, ConfigDict
 
 from ztrain import checkpoint
 from ztrain.aspects import output_size
 from ztrain.cache import Cache
 from ztrain.comparison import Column, Comparison, Row, write_best, write_comparison
-from ztrain.config import Config
+from ztrain.config import Config, parse
 from ztrain.digests import digest_bytes
+from ztrain.drawn import save_picture, still_to_draw
 from ztrain.errors import InputError
-from ztrain.export import read_adapter
-from ztrain.files import workspace
+from ztrain.export import quoted, read_adapter
+from ztrain.files import as_text, read_bytes, workspace
 from ztrain.from_checkpoint import export_checkpoint
 from ztrain.grid import draw_grid
 from ztrain.images import Picture, PictureFile, open_image
 from ztrain.judging import Judging, Sheet, Verdicts, check_judges
 from ztrain.lineup import Case, Entry, check_entries, entries_of, exported_entries, names_of, read_cases
 from ztrain.models import public_name
-from ztrain.privacy import public_config
+from ztrain.privacy import public_config, public_text
 from ztrain.ranking import Groups, choose, grouped, metric_of
+from ztrain.rows import parse_object
 from ztrain.studio import Studio
 from ztrain.tars import PACK_MANIFEST_NAME
 from ztrain.version import VERSION
@@ -60,7 +63,7 @@ class Plan:
 def compare(config: Config) -> Comparison:
     """Draws, judges and writes what compare.* asks for. Raises InputError."""
     entries = entries_of(config)
-    lists = [entry.label for entry in entries if entry.role == "adapter"]
+    lists = [public_text(entry.label) for entry in entries if entry.role == "adapter"]
     said = ", ".join(lists[:-1]) + (" and " if len(lists) > 1 else "") + lists[-1] if lists else ""
     title = f"{said} beside the splice" if lists else "The splice beside no image"
     return carry_out(
@@ -96,7 +99,7 @@ def compare_checkpoints(config: Config, run: Path) -> Comparison:
         check_entries(entries)
         plan = Plan(
             kind="checkpoints",
-            title=f"Checkpoints of {run.name}",
+            title=f"Checkpoints of {public_text(run.name)}",
             folder=folder,
             entries=entries,
             candidates=frozenset({"checkpoint"}),
@@ -123,6 +126,7 @@ def carry_out(config: Config, plan: Plan) -> Comparison:
     started = time.perf_counter()
     cache = Cache(config)
     cases, lost = read_cases(config, cache.digests)
+    data = _data(config) | ({"rows that cannot be used": lost} if lost else {})
     check_judges(config.judges, cases)
     given = _keep_given(cases, plan.folder)  # what cannot be opened is met before anything is drawn
     studio = Studio(config, cases, plan.folder, cache)
@@ -137,27 +141,26 @@ def carry_out(config: Config, plan: Plan) -> Comparison:
         bare={place: [PictureFile(row[0]) for row in column] for place, column in zip(trained, bare, strict=True)},
     )
     verdicts = Judging(config.judges, studio.device).score(sheet)
-    found = _record(config, plan, studio, drawn, verdicts, given, lost, time.perf_counter() - started)
-    _draw_sheet(found, plan.folder).save(plan.folder / SHEET_NAME)
+    found = _record(config, plan, studio, drawn, verdicts, given, data, time.perf_counter() - started)
+    save_picture(_draw_sheet(found, plan.folder), plan.folder / SHEET_NAME)
     write_comparison(found, plan.folder)
     return found
 
 
 def _keep_given(cases: Sequence[Case], folder: Path) -> dict[str, str]:
-    """References and targets as pictures of the comparison, by their own names."""
+    """References and targets as pictures of the comparison, by their own names; copied again where they are damaged."""
     pictures: dict[str, Picture] = {}
     for case in cases:
         pictures |= {known.picture.name: known.picture for known in case.references}
         pictures |= {case.target.name: case.target} if case.target else {}
-    place = folder / "given"
-    place.mkdir(parents=True, exist_ok=True)
     kept = {}
     for name, picture in pictures.items():
         image = open_image(picture)
         image.thumbnail((_GIVEN_SIDE, _GIVEN_SIDE))
-        path = place / f"{digest_bytes(image.tobytes())[:16]}.png"
-        if not path.is_file():
-            image.save(path)
+        size = "{} x {} ".format(*image.size).encode()  # two plain pictures may differ in their shape alone
+        path = folder / "given" / f"{digest_bytes(size + image.tobytes())[:16]}.png"
+        if still_to_draw([path]):
+            save_picture(image, path)
         kept[name] = path.relative_to(folder).as_posix()
     return kept
 
@@ -169,13 +172,13 @@ def _record(
     drawn: Sequence[Sequence[Sequence[Path]]],
     verdicts: Verdicts,
     given: dict[str, str],
-    lost: int,
+    data: dict[str, Any],
     seconds: float,
 ) -> Comparison:
     cases, entries = studio.cases, plan.entries
     prompts = grouped([case.prompt for case in cases])
     references = grouped([case.look for case in cases])
-    labels, keep = [entry.label for entry in entries], config.compare.keep_adherence
+    labels, keep = [public_text(entry.label) for entry in entries], config.compare.keep_adherence
     splices = [place for place, entry in enumerate(entries) if entry.role == "splice"]
     groups = Groups(prompts, references)
     best_splice = choose(verdicts, from_noise(entries, splices), 0, keep, labels, groups)
@@ -196,7 +199,7 @@ def _record(
                 where=_without_folder(case.where, config),
                 references=[given[known.picture.name] for known in case.references],
                 target=given[case.target.name] if case.target else None,
-                style=None if case.columns.get("style") is None else str(case.columns["style"]),
+                style=None if case.columns.get("style") is None else public_text(str(case.columns["style"])),
                 seeds=studio.seeds(i),
             )
             for i, case in enumerate(cases)
@@ -208,9 +211,9 @@ def _record(
         adherence=verdicts.adherence,
         best=best,
         best_splice=best_splice,
-        axes=plan.axes,
+        axes=public_config(plan.axes),
         conditions=_conditions(config, studio, verdicts),
-        data=_data(config) | ({"rows that cannot be used": lost} if lost else {}),
+        data=data,
         config=dump_yaml(public_config(config.model_dump(mode="json"))),
         loading=_loading(entries, best.column),
         seconds=round(seconds, 1),
@@ -228,7 +231,7 @@ def _column(entries: Sequence[Entry], place: int, name: str, studio: Studio) -> 
     exported = entry.exported
     return Column(
         name=name,
-        label=entry.label,
+        label=public_text(entry.label),
         role=entry.role,
         adapters=[public_config(adapter.model_dump(mode="json")) for adapter in entry.adapters],
         encoders=entry.encoders.model_dump(mode="json"),
@@ -244,7 +247,7 @@ def _column(entries: Sequence[Entry], place: int, name: str, studio: Studio) -> 
             ),
             "guidance_scale": settings.guidance_scale,
         },
-        settings=dict(entry.settings),
+        settings=public_config(dict(entry.settings)),
         sees="shuffled" if entry.is_shuffled else "own" if entry.looks else "none",
         of=next((i for i, other in enumerate(entries) if other.label == entry.of), None),
         folder=None if exported is None else public_name(str(exported.folder)),
@@ -260,8 +263,10 @@ def _num_weights(folder: Path) -> int:
 
 
 def _without_folder(where: str, config: Config) -> str:
-    place = config.data.train_data_dir
-    return where.replace(f"{place.rstrip('/')}/", "") if place else where
+    """Of a row of the data set: its file and line, wherever that lies."""
+    for place in {config.data.train_data_dir, str(Path(config.data.train_data_dir))}:
+        where = where.replace(f"{place.rstrip('/')}/", "")
+    return public_text(where)
 
 
 def _conditions(config: Config, studio: Studio, verdicts: Verdicts) -> dict[str, Any]:
@@ -280,18 +285,27 @@ def _conditions(config: Config, studio: Studio, verdicts: Verdicts) -> dict[str,
     return found
 
 
+class _Manifest(BaseModel):
+    """What is shown of a data set's manifest; it holds more."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    fingerprint: str | None = None
+    triplets: dict[str, int] | None = None
+    licences: list[str] | None = None
+
+
 def _data(config: Config) -> dict[str, Any]:
     """What the data set says of itself."""
     chosen = config.compare
     if chosen.prompts is not None and chosen.references is not None:
-        return {"prompts": Path(chosen.prompts).name, "references": public_name(chosen.references)}
+        return {"prompts": as_text(Path(chosen.prompts).name), "references": public_name(chosen.references)}
     found: dict[str, Any] = {"name": public_name(config.data.train_data_dir), "split": chosen.split}
     manifest = Path(config.data.train_data_dir) / PACK_MANIFEST_NAME
-    if manifest.is_file():
-        told = json.loads(manifest.read_text(encoding="utf-8"))
-        found["fingerprint"] = told.get("fingerprint")
-        found |= {f"triplets in {split}": count for split, count in (told.get("triplets") or {}).items()}
-        found["licences"] = ", ".join(told.get("licences") or []) or None
+    if manifest.exists():
+        told = parse(_Manifest, parse_object(read_bytes(manifest, "record"), where=str(manifest)), str(manifest))
+        found["fingerprint"] = told.fingerprint
+        found |= {f"triplets in {split}": count for split, count in (told.triplets or {}).items()}
+        found["licences"] = ", ".join(told.licences or []) or None
     return found
 
 
@@ -305,8 +319,8 @@ def _loading(entries: Sequence[Entry], best: int | None) -> str | None:
     base = chosen.exported.models["base"]["pretrained_model_name_or_path"]
     return (
         "import torch\nimport ztrain\nfrom diffusers import ZImagePipeline\n\n"
-        f'pipe = ZImagePipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")\n'
-        f'adapted = ztrain.load_adapter(pipe, "{public_name(str(chosen.exported.folder))}")\n'
+        f'pipe = ZImagePipeline.from_pretrained({quoted(str(base))}, torch_dtype=torch.bfloat16).to("cuda")\n'
+        f"adapted = ztrain.load_adapter(pipe, {quoted(public_name(str(chosen.exported.folder)))})\n"
         "images = adapted(prompt, reference)\n"
     )
 
@@ -335,14 +349,18 @@ def _draw_sheet(found: Comparison, folder: Path) -> Image.Image:
 
 def table(found: Comparison) -> str:
     """Headline metrics as a Markdown table, for the terminal."""
+
+    def in_a_cell(text: str) -> str:
+        return re.sub(r"([\\|])", r"\\\1", " ".join(text.split()))
+
     shown = [metric for metric in found.metrics if metric.name in {found.style, found.adherence}]
     shown += [m for m in found.metrics if m.name in {"copy", "diversity", "drift", "truth_leak"} and m not in shown]
-    lines = [f"| | {' | '.join(m.title for m in shown)} |", "|" + "---|" * (len(shown) + 1)]
+    lines = [f"| | {' | '.join(in_a_cell(m.title) for m in shown)} |", "|" + "---|" * (len(shown) + 1)]
     for place, column in enumerate(found.columns):
         cells = [_cell(metric.means[place], metric.differences[place]) for metric in shown]
         mark = " (best)" if place == found.best.column else ""
-        lines.append(f"| {column.label}{mark} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", found.best.rule, found.best.found])
+        lines.append(f"| {in_a_cell(column.label)}{mark} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(" ".join(text.split()) for text in (found.best.rule, found.best.found))])
 
 
 def _cell(mean: Any, difference: Any) -> str:

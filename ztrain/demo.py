@@ -7,7 +7,6 @@ measured on triplets whose contents and styles were in neither split.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -24,6 +23,8 @@ from tqdm.auto import tqdm
 from ztrain.adapters import describe_list
 from ztrain.config import Config, load_config
 from ztrain.data import read_triplets
+from ztrain.drawn import save_picture
+from ztrain.files import write_json, write_text
 from ztrain.grid import draw_grid
 from ztrain.mini.exam import CONTENT_LOSS
 from ztrain.mini.style_folders import paint_many_styles
@@ -100,7 +101,7 @@ def demo(out: Path, plan: Plan) -> bool:
     print("1/6 painting drawings", flush=True)
     paint_many_styles(out / "paintings", plan.painted)
     build_file = out / "paintings" / "build.yaml"
-    build_file.write_text(BUILD_CONFIG, encoding="utf-8")
+    write_text(build_file, BUILD_CONFIG)
 
     print("2/6 pairing drawings into triplets", flush=True)
     run("data_tools.build", "--config", str(build_file), "--out", str(out / "triplets"))
@@ -180,7 +181,7 @@ def _report(out: Path, config: Config, trials: Trials, outcomes: dict[str, Outco
         f" ({worst} {-lost[worst]:+.3f}, at most {CONTENT_LOSS:g} lower is allowed)."
     )
     table = markdown_table(trials, list(outcomes.values()))
-    (out / "demo.md").write_text(f"{table}\n{verdict}\n", encoding="utf-8")
+    write_text(out / "demo.md", f"{table}\n{verdict}\n")
     result: dict[str, Any] = {
         "seconds": round(seconds, 1),
         "steps": config.train.max_train_steps,
@@ -196,7 +197,7 @@ def _report(out: Path, config: Config, trials: Trials, outcomes: dict[str, Outco
         "follows_prompt": follows,
         "figures": {name: trials.figures(outcome) for name, outcome in outcomes.items()},
     }
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "result.json", result)
     picture = _draw(out / "demo.png", trials, outcomes)
     print(f"\n{table}\n{verdict}\n")
     print(f"done in {seconds:.0f} s; adapter: {out / 'run' / 'export'}, figures: {out / 'result.json'}")
@@ -217,7 +218,7 @@ def _draw(path: Path, trials: Trials, outcomes: dict[str, Outcome]) -> Path:
     targets = to_pictures(trials.targets[:ROWS])
     rows = [[trials.references[i], *(images[i] for images in shown.values()), targets[i]] for i in range(ROWS)]
     prompts = [triplet.prompt for triplet in trials.triplets[:ROWS]]
-    draw_grid(["reference", *shown, "target"], prompts, rows).save(path)
+    save_picture(draw_grid(["reference", *shown, "target"], prompts, rows), path)
     return path
 
 

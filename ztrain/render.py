@@ -28,9 +28,11 @@ from ztrain.blocks import slow_because
 from ztrain.conditioning import Encoded
 from ztrain.config import Aspect, Config, EncodersConfig, list_reads
 from ztrain.dit import load_transformer
+from ztrain.drawn import save_picture
 from ztrain.encoders import Encoders, LatentCodec, check_weights
 from ztrain.errors import InputError
 from ztrain.export import ExportedAdapter, Identities, adapt, check_identity, encoder_identities, read_adapter
+from ztrain.files import append_line, as_text
 from ztrain.grid import draw_grid
 from ztrain.images import Bucket, check_reference, fit_target, open_image
 from ztrain.model import AdaptedDiT
@@ -107,7 +109,6 @@ def render(config: Config, order: Order) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _stage("encoders", device):
         prepared = _prepare(config, order, planned, images, adapters, encoder_settings, device)
-    (order.out if len(planned) > 1 else order.out.parent).mkdir(parents=True, exist_ok=True)
     note = _note(order, adapters, settings, scales)
     finished: list[tuple[Planned, Tensor]] = []
     try:
@@ -136,6 +137,8 @@ def plan(config: Config, order: Order) -> list[Planned]:
     """The pictures of an order: prompt by prompt, aspect by aspect, seed by seed."""
     if not order.prompts or order.num_images < 1:
         raise InputError("nothing to draw: give at least one --prompt and --num-images 1")
+    if unreadable := next((prompt for prompt in order.prompts if as_text(prompt) != prompt), None):
+        raise InputError(f"--prompt '{as_text(unreadable)}' is not UTF-8; type it again")
     if not order.references and not all(prompt.strip() for prompt in order.prompts):
         raise InputError("the prompt is empty and there is no reference; give --prompt or --reference")
     resolution, sample = config.data.resolution, config.sample
@@ -291,11 +294,11 @@ def _note(order: Order, adapters: Sequence[Any], settings: SampleSettings, scale
     return {
         "ztrain": VERSION,
         "adapters": describe_list(list(adapters)),
-        "adapter": order.adapter.name if order.adapter else None,
+        "adapter": as_text(order.adapter.name) if order.adapter else None,
         "scales": list(scales),
-        "references": [path.name for path in order.references],
+        "references": [as_text(path.name) for path in order.references],
         "reference_weights": None if order.weights is None else list(order.weights),
-        "start_image": order.start_image.name if order.start_image else None,
+        "start_image": as_text(order.start_image.name) if order.start_image else None,
         **asdict(settings),
     }
 
@@ -303,12 +306,11 @@ def _note(order: Order, adapters: Sequence[Any], settings: SampleSettings, scale
 def _write(codec: LatentCodec, planned: Planned, latents: Tensor, note: dict[str, Any], order: Order) -> None:
     """The picture, and of several a line that says how it was made, the last one for a file being the one that counts;
     in a file of its own, so that equal pictures are equal files."""
-    codec.decode(latents).save(planned.path)
+    save_picture(codec.decode(latents), planned.path)
     if planned.path == order.out:
         return
     about = {"file": planned.path.name, "prompt": order.prompts[planned.prompt], "seed": planned.seed, **note}
-    with (order.out / NOTES).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(about, ensure_ascii=False) + "\n")
+    append_line(order.out / NOTES, json.dumps(about, ensure_ascii=False))
 
 
 def _draw_sheet(order: Order, planned: Sequence[Planned]) -> None:
@@ -320,7 +322,7 @@ def _draw_sheet(order: Order, planned: Sequence[Planned]) -> None:
             rows.setdefault((each.prompt, each.shape), []).append(picture.copy())
     labels = [f"seed {seed}" for seed in dict.fromkeys(each.seed for each in planned)]
     captions = [f"{shape.replace('x', ':')}  {order.prompts[prompt]}" for prompt, shape in rows]
-    draw_grid(labels, captions, list(rows.values())).save(order.out / SHEET)
+    save_picture(draw_grid(labels, captions, list(rows.values())), order.out / SHEET)
 
 
 @contextmanager

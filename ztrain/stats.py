@@ -20,6 +20,7 @@ from ztrain.config import Config, EncodersConfig
 from ztrain.data import read_triplets
 from ztrain.encoders import Encoders
 from ztrain.errors import InputError
+from ztrain.files import whole_file
 from ztrain.images import open_image
 from ztrain.models import base_dtype
 
@@ -62,9 +63,10 @@ def measure(config: Config, out: Path) -> Path:
             moments[kind].add(fused.states[fused.kinds == number])
     tensors = {f"{kind}_mean": m.mean() for kind, m in moments.items()}
     tensors |= {f"{kind}_std": m.std() for kind, m in moments.items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
     tokens = {kind: m.count for kind, m in moments.items()}
-    save_file(tensors, out, metadata={"tokens": json.dumps(tokens), "encoders": config.encoders.model_dump_json()})
+    told = {"tokens": json.dumps(tokens), "encoders": config.encoders.model_dump_json()}
+    with whole_file(out, sync=True) as building:
+        save_file(tensors, building, metadata=told)
     return out
 
 

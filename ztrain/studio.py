@@ -8,14 +8,12 @@ loaded only for what is missing, and the encoders are gone before the transforme
 Legend: R rows, S seeds.
 """
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -26,10 +24,10 @@ from ztrain.conditioning import Encoded, concatenate
 from ztrain.config import Config, EncodersConfig
 from ztrain.digests import Known
 from ztrain.dit import load_transformer
+from ztrain.drawn import save_picture, still_to_draw
 from ztrain.encoders import Encoders, LatentCodec
 from ztrain.errors import InputError
 from ztrain.export import Identities, adapt, check_identity, encoder_identities
-from ztrain.files import workspace
 from ztrain.flow import sampler_noise
 from ztrain.images import Bucket, fit_target, open_image
 from ztrain.lineup import Case, Entry, exchanged
@@ -51,14 +49,15 @@ class Shot:
     path: Path
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether it is there, and not cut short since: else it is drawn again."""
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except (OSError, SyntaxError, ValueError):
-        return False
-    return True
+def _batches(every: Iterable[Shot], missing: frozenset[Path]) -> list[list[Shot]]:
+    """Batches of one entry each that have something to draw. They are those of all its shots, whatever is missing:
+    the others of its batch decide a picture's last bits, so it comes out as it would have without an interruption."""
+    of_entries: dict[int, list[Shot]] = {}
+    for shot in every:
+        of_entries.setdefault(id(shot.entry), []).append(shot)
+    sizes = [(shots, shots[0].entry.sample.batch_size) for shots in of_entries.values()]
+    batches = [shots[start : start + size] for shots, size in sizes for start in range(0, len(shots), size)]
+    return [batch for batch in batches if any(shot.path in missing for shot in batch)]
 
 
 class Studio:
@@ -96,10 +95,8 @@ class Studio:
         shots = [[self._shots(entry, row)[:num_seeds] for row in range(len(self.cases))] for entry in entries]
         self.cache.digests.save()
         every = {shot.path: shot for of_entry in shots for row in of_entry for shot in row}
-        missing = [shot for shot in every.values() if not _is_whole(shot.path)]
-        if missing:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._make(missing)
+        if missing := frozenset(still_to_draw(every)):
+            self._make(_batches(every.values(), missing), missing)
         return [[[shot.path for shot in row] for row in of_entry] for of_entry in shots]
 
     # What decides a picture
@@ -146,16 +143,17 @@ class Studio:
 
     # Drawing
 
-    def _make(self, shots: Sequence[Shot]) -> None:
-        with workspace(self.folder) as scratch, tqdm(total=len(shots), desc="pictures", unit="picture") as bar:
-            encoded, known, codec, siglip_dim = self._encode(shots, bar)
+    def _make(self, batches: Sequence[Sequence[Shot]], missing: frozenset[Path]) -> None:
+        with tqdm(total=len(missing), desc="pictures", unit="picture") as bar:
+            encoded, known, codec, siglip_dim = self._encode([shot for batch in batches for shot in batch], bar)
             dit: Any = None
             base = Source.of(self.config.models.base)
             # Weights change the transformer, so each trained list gets a fresh one, after the last one is gone.
-            by_weights: dict[Path | None, dict[int, list[Shot]]] = {}
-            for shot in shots:
-                folder = shot.entry.exported.folder if shot.entry.exported else None
-                by_weights.setdefault(folder, {}).setdefault(id(shot.entry), []).append(shot)
+            by_weights: dict[Path | None, dict[int, list[Sequence[Shot]]]] = {}
+            for batch in batches:
+                entry = batch[0].entry
+                folder = entry.exported.folder if entry.exported else None
+                by_weights.setdefault(folder, {}).setdefault(id(entry), []).append(batch)
             for of_weights in by_weights.values():
                 dit = None
                 dit = load_transformer(base, self.dtype, self.device, self.config.models.transformer_file)
@@ -163,7 +161,7 @@ class Studio:
                     known["transformer"] = identity(dit, "transformer")
                 adapted = None
                 for of_entry in of_weights.values():
-                    entry = of_entry[0].entry
+                    entry = of_entry[0][0].entry
                     bar.set_postfix_str(entry.label)
                     if entry.exported is None:
                         model = AdaptedDiT(dit, build_adapters(list(entry.adapters), siglip_dim)).eval()
@@ -172,27 +170,26 @@ class Studio:
                         model = adapted = adapt(dit, entry.exported) if adapted is None else adapted
                     scales = entry.sample.scales
                     model.set_scales(scales if isinstance(scales, list) else [scales] * len(entry.adapters))
-                    for start in range(0, len(of_entry), entry.sample.batch_size):
-                        some = of_entry[start : start + entry.sample.batch_size]
-                        self._draw(model, codec, some, [encoded[self._state_key(shot)] for shot in some], scratch)
-                        bar.update(len(some))
+                    for batch in of_entry:
+                        states = [encoded[self._state_key(shot)] for shot in batch]
+                        for shot, latents in zip(batch, self._draw(model, codec, batch, states), strict=True):
+                            if shot.path in missing:
+                                save_picture(codec.decode(latents), shot.path)
+                                bar.update()
 
     def _draw(
-        self, model: AdaptedDiT, codec: LatentCodec, shots: Sequence[Shot], encoded: Sequence[Encoded], scratch: Path
-    ) -> None:
+        self, model: AdaptedDiT, codec: LatentCodec, shots: Sequence[Shot], encoded: Sequence[Encoded]
+    ) -> list[Tensor]:
+        """Latents of each shot of a batch."""
         entry = shots[0].entry
         shape = codec.latent_shape(*self.size(entry))
         noise = [sampler_noise(shot.seed, shape).to(self.device) for shot in shots]
         start = [self._start(codec, shot) for shot in shots] if entry.sample.strength < 1.0 else None
         states = concatenate(encoded).to(self.device)
         try:
-            drawn = sample(model, states, noise, self.settings(entry), start=start)
+            return sample(model, states, noise, self.settings(entry), start=start)
         except InputError as error:
             raise InputError(f"{entry.label}: {error}") from error
-        for shot, latents in zip(shots, drawn, strict=True):
-            file = scratch / shot.path.name
-            codec.decode(latents).save(file)
-            os.replace(file, shot.path)  # a picture that is there is whole
 
     def _start(self, codec: LatentCodec, shot: Shot) -> Tensor:
         """The reference, cut to the shape of the output."""

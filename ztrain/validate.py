@@ -6,9 +6,10 @@ none. Right lower than another's means that the image is used. Nothing here draw
 
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,9 @@ from ztrain.batches import read_batch
 from ztrain.cache import Cache
 from ztrain.conditioning import concatenate
 from ztrain.config import Config
+from ztrain.drawn import save_picture, still_to_draw
 from ztrain.encoders import LatentCodec
+from ztrain.files import read_bytes, remove, whole_folder
 from ztrain.flow import draw_noise, interpolate, sampler_noise, velocity_losses
 from ztrain.grid import draw_grid
 from ztrain.images import open_image
@@ -37,6 +40,10 @@ _EPOCH = 2**32 - 1  # of validation's noise: an epoch that no training reaches
 
 _RESAMPLES = 2000
 _LARGEST = 1024  # pixels of a side of the originals that are kept beside the previews
+_KEY = "key.json"
+
+_BASE = ("no_image", "splice", "reference", "target")
+"""Columns that training does not change."""
 
 VARIANTS = ("loss", "loss_shuffled", "loss_no_reference")
 """Metrics under val/: with the right reference, with another sample's, with none."""
@@ -88,7 +95,8 @@ def validation_losses(
 class Previews:
     """Rows of held-out samples in columns: reference, no image, splice, this adapter list, target.
 
-    The columns of the frozen base are rendered once, before the first step, and kept in `folder`.
+    The columns of the frozen base are rendered once, before the first step, and kept in `folder`. Each set of pictures
+    is a folder that appears whole, with all that decided it in `key.json`: nothing of other settings is mixed in.
     """
 
     config: Config
@@ -98,6 +106,8 @@ class Previews:
     folder: Path
     codec: LatentCodec
     strategy: Strategy
+    decided: dict[str, Any] = field(default_factory=dict)
+    """What decides every picture but the step, the list and the splice; known once the base is."""
 
     @classmethod
     def of(
@@ -117,50 +127,61 @@ class Previews:
         """The columns that training does not change; kept from an earlier life of the run that had the same ones.
 
         base: the identity of the transformer, as it is without adapters."""
-        place, key = self.folder / "base" / "key.json", self._key(base)
+        self.decided = self._decided(base)
+        key = self.decided | {"splice": self.config.compare.splice.model_dump(mode="json")}
         known = [False]
         with together(self.accelerator):
-            known = [place.is_file() and place.read_text(encoding="utf-8") == key]
+            if self.accelerator.is_main_process:
+                known = [self._is_kept(key)]
         # As the main process sees it: others may have no such folder, and all must render together.
         if broadcast_object_list(known)[0]:
             return
+        pictures: dict[str, bytes] = {}
         for name, adapters in {"no_image": [], "splice": [self.config.compare.splice]}.items():
             reads = frozenset().union(*(adapter.reads for adapter in adapters))
             with model.showing(build_adapters(adapters)):
                 drawn = self._render(model.eval(), reads)
-            self._save({f"base/{name}-{i}.png": image for i, image in drawn.items()})
+            pictures |= {f"{name}-{i}.png": picture for i, picture in drawn.items()}
         model.train()
-        with together(self.accelerator):
-            if self.accelerator.is_main_process:
-                for i, row in enumerate(self.rows):
-                    for name, known_picture in (("reference", row.references[0]), ("target", row.target)):
-                        image = open_image(known_picture.picture)
-                        image.thumbnail((_LARGEST, _LARGEST))
-                        image.save(self.folder / "base" / f"{name}-{i}.png")
-                place.write_text(key, encoding="utf-8")
+        self._publish("base", pictures, key, self._given)
+
+    def _is_kept(self, key: Mapping[str, Any]) -> bool:
+        """Whether the columns of the base are there as `key` has them, whole."""
+        try:
+            told = read_bytes(self.folder / "base" / _KEY, "json")
+        except OSError:
+            return False
+        return told == _as_json(key) and not still_to_draw([path for name in _BASE for path in self.base(name)])
+
+    def _given(self) -> dict[str, bytes]:
+        """References and targets."""
+        found = {}
+        for i, row in enumerate(self.rows):
+            for name, known in (("reference", row.references[0]), ("target", row.target)):
+                image = open_image(known.picture)
+                image.thumbnail((_LARGEST, _LARGEST))
+                found[f"{name}-{i}.png"] = _as_png(image)
+        return found
 
     @property
     def _settings(self) -> SampleSettings:
         """As configured, from noise alone."""
         return replace(released_or(self.config.sample, base_defaults(self.config.models)), strength=1.0)
 
-    def _key(self, base: Mapping[str, str]) -> str:
-        """All that decides the columns of the base."""
+    def _decided(self, base: Mapping[str, str]) -> dict[str, Any]:
         settings = self._settings
         rows = [
             [row.prompt, *(k.digest for k in row.references), row.target.digest, asdict(row.bucket)]
             for row in self.rows
         ]
-        document = {
+        return {
             "rows": rows,
             "seed": self.config.seed,
             "sampling": asdict(settings),
-            "splice": self.config.compare.splice.model_dump(mode="json"),
             "encoders": self.config.encoders.model_dump(mode="json"),
             "precision": self.config.train.mixed_precision,
             "transformer": base,
         }
-        return json.dumps(document, indent=1, sort_keys=True)
 
     def base(self, name: str) -> list[Path]:
         """Pictures of a column that training does not change: no_image, splice, reference or target."""
@@ -172,7 +193,7 @@ class Previews:
         images = self._render(model, self.config.reads)
         model.train()
         name = f"step-{step:08d}"
-        self._save({f"{name}/{i}.png": image for i, image in images.items()})
+        self._publish(name, {f"{i}.png": image for i, image in images.items()}, self.decided)
         return [self.folder / name / f"{i}.png" for i in range(len(self.rows))]
 
     def grid(self, model: AdaptedDiT, step: int) -> tuple[Path, list[dict[str, str | Path]]]:
@@ -190,14 +211,14 @@ class Previews:
         with together(self.accelerator):
             if self.accelerator.is_main_process:
                 cells = [[Image.open(path) for path in row.values()] for row in places]
-                draw_grid(list(columns), [row.prompt for row in self.rows], cells).save(sheet)
+                save_picture(draw_grid(list(columns), [row.prompt for row in self.rows], cells), sheet)
         table: list[dict[str, str | Path]] = [
             {"prompt": row.prompt, **cells} for row, cells in zip(self.rows, places, strict=True)
         ]
         return sheet, table
 
-    def _render(self, model: AdaptedDiT, reads: frozenset[str]) -> dict[int, Image.Image]:
-        """Each row's image, on the main process; rows are divided among all."""
+    def _render(self, model: AdaptedDiT, reads: frozenset[str]) -> dict[int, bytes]:
+        """Each row's image as PNG, on the main process; rows are divided among all."""
         settings, device, mine = self._settings, self.accelerator.device, []
         with together(self.accelerator):
             for i, counts in turns(len(self.rows), self.accelerator, equally_often=self.strategy.cuts_base):
@@ -206,18 +227,36 @@ class Previews:
                 noise = sampler_noise(
                     self.config.seed + i, self.codec.latent_shape(row.bucket.height, row.bucket.width)
                 )
-                file = io.BytesIO()
-                self.codec.decode(sample(model, encoded, [noise.to(device)], settings)[0]).save(file, format="png")
+                picture = _as_png(self.codec.decode(sample(model, encoded, [noise.to(device)], settings)[0]))
                 if counts:
-                    mine.append((i, file.getvalue()))
-        return {i: Image.open(io.BytesIO(data)) for i, data in gather_object(mine)}
+                    mine.append((i, picture))
+        return dict(gather_object(mine))
 
-    def _save(self, images: Mapping[str, Image.Image]) -> None:
+    def _publish(
+        self,
+        name: str,
+        pictures: Mapping[str, bytes],
+        key: Mapping[str, Any],
+        more: Callable[[], Mapping[str, bytes]] = dict,
+    ) -> None:
+        """A folder of the main process's pictures, in place of an older one."""
         with together(self.accelerator):
             if self.accelerator.is_main_process:
-                for name, image in images.items():
-                    (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                    image.save(self.folder / name)
+                with whole_folder(self.folder / name) as building:
+                    for file, picture in {**pictures, **more()}.items():
+                        (building / file).write_bytes(picture)
+                    (building / _KEY).write_bytes(_as_json(key))
+                    remove(self.folder / name)
+
+
+def _as_png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format="png")
+    return file.getvalue()
+
+
+def _as_json(key: Mapping[str, Any]) -> bytes:
+    return json.dumps(key, indent=1, sort_keys=True).encode()
 
 
 def describe_losses(values: Mapping[str, float]) -> str:

@@ -10,10 +10,8 @@ written with the same functions.
 
 import argparse
 import json
-import os
 import shutil
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +32,7 @@ from transformers import Siglip2ImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
 from ztrain.errors import InputError
+from ztrain.files import whole_folder
 from ztrain.mini.parts import (
     VISION_LANGUAGE_PROCESSOR,
     FamilySizes,
@@ -85,20 +84,14 @@ def write_whole(folder: Path, write: Callable[[Path], None], marker: str) -> Pat
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is neither empty nor the family asked for: remove it or name another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".unfinished", dir=folder.parent))
     try:
-        write(unfinished)
-        (unfinished / MARKER).write_text(marker)
-        unfinished.chmod(0o755)  # mkdtemp makes it private
-        try:
-            os.replace(unfinished, folder)
-        except OSError:
-            # Another process may have finished the same family first: then its files are as good as ours.
-            if not is_whole(folder, marker):
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with whole_folder(folder) as building:
+            write(building)
+            (building / MARKER).write_text(marker)
+    except InputError:
+        # Another process may have finished the same family first: then its files are as good as ours.
+        if not is_whole(folder, marker):
+            raise
     return folder
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ztrain.errors import InputError
+from ztrain.files import whole_file
 from ztrain.mini.muon import StackedMuon
 
 _LINES = 40  # printed in a stage
@@ -144,10 +144,8 @@ def _rate(step: int, begin: int, plan: Plan) -> float:
 
 
 def _keep(path: Path, about: dict[str, str], weights: dict[str, nn.Parameter]) -> None:
-    unfinished = path.with_suffix(".unfinished")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: weight.detach().cpu() for key, weight in weights.items()}, unfinished, metadata=about)
-    os.replace(unfinished, path)
+    with whole_file(path) as building:
+        save_file({key: weight.detach().cpu() for key, weight in weights.items()}, building, metadata=about)
 
 
 @torch.no_grad()

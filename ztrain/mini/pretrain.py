@@ -11,7 +11,6 @@ stages that need not wait for each other can run as processes side by side:
 
 import functools
 import json
-import os
 import platform
 import time
 import zlib
@@ -28,6 +27,7 @@ from transformers import Qwen2Tokenizer
 from ztrain.config import EncodersConfig
 from ztrain.encoders import LatentCodec, TextEncoder
 from ztrain.errors import InputError
+from ztrain.files import remove, whole_file, whole_folder, write_json
 from ztrain.flow import SigmaDensity
 from ztrain.mini.autoencoder import train_vae
 from ztrain.mini.denoiser import train_denoiser
@@ -282,7 +282,9 @@ class Pretraining:
         gallery = self.world.gallery("all", self.recipe.pictures, self.seed, self.device)
         texts = sorted({*gallery.captions, *gallery.detailed[:_TOKENIZER_TEXTS]})
         self._tokenizer = build_tokenizer(self.recipe.sizes, [*texts, *_INSTRUCTIONS])
-        self._tokenizer.save_pretrained(self.parts / "tokenizer")
+        with whole_folder(self.parts / "tokenizer") as building:
+            self._tokenizer.save_pretrained(building)
+            remove(self.parts / "tokenizer")
         model = self._build("text_encoder").to(self.device)
         fitted = train_language(model, self._tokenizer, gallery, self.recipe.language, self.seed)
         return {"text_encoder": model}, [fitted], {}
@@ -348,13 +350,13 @@ class Pretraining:
         return True
 
     def _save(self, stage: str, modules: dict[str, Any], fitted: list[Fitted], facts: dict, seconds: float) -> None:
-        self.parts.mkdir(parents=True, exist_ok=True)
         for name, module in modules.items():
             # Tied weights are stored once; loading ties them again.
             state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
             if tied := state.keys() & {"lm_head.weight"}:
                 del state[tied.pop()]
-            save_file(state, self.parts / f"{name}.safetensors", metadata={"format": "pt"})
+            with whole_file(self.parts / f"{name}.safetensors", sync=True) as building:
+                save_file(state, building, metadata={"format": "pt"})
         on_gpu = self.device.type == "cuda"
         report = {
             "seconds": round(seconds, 1),
@@ -365,10 +367,7 @@ class Pretraining:
             "facts": facts,
             "made_from": self._made_from(stage),
         }
-        # Last and at once: whoever finds it finds the parts whole.
-        unfinished = self.parts / f"{stage}.unfinished"
-        unfinished.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, self.parts / f"{stage}.json")
+        write_json(self.parts / f"{stage}.json", report, sync=True)  # last: whoever finds it finds the parts
         for path in self.parts.glob(f"{stage}.*.partial.safetensors"):
             path.unlink()
 

@@ -10,7 +10,6 @@ known styles whose combination is new, `unseen` contents that no model saw drawn
 Legend: T pictures, S pixels of a side, D embedding width.
 """
 
-import json
 import platform
 import re
 import time
@@ -21,7 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ztrain.drawn import save_picture
 from ztrain.errors import InputError
+from ztrain.files import write_json, write_text
 from ztrain.metrics import high_frequency_energy, psnr, topk_correct
 from ztrain.mini import sheets
 from ztrain.mini.exam import RETRIEVAL_POOL, Card, Clusters, Exam
@@ -76,7 +77,7 @@ def measure_vae(exam: Exam, out: Path) -> Card:
         shown.append((targets.images[:_SHOWN], decoded[:_SHOWN]))
     labels = [f"{split}: {what}" for split in card for what in ("true", "VAE")]
     columns = [to_pictures(images) for pair in shown for images in pair]
-    sheets.draw_columns(labels, columns).save(out / "vae.png")
+    save_picture(sheets.draw_columns(labels, columns), out / "vae.png")
     return card
 
 
@@ -98,7 +99,8 @@ def _composed_text(exam: Exam, split: Split, out: Path) -> Card:
         scores = seen.is_right(targets.labels, exam.contents) | seen.likeness(true, pools=pools)
         scores |= {"high_frequency": high_frequency_energy(rendered.float() / 255)}
         card[name] = exam.figures(scores, clusters)
-        sheets.draw_contact(to_pictures(rendered[: 4 * _SHOWN]), prompts).save(out / f"text_{split}_{name}.png")
+        shown = sheets.draw_contact(to_pictures(rendered[: 4 * _SHOWN]), prompts)
+        save_picture(shown, out / f"text_{split}_{name}.png")
     for label in exam.styles:  # only over the prompts that name them: some leave a clause out
         classes = [exam.world.style_classes[label][i] for i in targets.labels[label].tolist()]
         said = [names(text, label, true_name) for text, true_name in zip(targets.detailed, classes, strict=True)]
@@ -132,7 +134,7 @@ def _folder_text(exam: Exam, split: Split, out: Path) -> Card:
     )
     scores |= {"high_frequency": high_frequency_energy(rendered.float() / 255)}
     exam.truth |= {name: float(values.mean()) for name, values in best.items()}
-    sheets.draw_contact(to_pictures(rendered), prompts).save(out / f"text_{split}_plain.png")
+    save_picture(sheets.draw_contact(to_pictures(rendered), prompts), out / f"text_{split}_plain.png")
     return {"plain": exam.figures(scores, Clusters(of="contents", numbers=wanted)), "prompts": prompts}
 
 
@@ -214,7 +216,6 @@ def measure(
     )
     exam = Exam(subject, world, count)
     table_count = min(_TABLE_COUNT, count if device.type == "cuda" else max(8, count // 4))
-    out.mkdir(parents=True, exist_ok=True)
     card = _conditions(exam)
     work: dict[str, Callable[[], Card]] = {
         "judges": lambda: measure_judges(exam),
@@ -237,8 +238,8 @@ def measure(
         card["figures"] = family_figures(card)
         card["seconds"]["all"] = round(time.perf_counter() - started, 1)
         # After every part: who stops it keeps what was measured.
-        (out / "scorecard.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-        (out / "scorecard.md").write_text(sheets.write_table(card), encoding="utf-8")
+        write_json(out / "scorecard.json", card)
+        write_text(out / "scorecard.md", sheets.write_table(card))
     for name, figure in card["figures"].items():
         print(sheets.figure_line(name, figure), flush=True)
     return out / "scorecard.json"

@@ -17,6 +17,7 @@ from ztrain.adapters import build_adapters
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.conditioning import Encoded, TokenStates
 from ztrain.config import EncodersConfig
+from ztrain.drawn import save_picture
 from ztrain.mini import sheets
 from ztrain.mini.exam import CONTENT_LOSS, Card, Clusters, Exam, Scores, score_pictures
 from ztrain.mini.gallery import Gallery, Split
@@ -367,7 +368,8 @@ def _draw(table: Triplets, card: Card, out: Path) -> None:
         columns = [references, *(to_pictures(table.rows[step].shown) for step in (text, *along)), targets]
         said = table.targets.captions if prompt == "content" else [NEUTRAL] * len(references)
         captions = [f"{words}   ({setting})" for words in said[:_SHOWN]]
-        sheets.draw_columns(labels, columns, captions).save(out / f"splice_{prompt}.png")
+        save_picture(sheets.draw_columns(labels, columns, captions), out / f"splice_{prompt}.png")
     alone = [Setting(**card["alone"][name]["setting"]) for name in ("splice", "raw")]
     columns = [references, *(to_pictures(table.rows[setting].shown) for setting in alone)]
-    sheets.draw_columns(["reference", "splice alone", "raw VL alone"], columns).save(out / "splice_alone.png")
+    alone_sheet = sheets.draw_columns(["reference", "splice alone", "raw VL alone"], columns)
+    save_picture(alone_sheet, out / "splice_alone.png")

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ztrain.errors import InputError
+from ztrain.files import publish, workspace, write_text
 from ztrain.mini.painter import draw_poses, paint
 from ztrain.mini.world import (
     COUNT_NAMES,
@@ -199,15 +200,16 @@ def _begin(folder: Path, drawings: Iterable[Drawing], styles: Iterable[str], siz
     painted = {path.name for path in images.iterdir()} if images.is_dir() else set()
     if (found != text and folder.exists() and any(folder.iterdir())) or painted - set(styles):
         raise InputError(f"{folder}: holds something else already; remove it or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    table.write_text(text, encoding="utf-8")  # first: painting again mends a folder left half painted
+    write_text(table, text)  # first: painting again mends a folder left half painted
 
 
 def _save(folder: Path, styles: Sequence[str], drawings: Sequence[Drawing], pictures: Tensor) -> None:
-    for style, drawing, picture in zip(styles, drawings, pictures, strict=True):
-        path = folder / "images" / style / f"{drawing.name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+    with workspace(folder) as scratch:
+        for style, drawing, picture in zip(styles, drawings, pictures, strict=True):
+            path = folder / "images" / style / f"{drawing.name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(scratch / path.name)
+            publish(scratch / path.name, path)
 
 
 def main() -> int:

@@ -1,0 +1,82 @@
+"""Sets of preview pictures: each is of one life of a run with one group of settings, whatever cut the drawing short."""
+
+import json
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+
+from tests.triplets import tiny_config, write_triplets
+from ztrain.config import Config
+from ztrain.images import open_image
+from ztrain.report.runs import read_run
+from ztrain.run import Run, build
+
+_QUIET = {"validation_steps": 0, "preview_steps": 1, "num_previews": 2}
+
+
+def settings(family: Path, folder: Path, steps: int) -> Config:
+    config = tiny_config(family, folder / "data", folder / "cache", name="projector")
+    changed = {
+        "output_dir": str(folder / "run"),
+        "validation": config.validation.model_copy(update=_QUIET),
+        "sample": config.sample.model_copy(update={"num_inference_steps": steps}),
+        "train": config.train.model_copy(update={"compile": "off"}),
+    }
+    return config.model_copy(update=changed)
+
+
+def begin(config: Config) -> Run:
+    return build(config, Accelerator(cpu=True), None)
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_columns_of_other_settings_are_never_mixed(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_triplets(tmp_path / "data", count=3)
+    samples, ours, theirs = tmp_path / "run/samples", settings(family, tmp_path, 1), settings(family, tmp_path, 2)
+    run = begin(ours)
+    assert run.previews is not None
+    run.previews.grid(run.model, 0)
+    first = pictures(samples / "base")
+    assert sorted(first) == [
+        "key.json", *(f"{name}-{i}.png" for name in ("no_image", "reference", "splice", "target") for i in range(2))
+    ]  # fmt: skip
+    # Killed when the columns of other settings are drawn, and gone on with the first: nothing of the others is there.
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        opened = 0
+
+        def cut(picture: object) -> object:
+            nonlocal opened
+            opened += 1
+            if opened > 1:
+                raise KeyboardInterrupt
+            return open_image(picture)  # type: ignore[arg-type]
+
+        patched.setattr("ztrain.validate.open_image", cut)
+        begin(theirs)
+    begin(ours)
+    assert pictures(samples / "base") == first
+    assert not list(samples.glob(".writing-*"))
+    # A picture that was cut by an older version, or by the disk.
+    capsys.readouterr()
+    (samples / "base/splice-1.png").write_bytes(first["splice-1.png"][:100])
+    begin(ours)
+    assert pictures(samples / "base") == first
+    assert "samples/base: 1 picture cannot be read, so made again; the first is splice-1.png" in capsys.readouterr().out
+    # A report shows a step beside a base of other settings as little.
+    for name, text in (("config.yaml", "{}"), ("env.json", "{}"), ("metrics.jsonl", "")):
+        (tmp_path / "run" / name).write_text(text)
+    assert read_run(tmp_path / "run").steps == [0]
+    begin(theirs)
+    assert pictures(samples / "base").keys() == first.keys() and pictures(samples / "base") != first
+    found = read_run(tmp_path / "run")
+    assert found.steps == [] and "step-00000000: drawn for other rows or with other settings" in str(found.warnings)
+    of_step, of_base = (
+        json.loads(text) for text in ((samples / "step-00000000/key.json").read_text(), first["key.json"])
+    )
+    assert of_base.pop("splice") and of_step == of_base

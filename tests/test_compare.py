@@ -15,14 +15,16 @@ from PIL import Image
 
 from data_tools.build import main as build
 from tests.triplets import full_disk
-from ztrain.compare import compare, compare_checkpoints
+from ztrain.compare import _keep_given, compare, compare_checkpoints
 from ztrain.comparison import FILE_NAME, Choice, Comparison, Difference, pictures_of, read_best, read_comparison
 from ztrain.config import Config, JudgesConfig, ModelConfig, load_config
+from ztrain.digests import Known
 from ztrain.drawn import save_picture
 from ztrain.errors import InputError
+from ztrain.images import PictureFile
 from ztrain.intervals import two_way
 from ztrain.judging import Score, Verdicts
-from ztrain.lineup import entries_of
+from ztrain.lineup import Case, entries_of
 from ztrain.mini.style_folders import paint_many_styles
 from ztrain.mini.trials import ADAPTERS
 from ztrain.ranking import Groups, choose, metric_of
@@ -173,6 +175,16 @@ def test_prompts_are_crossed_with_pictures(data: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n")
     with pytest.raises(InputError, match="no line has a prompt"):
         compare(settings(data, tmp_path / "out", *words))
+
+
+def test_plain_pictures_of_two_shapes_are_two(tmp_path: Path) -> None:
+    """Their bytes are the same."""
+    known = []
+    for name, size in (("wide", (96, 64)), ("tall", (64, 96))):
+        Image.new("RGB", size, "white").save(tmp_path / f"{name}.png")
+        known.append(Known(PictureFile(tmp_path / f"{name}.png"), name, *size))
+    kept = _keep_given([Case(prompt="a", references=tuple(known), target=None, where="")], tmp_path)
+    assert len(set(kept.values())) == 2 and all((tmp_path / name).is_file() for name in kept.values())
 
 
 # What is judged

@@ -298,8 +298,8 @@ class _Filling:
         """kind.json: what the fingerprint was made of, in words, and the identity of the encoders."""
         store = self.cache.store(kind)
         known = {role: encoding.identities[role] for role in ROLES[kind]}
-        document = {"format_version": FORMAT_VERSION, "kind": kind}
-        document |= {"fingerprint": self.cache.fingerprint(kind), "identities": known}
+        made_of = self.cache.fingerprint(kind)
+        document = {"format_version": FORMAT_VERSION, "kind": kind, "fingerprint": made_of, "identities": known}
         store.folder.mkdir(parents=True, exist_ok=True)
         place = self.scratch / f"{kind}.json"
         place.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

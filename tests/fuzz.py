@@ -243,19 +243,25 @@ class Parquet(Target):
 
 
 class Yaml(Target):
-    patterns = ("*.yaml",)
+    patterns = ("*/*.yaml",)
 
     def fill(self) -> None:
-        for path in (GOLDEN / "config.yaml", *(ROOT / "configs").rglob("*.yaml")):
-            shutil.copyfile(path, self.folder / path.name)
+        for kind, files in (
+            ("experiments", [GOLDEN / "config.yaml", *(ROOT / "configs").glob("*.yaml")]),
+            ("builds", (ROOT / "configs" / "data").glob("*.yaml")),
+        ):
+            (self.folder / kind).mkdir()
+            for path in files:
+                shutil.copyfile(path, self.folder / kind / path.name)
 
     def read(self, path: Path) -> None:
         from data_tools.config import read_config
         from ztrain.config import load_config
 
-        with refused():
+        if path.parent.name == "builds":
+            read_config(path)
+        else:
             load_config([path])
-        read_config(path)
 
 
 class Records(Target):

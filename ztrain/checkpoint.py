@@ -147,8 +147,8 @@ def _sync(path: Path) -> None:
 def check(path: Path) -> None:
     """Raises InputError that names what is wrong with a checkpoint's files."""
     try:
-        listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        listed = dict(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: no whole checkpoint: cannot read {MANIFEST} ({error})") from error
     for name, expected in listed.items():
         if not (path / name).is_file() or _describe(path / name) != expected:
@@ -158,14 +158,30 @@ def check(path: Path) -> None:
 def read(path: Path) -> Checkpoint:
     """A checkpoint, after `check`. Raises InputError; one of a newer format is refused too."""
     check(path)
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if state.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: checkpoint format {state.get('format_version')} is not {FORMAT_VERSION}; update ztrain"
-        )
+    state = _state(path / "state.json")
     names = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-    tensors = {name: load_file(path / name) for name in names if name.endswith(".safetensors")}
+    tensors = {name: _tensors(path / name) for name in names if name.endswith(".safetensors")}
     return Checkpoint(path, state["step"], state, tensors)
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable ({error}); take an older checkpoint") from error
+    version = state.get("format_version") if isinstance(state, dict) else None
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path}: checkpoint format {version!r} is not {FORMAT_VERSION}; update ztrain")
+    if type(state.get("step")) is not int:
+        raise InputError(f"{path}: says no step; take an older checkpoint")
+    return state
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: no readable safetensors file ({error}); take an older checkpoint") from error
 
 
 def checkpoints(folder: Path) -> list[Path]:

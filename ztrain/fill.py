@@ -309,8 +309,8 @@ class _Filling:
         """kind.json: what the fingerprint was made of, in words, and the identity of the encoders."""
         store = self.cache.store(kind)
         known = {role: encoding.identities[role] for role in ROLES[kind]}
-        document: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind}
-        document |= {"fingerprint": self.cache.fingerprint(kind), "identities": known}
+        made_of = self.cache.fingerprint(kind)
+        document = {"format_version": FORMAT_VERSION, "kind": kind, "fingerprint": made_of, "identities": known}
         write_json(store.folder / "kind.json", document | {"xxh3": digest_json(document)})
 
     def _claimed(self, missing: Sequence[Request], wait: bool, bar: tqdm) -> Iterator[Request]:

@@ -14,11 +14,10 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from safetensors import SafetensorError, safe_open
-
 from data_tools.output import digest_of
 from ztrain.errors import InputError
 from ztrain.models import Source
+from ztrain.tensors import open_tensors
 
 _LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers' own
 _Row: TypeAlias = Mapping[str, str]
@@ -115,10 +114,10 @@ def _find_lora(place: str, where: str, folder: Path) -> Path:
             raise InputError(f"{where}: the lora {place!r} has {len(files)} .safetensors files; name one")
         path = chosen[0]
     try:
-        with safe_open(path, framework="np"):
+        with open_tensors(path):
             return path
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{where}: the lora {place!r} is no readable .safetensors file ({error})") from error
+    except InputError as error:
+        raise InputError(f"{where}: the lora {place!r} cannot be read: {error}") from error
 
 
 def _read(path: Path, required: Sequence[str], optional: Sequence[str] | None) -> list[tuple[str, _Row]]:

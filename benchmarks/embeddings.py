@@ -141,7 +141,7 @@ WAYS: dict[str, Callable[[np.ndarray, int], NDArray[np.int64]]] = {
 def _run(way: str, folder: Path, threads: int) -> dict[str, float]:
     """In a fresh process: seconds and peak memory; the pairs go into `folder`, and of ztrain's way the labels."""
     torch.set_num_threads(threads)
-    embeddings = np.load(folder / "embeddings.npy", mmap_mode="r")
+    embeddings = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
     before, spent = _peak_mib(), time.process_time()
     start = time.perf_counter()
     pairs = WAYS[way](embeddings, threads)
@@ -154,7 +154,7 @@ def _run(way: str, folder: Path, threads: int) -> dict[str, float]:
 def _cluster(folder: Path, threads: int) -> dict[str, float]:
     """Both steps in a fresh process, as a caller takes them."""
     torch.set_num_threads(threads)
-    embeddings = np.load(folder / "embeddings.npy", mmap_mode="r")
+    embeddings = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
     start = time.perf_counter()
     edges = neighbours(embeddings, THRESHOLD)
     middle = time.perf_counter()
@@ -208,14 +208,14 @@ def _at(count: int, width: int, sampled: int, ways: Sequence[str], threads: int)
         np.save(folder / "embeddings.npy", data.embeddings)
         for way in ways:
             row = _alone(_run, way, folder, threads)
-            pairs = np.load(folder / f"{way}.npy")
+            pairs = np.load(folder / f"{way}.npy", allow_pickle=False)
             row["edges"] = len(pairs)
             row["recall"] = float(np.isin(truth, pairs @ [count, 1]).mean()) if len(truth) else 1.0
             if not way.startswith("usearch"):
                 row["gflops_per_second"] = count * count * width / row["seconds"] / 1e9
             told[way] = {key: round(value, 4) for key, value in row.items()}
         row = _alone(_cluster, folder, threads)
-        labels = np.load(folder / "labels.npy")
+        labels = np.load(folder / "labels.npy", allow_pickle=False)
         known = data.planted >= 0
         row["clusters"] = int(labels.max()) + 1
         row["adjusted_rand_index"] = adjusted_rand(labels[known], data.planted[known])

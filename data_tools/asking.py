@@ -5,14 +5,11 @@ likeliest words.
 """
 
 import importlib.util
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
-from safetensors import SafetensorError
 
 from data_tools.replies import Reply
 from ztrain.errors import InputError
@@ -63,16 +60,18 @@ def read_template(given: str) -> tuple[str, str]:
 def load_processor(folder: Path) -> Any:
     """What AutoProcessor would load, with Pillow's image processor and without the part for videos.
 
-    That part wants torchvision, which nothing else here does; and Pillow's pixels are the same everywhere. Raises what
-    transformers raises.
+    That part wants torchvision, which nothing else here does; and Pillow's pixels are the same everywhere. Raises
+    InputError.
     """
-    from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+    from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 
-    config, named = AutoConfig.from_pretrained(folder), _named_class(folder)
+    from ztrain.models import check_settings, explained, pretrained, pretrained_tokenizer
+
+    config, named = pretrained(AutoConfig, folder), _named_class(folder)
     kind: Any = (named and processor_class_from_name(named)) or PROCESSOR_MAPPING.get(type(config), None)
     if kind is None:
-        raise ValueError(f"transformers has no processor for {config.model_type}")
+        raise InputError(f"{folder}: transformers has no processor for {config.model_type}; give another --model")
 
     class Stills(kind):
         """The same, content without a part for videos."""
@@ -83,25 +82,27 @@ def load_processor(folder: Path) -> Any:
             return super().check_argument_for_proper_class(argument_name, argument)
 
     loaders = {
-        "image_processor": lambda: AutoImageProcessor.from_pretrained(folder, backend="pil"),
-        "tokenizer": lambda: AutoTokenizer.from_pretrained(folder),
-        "feature_extractor": lambda: AutoFeatureExtractor.from_pretrained(folder),  # of models that hear, too
+        "image_processor": lambda: pretrained(AutoImageProcessor, folder, backend="pil"),
+        "tokenizer": lambda: pretrained_tokenizer(folder),
+        "feature_extractor": lambda: pretrained(AutoFeatureExtractor, folder),  # of models that hear, too
         "video_processor": lambda: None,
     }
     wanted = kind.get_attributes()
     if unknown := [part for part in wanted if part not in loaders]:
-        raise ValueError(f"its {kind.__name__} needs a {', '.join(unknown)} too")
-    settings, rest = Stills.get_processor_dict(folder)
-    return Stills.from_args_and_dict([loaders[part]() for part in wanted], settings, **rest)
+        raise InputError(f"{folder}: its {kind.__name__} needs a {', '.join(unknown)} too; give another --model")
+    parts = [loaders[part]() for part in wanted]
+    with explained(str(folder), check_settings(folder)):
+        settings, rest = Stills.get_processor_dict(folder)
+        return Stills.from_args_and_dict(parts, settings, **rest)
 
 
 def _named_class(folder: Path) -> str | None:
     """The processor that a repository names, which may be another than its model's usual one."""
+    from ztrain.models import read_json
+
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            named = json.loads((folder / name).read_text(encoding="utf-8")).get("processor_class")
-            if named:
-                return str(named)
+        if (folder / name).is_file() and (named := read_json(folder / name).get("processor_class")):
+            return str(named)
     return None
 
 
@@ -160,24 +161,26 @@ class TransformersModel:
         from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-        with _explained(name):
-            config = AutoConfig.from_pretrained(location)
-            if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-                raise ValueError(f"a {config.model_type} model does not answer questions about pictures")
+        from ztrain.models import check_weights, pretrained
+
+        config = pretrained(AutoConfig, location)
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise InputError(
+                f"{name}: a {config.model_type} model does not answer questions about pictures; give another --model"
+            )
+        check_weights(location)
 
     def __init__(self, location: Path, name: str, question: str, *, precision: str, max_new_tokens: int) -> None:
         import torch
         from transformers import AutoModelForImageTextToText, GenerationConfig
 
         from ztrain.encoders import quiet_loading  # here, as below: other steps need not wait for torch
-        from ztrain.models import require_loaded
+        from ztrain.models import pretrained_model, require_loaded
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        with _explained(name), quiet_loading():
+        with quiet_loading():
             self.processor = load_processor(location)
-            model, info = AutoModelForImageTextToText.from_pretrained(
-                location, dtype=getattr(torch, precision), use_safetensors=True, output_loading_info=True
-            )
+            model, info = pretrained_model(AutoModelForImageTextToText, location, dtype=getattr(torch, precision))
         require_loaded({"missing_keys": info["missing_keys"]}, name)
         self.model = model.to(device).eval().requires_grad_(False)
         tokenizer = self.processor.tokenizer
@@ -223,14 +226,25 @@ class VllmModel:
 
     @staticmethod
     def check(location: Path, name: str) -> None:
-        """Raises InputError where vLLM is not installed; what it can load it says itself."""
+        """Raises InputError where vLLM is not installed, or files are damaged; what it can load it says itself."""
+        from ztrain.models import check_settings, check_weights
+
         if importlib.util.find_spec("vllm") is None:
             raise InputError("--backend vllm: vLLM is not installed; pip install 'ztrain[vllm]'")
+        check_settings(location)
+        check_weights(location)
 
     def __init__(self, location: Path, name: str, question: str, *, precision: str, max_new_tokens: int) -> None:
         from vllm import LLM, SamplingParams
 
-        self.model = LLM(model=str(location), dtype=precision, seed=0, limit_mm_per_prompt={"image": 1})
+        self.model = LLM(
+            model=str(location),
+            dtype=precision,
+            seed=0,
+            limit_mm_per_prompt={"image": 1},
+            trust_remote_code=False,
+            load_format="safetensors",
+        )
         self.sampling = SamplingParams(temperature=0.0, max_tokens=max_new_tokens)
         self.question = question
 
@@ -246,19 +260,3 @@ MODELS: Mapping[str, type[TransformersModel] | type[VllmModel]] = {
     "transformers": TransformersModel,
     "vllm": VllmModel,
 }
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turns what transformers raises about a repository that it cannot use into one sentence."""
-    from ztrain.models import Source
-
-    try:
-        with Source(name).explained():
-            yield
-    except InputError:
-        raise
-    except (ValueError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        said = f"{name}: cannot be loaded as an image-text model ({reason}); mend that, or give another --model"
-        raise InputError(said) from error

@@ -6,28 +6,33 @@ fit are refused, where diffusers draws on with a warning.
 """
 
 import inspect
-import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pydantic
-from safetensors import SafetensorError
 
 from data_tools.output import digest_of, fingerprint
 from data_tools.style_tables import Content, Lora, Style
 from ztrain.errors import InputError
-from ztrain.models import Source, public_name, require_loaded
+from ztrain.models import (
+    Source,
+    check_settings,
+    explained,
+    pretrained,
+    pretrained_model,
+    public_name,
+    read_json,
+    require_loaded,
+)
 
 _ADAPTER = "style"  # what the pipeline calls the LoRA of the style in hand
 _WEIGHT_KINDS = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja"})
-_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 _Number = TypeVar("_Number", int, float)
 
 
@@ -88,17 +93,24 @@ class Pipeline:
         if revision is not None and source.folder is not None:
             raise InputError(f"--revision {revision} is for ids of the Hub, and {location} is a folder; leave it out")
         source.require("model_index.json", what="a diffusers pipeline")
-        with _explained(location):
-            self.folder = source.folder or Path(loader.download(location, revision=revision, use_safetensors=True))
-            self.index: dict[str, Any] = json.loads((self.folder / "model_index.json").read_bytes())
+        self.folder = source.pipeline()
+        self.index = read_json(self.folder / "model_index.json")
         self.revision = None if source.folder else self.folder.name  # the cache's folder of a commit
         self.parts = {part: entry for part, entry in self.index.items() if isinstance(entry, list)}
         name = self.index.get("_class_name")
         self.kind: Any = getattr(diffusers, str(name), None)
-        with _explained(location):  # of a class whose own libraries are absent, diffusers has only the name
+        with explained(location):  # of a class whose own libraries are absent, diffusers has only the name
             self.takes_loras = hasattr(self.kind, "load_lora_weights")
         if self.kind is None or loader not in getattr(self.kind, "__mro__", ()):
             raise InputError(f"{location}: its pipeline {name} is not one of diffusers {diffusers.__version__}'s")
+        for part, entry in self.parts.items():
+            if not part.isidentifier() or len(entry) != 2:
+                raise InputError(f"{location}: model_index.json: {part[:80]!r} is no part of a pipeline")
+            if entry[0] and _library(entry[0]) is None:
+                raise InputError(
+                    f"{location}: model_index.json says that its {part} is made by code of its own, {entry[0]}, which"
+                    " is never run; take a pipeline whose parts are diffusers' and transformers'"
+                )
         self.signature = inspect.signature(self.kind.__call__).parameters
 
     def check(self, arguments: Sequence[str], what: str) -> None:
@@ -146,11 +158,8 @@ class Pipeline:
     def loaded(self) -> Any:
         import diffusers
 
-        with _explained(str(self.folder)):
-            models = {name: model for name in self.parts if (model := self._model(name)) is not None}
-            pipe = diffusers.DiffusionPipeline.from_pretrained(
-                self.folder, dtype=self.dtype, use_safetensors=True, **models
-            )
+        models = {name: model for name in self.parts if (model := self._model(name)) is not None}
+        pipe = pretrained(diffusers.DiffusionPipeline, self.folder, dtype=self.dtype, use_safetensors=True, **models)
         pipe.set_progress_bar_config(disable=True)
         if self.offload:
             pipe.enable_model_cpu_offload()
@@ -159,18 +168,16 @@ class Pipeline:
 
     def _model(self, name: str) -> Any:
         """A part with every weight accounted for: the pipeline's own loader makes up those that lack, and warns."""
-        import diffusers
         import torch
-        import transformers
 
         library, kind_name = self.parts[name]
-        kind: Any = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(kind_name), None)
+        kind: Any = getattr(_library(library), str(kind_name), None)
         is_model = isinstance(kind, type) and issubclass(kind, torch.nn.Module)
-        if not is_model:
-            return None  # tokenizers, schedulers: nothing to make up
-        part, info = kind.from_pretrained(
-            self.folder, subfolder=name, dtype=self.dtype, use_safetensors=True, output_loading_info=True
-        )
+        if not is_model:  # tokenizers, schedulers: nothing to make up
+            if (self.folder / name).is_dir():
+                check_settings(self.folder / name)
+            return None
+        part, info = pretrained_model(kind, self.folder / name, dtype=self.dtype)
         require_loaded({key: info[key] for key in ("missing_keys", "mismatched_keys")}, f"{self.folder}/{name}")
         return part
 
@@ -191,7 +198,7 @@ class Pipeline:
         said, logger = _KeyWarnings(), logging.getLogger("diffusers")
         logger.addHandler(said)
         try:
-            with _explained(where):
+            with explained(where):
                 pipe.load_lora_weights(
                     str(lora.file.parent), weight_name=lora.file.name, adapter_name=_ADAPTER, use_safetensors=True
                 )
@@ -238,16 +245,14 @@ def seed_of(settings: RenderSettings, style: str, content: str) -> int:
     return int(fingerprint(settings.seed, content, None if settings.same_noise else style)[:15], 16)
 
 
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """What loaders raise about broken files, in one sentence."""
-    try:
-        yield
-    except InputError:
-        raise
-    except _LOADING_ERRORS as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{what}: cannot be loaded ({reason})") from error
+def _library(name: object) -> Any:
+    """The module that diffusers would take a part's class from; None for code of the repository's own."""
+    import diffusers
+    import transformers
+
+    if name in ("diffusers", "transformers"):
+        return {"diffusers": diffusers, "transformers": transformers}[str(name)]
+    return getattr(diffusers.pipelines, str(name), None)
 
 
 class _KeyWarnings(logging.Handler):

@@ -17,9 +17,10 @@ from typing import Any, TypeAlias
 from data_tools.output import digest_of
 from ztrain.csvs import cell, read_rows
 from ztrain.errors import InputError
-from ztrain.files import check_safetensors, expand
+from ztrain.files import expand
 from ztrain.forms import folded
 from ztrain.models import Source
+from ztrain.tensors import open_tensors
 
 _LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers' own
 _Row: TypeAlias = Mapping[str, str]
@@ -118,10 +119,10 @@ def _find_lora(place: str, where: str, folder: Path) -> Path:
             raise InputError(f"{where}: the lora {place!r} has {len(files)} .safetensors files; name one")
         path = chosen[0]
     try:
-        check_safetensors(path)
-        return path
-    except (InputError, OSError) as error:
-        raise InputError(f"{where}: the lora {place!r} is no readable .safetensors file ({error})") from error
+        with open_tensors(path):
+            return path
+    except InputError as error:
+        raise InputError(f"{where}: the lora {place!r} cannot be read: {error}") from error
 
 
 def _read(path: Path, required: Sequence[str], optional: Sequence[str] | None) -> list[tuple[str, _Row]]:

@@ -31,10 +31,11 @@ from tests.test_parity import (
     picture,
     relative_error,
 )
+from ztrain import export
 from ztrain.adapters import ADAPTERS
 from ztrain.adapters.lora import COMFYUI_FILE, DIFFUSERS_FILE, LoraAdapterConfig
 from ztrain.adapters.siglip import SiglipConfig
-from ztrain.adapters.splice import SpliceConfig, match_statistics, read_statistics
+from ztrain.adapters.splice import STATISTICS_KINDS, SpliceConfig, match_statistics, read_statistics
 from ztrain.blocks import slow_because
 from ztrain.conditioning import Encoded, TokenStates
 from ztrain.config import Config, ExportConfig
@@ -233,7 +234,11 @@ def test_load_adapter_on_a_stock_pipeline(
             load_adapter(ZImagePipeline.from_pretrained(family / repository), tmp_path / "a", **places)
     document = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     for role in ("vision_language", "siglip"):
-        changed = {**document, "identity": {**known, role: {"config": known[role]["config"], "weights": "0" * 16}}}
+        changed = {
+            **document,
+            "format_version": 1,
+            "identity": {**known, role: {"config": known[role]["config"], "weights": "0" * 16}},
+        }
         (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(changed))
         reads = {"vision_language": "reference", "siglip": "siglip"}[role]
         if any(reads in adapter.reads for adapter in LISTS[name]):
@@ -362,14 +367,14 @@ def test_a_damaged_or_foreign_export_is_refused(family: Path, encoded: Encoded, 
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match="is not the file that was exported"):
+    with pytest.raises(InputError, match=f"{DIFFUSERS_FILE} was changed after the export, or damaged") as raised:
         read_adapter(tmp_path)
-    path.write_bytes(b"junk")
-    document = json.loads((tmp_path / CONFIG_FILE).read_text())
-    document["files"][DIFFUSERS_FILE] = hashlib.sha256(b"junk").hexdigest()
+    # As the sentence says, what was changed on purpose can be used.
+    assert "set format_version to 1 in adapter_config.json, and under files the SHA-256" in str(raised.value)
+    document = json.loads((tmp_path / CONFIG_FILE).read_text()) | {"format_version": 1}
+    document["files"][DIFFUSERS_FILE] = hashlib.sha256(content).hexdigest()
     (tmp_path / CONFIG_FILE).write_text(json.dumps(document))
-    with pytest.raises(InputError, match=f"{DIFFUSERS_FILE} is no safetensors file"):
-        read_adapter(tmp_path)
+    assert read_adapter(tmp_path).step == 1
 
 
 def without(document: dict, *path: str) -> bytes:
@@ -413,9 +418,112 @@ def test_a_damaged_document_is_one_sentence_that_names_file_and_key(tmp_path: Pa
     assert str(raised.value).startswith(f"{path}{told}") and "\n" not in str(raised.value)
 
 
+@pytest.fixture(scope="module")
+def exported(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export with every file that there is, the statistics too."""
+    folder = tmp_path_factory.mktemp("exported")
+    kinds = ("prompt", *STATISTICS_KINDS)
+    rows = {f"{kind}_{moment}": torch.rand(48) for kind in kinds for moment in ("mean", "std")}
+    save_file(rows, folder / "rows.safetensors")
+    scaled = SpliceConfig(scaling="global", compose="blend", statistics_file=str(folder / "rows.safetensors"))
+    adapters = [scaled, SIGLIP, LORA]
+    return save_adapter(folder / "a", make_model(family, adapters), config_of(family, adapters), {}, step=3)
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(InputError) as raised:
+        read_adapter(folder)
+    assert "\n" not in (said := str(raised.value)) and len(said) < 600
+    return said
+
+
+def test_a_flipped_bit_anywhere_in_an_export_is_refused_by_name(exported: Path, tmp_path: Path) -> None:
+    """Any bit of what is read; the model card is for people, who may write into it."""
+    folder = Path(shutil.copytree(exported, tmp_path / "a"))
+    assert {path.name for path in folder.iterdir()} == {
+        CONFIG_FILE, DIFFUSERS_FILE, COMFYUI_FILE, "adapter.safetensors", "statistics.safetensors", "README.md",
+    }  # fmt: skip
+    draw = np.random.default_rng(0)
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        whole = path.name == CONFIG_FILE
+        places = range(0, len(data), 3) if whole else [*range(0, 300, 60), *draw.integers(0, len(data), 6)]
+        for place in () if path.name == "README.md" else places:
+            flipped = bytearray(data)
+            flipped[place] ^= 1 << draw.integers(8)
+            path.write_bytes(flipped)
+            said = refusal(folder)
+            assert path.name in said, (place, said)
+        path.write_bytes(data)
+    (folder / "README.md").write_text("my own words")
+    assert read_adapter(folder).step == 3
+
+
+def test_an_export_cut_at_any_tenth_is_refused_by_name(exported: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "a"))
+    for path in (path for path in sorted(folder.iterdir()) if path.name != "README.md"):
+        data = path.read_bytes()
+        for tenth in range(10):
+            path.write_bytes(data[: len(data) * tenth // 10])
+            assert str(path) in refusal(folder)
+        path.unlink()
+        assert path.name in refusal(folder)
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["../a.safetensors", "/etc/passwd", "a/b.safetensors", "a\n.safetensors", "a.bin", ""])
+def test_a_hostile_document_reads_nothing_from_elsewhere(exported: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "a"))
+    found = json.loads((folder / CONFIG_FILE).read_text()) | {"format_version": 1}
+    of_lists = [{**found["adapters"][0], "statistics_file": name}, *found["adapters"][1:]]
+    for changed in ({"files": {name: "0" * 64}}, {"adapters": of_lists}):
+        (folder / CONFIG_FILE).write_text(json.dumps(found | changed))
+        assert "is not the name of a safetensors file beside it" in refusal(folder)
+    siglip = {**found["adapters"][1], "init": "file", "init_file": name, "init_key_map": {"siglip_pad_token": "x"}}
+    (folder / CONFIG_FILE).write_text(json.dumps(found | {"adapters": [siglip]}))
+    assert "init_file names weights from elsewhere" in refusal(folder)
+
+
+@pytest.mark.parametrize("role", ["../..", "/etc", "a/../../b", ".", "", "a/b/c"])
+def test_the_encoders_that_an_export_names_are_no_paths(
+    family: Path, exported: Path, tmp_path: Path, role: str
+) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "a"))
+    found = json.loads((folder / CONFIG_FILE).read_text()) | {"format_version": 1}
+    found["models"]["vision_language"]["pretrained_model_name_or_path"] = role
+    (folder / CONFIG_FILE).write_text(json.dumps(found))
+    with pytest.raises(InputError, match="give its folder as vision_language="):
+        export._source(read_adapter(folder), "vision_language", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"adapters": [{"kind": "projector", "hidden_dim": 10**12}]}, "adapters.0.hidden_dim"),
+        ({"adapters": [{"kind": "lora", "rank": 10**9}]}, "adapters.0.rank"),
+        ({"adapters": [{"kind": "siglip", "feature_dim": 10**9}]}, "adapters.0.feature_dim"),
+        ({"adapters": [{"kind": "lora", "rank": 10**4000}]}, "adapters.0.rank"),
+        ({"adapters": {"kind": "lora"}}, "adapters"),
+        ({"format_version": 3}, "format_version 3 is not 2; update ztrain"),
+        ({"format_version": [1]}, "format_version [1] is not 2"),
+        ({"format_version": 2}, "was changed after the export"),
+        ({"format_version": 2, "seal": {}}, "was changed after the export"),
+        ({"step": 1e400}, "step"),
+        ({"files": {"adapter.safetensors": 7}}, "files"),
+        ({"more": json.loads("[" * 90 + "]" * 90)}, "nested more than"),
+    ],
+)  # fmt: skip
+def test_a_hostile_document_is_one_sentence(exported: Path, tmp_path: Path, change: dict, told: str) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "a"))
+    found = json.loads((folder / CONFIG_FILE).read_text()) | {"format_version": 1} | change
+    (folder / CONFIG_FILE).write_text(json.dumps(found))
+    said = refusal(folder)
+    assert said.startswith(f"{folder / CONFIG_FILE}") and told in said
+
+
 def test_a_statistics_file_that_is_junk_is_refused(tmp_path: Path) -> None:
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
-    with pytest.raises(InputError, match=r"junk\.safetensors is no safetensors file .*; write it anew"):
+    with pytest.raises(InputError, match=r"junk\.safetensors: is no safetensors file .*, or write it anew"):
         read_statistics(str(tmp_path / "junk.safetensors"))
 
 

@@ -229,7 +229,7 @@ def test_a_damaged_model_is_one_sentence(
     (broken / "model.safetensors").write_bytes((MODEL / "model.safetensors").read_bytes()[:100_000])
     words = [*words_for(mixed, tmp_path / "out", question), "--model", str(broken)]
     assert caption.main(words) == 2
-    assert "error: broken: cannot be loaded as an image-text model" in capsys.readouterr().err
+    assert "broken/model.safetensors: is cut off: 100,000 bytes are there, its header" in capsys.readouterr().err
 
 
 def test_wrong_words_are_one_sentence(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Quantised transformers: a GGUF beside the base's folder, with and without adapters on top."""
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -214,6 +215,13 @@ def test_damaged_and_foreign_files_are_refused(file: Path, base_state: dict[str,
     for content in (b"", b"no such thing" * 9, data[: len(data) // 2], data[:100], data[:-1],
                     data[:20] + b"\xff" * 40 + data[60:]):  # fmt: skip
         bad.write_bytes(content)
+        with pytest.raises(InputError, match="bad.gguf(: is cut off: .* promises 5,| is no whole GGUF file that)"):
+            quantised(bad)
+    start, name = struct.pack("<4sIQQ", b"GGUF", 3, 1, 1), struct.pack("<Q1s", 1, b"x")
+    array, text, none = struct.Struct("<IIQ"), struct.pack("<IQ", 8, 2**63), struct.pack("<I", 99)
+    deep, *wide = array.pack(9, 9, 1) * 9000, *(array.pack(9, kind, 2**60) for kind in (0, 8, 99))
+    for setting in (text, none, deep, *wide):
+        bad.write_bytes(start + name + setting + bytes(99))  # counts that nobody could walk through
         with pytest.raises(InputError, match="bad.gguf is no whole GGUF file that can be read"):
             quantised(bad)
     some = dict(list(base_state.items())[:-3])

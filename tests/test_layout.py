@@ -6,6 +6,7 @@ A new room or arrow is a change of the plan: add it to MAY_IMPORT on purpose, no
 """
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
@@ -32,12 +33,13 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "sampler": set(),
     "flow": set(),
     "conditioning": set(),
-    "adapters": {"conditioning", "quantised"},
+    "adapters": {"conditioning", "quantised", "tensors"},
     "config": {"adapters", "images", "yamls"},
     "aspects": {"config", "images"},
     "quantised": set(),
-    "models": {"config", "quantised"},
-    "vision_language": {"config", "models", "conditioning"},
+    "tensors": set(),
+    "models": {"config", "quantised", "tensors"},
+    "vision_language": {"config", "models", "conditioning", "tensors"},
     "encoders": {"config", "models", "conditioning", "vision_language"},
     "storage": set(),
     "loras": {"block"},
@@ -53,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "sample": {"flow", "conditioning", "config", "models"},
     "export": {
         "config", "models", "conditioning", "adapters", "model", "encoders", "vision_language", "sample", "flow",
-        "version", "images", "aspects",
+        "tensors", "version", "images", "aspects",
     },
     "privacy": {"models"},
     "tracking": {"config", "privacy"},
@@ -102,7 +104,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "from_checkpoint": {"checkpoint", "config", "dit", "export", "models", "run"},
     "grid": set(),
     "intervals": set(),
-    "features": {"encoders", "models"},
+    "features": {"encoders", "models", "tensors"},
     "comparison": {"rows", "yamls"},
     "lineup": {
         "adapters", "comparison", "config", "data", "digests", "export", "images", "sampler", "stats", "yamls",
@@ -130,7 +132,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
         "adapters", "aspects", "blocks", "conditioning", "config", "dit", "drawn", "encoders", "export", "grid",
         "images", "model", "models", "sample", "stats", "version",
     },
-    "stats": {"config", "models", "data", "images", "encoders", "adapters"},
+    "stats": {"config", "models", "data", "images", "encoders", "adapters", "tensors"},
     "cli": {
         "cards", "compare", "config", "from_checkpoint", "interrupt", "mini", "plan", "prepare", "render", "report",
         "stats", "sweep", "terminal", "train", "yamls",
@@ -138,12 +140,12 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "demo": {"adapters", "config", "data", "drawn", "grid", "mini", "terminal"},
     "mini": {
         "adapters", "compiling", "conditioning", "config", "csvs", "dit", "drawn", "encoders", "export", "flow",
-        "forms", "grid", "images", "intervals", "metrics", "model", "models", "rows", "sample", "terminal",
+        "forms", "grid", "images", "intervals", "metrics", "model", "models", "rows", "sample", "tensors", "terminal",
         "vision_language",
     },
     "data_tools": {
-        "csvs", "forms",
-        "data", "encoders", "features", "images", "interrupt", "models", "pages", "rows", "tars", "terminal", "yamls",
+        "csvs", "data", "encoders", "features", "forms", "images", "interrupt", "models", "pages", "rows", "tars",
+        "tensors", "terminal", "yamls",
     },
     "ztrain/__init__": {"export", "version"},
     "metrics": set(),
@@ -158,8 +160,14 @@ HEAVY = {"accelerate", "datasets", "diffusers", "peft", "transformers", "wandb",
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def sources(root: Path) -> Iterator[tuple[str, str, ast.Module]]:
-    """Yields (room, path relative to root, syntax tree) of every module of both packages."""
+@functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """Of a module's syntax tree."""
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))))
+
+
+def sources(root: Path) -> Iterator[tuple[str, str, tuple[ast.AST, ...]]]:
+    """Yields (room, path relative to root, nodes of the syntax tree) of every module of both packages."""
     for package in ("ztrain", "data_tools"):
         for path in sorted((root / package).rglob("*.py")):
             inside = path.relative_to(root / package)
@@ -169,8 +177,7 @@ def sources(root: Path) -> Iterator[tuple[str, str, ast.Module]]:
                 room = "ztrain/__init__"
             else:
                 room = inside.parts[0].removesuffix(".py")
-            tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-            yield room, path.relative_to(root).as_posix(), tree
+            yield room, path.relative_to(root).as_posix(), nodes(path)
 
 
 def imported_rooms(node: ast.AST) -> set[str]:
@@ -205,7 +212,7 @@ def illegal_arrows(root: Path) -> list[str]:
             wrong.append(f"{path}: the room {room!r} is not in MAY_IMPORT; add it to the plan")
             continue
         allowed = MAY_IMPORT[room] | {room, "errors", "files"}
-        for node in ast.walk(tree):
+        for node in tree:
             if isinstance(node, ast.ImportFrom) and node.level > 0:
                 wrong.append(f"{path}:{node.lineno}: relative import; write it from ztrain or data_tools")
             for target in sorted(imported_rooms(node) - allowed):
@@ -254,7 +261,7 @@ def trespasses(root: Path) -> list[str]:
         for owners, breaks in rules:
             if room == "data_tools" or room in owners:  # data_tools knows neither sigma nor adapters
                 continue
-            for node in ast.walk(tree):
+            for node in tree:
                 if breaks(node):
                     where = f"{path}:{getattr(node, 'lineno', 0)}"
                     wrong.append(f"{where}: {ast.unparse(node)!r} belongs to {', '.join(sorted(owners))}")
@@ -266,7 +273,7 @@ def broad_excepts(root: Path) -> list[str]:
     return [
         f"{path}: {ast.unparse(node).splitlines()[0]}"
         for _, path, tree in sources(root)
-        for node in ast.walk(tree)
+        for node in tree
         if isinstance(node, ast.ExceptHandler)
         and (node.type is None or re.search(r"\b(Base)?Exception\b", ast.unparse(node.type)))
     ]

@@ -340,7 +340,7 @@ def refuse(said: str, *more: object, header: str = "id,prompt", styles: str = "a
         refuse("contents.csv: has no rows", contents=""),
         refuse("contents.csv:2: split is empty", contents="x,a star,"),
         refuse("lora 'no.safetensors' is neither", header="id,prompt,lora", styles="a,{content},no.safetensors"),
-        refuse("lora 'bad.bin' is no readable .safetensors", header="id,prompt,lora", styles="a,{content},bad.bin"),
+        refuse("lora 'bad.bin' cannot be read: ", header="id,prompt,lora", styles="a,{content},bad.bin"),
         refuse("lora 'none' has 0 .safetensors files", header="id,prompt,lora", styles="a,{content},none"),
         refuse("lora_scale 'inf' is not a number", header="id,prompt,lora,lora_scale", styles="a,{content},ink,inf"),
         refuse("lora_scale 2 has no lora", header="id,prompt,lora,lora_scale", styles="a,{content},,2"),

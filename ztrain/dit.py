@@ -23,7 +23,7 @@ from ztrain.block import Keep, Seen
 from ztrain.blocks import run
 from ztrain.errors import InputError
 from ztrain.layout import MULTIPLE, Grid, Layouts, Rows, Sequencing, padded
-from ztrain.models import Source, load_part, require_loaded
+from ztrain.models import Source, explained, load_part, read_json, require_loaded
 from ztrain.quantised import read_gguf, unpack_rest, unpacked
 
 PATCH = 2  # all_patch_size of the released transformer/config.json
@@ -83,11 +83,9 @@ def _load_quantised(source: Source, file: Path, dtype: torch.dtype, device: torc
 
     source.require("transformer/config.json", what="a Z-Image model")
     weights = read_gguf(file)
-    place: dict[str, Any] = {"subfolder": "transformer"}
-    with source.explained():
-        config = ZImageTransformer2DModel.load_config(source.location, revision=source.revision, **place)
-    with torch.device("meta"):
-        expected = ZImageTransformer2DModel.from_config(config).state_dict()
+    config = source.file("transformer/config.json")
+    with explained(source.location), torch.device("meta"):
+        expected = ZImageTransformer2DModel.from_config(read_json(config)).state_dict()
     for name in expected.keys() & weights.keys():
         if name.endswith("pad_token"):  # some writers drop their leading axis of 1
             weights[name] = unpacked(weights[name], dtype).view(-1, expected[name].shape[-1])
@@ -96,11 +94,9 @@ def _load_quantised(source: Source, file: Path, dtype: torch.dtype, device: torc
     try:
         dit = ZImageTransformer2DModel.from_single_file(
             weights,
-            config=source.location,
-            config_revision=source.revision,
+            config=str(config.parent),
             quantization_config=GGUFQuantizationConfig(compute_dtype=dtype),
             torch_dtype=dtype,
-            **place,
         )
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]

@@ -22,7 +22,16 @@ from torch.nn.utils.rnn import pad_sequence
 from ztrain.conditioning import Encoded, StockOmni, TokenStates, weighted
 from ztrain.config import Config, EncodersConfig
 from ztrain.errors import InputError
-from ztrain.models import Source, load_part, require_loaded
+from ztrain.models import (
+    PARTS,
+    Source,
+    load_part,
+    pretrained,
+    pretrained_model,
+    pretrained_processor,
+    pretrained_tokenizer,
+    require_loaded,
+)
 from ztrain.vision_language import SplicedModel, first_layers
 
 _OMNI_PIXELS = 1024 * 1024  # ZImageOmniPipeline shrinks larger references to this area
@@ -43,12 +52,10 @@ class TextEncoder:
     def load(
         cls, source: Source, max_sequence_length: int, dtype: torch.dtype, device: torch.device | str
     ) -> "TextEncoder":
-        from transformers import AutoTokenizer, Qwen3Model
+        from transformers import Qwen3Model
 
+        tokenizer = pretrained_tokenizer(source.part("tokenizer", what="a Z-Image model"))
         model = load_part(Qwen3Model, source, "text_encoder", device, dtype=dtype)
-        with source.explained():
-            # From its own folder: under a Hub id AutoTokenizer asks the server for files that a tokenizer/ never has.
-            tokenizer = AutoTokenizer.from_pretrained(source.local("tokenizer/*") / "tokenizer")
         return cls(model, tokenizer, max_sequence_length)
 
     def encode(self, prompt: str) -> Tensor:
@@ -160,11 +167,10 @@ class SiglipEncoder:
         from transformers import Siglip2ImageProcessorPil, Siglip2VisionModel
 
         source.require("config.json", what="a SigLIP2 model")
-        with source.explained(), quiet_loading():
-            self.processor = Siglip2ImageProcessorPil.from_pretrained(source.location, revision=source.revision)
-            model, info = Siglip2VisionModel.from_pretrained(
-                source.location, revision=source.revision, dtype=dtype, output_loading_info=True, use_safetensors=True
-            )
+        folder = source.local(*PARTS)
+        with quiet_loading():
+            self.processor = pretrained_processor(folder, Siglip2ImageProcessorPil)
+            model, info = pretrained_model(Siglip2VisionModel, folder, dtype=dtype)
         if info["missing_keys"]:
             require_loaded({"missing_keys": info["missing_keys"]}, source.location)
         self.model = model.to(device).eval().requires_grad_(False)
@@ -184,8 +190,7 @@ def siglip_width(source: Source) -> int:
     from transformers import Siglip2VisionConfig
 
     source.require("config.json", what="a SigLIP2 model")
-    with source.explained():
-        return int(Siglip2VisionConfig.from_pretrained(source.location, revision=source.revision).hidden_size)
+    return int(pretrained(Siglip2VisionConfig, source.local("*.json")).hidden_size)
 
 
 Reference = TypeVar("Reference", contravariant=True)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,18 +24,20 @@ from ztrain.conditioning import Encoded
 from ztrain.config import Aspect, Config, DataConfig, EncodersConfig, ModelConfig, SampleConfig, list_reads, parse
 from ztrain.encoders import Encoders, LatentCodec, SiglipEncoder, TextEncoder
 from ztrain.errors import InputError
-from ztrain.files import remove, whole_folder
+from ztrain.files import read_bytes, remove, whole_folder
 from ztrain.images import Bucket, as_rgb, check_reference, fit_target
 from ztrain.model import AdaptedDiT
-from ztrain.models import QUANTISED, BaseDefaults, Source, defaults_for, identity, public_name
+from ztrain.models import QUANTISED, BaseDefaults, Source, defaults_for, identity, public_name, read_json
 from ztrain.sample import Picture, released_or, sample_all
+from ztrain.tensors import read_tensors
 from ztrain.version import VERSION
 from ztrain.vision_language import SplicedModel
 
 CONFIG_FILE = "adapter_config.json"
 CARD_FILE = "README.md"
 STATISTICS_FILE = "statistics.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 had no `seal`, and is read as it was."""
 _UNSHOWN = re.compile(r"[`\s\x00-\x1f\x7f-\x9f]+")  # would end the code span of a Markdown card
 
 Identities = dict[str, dict[str, str]]
@@ -106,7 +107,20 @@ def _write_adapter(
         "step": step,
     }
     (folder / CARD_FILE).write_text(_model_card(config, document), encoding="utf-8")
-    (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(_sealed(document), encoding="utf-8")
+
+
+def _sealed(document: dict[str, Any]) -> str:
+    """The text of a document with the SHA-256 of all the rest in it."""
+    text = json.dumps({**document, "seal": ""}, indent=2, sort_keys=True) + "\n"
+    return text.replace(_SEAL % "", _SEAL % _seal(text), 1)
+
+
+_SEAL = '\n  "seal": "%s"'
+
+
+def _seal(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _in_dtype(tensor: Tensor, dtype: str) -> Tensor:
@@ -218,38 +232,52 @@ def read_adapter(folder: Path) -> ExportedAdapter:
     path = folder / CONFIG_FILE
     document = _read_document(path)
     for entry in document["adapters"]:
+        if entry.get("init_file") is not None:
+            raise InputError(f"{path}: init_file names weights from elsewhere, which no export does")
         if isinstance(statistics := entry.get("statistics_file"), str):  # else the adapter's settings refuse it
+            _check_name(statistics, path)
             entry["statistics_file"] = str(folder / statistics)
     settings = parse(Config, {key: document[key] for key in ("adapters", "encoders")}, str(path))
-    files = {name: _read_tensors(folder / name, expected) for name, expected in document["files"].items()}
+    files = {name: _read_tensors(folder, name, expected) for name, expected in document["files"].items()}
     known, models = document["identity"], document["models"]
     return ExportedAdapter(folder, settings.adapters, settings.encoders, known, models, files, document["step"])
 
 
 def _read_document(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path.parent} is no exported adapter: {CONFIG_FILE} is missing")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, absurd nesting
-        raise InputError(f"{path} is damaged: {error}; export the adapter again") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path} must hold a JSON object, not a {type(document).__name__}; export the adapter again")
-    if (version := document.get("format_version")) != FORMAT_VERSION:
-        raise InputError(f"{path}: format_version {version} is not {FORMAT_VERSION}; update ztrain")
+    document = read_json(path)
+    if (version := document.get("format_version")) not in (1, FORMAT_VERSION):
+        raise InputError(f"{path}: format_version {version!r:.40} is not {FORMAT_VERSION}; update ztrain")
+    seal = str(document.get("seal"))
+    written = read_bytes(path, "json").decode(errors="replace")
+    if version != 1 and _seal(written.replace(_SEAL % seal, _SEAL % "", 1)) != seal:
+        raise InputError(f"{path} {_CHANGED}")
     parse(_Document, document, str(path))
     return document
 
 
-def _read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
+_CHANGED = (
+    "was changed after the export, or damaged; copy it again. If you changed it on purpose: set format_version to 1 in"
+    f" {CONFIG_FILE}, and under files the SHA-256 of the file"
+)
+
+
+def _check_name(name: str, path: Path) -> None:
+    """Refuses what a hostile document would read from elsewhere."""
+    if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+        raise InputError(
+            f"{path}: {name[:80]!r} is not the name of a safetensors file beside it; export the adapter again"
+        )
+
+
+def _read_tensors(folder: Path, name: str, expected: str) -> dict[str, Tensor]:
     """A file's tensors; `expected`: its SHA-256."""
-    if not path.is_file() or _sha256(path) != expected:
-        raise InputError(f"{path} is missing or is not the file that was exported")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise InputError(f"{path} is no safetensors file ({error}); export the adapter again") from error
+    _check_name(name, folder / CONFIG_FILE)
+    tensors = read_tensors(folder / name, "export the adapter again")
+    if _sha256(folder / name) != expected:
+        raise InputError(f"{folder / name} {_CHANGED}")
+    return tensors
 
 
 def check_identity(exported: ExportedAdapter, found: Identities) -> None:
@@ -414,6 +442,7 @@ def load_adapter(
 def _source(exported: ExportedAdapter, role: str, given: str | None) -> Source:
     recorded = exported.models[role]
     name = given or str(recorded["pretrained_model_name_or_path"])
-    if "/" not in name and not Path(name).exists():
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
+    if given is None and not is_id and not (re.fullmatch(r"[\w-][\w.-]*", name) and Path(name).exists()):
         raise InputError(f"{exported.folder} was made with a local {role} named {name}; give its folder as {role}=...")
     return Source(name, None if given else recorded["revision"])

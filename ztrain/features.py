@@ -22,13 +22,24 @@ from torch import Tensor, nn
 
 from ztrain.encoders import quiet_loading
 from ztrain.errors import InputError
-from ztrain.models import Source, public_name, require_loaded
+from ztrain.models import (
+    Source,
+    check_settings,
+    explained,
+    has_vocabulary,
+    pretrained_model,
+    pretrained_processor,
+    pretrained_tokenizer,
+    public_name,
+    read_json,
+    require_loaded,
+)
+from ztrain.tensors import check_whole, open_tensors
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 """Of a repository: weights, settings, vocabulary in any of its forms."""
 
 _STYLE_HEAD = "last_layer_style"
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _HEAD_WIDTH = 64  # of every CLIP that OpenAI published: github.com/openai/CLIP, clip/model.py, vision_width // 64
 
 
@@ -51,11 +62,11 @@ class Tower:
         `name`: what messages and records call the model; None: the source's own public name.
         """
         name = name or public_name(source.location)
-        source.require("config.json", what="a vision model")
+        check_tower(source)
         folder = source.local(*FILES)
         if not any(folder.glob("*.safetensors")):
             raise InputError(f"{name}: has no safetensors; convert its weights, other formats can hold code")
-        with source.explained(), quiet_loading():
+        with quiet_loading(), explained(name):
             head = _style_weights(folder)
             processor, model = _pretrained(folder, dtype, name) if head is None else _descriptor(folder, head, name)
         return cls(source, name, processor, model.to(device, dtype).eval().requires_grad_(False))
@@ -114,7 +125,7 @@ class Tower:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        from transformers import PreTrainedTokenizerFast
 
         if not hasattr(self._model, "get_text_features"):
             raise InputError(f"{self.name}: reads no text; take a model like CLIP or SigLIP")
@@ -122,14 +133,11 @@ class Tower:
             raise InputError(f"{self.name}: has no tokenizer; put the files of the one it was trained with beside it")
         folder = self._source.local(*FILES)
         # tokenizer.json is the whole tokenizer; by a model's type transformers would build another around its words.
-        kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
-        with self._source.explained():
-            return kind.from_pretrained(folder)
+        return pretrained_tokenizer(folder, PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else None)
 
     @cached_property
     def _has_vocabulary(self) -> bool:
-        folder = self._source.local(*FILES)
-        return any((folder / file).is_file() for file in _VOCABULARIES)
+        return has_vocabulary(self._source.local(*FILES))
 
     @property
     def _device(self) -> torch.device:
@@ -147,6 +155,20 @@ class Tower:
         return F.normalize(vectors.float(), dim=-1).cpu()
 
 
+def check_tower(source: Source) -> None:
+    """What a folder's files tell before its weights are read. Raises InputError as Tower.load."""
+    from transformers import AutoImageProcessor
+
+    source.require("config.json", what="a vision model")
+    if (folder := source.folder) is None:
+        return
+    check_settings(folder)
+    for path in folder.glob("*.safetensors"):
+        check_whole(path)
+    if (folder / "preprocessor_config.json").exists():
+        pretrained_processor(folder, AutoImageProcessor, backend="pil")
+
+
 def digest(source: Source) -> str:
     """Hash of the names and bytes of all files of `FILES` in a repository: what decides its vectors."""
     told = []
@@ -160,13 +182,11 @@ def _pretrained(folder: Path, dtype: torch.dtype, name: str) -> tuple[Any, nn.Mo
     import transformers
 
     # The one class that AutoModel does not give: it would leave the projection out.
-    architectures = json.loads((folder / "config.json").read_text()).get("architectures")
+    architectures = read_json(folder / "config.json").get("architectures")
     projected = architectures == ["CLIPVisionModelWithProjection"]
     kind = transformers.CLIPVisionModelWithProjection if projected else transformers.AutoModel
-    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-    model, info = kind.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    processor = pretrained_processor(folder, transformers.AutoImageProcessor, backend="pil")
+    model, info = pretrained_model(kind, folder, dtype=dtype, ignore_mismatched_sizes=True)
     require_loaded(info, name)  # mismatched sizes as well
     return processor, model
 
@@ -181,11 +201,9 @@ class _StyleWeights:
 
 def _style_weights(folder: Path) -> _StyleWeights | None:
     """Read where a repository holds a style descriptor in the layout of github.com/learn2phoenix/CSD, CSD/model.py."""
-    from safetensors import safe_open
-
     weights: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             names = {name.removeprefix("module.").removeprefix("model."): name for name in file.keys()}  # noqa: SIM118
             if _STYLE_HEAD in names:
                 weights = {short: file.get_tensor(long) for short, long in names.items()}
@@ -240,7 +258,7 @@ def _descriptor(folder: Path, found: _StyleWeights, name: str) -> tuple[Any, nn.
         )
     vision.load_state_dict(renamed)
     if (folder / "preprocessor_config.json").is_file():
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        processor = pretrained_processor(folder, AutoImageProcessor, backend="pil")
     else:
         side = config.image_size
         processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})

@@ -247,6 +247,8 @@ def check_safetensors(path: Path) -> None:
         size = os.fstat(file.fileno()).st_size
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
+        if first == b"version ":
+            raise InputError(f"{path}: is what Git LFS left in the file's place; run `git lfs pull` in its folder")
         if not 2 <= length <= _MAX_HEADER:
             raise InputError(f"{path}: is no safetensors file (it has {size:,} bytes); fetch it again")
         if size < 8 + length:
@@ -255,7 +257,7 @@ def check_safetensors(path: Path) -> None:
             header = json.loads(file.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
             promised = 8 + length + int(max(ends, default=0))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InputError(f"{path}: its header is damaged; fetch it again") from error
     if size < promised:
         raise InputError(_cut_off(path, size, f"{promised:,}"))

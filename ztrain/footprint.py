@@ -17,7 +17,7 @@ from ztrain.dit import REAL_CONFIG
 from ztrain.encoders import siglip_width
 from ztrain.errors import InputError
 from ztrain.model import AdaptedDiT
-from ztrain.models import Source
+from ztrain.models import Source, explained, read_json
 
 GIB = 2**30
 Strategy = Literal["one_gpu", "ddp", "fsdp2", "zero2", "zero3"]
@@ -97,12 +97,12 @@ def count(config: Config) -> Counted:
     if source.folder is not None:
         source.require("transformer/config.json", what="a Z-Image model")
         origin = source.location
-        with source.explained():
-            settings = ZImageTransformer2DModel.load_config(source.folder / "transformer")
+        settings = read_json(source.folder / "transformer/config.json")
     siglip = Source.of(config.models.siglip)
     width = siglip_width(siglip) if siglip.folder is not None and "siglip" in config.reads else SIGLIP_WIDTH
     with torch.device("meta"):
-        dit = ZImageTransformer2DModel.from_config(settings)
+        with explained(origin):
+            dit = ZImageTransformer2DModel.from_config(settings)
         model = AdaptedDiT(dit, build_adapters(config.adapters, width))
     weights = tuple(_weights(model))
     if not any(weight.is_trained for weight in weights):

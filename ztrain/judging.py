@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ztrain.comparison import Direction, Model
 from ztrain.config import JudgesConfig
 from ztrain.errors import InputError
-from ztrain.features import Tower
+from ztrain.features import Tower, check_tower
 from ztrain.images import Picture, open_image
 from ztrain.lineup import Case
 from ztrain.metrics import cmmd, copy_score, diversity, high_frequency_energy, kid, palette_error
@@ -102,7 +102,7 @@ def check_judges(config: JudgesConfig, cases: Sequence[Case]) -> None:
     """Raises InputError for judges that are not there or cannot judge these rows, before anything is drawn."""
     for place in (config.style, config.siglip, config.dino):
         if place is not None:
-            Source.of(place).require("config.json", what="a vision model")
+            check_tower(Source.of(place))
     if config.truth is not None:
         if lost := next((case.where for case in cases if case.target is None), None):
             raise InputError(f"judges.truth: {lost} has no target; it judges triplets of painted style folders")

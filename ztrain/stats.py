@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -23,6 +22,7 @@ from ztrain.errors import InputError
 from ztrain.files import whole_file
 from ztrain.images import open_image
 from ztrain.models import base_dtype
+from ztrain.tensors import open_tensors
 
 
 class Moments:
@@ -76,8 +76,14 @@ def check_statistics(adapters: Sequence[Any], settings: EncodersConfig) -> None:
         if not (path := adapter.statistics_path):
             continue
         read_statistics(path)
-        with safe_open(path, framework="pt") as file:
-            measured = json.loads(file.metadata()["encoders"])
+        with open_tensors(Path(path)) as file:
+            told = (file.metadata() or {}).get("encoders", "")
+        try:
+            measured = dict(json.loads(told))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"{path}: does not say under which encoder settings it was measured; write it anew with `ztrain stats`"
+            ) from error
         now = settings.model_dump(mode="json")
         if changed := sorted(key for key in now if measured.get(key) != now[key]):
             key = changed[0]

@@ -8,7 +8,6 @@ DeepStack, marker rows, layer (zimage_facts.md section 4).
 Legend: L tokens, D text width, k hidden index, V visual tokens.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,13 +16,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ztrain.conditioning import IMAGE, MARKER, TEXT, TokenStates
 from ztrain.config import EncodersConfig
 from ztrain.errors import InputError
-from ztrain.models import Source
+from ztrain.models import Source, explained, pretrained, pretrained_processor, weight_map
+from ztrain.tensors import open_tensors
 
 VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
 
@@ -63,17 +62,17 @@ class SplicedModel:
         from transformers import Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLModel
 
         source.require("config.json", what="a Qwen3-VL model")
-        with source.explained():
-            config = Qwen3VLConfig.from_pretrained(source.location, revision=source.revision)
-            self.processor = Qwen2VLImageProcessorPil.from_pretrained(source.location, revision=source.revision)
+        folder = source.local("*.json")
+        config = pretrained(Qwen3VLConfig, folder)
+        self.processor = pretrained_processor(folder, Qwen2VLImageProcessorPil)
         self.tokenizer = tokenizer
-        self.theta = {
-            "text_encoder": text_encoder.config.rope_parameters["rope_theta"],
-            "vl": config.text_config.rope_parameters["rope_theta"],
-        }
         self.ids = {token: _token_id(tokenizer, token) for token in (VISION_START, VISION_END, IMAGE_PAD)}
         embedding = text_encoder.embed_tokens.weight
-        with torch.device("meta"):
+        with explained(source.location), torch.device("meta"):
+            self.theta = {
+                "text_encoder": text_encoder.config.rope_parameters["rope_theta"],
+                "vl": config.text_config.rope_parameters["rope_theta"],
+            }
             self.model = Qwen3VLModel(config).eval()
         self.model.visual, self.marker_rows = _front_end(source, config, self.ids, embedding)
         self._share(text_encoder, source)
@@ -194,10 +193,11 @@ def _front_end(
     """The visual part in the embedding's dtype and place, and Qwen3-VL's own embeddings of the marker tokens."""
     from transformers import AutoModel
 
-    visual = AutoModel.from_config(config.vision_config)
+    with explained(source.location):
+        visual = AutoModel.from_config(config.vision_config, trust_remote_code=False)
     weights, rows = {}, {}
     for path in weight_files(source):
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             for key in file.keys():
                 if matched := re.fullmatch(r"(?:model\.)?visual\.(.+)", key):
                     weights[matched.group(1)] = file.get_tensor(key)
@@ -220,6 +220,6 @@ def weight_files(source: Source) -> list[Path]:
     if not source.has("model.safetensors.index.json"):
         source.require("model.safetensors", what="a Qwen3-VL model")
         return [source.file("model.safetensors")]
-    index = json.loads(source.file("model.safetensors.index.json").read_text())["weight_map"]
+    index = weight_map(source.file("model.safetensors.index.json"))
     wanted = {file for key, file in index.items() if "visual." in key or key.endswith("embed_tokens.weight")}
     return [source.file(name) for name in sorted(wanted)]

@@ -16,6 +16,10 @@ Reads = frozenset[str]
 """Names of the `Encoded` states that an adapter reads besides the text: reference, fused, siglip, omni."""
 
 
+MAX_WIDTH = 65_536
+"""Of any matrix that settings ask for: a number from a hostile file must not take all memory."""
+
+
 class AdapterConfig(BaseModel):
     """Settings of one adapter. `composes_reference`: it decides how text and reference states become one caption."""
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ztrain.adapters.base import Adapter, AdapterConfig, AdapterFile
+from ztrain.adapters.base import MAX_WIDTH, Adapter, AdapterConfig, AdapterFile
 from ztrain.errors import InputError
 
 MAIN_LAYERS = r"^layers\.\d+\.(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.w[123])$"
@@ -31,7 +31,7 @@ _BASE_CHANGING = ("pissa", "olora")
 
 class LoraAdapterConfig(AdapterConfig):
     kind: Literal["lora"] = "lora"
-    rank: int = Field(default=32, ge=1)
+    rank: int = Field(default=32, ge=1, le=MAX_WIDTH)
     alpha: float | None = Field(default=None, gt=0)
     """Numerator of the scale alpha / rank; rank when left out, so that the scale is 1 for every reader."""
     target_modules: str = MAIN_LAYERS

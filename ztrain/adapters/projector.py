@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ztrain.adapters.base import MAX_WIDTH
 from ztrain.adapters.splice import ComposeConfig, ComposingAdapter
 
 
 class ProjectorConfig(ComposeConfig):
     kind: Literal["projector"] = "projector"
-    hidden_dim: int = Field(default=5120, ge=1)
+    hidden_dim: int = Field(default=5120, ge=1, le=MAX_WIDTH)
     """Width of the hidden layer; 5120 gives 26.2 M parameters on Z-Image, whose caption features are 2560 wide."""
 
 

@@ -13,20 +13,20 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from ztrain.adapters.base import Adapter, AdapterConfig, Reads
+from ztrain.adapters.base import MAX_WIDTH, Adapter, AdapterConfig, Reads
 from ztrain.conditioning import Conditioning, Encoded
 from ztrain.errors import InputError
 from ztrain.quantised import plain_copy
+from ztrain.tensors import open_tensors
 
 Initialisation = Literal["context_refiner", "random", "statistics_matched", "cap_embedder_slice", "file", "checkpoint"]
 
 
 class SiglipConfig(AdapterConfig):
     kind: Literal["siglip"] = "siglip"
-    feature_dim: int | None = Field(default=None, ge=1)
+    feature_dim: int | None = Field(default=None, ge=1, le=MAX_WIDTH)
     """Width of the SigLIP features: 1152 for siglip2-so400m. None: that of models.siglip."""
     trains: Literal["embedder", "embedder_and_refiner"] = "embedder_and_refiner"
     """embedder: 4.4 M parameters, the refiner stays a frozen copy of context_refiner; both: 358.4 M."""
@@ -189,7 +189,7 @@ def _load_file(dit: nn.Module, config: SiglipConfig) -> None:
     if not path.is_file():
         raise InputError(f"adapters siglip: init_file {path} does not exist")
     ours = {name: p for name, p in dit.named_parameters() if name.startswith("siglip_")}
-    with safe_open(path, framework="pt") as file:
+    with open_tensors(path) as file:
         available = set(file.keys())
         for key, theirs in config.init_key_map.items():
             if key not in ours:

@@ -13,12 +13,12 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ztrain.adapters.base import Adapter, AdapterConfig, Reads
 from ztrain.conditioning import IMAGE, MARKER, TEXT, Conditioning, Encoded, TokenStates, moved
 from ztrain.errors import InputError
+from ztrain.tensors import read_tensors
 
 _TOKENS = {
     "all": (TEXT, IMAGE, MARKER),
@@ -86,18 +86,14 @@ def read_statistics(path: str) -> dict[str, Tensor]:
         raise InputError(
             f"statistics_file {path} does not exist; write it with `ztrain stats --config ... --out {path}`"
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise InputError(
-            f"statistics_file {path} is no safetensors file ({error}); write it anew with `ztrain stats`"
-        ) from error
+    tensors = read_tensors(Path(path), "write it anew with `ztrain stats`")
     expected = {f"{kind}_{moment}" for kind in ("prompt", *STATISTICS_KINDS) for moment in ("mean", "std")}
     if set(tensors) != expected:
         raise InputError(
             f"{path} is not a statistics file of `ztrain stats`: it lacks {sorted(expected - set(tensors))}"
         )
+    if len(shapes := {tuple(tensor.shape) for tensor in tensors.values()}) > 1 or len(shapes.pop()) != 1:
+        raise InputError(f"{path}: its tensors are no rows of one length; write it anew with `ztrain stats`")
     return tensors
 
 
@@ -105,6 +101,10 @@ def match_statistics(states: TokenStates, statistics: dict[str, Tensor], scaling
     """`states` with the spread of the prompt's states, kind by kind of token; (L, D) in and out."""
     if scaling == "none":
         return states
+    if (width := len(statistics["prompt_mean"])) != states.states.shape[1]:
+        raise InputError(
+            f"the statistics_file is of states {width} wide, this model's are {states.states.shape[1]}; measure again"
+        )
     table = {name: tensor.to(states.states.device, torch.float32) for name, tensor in statistics.items()}
     matched = states.states.float()
     for name, kind in STATISTICS_KINDS.items():

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ztrain.errors import InputError
 from ztrain.files import whole_file
 from ztrain.mini.muon import StackedMuon
+from ztrain.tensors import open_tensors
 
 _LINES = 40  # printed in a stage
 _WARMUP_AGAIN = 100  # steps after which the moments of a resumed run mean something again
@@ -155,8 +155,8 @@ def _resume(
     """The step to begin at, with the weights of that step; the seconds spent before it and its loss."""
     if partial is None or not partial.path.is_file():
         return 0, 0.0, math.nan
-    with safe_open(partial.path, framework="pt") as file:
-        found, shapes = file.metadata(), {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+    with open_tensors(partial.path, "remove it to begin anew") as file:
+        found, shapes = file.metadata() or {}, {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
         same = all(found.get(key) == value for key, value in about.items())
         if not same or shapes != {key: tuple(weight.shape) for key, weight in weights.items()}:
             raise InputError(f"{partial.path} belongs to another plan or model; remove it to begin anew")

@@ -9,14 +9,17 @@ Legend: B pictures, S pixels of a side, D embedding width.
 
 import json
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ztrain.mini.fit import Draws, Fitted, Plan, fit, full_precision, training
 from ztrain.mini.gallery import Gallery
+from ztrain.models import explained, read_json
+from ztrain.tensors import read_tensors
 
 STYLE_JUDGES = ("style", "style_second")
 """Names of two with seeds of their own, so that a ranking can be checked."""
@@ -170,12 +173,19 @@ def save_judge(judge: ContentJudge | StyleJudge, folder: Path, name: str) -> Non
 
 
 def load_content_judge(folder: Path, device: torch.device | str, name: str = "content") -> ContentJudge:
-    judge = ContentJudge(json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["classes"])
-    judge.load_state_dict(load_file(folder / f"{name}.safetensors"))
-    return judge.float().to(device).eval().requires_grad_(False)
+    return _loaded(ContentJudge, folder, device, name, "classes")
 
 
 def load_style_judge(folder: Path, device: torch.device | str, name: str = "style") -> StyleJudge:
-    judge = StyleJudge(json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["dimensions"])
-    judge.load_state_dict(load_file(folder / f"{name}.safetensors"))
+    return _loaded(StyleJudge, folder, device, name, "dimensions")
+
+
+Judge = TypeVar("Judge", ContentJudge, StyleJudge)
+
+
+def _loaded(kind: type[Judge], folder: Path, device: torch.device | str, name: str, key: str) -> Judge:
+    """key: of the one setting. Raises InputError for damaged files."""
+    with explained(f"{folder / name}"):
+        judge = kind(read_json(folder / f"{name}.json")[key])
+        judge.load_state_dict(read_tensors(folder / f"{name}.safetensors"))
     return judge.float().to(device).eval().requires_grad_(False)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import Qwen2Tokenizer
 
@@ -56,6 +56,8 @@ from ztrain.mini.parts import (
 )
 from ztrain.mini.siglip import train_siglip
 from ztrain.mini.turns import CONTENT, DETAIL
+from ztrain.models import pretrained_tokenizer
+from ztrain.tensors import read_tensors
 
 STAGES = ("vae", "language", "vision_language", "siglip", "judges", "transformer")
 _NEEDS = {"vision_language": ("language",), "siglip": ("language",), "transformer": ("vae", "language")}
@@ -245,7 +247,7 @@ class Pretraining:
     def _tokenizer(self) -> Any:
         if not self._is_done("language"):
             raise InputError(f"{self.out}: this stage needs the stage language, which is not done; run it first")
-        tokenizer = Qwen2Tokenizer.from_pretrained(self.parts / "tokenizer")
+        tokenizer = pretrained_tokenizer(self.parts / "tokenizer", Qwen2Tokenizer)
         for key in ("is_local", "local_files_only"):  # how it was loaded, which would be saved with it
             tokenizer.init_kwargs.pop(key, None)
         return tokenizer
@@ -379,7 +381,7 @@ class Pretraining:
         if not self._is_done(stage):
             raise InputError(f"{self.out}: this stage needs the stage {stage}, which is not done; run it first")
         module = self._build(name)
-        state = load_file(self.parts / f"{name}.safetensors")
+        state = read_tensors(self.parts / f"{name}.safetensors", "remove the stage's files and run it again")
         if getattr(module, "lm_head", None) is not None:
             state["lm_head.weight"] = state[next(key for key in state if key.endswith("embed_tokens.weight"))]
         module.load_state_dict(state, strict=True)

@@ -6,7 +6,6 @@ Legend: T pictures, S pixels of a side.
 """
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from ztrain.errors import InputError
 from ztrain.flow import sampler_noise
 from ztrain.mini.family import BASE, MARKER, VISION_LANGUAGE
 from ztrain.model import AdaptedDiT
-from ztrain.models import Source, base_defaults
+from ztrain.models import Source, base_defaults, pretrained_model, read_json
 from ztrain.sample import SampleSettings, sample
 from ztrain.vision_language import SplicedModel
 
@@ -64,7 +63,7 @@ class Subject:
         models = ModelsConfig(base=ModelConfig(pretrained_model_name_or_path=source.location), variant="base")
         return cls(
             folder=folder,
-            about=json.loads((folder / MARKER).read_text(encoding="utf-8")),
+            about=read_json(folder / MARKER),
             text=TextEncoder.load(source, EncodersConfig().max_sequence_length, dtype, device),
             codec=LatentCodec.load(source, dtype, device),
             dit=load_transformer(source, dtype, device),
@@ -95,12 +94,13 @@ class Subject:
     @property
     def reference_pixels(self) -> tuple[int, int]:
         """Smallest and largest area at which this family's Qwen3-VL looks at a picture."""
-        processor = json.loads((self.folder / VISION_LANGUAGE / "preprocessor_config.json").read_text(encoding="utf-8"))
+        processor = read_json(self.folder / VISION_LANGUAGE / "preprocessor_config.json")
         return processor["size"]["shortest_edge"], processor["size"]["longest_edge"]
 
     def vision_language(self) -> Qwen3VLForConditionalGeneration:
         folder = self.folder / VISION_LANGUAGE
-        return Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(self.device).eval()
+        model, _ = pretrained_model(Qwen3VLForConditionalGeneration, folder, dtype=torch.float32)
+        return model.to(self.device).eval()
 
     def spliced(self) -> SplicedModel:
         return SplicedModel(Source(str(self.folder / VISION_LANGUAGE)), self.text.model, self.text.tokenizer)

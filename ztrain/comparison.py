@@ -15,6 +15,7 @@ from typing import Any, Literal
 import pydantic
 
 from ztrain.errors import InputError
+from ztrain.files import write_json
 from ztrain.rows import parse_object
 from ztrain.yamls import describe_errors
 
@@ -241,8 +242,6 @@ def write_best(run: Path, best: Choice, step: int | None, steps: Mapping[str, An
     """Writes whole which step of a run is best, by which rule, and what was seen of each: likeness and share of the
     prompt's adherence that is kept. `by`: digest of rows and judges; figures of different ones are never mixed."""
     path = run / BEST_NAME
-    writing = path.with_name(f".writing-{BEST_NAME}")
     document = {"step": step, "rule": best.rule, "found": best.found, "steps": dict(steps), "by": by}
-    writing.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    writing.replace(path)
+    write_json(path, document)
     return path

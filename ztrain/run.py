@@ -7,7 +7,6 @@ alone does (files, locks) fails on all processes together.
 import functools
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -31,6 +31,7 @@ from ztrain.dit import load_transformer
 from ztrain.encoders import LatentCodec, siglip_width
 from ztrain.errors import InputError
 from ztrain.export import Identities, Weights, save_adapter
+from ztrain.files import cannot_write, write_json, write_text
 from ztrain.flow import SigmaDensity, resolution_shift
 from ztrain.meter import environment
 from ztrain.model import AdaptedDiT
@@ -245,10 +246,8 @@ def recorded(run: Run, resumed: checkpoint.Checkpoint | None) -> Iterator[None]:
             # Not before: a resume that is refused must leave everything as it was.
             for path in checkpoint.set_aside(run.checkpoints, above=-1 if resumed is None else run.step):
                 print(f"{path.name} is beyond the step that the run goes on from: moved to {path.parent}")
-            (folder / "config.yaml").write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")
-            (folder / "env.json").write_text(
-                json.dumps(environment(run.accelerator), indent=2) + "\n", encoding="utf-8"
-            )
+            write_text(folder / "config.yaml", dump_yaml(config.model_dump(mode="json")), sync=True)
+            write_json(folder / "env.json", environment(run.accelerator), sync=True)
             started = (folder / "metrics.jsonl").exists()  # one that ended before its first checkpoint starts anew
             step = run.step if resumed is not None else -1 if started else None
             run.record = Record(folder, config.tracking, config.model_dump(mode="json"), resumed_step=step)
@@ -388,8 +387,9 @@ def export(run: Run) -> Path:
 def publish_adapter(
     folder: Path, model: AdaptedDiT, config: Config, known: Identities, *, step: int, state: Weights | None = None
 ) -> None:
-    """`save_adapter` into a folder that appears whole, in place of an older one."""
-    writing = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(writing, ignore_errors=True)  # of a life that was cut off
-    save_adapter(writing, model, config, known, step=step, state=state)
-    checkpoint.replace_folder(writing, folder)
+    """`save_adapter` into a folder that appears whole, in place of an older one. Raises InputError for a full disk."""
+    try:
+        with checkpoint.new_folder(folder) as writing:
+            save_adapter(writing, model, config, known, step=step, state=state)
+    except (OSError, SafetensorError) as error:
+        raise InputError(cannot_write(folder, error)) from error

@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data_tools.output import arrow_file, fingerprint
 from ztrain.errors import InputError
 from ztrain.files import workspace
-from ztrain.interrupt import end_with_parent
+from ztrain.interrupt import Stopped, unheard_by_children, work_for_parent
 
 TABLE_NAME = "table.json"
 _SHARD = re.compile(r"[0-9a-f]{32}")
@@ -203,7 +203,7 @@ _held: list[Stage] = []  # of a worker process: the stage with the models that i
 
 
 def _hold(stage: Stage) -> None:
-    end_with_parent()
+    work_for_parent()
     _held[:] = [stage]
 
 
@@ -220,10 +220,15 @@ def run_here(stage: Stage, tasks: Sequence[Task], workers: int) -> Iterator[int]
     with ProcessPoolExecutor(
         min(workers, len(tasks)), mp_context=get_context("spawn"), initializer=_hold, initargs=(stage,)
     ) as pool:
-        futures = [pool.submit(_make_held, task) for task in tasks]
         try:
+            with unheard_by_children():
+                futures = [pool.submit(_make_held, task) for task in tasks]
             for future in as_completed(futures):
                 yield future.result()
+        except Stopped:
+            for worker in active_children():
+                worker.kill()
+            raise
         except BrokenProcessPool as error:
             raise InputError(
                 f"{stage.name}: a worker was killed, perhaps for memory; lower --workers and run again, what was"

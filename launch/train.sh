@@ -10,7 +10,8 @@ if [[ $cards -ne 1 ]] && grep -qs '^distributed_type: "NO"' "configs/accelerate/
   echo "error: $strategy is a strategy of one process, not of CARDS=$cards; write 1, or ddp, fsdp2, zero2 or zero3" >&2
   exit 2
 fi
-export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1  # what the launcher passes on
-export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-300}            # seconds that it gives them to save
+# What the launcher passes on, and the seconds that it gives the trainers to save. A SIGQUIT would only be their end.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2,SIGXCPU
+export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-300}
 exec accelerate launch --config_file "configs/accelerate/$strategy.yaml" --num_processes "$cards" \
   --main_process_port 0 -m ztrain.train --resume_from_checkpoint latest "${@:3}"

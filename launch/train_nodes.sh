@@ -4,7 +4,8 @@
 #   launch/train_nodes.sh ddp 8 2 0 node-a --config configs/lora_24gb.yaml my.yaml --output_dir runs/mine
 # STRATEGY: a file of configs/accelerate; CARDS: of each machine; HEAD: name of the first machine, where all meet at
 # PORT; WORD: as for ztrain.train. Code, cache and output_dir lie at the same place on a file system that all share.
-# SIGTERM, SIGUSR1: every trainer of this machine saves at the same step as all others, and all end.
+# SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU: every trainer of this machine saves at the same step as all others, and all
+# end.
 set -euo pipefail
 strategy=$1 cards=$2 nodes=$3 node=$4 head=$5
 if [[ $((nodes * cards)) -ne 1 ]] && grep -qs '^distributed_type: "NO"' "configs/accelerate/$strategy.yaml"; then
@@ -19,7 +20,7 @@ launcher=$!
 
 # To the trainers themselves, which then save in their own time: the launcher would kill them after 30 s.
 pass_on() { pkill "-$1" -P "$launcher" || kill -TERM "$launcher" || true; }
-trap 'pass_on USR1' USR1
+for name in HUP USR1 USR2 XCPU; do trap "pass_on $name" "$name"; done
 trap 'pass_on TERM' TERM INT
 while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done  # a signal ends a wait
 wait "$launcher"

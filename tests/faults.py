@@ -4,12 +4,15 @@ The process of that rank goes wrong by itself, so that no test has to catch the 
 """
 
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import ztrain.prepare
 import ztrain.run
@@ -33,6 +36,15 @@ def spin() -> None:
 
 def raise_plainly() -> None:
     raise RuntimeError("a fault of this rank alone")
+
+
+def no_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory, says a fault of this rank alone")
+
+
+def full_disk() -> None:
+    """From here on no file may grow beyond 20 kB, as with a quota: the record still fits, a checkpoint does not."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 def at_step(act: Callable[[], None]) -> None:
@@ -94,6 +106,8 @@ FAULTS: dict[str, Callable[[], None]] = {
     "stuck_save": stuck_save,
     "spin": lambda: at_step(spin),
     "raises": lambda: at_step(raise_plainly),
+    "no_memory": lambda: at_step(no_memory),
+    "full_disk": lambda: at_step(full_disk),
     "killed": lambda: at_step(lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "halted": lambda: at_step(lambda: os.kill(os.getpid(), signal.SIGSTOP)),
     "slow_fill": lambda: slow(ztrain.prepare, "fill", 8),

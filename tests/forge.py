@@ -6,11 +6,13 @@ must go through a launcher, or reads its environment at import, is started the o
     python -m tests.forge SOCKET        the server; `Forge` is the client
 
 `-c PROGRAM` in place of a module runs lines, as python does; but ztrain is imported already: who exchanges a name does
-it where it is looked up.
+it where it is looked up. A launcher that is started here forks its ranks as well: real children, with the signals,
+sessions and process groups that it gives them, but without another import.
 """
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import runpy
@@ -25,6 +27,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NoReturn
+
+import ztrain.interrupt
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,6 +69,7 @@ class Forged:
             if not select.select([self._connection], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired("forged process", timeout or 0)
             self.returncode = int(self._lines.readline())
+            self._lines.close()
             self._connection.close()
         return self.returncode
 
@@ -90,14 +96,20 @@ class Forge:
             time.sleep(0.05)
 
     def start(
-        self, arguments: Sequence[str], environment: dict[str, str], out: Path, err: Path, folder: Path = ROOT
+        self,
+        arguments: Sequence[str],
+        environment: dict[str, str],
+        out: Path,
+        err: Path,
+        folder: Path = ROOT,
+        ignored: Sequence[int] = (),
     ) -> Forged:
-        """`python -m <arguments>` from the project's root, or another folder."""
+        """`python -m <arguments>` from the project's root, or another folder. `ignored`: signals, as nohup does it."""
         self.wait_until_ready()
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(str(self.place))
         request = {"arguments": list(arguments), "environment": environment, "folder": str(folder)}
-        request |= {"out": str(out), "err": str(err)}
+        request |= {"out": str(out), "err": str(err), "ignored": list(ignored)}
         connection.sendall(json.dumps(request).encode() + b"\n")
         return Forged(connection)
 
@@ -111,7 +123,7 @@ class Forge:
 
     def commands(self) -> Path:
         """A folder for the front of PATH, whose `python -m` and `ztrain` start our programs through the forge; all else
-        that python is asked for, and what a launcher starts, is the ordinary one's."""
+        that python is asked for is the ordinary one's."""
         self.wait_until_ready()
         folder = self.folder / "commands"
         if not folder.exists():
@@ -121,6 +133,11 @@ class Forge:
                 place.write_text(COMMAND.format(python=sys.executable, socket=self.place, name=name))
                 place.chmod(0o755)
         return folder
+
+    def words_of(self, pid: int) -> list[str] | None:
+        """What a process that was forked here runs; None of any other."""
+        place = self.folder / "words" / str(pid)
+        return place.read_text().split("\0") if place.exists() else None
 
     def free_port(self) -> int:
         """One that nobody else is given, another worker of pytest neither: a socket here stays bound to it, unheard."""
@@ -136,6 +153,8 @@ class Forge:
         self.server.wait()
 
 
+WORDS: list[Path] = []
+"""Of the server: the folder in which each child notes what it runs."""
 RUNNING: list[Forge] = []
 """The session's server; conftest.py starts it for the test files that use `the_forge`."""
 
@@ -165,23 +184,63 @@ def preload() -> None:
     import ztrain.train  # noqa: F401
 
 
-def child(request: dict) -> None:
-    """Becomes the process that was asked for; never returns."""
+def child(request: dict) -> NoReturn:
+    """Becomes the process that was asked for."""
+    os.setsid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no child outlives the tests
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600), number)
+    os.chdir(request["folder"])
+    for number in request.get("ignored", ()):
+        signal.signal(number, signal.SIG_IGN)
+    subprocess.Popen._execute_child = fork_or_execute
+    become(request["arguments"], request["environment"])
+
+
+execute = subprocess.Popen._execute_child
+
+
+def fork_or_execute(process: subprocess.Popen, words: Sequence[str], *more: Any) -> None:
+    """`python [-u] [-m] ...` in the place of `subprocess.Popen._execute_child`, whose arguments these are."""
+    program, *arguments = [word for word in words if word != "-u"]
+    if program != sys.executable or arguments[0].startswith("-") and arguments[0] != "-m":
+        return execute(process, words, *more)
+    environment, new_session = more[5], more[-2]
+    process.pid = os.fork()
+    if process.pid:
+        process._child_created = True
+        return None
+    if new_session:
+        os.setsid()
+    for number in signal.valid_signals():  # as exec does
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    for handle in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{handle}").startswith("socket:"):
+                os.close(int(handle))
+    if arguments[0] != "-m":
+        arguments = ["-c", Path(arguments[0]).read_text(), *arguments[1:]]
+    become(arguments[arguments[0] == "-m" :], dict(os.environ if environment is None else environment))
+
+
+def become(arguments: Sequence[str], environment: dict[str, str]) -> NoReturn:
+    """`python -m <arguments>`, in a process that was forked for it."""
     status = 1
     try:
-        os.setsid()
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no child outlives the tests
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600), number)
+        (WORDS[0] / str(os.getpid())).write_text("\0".join(arguments))
         os.environ.clear()
-        os.environ.update(request["environment"])
-        os.chdir(request["folder"])
-        if hub := request["environment"].get("HF_HOME"):  # read when it was imported
+        os.environ.update(environment)
+        if hub := environment.get("HF_HOME"):  # read when it was imported
             from huggingface_hub import constants
 
             constants.HF_HOME, constants.HF_HUB_CACHE = hub, f"{hub}/hub"
         signal.set_wakeup_fd(-1)
-        module, *words = request["arguments"]
+        module, *words = arguments
+        ztrain.interrupt._installed = None  # of a parent that was stopped by signals itself
+        if module == "ztrain.interrupt":  # as a program it would be a second one of the module
+            ztrain.interrupt.end_with_parent()
+            module, *words = words
         if module == "-c":
             program, sys.argv = words[0], ["-c", *words[1:]]
             sys.modules["__main__"] = ModuleType("__main__")
@@ -212,10 +271,14 @@ def serve(place: str) -> None:
     # A thread would be missing in every child, and its locks held. But the first of these knows of forks, and the
     # driver's, where there is a GPU, is nothing to children that run on the CPU.
     assert all(name == "jemalloc_bg_thd" or name.startswith("cuda") for name in names), names
+    WORDS.append(Path(place).parent / "words")
+    WORDS[0].mkdir()
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(place + ".new")
     listening.listen()
     os.rename(place + ".new", place)
+    gc.collect()
+    gc.freeze()  # else each child goes through all of the libraries' objects whenever it collects its own
     waiting: dict[int, socket.socket] = {}
     parent = os.getppid()
     while os.getppid() == parent:

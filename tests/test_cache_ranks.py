@@ -6,8 +6,6 @@ Started by the launcher where it matters how that ends; else as ranks.py does.
 import os
 import re
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,11 +15,11 @@ import pytest
 import torch
 
 from tests import ranks
-from tests.forge import Forged
+from tests.forge import Forged, the_forge
 from tests.ranks import Ranks
 from tests.test_cache import contents
 from tests.test_run import ENVIRONMENT, processes_of, send
-from tests.triplets import ROOT, model_words, tiny_config, write_triplets
+from tests.triplets import model_words, tiny_config, write_triplets
 from ztrain.cache import Cache
 from ztrain.prepare import cache_states
 from ztrain.samples import all_needs, read_samples
@@ -29,7 +27,7 @@ from ztrain.store import Store
 
 pytestmark = pytest.mark.usefixtures("forge")
 
-DDP = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml",
+DDP = ("accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml",
        "--main_process_port", "0", "--num_processes")  # fmt: skip
 # The tiny encoders are done with everything before a second process has imported its libraries. So here each waits for
 # the others once its encoders are loaded, and a state takes as long as it may for real ones.
@@ -78,13 +76,11 @@ class Place:
         """The output of processes that end by themselves; `program` in place of the command."""
         return ranks.run([*of(program), *self.words(cache)], _meeting(cache), processes, status)
 
-    def launch(self, cache: Path, processes: int, log: Path) -> subprocess.Popen:
+    def launch(self, cache: Path, processes: int, log: Path) -> Forged:
         """By the launcher, with time to be killed."""
         file = cache.with_name("program.py")
         file.write_text(SLOWED)
-        command = [*DDP, str(processes), str(file), *self.words(cache)]
-        with log.open("w") as said:
-            return subprocess.Popen(command, cwd=ROOT, env=_meeting(cache), stdout=said, stderr=said)
+        return the_forge().start([*DDP, str(processes), str(file), *self.words(cache)], _meeting(cache), log, log)
 
     def start(self, cache: Path, processes: int) -> Ranks:
         """Without a launcher, with time to be killed."""
@@ -134,7 +130,7 @@ def wait_until_gone(cache: Path, log: Path, seconds: float = 40) -> None:
         time.sleep(0.05)
 
 
-def wait_for_shards(cache: Path, count: int, process: subprocess.Popen | Forged, log: Path) -> None:
+def wait_for_shards(cache: Path, count: int, process: Forged, log: Path) -> None:
     deadline = time.monotonic() + 120
     while len(list(cache.glob("[a-z]*/*.safetensors"))) < count:
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
@@ -188,7 +184,7 @@ def test_a_launcher_that_ends_leaves_whole_shards_and_no_process(
     launcher = place.launch(cache, 2, log)
     wait_for_shards(cache, 3, launcher, log)
     assert sorted(processes_of(cache).values()) == [False, True, True]
-    launcher.send_signal(number)
+    os.kill(launcher.pid, number)
     assert launcher.wait(timeout=60) != 0
     wait_until_gone(cache, log)
     assert 0 < kept(cache) < place.computed

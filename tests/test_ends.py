@@ -119,6 +119,31 @@ def test_a_rank_that_is_killed_ends_the_job(place: Place, tmp_path: Path, count:
     assert ended.exists() == (rank != 0) and (rank == 0 or json.loads(ended.read_text()) == {"status": 1})
 
 
+def test_a_rank_out_of_memory_ends_the_job_with_advice(place: Place, tmp_path: Path) -> None:
+    """It says what to change; the other says who is gone. No batch is made smaller, and checkpoints stay."""
+    ranks = Faulty(place, tmp_path, 2, "no_memory", 1, *QUIET, *EACH)
+    assert ranks.statuses() == [1, 2] and not ranks.living(), ranks.text()
+    assert "error: step 3: the GPU's memory is too small for a batch of 2; set train.gradient_" in ranks.text()
+    assert "CUDA out of memory" not in ranks.logs[1].read_text()
+    assert_at_step(ranks.out, 2)
+
+
+def test_a_disk_that_fills_while_a_run_saves_ends_all_and_keeps_what_was_there(place: Place, tmp_path: Path) -> None:
+    ranks = Faulty(place, tmp_path, 2, "full_disk", -1, *QUIET, *EACH, "--train.checkpoints_total_limit", "2")
+    assert ranks.statuses() == [2, 2] and "Traceback" not in ranks.text(), ranks.text()
+    assert len(set(re.findall("^error: .*step-00000003: cannot write the checkpoint .*", ranks.text(), re.M))) == 1
+    assert [path.name for path in checkpoint.checkpoints(ranks.out / "checkpoints")] == [
+        checkpoint.folder_name(step) for step in (1, 2)
+    ]
+    assert_at_step(ranks.out, 2)
+    assert json.loads((ranks.out / "ended.json").read_text()) == {"status": 2}
+
+
+def assert_at_step(out: Path, step: int) -> None:
+    found, passed = checkpoint.find("latest", out / "checkpoints")
+    assert found is not None and not passed and found.step == step
+
+
 def test_who_never_comes_is_waited_for_no_longer(place: Place, tmp_path: Path) -> None:
     ranks = Faulty(place, tmp_path, 2, "none", 0, only=[0], timeout=2.0)
     assert ranks.started[0].wait(60) == STATUS

@@ -86,21 +86,29 @@ def words_of(place: Place, out: Path, *more: str) -> list[str]:
     return [*place.words(out, *QUIET, "--train.train_batch_size", "2", *more, name="projector")]
 
 
-def test_one_machine_saves_on_usr1_and_goes_on(place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "again"),
+    [(signal.SIGUSR2, False), pytest.param(signal.SIGUSR1, True, marks=pytest.mark.slow)],
+    ids=["USR2", "USR1, and goes on"],
+)
+def test_one_machine_saves_on_a_signal(place: Place, tmp_path: Path, number: signal.Signals, again: bool) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
     command = ["launch/train.sh", "ddp", "2", *words_of(place, out, "--train.max_train_steps")]
     process = launch([*command, "100000"], log)
     wait_for_rows(out, 3, process, log)
-    process.send_signal(signal.SIGUSR1)
+    process.send_signal(number)
     assert process.wait(60) == 1 and nobody_left(out), log.read_text()
-    assert json.loads((out / "ended.json").read_text()) == {"status": 138}, log.read_text()
+    assert json.loads((out / "ended.json").read_text()) == {"status": 128 + number}, log.read_text()
     found, _ = checkpoint.find("latest", out / "checkpoints")
     assert found is not None and found.step == len(losses(out))
+    if not again:
+        return
     process = launch([*command, str(found.step + 2)], log)
     assert process.wait(120) == 0 and nobody_left(out), log.read_text()
     assert len(losses(out)) == found.step + 2 and (out / "export").is_dir()
 
 
+@pytest.mark.slow
 def test_a_cache_is_filled_by_all_processes_of_its_recipe(place: Place, tmp_path: Path) -> None:
     out, log, cache = tmp_path / "run", tmp_path / "log", tmp_path / "cache"
     process = launch(["launch/cache.sh", "2", *words_of(place, out, "--cache.dir", str(cache))], log)
@@ -136,6 +144,12 @@ def test_words_of_a_recipe(tmp_path: Path, recipe: tuple[str, ...]) -> None:
         done = recorded(tmp_path, *words("ddp", 2), *files, "--data.train_data_dir", "x", "--output_dir", "y", *said)
         given = done.stdout.split("ztrain.train\n")[1].split("\n")[:-1]
         assert main_config(given).resume_from_checkpoint == meant
+
+
+def test_words_of_the_recipe_for_a_cache(tmp_path: Path) -> None:
+    said = recorded(tmp_path, "launch/cache.sh", "3", "--config", "my.yaml").stdout.split()
+    assert said == ["launch", "--config_file", "configs/accelerate/ddp.yaml", "--num_processes", "3",
+                    "--main_process_port", "0", "-m", "ztrain.cli", "cache", "--config", "my.yaml"]  # fmt: skip
 
 
 def main_config(words: list[str]) -> Config:

@@ -6,9 +6,8 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,11 +18,12 @@ from tests import ranks
 from tests.forge import Forged, the_forge
 from tests.test_parity import LORA, make_model
 from tests.test_tracking import mirrored, transaction_log
-from tests.triplets import ROOT, model_words, tiny_config, write_triplets
+from tests.triplets import model_words, tiny_config, write_triplets
 from ztrain import checkpoint
 from ztrain.cache import Cache
 from ztrain.cli import main as cli
 from ztrain.files import workspace
+from ztrain.interrupt import SIGNALS
 from ztrain.prepare import cache_states
 from ztrain.samples import all_needs, read_samples
 from ztrain.store import Entry
@@ -37,10 +37,13 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 ALONE = ("ztrain.train",)
-LAUNCHED = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
+LAUNCHED = ("accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
             "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "ztrain.train")  # fmt: skip
 # accelerate starts several processes without a GPU only under this word; its processes find no GPU and use gloo.
-PAIR = (*LAUNCHED[:3], "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", *LAUNCHED[5:])
+PAIR = (LAUNCHED[0], "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", *LAUNCHED[3:])
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ztrain.train")
+# As launch/train.sh sets it: what torch's launcher passes on, though nohup had it ignored.
+PASSED_ON = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2,SIGXCPU", "PET_SHUTDOWN_TIMEOUT": "60"}
 
 LATEST = ("--resume_from_checkpoint", "latest")
 QUIET = ("--validation.validation_steps", "0", "--validation.preview_steps", "0")
@@ -93,15 +96,9 @@ def together(count: int, words: list[str]) -> str:
     return ranks.run([*ALONE, *words], ENVIRONMENT, count)
 
 
-def start(command: tuple[str, ...], words: list[str], log: Path) -> subprocess.Popen | Forged:
-    """In a session of its own."""
-    if command is ALONE:
-        process: subprocess.Popen | Forged = the_forge().start([*ALONE, *words], ENVIRONMENT, log, log)
-    else:
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                [*command, *words], cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file, start_new_session=True
-            )
+def start(command: tuple[str, ...], words: list[str], log: Path, ignored: Sequence[int] = (), **more: str) -> Forged:
+    """In a session of its own; `more`: variables."""
+    process = the_forge().start([*command, *words], ENVIRONMENT | more, log, log, ignored=ignored)
     STARTED.append(process.pid)
     return process
 
@@ -122,7 +119,7 @@ def exported(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (out / "export").iterdir()}
 
 
-def wait_for(what: Callable[[], bool], process: subprocess.Popen | Forged, log: Path, seconds: float = 90) -> None:
+def wait_for(what: Callable[[], bool], process: Forged, log: Path, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert process.poll() is None, log.read_text()
@@ -133,15 +130,16 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen | Forged, log: 
 def processes_of(folder: Path) -> dict[int, bool]:
     """Living processes whose command line names a folder or what lies in it, and whether each is a rank.
 
-    Not by session: the launcher starts every rank in one of its own. Not what the forge starts: it has the forge's own
-    command line, and a session.
+    Not by session: the launcher starts every rank in one of its own.
     """
-    found, name = {}, str(folder).encode()
+    found, name = {}, str(folder)
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            words = (place / "cmdline").read_bytes().split(b"\0")  # empty of a zombie
-            if any(word == name or word.startswith(name + b"/") for word in words):
-                found[int(place.name)] = b"accelerate.commands.launch" not in words
+            words = (place / "cmdline").read_bytes().decode(errors="replace").split("\0")  # empty of a zombie
+            if words != [""]:
+                words = the_forge().words_of(int(place.name)) or words
+            if any(word == name or word.startswith(f"{name}/") for word in words):
+                found[int(place.name)] = not {LAUNCHED[0], TORCHRUN[0]} & set(words)
     return found
 
 
@@ -152,59 +150,98 @@ def send(number: signal.Signals, folder: Path) -> None:
             os.kill(pid, number)
 
 
-def test_killed_three_times_the_run_is_the_undisturbed_one(place: Place, tmp_path: Path) -> None:
-    """SIGKILL at random steps and once inside a save, with another number of workers after each."""
-    steps = ("--train.max_train_steps", "60", "--train.checkpointing_steps", "4", "--train.ema_decay", "0.9",
-             "--validation.validation_steps", "10", "--validation.preview_steps", "0")  # fmt: skip
-    finish(ALONE, place.words(tmp_path / "whole", *steps, "--data.dataloader_num_workers", "0"))
+@pytest.mark.parametrize(
+    ("name", "kills", "steps"),
+    [
+        ("projector", 20, 100),
+        pytest.param("siglip_lora", 100, 500, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
+)
+def test_killed_at_random_moments_the_run_is_the_undisturbed_one(
+    place: Place, tmp_path: Path, name: str, kills: int, steps: int
+) -> None:
+    """SIGKILL while it starts, at a random step or inside a save, with another number of workers after each; beside it
+    lie the stubs that a full disk leaves."""
+    settings = ("--train.max_train_steps", str(steps), "--train.checkpointing_steps", "2", "--train.ema_decay", "0.9",
+                "--validation.validation_steps", "20", "--validation.preview_steps", "0")  # fmt: skip
+    finish(ALONE, place.words(tmp_path / "whole", *settings, "--data.dataloader_num_workers", "0", name=name))
     chance = random.Random()  # whatever it draws, the promise holds
     out, log = tmp_path / "killed", tmp_path / "log"
-
-    def saving() -> bool:
-        folder = out / "checkpoints"
-        return folder.is_dir() and any(path.name.startswith(".writing-") for path in folder.iterdir())
+    folder = out / "checkpoints"
 
     def debris() -> bool:
-        return any(path.name.startswith(".writing-") for path in (out / "checkpoints").iterdir())
+        return folder.is_dir() and any(path.name.startswith(".writing-") for path in folder.iterdir())
 
-    last, attempt, plan = 0, 0, [False, True, False]
-    while plan:
-        inside_save = plan.pop(0)
-        words = place.words(
-            out, *steps, "--data.dataloader_num_workers", str(attempt + 1), "--resume_from_checkpoint", "latest"
-        )
-        process = start(ALONE, words, log)
-        target = last + chance.randint(5, 7)
-        wait_for(lambda: len(rows(out)) > target, process, log)  # noqa: B023
-        if inside_save:
-            wait_for(saving, process, log)
-        os.killpg(process.pid, signal.SIGKILL)
+    inside_saves = last = 0
+    for attempt in range(kills):
+        workers = ("--data.dataloader_num_workers", str(attempt % 3))
+        process = start(ALONE, place.words(out, *settings, *workers, *LATEST, name=name), log)
+        if attempt % 4 == 3:
+            deadline = time.monotonic() + chance.uniform(0, 1.5)  # anywhere: it may not have begun
+            while time.monotonic() < deadline and len(rows(out)) <= last + 3:
+                time.sleep(0.01)
+        else:
+            target = last + chance.randint(1, 3)
+            wait_for(lambda: len(rows(out)) > target, process, log)  # noqa: B023
+            if attempt % 4 == 1:
+                wait_for(debris, process, log)
+        process.kill()
         process.wait()
-        attempt += 1
-        if inside_save and not debris():  # the save was faster than the signal
-            plan.insert(0, True)
-            assert attempt < 8
-        last = max((checkpoint_step(path) for path in checkpoint.checkpoints(out / "checkpoints")), default=0)
-        assert 0 < last < 60
-    done = finish(
-        ALONE, place.words(out, *steps, "--data.dataloader_num_workers", "0", "--resume_from_checkpoint", "latest")
-    )
-    assert f"resuming from {out / 'checkpoints' / checkpoint.folder_name(last)} at step {last}" in done.stdout
-    assert losses(out) == losses(tmp_path / "whole") and len(losses(out)) == 60
-    keep = (
-        "step",
-        "val/loss",
-        "val/loss_shuffled",
-        "val/loss_no_reference",
-        "train/lr",
-        "train/grad_norm",
-        "ema/decay",
-    )
+        inside_saves += debris()
+        (out / ".writing-best.json").touch()
+        (out / ".writing-ended.json").touch()
+        last = max((checkpoint_step(path) for path in checkpoint.checkpoints(folder)), default=0)
+        assert last < steps
+    assert inside_saves
+    workers = ("--data.dataloader_num_workers", "0")
+    done = finish(ALONE, place.words(out, *settings, *workers, *LATEST, name=name))
+    assert f"resuming from {folder / checkpoint.folder_name(last)} at step {last}" in done.stdout
+    assert losses(out) == losses(tmp_path / "whole") and len(losses(out)) == steps
+    validated = ("val/loss", "val/loss_shuffled", "val/loss_no_reference")
+    keep = ("step", *validated, "train/lr", "train/grad_norm", "ema/decay")
     curves = [[{key: row.get(key) for key in keep} for row in rows(run)] for run in (out, tmp_path / "whole")]
     assert curves[0] == curves[1]
     assert exported(out) == exported(tmp_path / "whole")
-    names = {path.name for path in (out / "checkpoints").iterdir()}
+    names = {path.name for path in folder.iterdir()}
     assert len(names) == 3 and all(name.startswith("step-") for name in names)
+    assert not [path.name for path in out.iterdir() if path.name.startswith((".writing-", ".removing-"))]
+
+
+CLOCK = """
+import os, random, sys, time
+chance, real = random.Random(3), time.time
+time.time = lambda: real() + chance.choice([-86400.0, 0.0, 86400.0])
+from ztrain.train import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_clock_that_moves_by_a_day_changes_nothing(place: Place, tmp_path: Path) -> None:
+    """At each look, either way, with the dates of checkpoints in reverse: steps stay in order, seconds are seconds."""
+    settings = (*QUIET, "--train.checkpointing_steps", "1", "--train.max_train_steps")
+    out = tmp_path / "run"
+    for steps in ("3", "6"):
+        finish(("-c", CLOCK), place.words(out, *settings, steps, *LATEST, name="projector"))
+        for path in checkpoint.checkpoints(out / "checkpoints"):
+            date = 1e9 - checkpoint_step(path)
+            os.utime(path, (date, date))
+    finish(ALONE, place.words(tmp_path / "quiet", *settings, "6", name="projector"))
+    assert losses(out) == losses(tmp_path / "quiet")
+    assert [path.name[-1] for path in checkpoint.checkpoints(out / "checkpoints")] == ["4", "5", "6"]
+    assert all(0 < row["perf/step_seconds"] < 60 and 0 <= row["perf/data_wait_share"] <= 1 for row in rows(out)[-6:])
+
+
+def test_a_second_trainer_is_refused_and_the_first_goes_on(place: Place, tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    words = place.words(out, *ENDLESS, *LATEST, name="projector")
+    process = start(ALONE, words, log)
+    wait_for(lambda: len(rows(out)) > 1, process, log)
+    refused = finish(ALONE, words, status=2)
+    assert f"{out}: process {process.pid} on {os.uname().nodename} is training into this folder" in refused.stderr
+    before = len(rows(out))
+    wait_for(lambda: len(rows(out)) > before + 1, process, log)
+    process.kill()
+    process.wait()
 
 
 def checkpoint_step(path: Path) -> int:
@@ -215,41 +252,97 @@ def test_processes_are_one_and_a_resume_may_change_their_number(place: Place, tm
     """Equal global batch: 1 x 4, 2 x 2, 4 x 1 with dropout of everything, and 2 -> 1 -> 2 with accumulation between."""
     common = (*QUIET, "--train.dropout_text", "0.2", "--train.dropout_reference", "0.3", "--train.prior_weight", "0.5")
     to = "--train.max_train_steps"
-    finish(ALONE, place.words(tmp_path / "one", *common, to, "20"))
+    finish(ALONE, place.words(tmp_path / "one", *common, to, "10"))
     half = ("--train.train_batch_size", "2")
-    together(2, place.words(tmp_path / "two", *common, *half, to, "20"))
-    said = together(4, place.words(tmp_path / "four", *common, "--train.train_batch_size", "1", to, "20"))
+    together(2, place.words(tmp_path / "two", *common, *half, to, "10"))
+    said = together(4, place.words(tmp_path / "four", *common, "--train.train_batch_size", "1", to, "10"))
     assert "4 processes share the work by ddp" in said
     one, *more = ([float.fromhex(loss) for loss in losses(tmp_path / name)] for name in ("one", "two", "four"))
-    assert all(other == pytest.approx(one, rel=1e-5) for other in more) and len(set(one)) == 20
+    assert all(other == pytest.approx(one, rel=1e-5) for other in more) and len(set(one)) == 10
     changing = tmp_path / "changing"
-    together(2, place.words(changing, *common, *half, to, "6"))
-    finish(ALONE, place.words(changing, *common, *half, *LATEST, to, "13", "--train.gradient_accumulation_steps", "2"))
-    together(2, place.words(changing, *common, *half, *LATEST, to, "20"))
+    together(2, place.words(changing, *common, *half, to, "3"))
+    finish(ALONE, place.words(changing, *common, *half, *LATEST, to, "7", "--train.gradient_accumulation_steps", "2"))
+    together(2, place.words(changing, *common, *half, *LATEST, to, "10"))
     assert [float.fromhex(loss) for loss in losses(changing)] == pytest.approx(one, rel=1e-5)
-    refused = finish(ALONE, place.words(changing, *common, *half, *LATEST, to, "30"), status=2)
+    refused = finish(ALONE, place.words(changing, *common, *half, *LATEST, to, "15"), status=2)
     assert "the global batch size: 4 -> 2" in refused.stderr
 
 
-@pytest.mark.parametrize("command", [LAUNCHED, PAIR], ids=["one process", "two processes"])
-def test_a_terminated_launcher_leaves_a_checkpoint_and_no_process(
-    place: Place, tmp_path: Path, command: tuple[str, ...]
-) -> None:
-    out, log = tmp_path / "run", tmp_path / "log"
-    words = place.words(out, *QUIET, "--train.max_train_steps", "100000", "--train.checkpointing_steps", "100000")
-    process = start(command, words, log)
-    wait_for(lambda: len(rows(out)) > 3, process, log)
-    process.terminate()
-    status = process.wait(timeout=40)
-    deadline = time.monotonic() + 10
+ENDLESS = (*QUIET, "--train.max_train_steps", "100000", "--train.checkpointing_steps", "100000")
+
+
+def assert_all_end(out: Path, log: Path, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
     while processes_of(out):
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
-    # docs/training.md: the launcher's own status; with one process it does not wait for the trainer.
-    assert status == (-signal.SIGTERM if command is LAUNCHED else 1), log.read_text()
+
+
+def assert_saved(out: Path, log: Path, heard: signal.Signals) -> None:
+    """One whole checkpoint, of the last step that was written down."""
     found, passed = checkpoint.find("latest", out / "checkpoints")
-    assert found is not None and not passed and found.step == len(rows(out)), log.read_text()
-    assert "SIGTERM: finishing this step" in log.read_text() and "stopped, saved" in log.read_text()
+    assert found is not None and not passed and found.step == len(losses(out)), log.read_text()
+    assert len(checkpoint.checkpoints(out / "checkpoints")) == 1
+    assert f"{heard.name}: finishing this step" in log.read_text() and "stopped, saved" in log.read_text()
+    assert "ztrain/train.py" not in log.read_text()  # no traceback but the launcher's own
+    assert json.loads((out / "ended.json").read_text()) == {"status": 128 + heard}
+
+
+@pytest.mark.parametrize(
+    ("command", "sent", "heard"),
+    [
+        pytest.param(LAUNCHED, signal.SIGTERM, signal.SIGTERM, id="accelerate, one, SIGTERM"),
+        pytest.param(LAUNCHED, signal.SIGUSR2, signal.SIGTERM, id="accelerate, one, SIGUSR2"),  # which ends accelerate
+        pytest.param(PAIR, signal.SIGTERM, signal.SIGTERM, id="accelerate, two, SIGTERM"),
+        pytest.param(TORCHRUN, signal.SIGXCPU, signal.SIGXCPU, id="torchrun, two, SIGXCPU"),
+    ],
+)
+def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint_and_no_process(
+    place: Place, tmp_path: Path, command: tuple[str, ...], sent: signal.Signals, heard: signal.Signals
+) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    process = start(command, place.words(out, *ENDLESS, name="projector"), log, **PASSED_ON)
+    wait_for(lambda: len(rows(out)) > 3, process, log)
+    os.kill(process.pid, sent)
+    status = process.wait(timeout=40)
+    assert_all_end(out, log)
+    # docs/training.md: the launcher's own status; with one process it does not wait for the trainer.
+    assert status == (-sent if command is LAUNCHED else 1), log.read_text()
+    assert_saved(out, log, heard)
+
+
+def test_a_signal_to_one_rank_saves_and_ends_all(place: Place, tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    process = start(TORCHRUN, place.words(out, *ENDLESS, name="projector"), log)
+    wait_for(lambda: len(rows(out)) > 3, process, log)
+    ranks_of_run = sorted(pid for pid, is_rank in processes_of(out).items() if is_rank)
+    assert len(ranks_of_run) == 2
+    os.kill(ranks_of_run[1], signal.SIGUSR2)
+    assert process.wait(timeout=40) == 1
+    assert_all_end(out, log)
+    assert_saved(out, log, signal.SIGUSR2)
+
+
+def test_under_nohup_a_run_goes_on_or_saves(place: Place, tmp_path: Path) -> None:
+    """SIGHUP stays ignored by a lone trainer; torch's launcher takes it back, passes it on and ends: then all save."""
+    out, log = tmp_path / "alone", tmp_path / "log"
+    process = start(LAUNCHED, place.words(out, *ENDLESS, name="projector"), log, ignored=[signal.SIGHUP])
+    wait_for(lambda: len(rows(out)) > 2, process, log)
+    send(signal.SIGHUP, out)
+    before = len(rows(out))
+    wait_for(lambda: len(rows(out)) > before + 3, process, log)
+    send(signal.SIGTERM, out)
+    process.wait(40)
+    assert_all_end(out, log)
+    assert_saved(out, log, signal.SIGTERM)
+    out, log = tmp_path / "two", tmp_path / "other-log"
+    words = place.words(out, *ENDLESS, name="projector")
+    process = start(TORCHRUN, words, log, ignored=[signal.SIGHUP], **PASSED_ON)
+    wait_for(lambda: len(rows(out)) > 3, process, log)
+    os.kill(process.pid, signal.SIGHUP)
+    assert process.wait(40) == 1
+    assert_all_end(out, log)
+    assert_saved(out, log, signal.SIGHUP)
 
 
 @pytest.mark.parametrize(
@@ -266,22 +359,19 @@ def test_a_signal_to_launcher_and_trainers_at_once_is_one_wish(
 ) -> None:
     """Ctrl-C in a terminal, or SLURM: the trainer also gets what the launcher passes on, or that it died."""
     out, log = tmp_path / "run", tmp_path / "log"
-    slow = ("--train.gradient_accumulation_steps", "30", "--train.train_batch_size", "8")
+    slow = ("--train.gradient_accumulation_steps", "10", "--train.train_batch_size", "8")
     process = start(command, place.words(out, *QUIET, *slow), log)
     wait_for(lambda: len(rows(out)) > 0, process, log)
-    time.sleep(0.3)  # inside a step of seconds
+    time.sleep(0.3)  # inside a step of a second
     assert sum(processes_of(out).values()) == (1 if command is LAUNCHED else 2)
     send(number, out)
     process.wait(timeout=60)
-    deadline = time.monotonic() + 40
-    while processes_of(out):
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
+    assert_all_end(out, log, 40)
     found, _ = checkpoint.find("latest", out / "checkpoints")
     assert found is not None and found.step == len(losses(out)) >= 2, log.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: signal.Signals(number).name)
 def test_a_signal_to_the_trainer_ends_it_with_its_documented_status(
     place: Place, tmp_path: Path, number: signal.Signals
 ) -> None:

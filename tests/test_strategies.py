@@ -231,7 +231,6 @@ def test_a_strategy_that_cannot_run_is_refused_and_never_exchanged(place: Place,
         ("FSDP_ACTIVATION_CHECKPOINTING", "true", "fsdp2 runs without fsdp_activation_checkpointing true"),
         ("FSDP_AUTO_WRAP_POLICY", "NO_WRAP", "fsdp2 runs without another fsdp_transformer_layer_cls_to_wrap than"),
         ("FSDP_VERSION", "1", "accelerate runs FSDP, which ztrain does not know in this form; take one_gpu, ddp,"),
-        ("ACCELERATE_DYNAMO_BACKEND", "aot_eager", "accelerate's own dynamo_backend is on: leave it out"),
     ],
 )
 def test_other_settings_of_fsdp_are_refused(variable: str, value: str, sentence: str) -> None:

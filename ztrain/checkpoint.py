@@ -23,12 +23,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ztrain import files
 from ztrain.comparison import BEST_NAME
 from ztrain.config import Config
 from ztrain.errors import InputError
 
 FORMAT_VERSION = 1
 MANIFEST = "MANIFEST.json"
+STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8})")
 
 FREE_ON_RESUME = (
@@ -90,38 +92,38 @@ def publish(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]]
     Raises InputError where the disk does not take it; earlier checkpoints are then as they were.
     """
     final = folder / folder_name(step)
-    writing = folder / f".writing-{folder_name(step)}-{os.getpid()}"
     needed = sum(tensor.nbytes for file in tensors.values() for tensor in file.values()) + (1 << 16)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(folder).free) < needed:
             raise InputError(f"{folder}: a checkpoint needs {needed:,} bytes and {free:,} are free; {_KEPT}")
-        writing.mkdir()
-        for name, content in tensors.items():
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}, writing / name)
-        _write(writing / "state.json", {"format_version": FORMAT_VERSION, "step": step, **state})
-        files = {path.name: _describe(path) for path in sorted(writing.iterdir())}
-        for name in files:
-            _sync(writing / name)
-        _write(writing / MANIFEST, {"files": files})
-        _sync(writing / MANIFEST)
-        replace_folder(writing, final)
+        with new_folder(final) as writing:
+            for name, content in tensors.items():
+                save_file({key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}, writing / name)
+            _write(writing / STATE, {"format_version": FORMAT_VERSION, "step": step, **state})
+            _write(writing / MANIFEST, {"files": {path.name: _describe(path) for path in sorted(writing.iterdir())}})
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{final}: cannot write the checkpoint ({error}; it needs {needed:,} bytes); {_KEPT}"
         ) from error
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)  # after the rename there is nothing left to remove
     check(final)
     return final
 
 
-def replace_folder(writing: Path, final: Path) -> None:
-    """Gives a finished folder its name; one of an earlier life of the run is removed after that."""
-    condemned = _condemn(final)
-    os.rename(writing, final)
-    _sync(final.parent)
-    shutil.rmtree(condemned, ignore_errors=True)
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder that takes its place whole and after its bytes have reached the disk; one of an earlier life of the run
+    is removed after that. Raises OSError."""
+    with files.workspace(final.parent) as scratch:
+        writing = scratch / final.name
+        writing.mkdir()
+        yield writing
+        whole = scratch / "whole"
+        files.publish(writing, whole, sync=True)  # what a disk may refuse comes before anything is given up
+        condemned = _condemn(final)
+        os.rename(whole, final)
+        files.sync_to_disk(final.parent)
+        files.remove(condemned)
 
 
 _KEPT = "free some space or mend the folder, then resume: earlier checkpoints are untouched"
@@ -136,21 +138,13 @@ def _describe(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def check(path: Path) -> None:
     """Raises InputError that names what is wrong with a checkpoint's files."""
     try:
-        listed = dict(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"])
+        listed = dict(json.loads(files.read_text(path / MANIFEST, "json"))["files"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: no whole checkpoint: cannot read {MANIFEST} ({error})") from error
-    for name, expected in listed.items():
+    for name, expected in {STATE: None, **listed}.items():
         if not (path / name).is_file() or _describe(path / name) != expected:
             raise InputError(f"{path / name} is missing or damaged: its SHA-256 is not the one in {MANIFEST}")
 
@@ -158,8 +152,8 @@ def check(path: Path) -> None:
 def read(path: Path) -> Checkpoint:
     """A checkpoint, after `check`. Raises InputError; one of a newer format is refused too."""
     check(path)
-    state = _state(path / "state.json")
-    names = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    state = _state(path / STATE)
+    names = json.loads(files.read_text(path / MANIFEST, "json"))["files"]
     tensors = {name: _tensors(path / name) for name in names if name.endswith(".safetensors")}
     return Checkpoint(path, state["step"], state, tensors)
 
@@ -219,7 +213,8 @@ def prune(folder: Path, keep: int) -> None:
     best = _best_step(folder.parent / BEST_NAME)
     for path in checkpoints(folder)[:-keep]:
         if _step_of(path) != best:
-            shutil.rmtree(_condemn(path))
+            condemned = _condemn(path)
+            shutil.rmtree(condemned) if condemned.is_dir() else condemned.unlink()
 
 
 def _best_step(path: Path) -> int | None:
@@ -242,7 +237,7 @@ def set_aside(folder: Path, above: int) -> list[Path]:
         if _step_of(path) > above:
             place = folder / "abandoned" / path.name
             place.parent.mkdir(exist_ok=True)
-            shutil.rmtree(place, ignore_errors=True)
+            files.remove(place)
             os.rename(path, place)
             moved.append(place)
     return moved
@@ -255,7 +250,7 @@ def _step_of(path: Path) -> int:
 def _condemn(path: Path) -> Path:
     """Renames a folder, if it is there, to one that counts for nothing: what is half removed must not have its name."""
     condemned = path.with_name(f".removing-{path.name}")
-    shutil.rmtree(condemned, ignore_errors=True)  # of a process that was killed here
+    files.remove(condemned)  # of a process that was killed here
     if path.exists():
         os.rename(path, condemned)
     return condemned
@@ -263,10 +258,9 @@ def _condemn(path: Path) -> Path:
 
 def sweep(folder: Path) -> None:
     """Removes what killed writers left behind. Only for the process that holds the run's lock."""
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if path.name.startswith((".writing-", ".removing-")):
-                shutil.rmtree(path)
+    files.sweep(folder)
+    for path in folder.glob(".removing-*"):
+        files.remove(path)
 
 
 @contextmanager
@@ -283,7 +277,7 @@ def run_lock(folder: Path) -> Iterator[None]:
             f"{folder}: {who} is training into this folder; wait for it, or name another output_dir"
         ) from error
     try:
-        owner.write_text(f"process {os.getpid()} on {os.uname().nodename}\n", encoding="utf-8")
+        files.write_text(owner, f"process {os.getpid()} on {os.uname().nodename}\n")
         yield
     finally:
         owner.unlink(missing_ok=True)

@@ -7,9 +7,7 @@ measured on triplets whose contents and styles were in neither split.
 """
 
 import argparse
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +24,7 @@ from ztrain.data import read_triplets
 from ztrain.drawn import save_picture
 from ztrain.files import write_json, write_text
 from ztrain.grid import draw_grid
+from ztrain.interrupt import run_module
 from ztrain.mini.exam import CONTENT_LOSS
 from ztrain.mini.style_folders import paint_many_styles
 from ztrain.mini.subject import Subject, to_pictures
@@ -132,8 +131,7 @@ def demo(out: Path, plan: Plan) -> bool:
 
     print(f"5/6 training {plan.adapters} for {plan.steps} steps", flush=True)
     shutil.rmtree(out / "run", ignore_errors=True)  # the demo's own run of an earlier time
-    launch = ("accelerate.commands.launch", "--config_file", str(CONFIGS / "accelerate" / "cpu.yaml"))
-    run(*launch, "-m", "ztrain.train", "--config", *experiment, *overrides)
+    run("ztrain.train", "--config", *experiment, *overrides)
 
     print("6/6 judging everybody on drawings of other contents in other styles", flush=True)
     trials = _trials(subject, config, "test")
@@ -158,9 +156,8 @@ def demo(out: Path, plan: Plan) -> bool:
 def run(*command: str) -> None:
     """One step as a user would type it; a failure ends the demo with its status."""
     print("$", " ".join(command), flush=True)
-    finished = subprocess.run([sys.executable, "-m", *command], check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    if finished.returncode:
-        sys.exit(finished.returncode)
+    if status := run_module(*command, environment={"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}):
+        sys.exit(status)
 
 
 def _trials(subject: Subject, config: Config, split: str) -> Trials:

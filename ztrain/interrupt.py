@@ -1,25 +1,40 @@
-"""Signals: a run that is told to stop finishes its step, saves and exits; no process outlives its launcher.
+"""Signals: a run that is told to stop finishes its step, saves and exits; every other command stops where it is, with
+nothing half-written. No process outlives the one that it works for.
 
-Exit status of a run that was stopped: 128 + the signal's number, as shells have it (143 for SIGTERM, 130 for SIGINT,
-138 for SIGUSR1 on Linux). Launchers make 1 of it, so `ended.json` in the run's folder holds it as well.
+Exit status of what was stopped: 128 + the signal's number, as shells have it. Launchers make 1 of it, so `ended.json`
+in a run's folder holds it as well.
+
+    python -m ztrain.interrupt MODULE WORD...     a command that ends with the process that started it
 """
 
 import ctypes
-import json
+import multiprocessing
 import os
+import runpy
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""SIGUSR1 is what SLURM sends before its time limit when asked to (sbatch --signal)."""
+from ztrain.errors import InputError
+from ztrain.files import write_json
+
+SIGNALS: Mapping[int, str] = {
+    signal.SIGTERM: "kill, a launcher, preemption",
+    signal.SIGINT: "Ctrl-C",
+    signal.SIGHUP: "a terminal or ssh session that closes",
+    signal.SIGUSR1: "SLURM before its time limit (sbatch --signal)",
+    signal.SIGUSR2: "submitit, LSF, Grid Engine",
+    signal.SIGXCPU: "a soft limit of processor time",
+}
+"""What is caught, and who sends it. One that was ignored when the process began, as nohup does, stays ignored."""
 
 ENDED = "ended.json"
 """Of a run's folder: {"status": exit status of its last start}; not there while it runs, or when rank 0 was killed."""
@@ -54,16 +69,28 @@ class Interruption:
         self.last_words: Callable[[int], None] | None = None
         """Called with the exit status where the main thread cannot unwind."""
         self._when = 0.0
-        self._raises = self._agrees = False
+        self._raises = self._agrees = self._waits = False
+        self._before: dict[int, Any] = {}  # handlers
+        self._outer: Interruption | None = None
 
     def install(self) -> None:
+        global _installed
+        self._outer, _installed = _installed, self
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            if (before := signal.getsignal(number)) != signal.SIG_IGN:
+                self._before[number] = signal.SIG_DFL if before is None else before  # None: of a library's own code
+                signal.signal(number, self._note)
 
     def restore(self) -> None:
-        """Gives the signals their own effect back: nothing is left to save, and whoever hangs must be stoppable."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+        """Gives the signals the effect back that they had: nothing is left to save, and whoever hangs must be
+        stoppable. An interruption that was installed before this one knows what this one has heard."""
+        global _installed
+        _installed = self._outer
+        if _installed is not None and self.received:
+            _installed.received, _installed._when = self.received, self._when
+        for number, before in self._before.items():
+            # Above a soft limit of processor time the signal comes again every second.
+            signal.signal(number, signal.SIG_IGN if self.received == number == signal.SIGXCPU else before)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -111,6 +138,17 @@ class Interruption:
         finally:
             self._agrees = False
 
+    @contextmanager
+    def later(self) -> Iterator[None]:
+        """Around what must not be left half-done: within `at_once` a signal raises Stopped at its end."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+        if self._raises and self.received:
+            self.leave(self.received)
+
     @property
     def asks(self) -> int:
         """The signal for which `agree` stops all now, 0 for none."""
@@ -119,17 +157,19 @@ class Interruption:
     def _end_if_stuck(self, reading: int) -> None:
         with os.fdopen(reading, "rb", buffering=0) as pipe:
             while number := pipe.read(1):
-                if number[0] not in SIGNALS:
+                if number[0] not in SIGNALS or not self._raises_here():
                     continue
-                if self._raises:
-                    self.leaving = number[0]
+                self.leaving = number[0]
                 time.sleep(_UNWIND_SECONDS)
-                if self._raises:
+                if self._raises_here():
                     name = signal.Signals(number[0]).name
-                    os.write(2, f"\n{name}: ended while waiting for another process\n".encode())
+                    os.write(2, f"\n{name}: ended without waiting any longer\n".encode())
                     if self.last_words is not None:
                         self.last_words(128 + number[0])
                     os._exit(128 + number[0])
+
+    def _raises_here(self) -> bool:
+        return self._raises and _installed is self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received:
@@ -139,15 +179,32 @@ class Interruption:
             return
         self.received, self._when = number, time.monotonic()
         if self._raises:
-            self.leave(number)
+            if not self._waits:
+                self.leave(number)
+            return
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: finishing this step, then saving; Ctrl-C after some seconds stops at once\n".encode())
 
 
+_installed: Interruption | None = None
+
+
 def interruption() -> Interruption | None:
     """The one that is installed in this process."""
-    owner: Any = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    return owner if isinstance(owner, Interruption) else None
+    return _installed
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Around a whole command that has no step to finish: the first of `SIGNALS` raises Stopped in the main thread,
+    which removes what is half-written; if it cannot for 5 s, the process ends all the same, with 128 + the number."""
+    interruption = Interruption()
+    interruption.install()
+    try:
+        with interruption.at_once():
+            yield
+    finally:
+        interruption.restore()
 
 
 @dataclass(slots=True)
@@ -161,15 +218,17 @@ class Ending:
     def write(self, status: int) -> None:
         folder, self.folder = self.folder, None
         if folder is not None:
-            writing = folder / f".writing-{ENDED}"
-            writing.write_text(json.dumps({"status": status}) + "\n", encoding="utf-8")
-            os.replace(writing, folder / ENDED)
+            write_json(folder / ENDED, {"status": status}, sync=True)
 
     def write_at_last(self, status: int) -> None:
         """For a process whose main thread hangs: in 2 s or not at all, as the disk may be what hangs."""
-        writer = threading.Thread(target=self.write, args=(status,), daemon=True)
+        writer = threading.Thread(target=self._try_to_write, args=(status,), daemon=True)
         writer.start()
         writer.join(_WRITE_SECONDS)
+
+    def _try_to_write(self, status: int) -> None:
+        with suppress(InputError):  # the process ends anyway, with its own last words
+            self.write(status)
 
 
 @contextmanager
@@ -186,9 +245,12 @@ def ending(folder: Path, mendable: tuple[type[Exception], ...], *, writes: bool)
         yield ended
     except BaseException as error:
         ended.status = 128 + error.number if isinstance(error, Stopped) else 2 if isinstance(error, mendable) else 1
+        try:
+            ended.write(ended.status)
+        except InputError as unwritten:  # which must not hide what ended the run: most likely it is the same disk
+            print(unwritten, file=sys.stderr)
         raise
-    finally:
-        ended.write(ended.status)
+    ended.write(ended.status)
 
 
 def end_with_launcher() -> None:
@@ -201,11 +263,60 @@ def end_with_launcher() -> None:
         end_with_parent()
 
 
-def end_with_parent() -> None:
-    """Asks the kernel for a SIGTERM when the process that started this one dies; on Linux only."""
+def end_with_parent(parent: int | None = None) -> None:
+    """Asks the kernel for a SIGTERM when the process that started this one dies, or sends it where that is no longer
+    `parent`; on Linux only."""
     if not sys.platform.startswith("linux"):
         return
-    parent = os.getppid()
+    parent = parent or os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it died in between
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def leave_group(status: int) -> int:
+    """`status`, for the end of a process that was stopped. One of several ends here by it: taking their group down
+    would wait for the others, who may be gone."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+@contextmanager
+def unheard_by_children() -> Iterator[None]:
+    """Around the start of worker processes, which call `work_for_parent`: a signal of a terminal, or of a batch system
+    to all of a job, is this process's to answer, which then ends them. It hears of one when all are started."""
+    with _installed.later() if _installed is not None else nullcontext():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which children inherit
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def work_for_parent() -> None:
+    """The first call of a worker process of multiprocessing: it ends when its parent does."""
+    parent = multiprocessing.parent_process()
+    end_with_parent(None if parent is None else parent.pid)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def run_module(module: str, *words: str, environment: Mapping[str, str]) -> int:
+    """`python -m MODULE WORD...` as a child that ends when this process does, however it ends; its exit status. A
+    signal that stops this process goes on to the child, which is waited for."""
+    command = [sys.executable, "-m", __name__, module, *words]
+    with subprocess.Popen(command, env={**os.environ, **environment}) as child:
+        try:
+            return child.wait()
+        except Stopped as stopped:
+            child.send_signal(stopped.number)
+            raise
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -18,6 +18,7 @@ from ztrain.cache import Cache, Needs, StateName
 from ztrain.config import Config
 from ztrain.errors import MENDABLE, InputError
 from ztrain.fill import Filled, fill, verify
+from ztrain.launched import start_accelerator
 from ztrain.samples import Samples, all_needs, drop_refused, needs_of, read_samples
 from ztrain.together import together
 
@@ -117,7 +118,7 @@ def cache_states(config: Config, *, check: bool) -> str:
     Under a launcher every process fills its part on a card of its own, and the main one alone verifies. The words are
     the main process's; empty on the others. Raises InputError on all of them if one fails.
     """
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
+    accelerator = start_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
     try:
         said = _cache_states(config, accelerator, check=check)
     except InputError:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, DynamoBackend
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 
 from ztrain.blocks import use_fast_blocks
@@ -54,10 +54,6 @@ class Strategy:
         """Raises InputError for what this strategy cannot carry out of a config, or of accelerate's own settings."""
         if sentence := refusal(self.name, config):
             raise InputError(sentence)
-        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-            raise InputError(
-                "accelerate's own dynamo_backend is on: leave it out; train.compile compiles the blocks and checks them"
-            )
 
     def prepare(self, model: AdaptedDiT, optimizer: Any, config: Config) -> tuple[Any, Any]:
         """The model as it is called in training, and the optimizer as accelerate wants it stepped."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from ztrain.errors import MENDABLE, sentence
+from ztrain.interrupt import Stopped, leave_group, stoppable
 
 _CONTROL = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"
 _DIRECTION = "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"  # and the two rare line ends
@@ -70,16 +71,20 @@ def guarded() -> Iterator[None]:
 
 
 def command(work: Callable[[], object]) -> int:
-    """Runs a program and gives its exit status: what `work` returns is printed (an int is the status itself), and what
-    a user can mend is one sentence and status 2."""
+    """Runs a program and gives its exit status: what `work` returns is printed (an int is the status itself), what
+    a user can mend is one sentence and status 2, and a signal 128 + its number (interrupt.py)."""
     with guarded():
         try:
-            outcome = work()
+            with stoppable():
+                outcome = work()
             if outcome is not None and not isinstance(outcome, int):
                 print(outcome, flush=True)
         except BrokenPipeError:  # `| head`: nobody reads any more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
+        except Stopped as stopped:
+            print(f"{stopped}: stopped; what is finished is kept", file=sys.stderr)
+            return leave_group(128 + stopped.number)
         except MENDABLE as error:
             print(f"error: {printable(sentence(error))}", file=sys.stderr)
             return 2

@@ -27,6 +27,7 @@ from pydantic import ValidationError
 
 from ztrain.config import TrackingConfig
 from ztrain.errors import InputError
+from ztrain.files import write_bytes, write_json
 from ztrain.privacy import public_config
 
 # A server that was silent for so long is told about, and close() waits so long for the last rows to arrive.
@@ -375,7 +376,7 @@ def _start_of(path: Path, project: str, *, fresh: bool) -> dict[str, Any]:
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{path} is damaged; remove it, and W&B gets a new run") from error
         started |= {"project": project, "attempt": started["attempt"] + 1}
-        _replace(path, json.dumps(started).encode())
+        write_json(path, started, sync=True)
     return started
 
 
@@ -409,7 +410,7 @@ def _cut(path: Path, step: int) -> int:
         raise InputError(f"{path}:{readable + 1} is no row of metrics; restore it or remove the line")
     kept = [(found, line) for found, line in zip(steps, lines, strict=True) if found is not None and found <= step]
     if content != (rows := b"".join(line + b"\n" for _, line in kept)):
-        _replace(path, rows)
+        write_bytes(path, rows, sync=True)
     return kept[-1][0] if kept else -1
 
 
@@ -419,18 +420,3 @@ def _step_of(line: bytes) -> int | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return step if isinstance(step, int) else None
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """The old content or the new one, whatever happens."""
-    beside = path.with_name(path.name + ".new")
-    with open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -16,7 +16,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -34,7 +33,8 @@ from ztrain.flow import (
     seed_micro_step,
     velocity_losses,
 )
-from ztrain.interrupt import Interruption, Stopped, end_with_launcher, ending
+from ztrain.interrupt import Interruption, Stopped, end_with_launcher, ending, leave_group
+from ztrain.launched import check_environment, start_accelerator
 from ztrain.memory import GIB, Budget, idle_bytes, use_growing_segments
 from ztrain.meter import Meter
 from ztrain.run import Run, after_step, build, export, recorded, save
@@ -63,25 +63,27 @@ def train(config: Config) -> Outcome:
     """Runs the experiment, from the start or from a checkpoint, to its last step or to a signal."""
     t = config.train
     check_statistics(config.adapters, config.encoders)
+    check_environment(t, os.environ)
     interruption, timeout = Interruption(), 60 * t.hang_timeout_minutes
     interruption.install()
-    with interruption.at_once(), met(timeout):
-        # AdaptedDiT owns the precision; without the word a user's accelerate config would add another one on top.
-        accelerator = Accelerator(
-            mixed_precision="no",
-            gradient_accumulation_steps=t.gradient_accumulation_steps,
-            kwargs_handlers=[KWARGS, InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
-        )
-    with watched(accelerator.process_index, accelerator.num_processes, timeout, interruption) as vigil:
-        outcome = _train(config, accelerator, interruption, vigil)
+    try:
+        with interruption.at_once(), met(timeout):
+            accelerator = start_accelerator(
+                gradient_accumulation_steps=t.gradient_accumulation_steps,
+                kwargs_handlers=[KWARGS, InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
+            )
+        with watched(accelerator.process_index, accelerator.num_processes, timeout, interruption) as vigil:
+            outcome = _train(config, accelerator, interruption, vigil)
+            interruption.restore()
+            vigil.at("ending")
+            # DDP first, its process group after: in another order, or left to Python's end, gloo now and then hangs or
+            # aborts.
+            accelerator.free_memory()
+            accelerator.wait_for_everyone()
+        accelerator.end_training()
+        return replace(outcome, is_main_process=accelerator.is_main_process)
+    finally:
         interruption.restore()
-        vigil.at("ending")
-        # DDP first, its process group after: in another order, or left to Python's end, gloo now and then hangs or
-        # aborts.
-        accelerator.free_memory()
-        accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return replace(outcome, is_main_process=accelerator.is_main_process)
 
 
 def _train(config: Config, accelerator: Accelerator, interruption: Interruption, vigil: Vigil) -> Outcome:
@@ -136,6 +138,8 @@ def _loop(run: Run, order: MicroBatches, interruption: Interruption, vigil: Vigi
                     saved = save(run) if stop or run.is_saved() else None
                     if stop:
                         return Outcome(signal=stop, checkpoint=saved)
+    if run.step != t.max_train_steps:
+        raise RuntimeError(f"the order ended at step {run.step} of {t.max_train_steps}; nothing is exported")
     vigil.at("exporting", run.step, patient=True)
     return Outcome(exported=export(run))
 
@@ -294,11 +298,7 @@ def _leave(stopped: Stopped) -> int:
     status = 128 + stopped.number
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"{stopped}: stopped before the first step of this start; nothing to save", file=sys.stderr)
-    if dist.is_initialized():  # taking the group down would wait for the others, who may be gone
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
+    return leave_group(status)
 
 
 def report(outcome: Outcome) -> int:

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -196,7 +197,7 @@ class Vigil:
                     if not self._wish.leaving:
                         self._wish.follow(number)
                 if self._idle() >= self.timeout and (sentence := self._judge()):
-                    mine = f"{self.rank} {time.time()}"
+                    mine = f"{self.rank} {uuid.uuid4().hex}"
                     if self._store.compare_set(_VERDICT, "", mine).decode() == mine:
                         _say(sentence)
                     self._follow()

@@ -17,8 +17,7 @@ from data_tools.pack import PackRules
 from data_tools.pair import PairRules
 from data_tools.scan import ScanRules
 from data_tools.split import SplitRules
-from ztrain.errors import InputError
-from ztrain.yamls import describe_errors, load_yaml
+from ztrain.yamls import PathText, load_yaml, parse
 
 
 class BuildConfig(pydantic.BaseModel):
@@ -26,7 +25,7 @@ class BuildConfig(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    sources: Annotated[list[str], pydantic.Field(min_length=1)]
+    sources: Annotated[list[PathText], pydantic.Field(min_length=1)]
     """Folders, tars, Parquet files, hub:owner/name@revision."""
     max_refused_share: float = pydantic.Field(default=0.05, ge=0, le=1)
     """Fails where a larger share of the pictures is refused by the scan: 0 on the first, 1 never."""
@@ -62,8 +61,9 @@ class BuildConfig(pydantic.BaseModel):
 
         document: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
         document["sources"] = [each if each.startswith("hub:") else Path(each).name for each in self.sources]
-        for step in (*document["caption"], *document["embed"]):
-            step["model"] = public_name(step["model"])
+        models = [each.model for each in self.caption] + [each.model for each in self.embed]
+        for step, model in zip((*document["caption"], *document["embed"]), models, strict=True):
+            step["model"] = public_name(model)
         for step in document["caption"]:
             step["template"] = Path(step["template"]).name
         for way, key in (("styles", "contents"), ("pairs", "table")):
@@ -74,8 +74,4 @@ class BuildConfig(pydantic.BaseModel):
 
 def read_config(path: Path) -> BuildConfig:
     """Raises InputError."""
-    document = load_yaml(path)
-    try:
-        return BuildConfig.model_validate(document)
-    except pydantic.ValidationError as error:
-        raise InputError(describe_errors(error, source=str(path), model=BuildConfig)) from error
+    return parse(BuildConfig, load_yaml(path), str(path))

@@ -19,6 +19,7 @@ from data_tools.pictures import Pictures, Told, texts
 from data_tools.triplets import Item, Scanned
 from ztrain.errors import InputError
 from ztrain.rows import check_text, parse_object, take_text
+from ztrain.yamls import PathText
 
 _RESERVED = ("way", "copy_score")
 
@@ -30,7 +31,7 @@ class PairTable(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    table: str
+    table: PathText
     """.csv or .jsonl, relative to the config file. Pictures are named as in their source, or source/name."""
     max_reject_share: float = pydantic.Field(default=0.0, ge=0, le=1)
     """Largest share of unusable rows to put up with: 0 fails on the first, 1 on none."""

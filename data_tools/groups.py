@@ -17,6 +17,7 @@ from data_tools.output import fingerprint
 from data_tools.pictures import Pictures, Told, texts
 from data_tools.triplets import Item, Scanned
 from ztrain.errors import InputError
+from ztrain.yamls import PathText
 
 
 class _Way(pydantic.BaseModel):
@@ -30,7 +31,7 @@ class _Way(pydantic.BaseModel):
 class StyleFolders(_Way):
     """One folder of pictures for each style. With a table of contents, file names without extension are its ids."""
 
-    contents: str | None = None
+    contents: PathText | None = None
     """CSV table with one row per content, relative to the config file. None: prompts are captions, and pictures of
     one name in several folders show one content."""
     id_column: str = "id"

@@ -25,7 +25,9 @@ from PIL import Image
 from data_tools import likeness, quality
 from data_tools.sources import KINDS, Reader, list_pictures, resolve
 from data_tools.stages import ENGINES, Batch, Table, run_stage
+from data_tools.step import read_words
 from ztrain.errors import InputError
+from ztrain.files import expand
 from ztrain.images import decode_image
 from ztrain.terminal import command
 
@@ -147,7 +149,7 @@ def scan(command: Command) -> Table:
     """Lists and measures. Raises InputError, also where too many pictures are refused; the table is whole then too."""
     if command.rows_per_shard < 1:
         raise InputError(f"rows_per_shard {command.rows_per_shard} must be at least 1")
-    roots = resolve(command.sources, command.folder)
+    roots = resolve([expand(source) for source in command.sources], command.folder)
     listing = list_pictures(roots, command.out / "listing", command.rows_per_shard)
     if not listing.shards:
         raise InputError(f"{', '.join(roots)}: no picture there; these kinds are read: {', '.join(sorted(KINDS))}")
@@ -181,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
 
     def work() -> str:
-        table = scan(tyro.cli(Command, args=arguments, prog="data_tools.scan"))
+        table = scan(read_words(Command, arguments, "scan"))
         return f"{table.folder}: {summary(table)}"
 
     return command(work)

@@ -1,4 +1,4 @@
-"""The command line that label, split and pair share: a table in, a section of a build's config, a table out."""
+"""The command lines of the steps; of label, split and pair: a table in, a section of a build's config, a table out."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ import pydantic
 import tyro
 
 from data_tools.stages import Table
-from ztrain.errors import InputError
+from ztrain.files import given_path
 from ztrain.terminal import command
-from ztrain.yamls import describe_errors, load_yaml
+from ztrain.yamls import load_yaml, parse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,28 @@ class Command:
 
 
 RulesT = TypeVar("RulesT", bound=pydantic.BaseModel)
+CommandT = TypeVar("CommandT")
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _paths_begin_at_home(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: given_path(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
+
+
+def read_words(kind: type[CommandT], arguments: Sequence[str] | None, step: str) -> CommandT:
+    """The words of a step's command line; paths may begin with ~. tyro exits with 2 on unknown options."""
+    return tyro.cli(kind, args=arguments, prog=f"data_tools.{step}", registry=_REGISTRY)
 
 
 def run_step(
@@ -39,11 +61,9 @@ def run_step(
     """Exit status: 0 done, 2 something the user can mend."""
 
     def work() -> str:
-        asked = tyro.cli(Command, args=arguments, prog=f"data_tools.{name}")
-        try:
-            section = rules.model_validate(load_yaml(asked.config).get(name) or {})
-        except pydantic.ValidationError as error:
-            raise InputError(describe_errors(error, source=f"{asked.config}: {name}", model=rules)) from error
+        asked = read_words(Command, arguments, name)
+        given = load_yaml(asked.config).get(name)
+        section = parse(rules, {} if given is None else given, f"{asked.config}: {name}")
         table = make(Table.open(asked.table), section, asked)
         return f"{table.folder}: {say(table)}"
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from data_tools.output import digest_of
 from ztrain.errors import InputError
+from ztrain.files import expand
 from ztrain.models import Source
 
 _LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers' own
@@ -103,7 +104,7 @@ def _read_lora(place: str, scale: str, where: str, folder: Path) -> Lora:
 
 def _find_lora(place: str, where: str, folder: Path) -> Path:
     """The safetensors file of a LoRA: a file, the one of a folder, or that of a Hub id. Raises InputError."""
-    path = folder / place
+    path = folder / expand(place)
     if not path.exists():
         if path.suffix == ".safetensors" or not re.fullmatch(r"[\w.-]+/[\w.-]+", place):
             raise InputError(f"{where}: the lora {place!r} is neither there, relative to the table, nor a Hub id")

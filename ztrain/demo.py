@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from ztrain.adapters import describe_list
 from ztrain.config import Config, load_config
 from ztrain.data import read_triplets
+from ztrain.files import given_path
 from ztrain.grid import draw_grid
 from ztrain.mini.exam import CONTENT_LOSS
 from ztrain.mini.style_folders import paint_many_styles
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the default run does not beat the splice, 2 something the user can mend; of a step that
     fails, its own."""
     parser = argparse.ArgumentParser(prog="ztrain.demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/demo"))
+    parser.add_argument("--out", type=given_path, default=Path("out/demo"))
     parser.add_argument("--adapters", choices=EXPERIMENTS, default=DEFAULT, help="experiment of configs/ to train")
     parser.add_argument("--steps", type=int, default=Plan().steps, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=Plan().seed)

@@ -241,6 +241,11 @@ def _cut_off(path: Path, size: int, promised: str) -> str:
     return f"{path}: is cut off: {size:,} bytes are there, its header promises {promised}; fetch it again"
 
 
+def given_path(word: str) -> Path:
+    """A path of a command line: no shell has expanded the ~ of `--out=~/x`. Raises InputError."""
+    return Path(expand(word))
+
+
 def expand(path: str) -> str:
     """A leading ~ or ~user and variables as $HOME, which no shell has seen where they come from a file.
 

@@ -9,11 +9,11 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
@@ -51,6 +51,10 @@ _DECODER_ERRORS = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+
+
+SmallTargets = Literal["refuse", "leave_out", "upscale"]
+"""What becomes of targets that are too small for their bucket."""
 
 
 class Picture(Protocol):
@@ -297,9 +301,34 @@ def _cut(size: tuple[int, int], bucket: Bucket) -> float:
     return 1 - min(across, down) / max(across, down)
 
 
+def enlargement(size: tuple[int, int], bucket: Bucket) -> float:
+    """How many times its own width and height a picture of (width, height) pixels has when it covers the bucket."""
+    return max(bucket.width / size[0], bucket.height / size[1])
+
+
+def describe_small(small: Mapping[str, float], total: int, rule: SmallTargets, max_upscale: float, section: str) -> str:
+    """The sentence about targets (name -> enlargement) beyond `max_upscale`, of `total`; empty where there are none.
+
+    `section`: of the config that has the rule. Raises InputError where the rule is to refuse them.
+    """
+    if not small:
+        return ""
+    shown = ", ".join(f"{name} ({times:.3g} times)" for name, times in list(small.items())[:3])
+    found = (
+        f"{len(small)} of {total} targets must be enlarged by more than {section}.max_upscale {max_upscale:g} to fill "
+        f"their size, first: {shown}"
+    )
+    if rule == "refuse":
+        raise InputError(
+            f"{found}; use larger pictures or a lower {section}.resolution, or set {section}.small_targets to "
+            "leave_out or upscale"
+        )
+    return f"{found}; they are {'left out' if rule == 'leave_out' else 'enlarged'}, as {section}.small_targets says"
+
+
 def fit_target(image: Image.Image, bucket: Bucket) -> Image.Image:
     """The picture resized to cover the bucket, then centre-cropped to it."""
-    factor = max(bucket.width / image.width, bucket.height / image.height)
+    factor = enlargement(image.size, bucket)
     width = max(bucket.width, round(image.width * factor))
     height = max(bucket.height, round(image.height * factor))
     resized = image.resize((width, height), Image.Resampling.LANCZOS)

@@ -39,7 +39,7 @@ def _public(value: Any, key: str) -> Any:
         case str() if key == _COMMIT_KEY:
             return value
     text = str(value)
-    if Path(text).is_absolute():
+    if Path(text).is_absolute() or text.startswith("~/"):
         return public_text(Path(text).name)
     return public_text(public_name(text) if _PATH_KEY.search(key) else text)
 

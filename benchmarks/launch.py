@@ -210,6 +210,7 @@ def words_of(name: str, data: str, work: Path, family: Path, is_smoke: bool) -> 
         "--train.train_batch_size", "1", "--train.lr_warmup_steps", "0", "--train.logging_steps", "1",
         "--train.dropout_text", "0", "--train.dropout_reference", "0", "--train.dropout_both", "0",
         "--validation.validation_steps", "0", "--validation.preview_steps", "0", "--data.max_crop", "0.3",
+        "--data.small_targets", "upscale",
     ]  # fmt: skip
 
 

@@ -204,7 +204,7 @@ def words_of(name: str, family: Path, work: Path, steps: int, is_smoke: bool) ->
         "--train.gradient_accumulation_steps", "1", "--train.lr_warmup_steps", "0", "--train.logging_steps", "1",
         "--train.ema_decay", "0.999", "--validation.num_samples", "4", "--validation.num_previews", "2",
         "--validation.validation_steps", str(steps // 2), "--validation.preview_steps", str(steps // 2),
-        "--sample.num_inference_steps", "2", "--data.max_crop", "0.3",
+        "--sample.num_inference_steps", "2", "--data.max_crop", "0.3", "--data.small_targets", "upscale",
         "--train.gradient_checkpointing", "budget",
         *([] if is_smoke else ["--memory.budget_gib", str(BUDGET_GIB)]),
     ]  # fmt: skip

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pyarrow.compute as compute
-import pydantic
 import tyro
 
 from data_tools import scan
@@ -29,12 +28,13 @@ from data_tools.pair import pair
 from data_tools.sources import LISTED
 from data_tools.split import split
 from data_tools.stages import ENGINES, Table, run_stage
-from data_tools.step import at_home
+from data_tools.step import read_words
 from data_tools.triplets import LEFT_OUT_NAME
 from ztrain.errors import InputError
-from ztrain.files import expand
+from ztrain.files import given_path
+from ztrain.overrides import lay_over
 from ztrain.terminal import command
-from ztrain.yamls import describe_errors
+from ztrain.yamls import parse
 
 _NAMED = 10  # pictures and folders that are passed by, in what a build prints
 
@@ -82,7 +82,7 @@ def _check_places(sources: Sequence[str], folder: Path, out: Path) -> None:
     """Raises InputError for an `out` that is taken, or that the next scan would find."""
     check_free(out)
     for source in sources:
-        place = folder / expand(source)
+        place = folder / source
         if place.resolve() in (out, *out.parents):
             searched = f"{place}, which is searched for pictures"
             raise InputError(f"{out}: lies inside {searched}; choose another --out")
@@ -140,18 +140,22 @@ def _tell(table: Table) -> Table:
 
 
 def read_command(arguments: Sequence[str]) -> Command:
-    """The command line over the config file. Raises InputError; tyro exits with 2 on unknown options."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", nargs="?", type=Path)  # "?" leaves the complaint over no value to tyro
-    path = finder.parse_known_args(arguments)[0].config
-    plain = (tyro.conf.AvoidSubcommands,)
-    if path is None:  # tyro explains what is missing
-        return at_home(tyro.cli(Command, args=arguments, prog="data_tools.build", config=plain))
-    default = Command(config=path, out=tyro.MISSING, build=read_config(Path(expand(str(path)))))
-    try:
-        return at_home(tyro.cli(Command, args=arguments, default=default, prog="data_tools.build", config=plain))
-    except pydantic.ValidationError as error:
-        raise InputError(describe_errors(error, source="command line", model=BuildConfig)) from error
+    """The command line over the config file. Raises InputError; argparse exits with 2 on values of the wrong kind."""
+    if {"-h", "--help"} & set(arguments):
+        read_words(Command, ["--help"], "build")
+    parser = argparse.ArgumentParser(prog="data_tools.build", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=given_path, required=True)
+    parser.add_argument("--out", type=given_path, required=True)
+    parser.add_argument("--work", type=given_path)
+    parser.add_argument("--rows-per-shard", "--rows_per_shard", type=int)
+    parser.add_argument("--engine", choices=list(ENGINES))
+    parser.add_argument("--workers", type=int)
+    options, overrides = parser.parse_known_args(arguments)
+    config = read_config(options.config)
+    if overrides:
+        settings = lay_over(BuildConfig, config.model_dump(mode="json"), overrides, list(vars(options)))
+        config = parse(BuildConfig, settings, "command line")
+    return Command(build=config, **{name: value for name, value in vars(options).items() if value is not None})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,10 +27,11 @@ from data_tools.output import digest_of, fingerprint
 from data_tools.replies import Reply, judge
 from data_tools.sources import Reader
 from data_tools.stages import ENGINES, Batch, Engine, Table, run_here, run_stage
-from data_tools.step import parse
+from data_tools.step import read_words
 from ztrain.errors import InputError
 from ztrain.images import decode_image
 from ztrain.terminal import command
+from ztrain.yamls import PathText
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 """Of a repository: weights, settings, chat template, vocabulary in any of its forms."""
@@ -43,7 +44,7 @@ class Asking(pydantic.BaseModel):
 
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
-    template: str = pydantic.Field(default="content", min_length=1)
+    template: PathText = pydantic.Field(default="content", min_length=1)
     """What is asked. content: what is drawn, without its style. style: how, without what. Or a text file."""
     column: str = pydantic.Field(default="caption", min_length=1)
     """Name of the column: a table may have several, as one for styles."""
@@ -64,7 +65,7 @@ class Asking(pydantic.BaseModel):
 class CaptionSettings(Asking):
     """Which model is asked, and how."""
 
-    model: str
+    model: PathText
     """Folder or Hub id of an image-text model."""
     batch_size: int = pydantic.Field(default=16, ge=1)
     """Pictures at a time."""
@@ -233,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
 
     def work() -> str:
-        asked = parse(Command, arguments, "data_tools.caption")
+        asked = read_words(Command, arguments, "caption")
         source, engine = Table.open(asked.table), ENGINES[asked.engine]
         table = caption(source, asked.settings, asked.out, engine=engine, workers=asked.workers)
         found = count(table, asked.settings.column)

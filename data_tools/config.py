@@ -19,9 +19,7 @@ from data_tools.pair import PairRules
 from data_tools.scan import ScanRules
 from data_tools.split import SplitRules
 from data_tools.walk import Links
-from ztrain.errors import InputError
-from ztrain.files import expand
-from ztrain.yamls import describe_errors, load_yaml
+from ztrain.yamls import PathText, load_yaml, parse
 
 
 class BuildConfig(pydantic.BaseModel):
@@ -29,7 +27,7 @@ class BuildConfig(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    sources: Annotated[list[str], pydantic.Field(min_length=1)]
+    sources: Annotated[list[PathText], pydantic.Field(min_length=1)]
     """Folders, tars, Parquet files, hub:owner/name@revision."""
     links: Links = "inside"
     """Which links in them are followed: those that lead to something inside the sources, or all."""
@@ -52,7 +50,6 @@ class BuildConfig(pydantic.BaseModel):
         """With models and questions that are files below `folder`, which relative paths are relative to."""
 
         def place(given: str) -> str:
-            given = expand(given)
             return str(folder / given) if (folder / given).exists() else given
 
         embed = [each.model_copy(update={"model": place(each.model)}) for each in self.embed]
@@ -69,8 +66,9 @@ class BuildConfig(pydantic.BaseModel):
         document: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
         document["sources"] = [each if each.startswith("hub:") else in_letters(Path(each).name)
                                for each in self.sources]  # fmt: skip
-        for step in (*document["caption"], *document["embed"]):
-            step["model"] = public_name(step["model"])
+        models = [each.model for each in self.caption] + [each.model for each in self.embed]
+        for step, model in zip((*document["caption"], *document["embed"]), models, strict=True):
+            step["model"] = public_name(model)
         for step in document["caption"]:
             step["template"] = Path(step["template"]).name
         for way, key in (("styles", "contents"), ("pairs", "table")):
@@ -81,8 +79,4 @@ class BuildConfig(pydantic.BaseModel):
 
 def read_config(path: Path) -> BuildConfig:
     """Raises InputError."""
-    document = load_yaml(path)
-    try:
-        return BuildConfig.model_validate(document)
-    except pydantic.ValidationError as error:
-        raise InputError(describe_errors(error, source=str(path), model=BuildConfig)) from error
+    return parse(BuildConfig, load_yaml(path), str(path))

@@ -25,7 +25,7 @@ from scipy.sparse.csgraph import connected_components
 
 from data_tools import likeness
 from data_tools.stages import Table, attach
-from data_tools.step import parse
+from data_tools.step import read_words
 from ztrain.errors import InputError
 from ztrain.terminal import command
 
@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
 
     def work() -> str:
-        asked = parse(Command, arguments, "data_tools.dedup")
+        asked = read_words(Command, arguments, "dedup")
         table = dedup(Table.open(asked.table), asked.rules, asked.out)
         copies = [way for way in table.read(["copy_by"])["copy_by"].to_pylist() if way]
         told = ", ".join(f"{copies.count(way)} by {way}" for way in ("bytes", "pixels", "likeness"))

@@ -20,9 +20,10 @@ import tyro
 
 from data_tools.sources import Reader
 from data_tools.stages import ENGINES, Batch, Engine, Table, run_here, run_stage
-from data_tools.step import parse
+from data_tools.step import read_words
 from ztrain.images import decode_image
 from ztrain.terminal import command
+from ztrain.yamls import PathText
 
 
 class EmbedRules(pydantic.BaseModel):
@@ -105,7 +106,7 @@ class EmbedSettings(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    model: str
+    model: PathText
     """Folder or Hub id of a vision model with its image processor."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
@@ -153,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
 
     def work() -> str:
-        asked = parse(Command, arguments, "data_tools.embed")
+        asked = read_words(Command, arguments, "embed")
         source, engine = Table.open(asked.table), ENGINES[asked.engine]
         table = embed(source, asked.settings, asked.out, engine=engine, workers=asked.workers)
         column = asked.settings.column

@@ -17,7 +17,7 @@ import pydantic
 import tyro
 
 from data_tools.stages import ENGINES, Batch, Table, run_stage
-from data_tools.step import parse
+from data_tools.step import read_words
 from ztrain.errors import InputError
 from ztrain.terminal import command
 
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
 
     def work() -> str:
-        asked = parse(Command, arguments, "data_tools.filter")
+        asked = read_words(Command, arguments, "filter")
         source = Table.open(asked.table)
         table = run_stage(Filter(asked.rules), source, asked.out, engine=ENGINES[asked.engine], workers=asked.workers)
         left = table.read(["refused"])["refused"].null_count

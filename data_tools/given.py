@@ -17,9 +17,9 @@ from data_tools.pictures import Pictures, Told, texts
 from data_tools.triplets import Item, Scanned
 from ztrain.csvs import Row, read_table
 from ztrain.errors import InputError
-from ztrain.files import expand
 from ztrain.forms import Matches, matched, one_form
 from ztrain.rows import check_text
+from ztrain.yamls import PathText
 
 _NEEDED, _SPLIT = ("reference", "target", "prompt"), "split"
 _RESERVED = ("way", "copy_score")
@@ -33,7 +33,7 @@ class PairTable(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    table: str
+    table: PathText
     """.csv, .tsv or .jsonl, relative to the config file. Pictures are named as in their source, or source/name."""
     max_reject_share: float = pydantic.Field(default=0.0, ge=0, le=1)
     """Largest share of unusable rows to put up with: 0 fails on the first, 1 on none."""
@@ -42,14 +42,14 @@ class PairTable(pydantic.BaseModel):
 
     def tables(self, folder: Path) -> list[Path]:
         """Raises InputError where the table as a whole cannot be read."""
-        path = folder / expand(self.table)
+        path = folder / self.table
         for _ in read_table(path, _NEEDED, [_SPLIT]):
             pass
         return [path]
 
     def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
         """Raises InputError where too many rows are unusable."""
-        path = folder / expand(self.table)
+        path = folder / self.table
         rows: list[tuple[str, Row]] = []
         rejected: dict[str, str] = {}
         for where, read in read_table(path, _NEEDED, [_SPLIT]):

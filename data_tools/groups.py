@@ -17,8 +17,8 @@ from data_tools.pictures import Pictures, Told, texts
 from data_tools.triplets import Item, Scanned
 from ztrain.csvs import cell, read_rows
 from ztrain.errors import InputError
-from ztrain.files import expand
 from ztrain.forms import matched, one_form
+from ztrain.yamls import PathText
 
 
 class _Way(pydantic.BaseModel):
@@ -32,7 +32,7 @@ class _Way(pydantic.BaseModel):
 class StyleFolders(_Way):
     """One folder of pictures for each style. With a table of contents, file names without extension are its ids."""
 
-    contents: str | None = None
+    contents: PathText | None = None
     """CSV table with one row per content, relative to the config file. None: prompts are captions, and pictures of
     one name in several folders show one content."""
     id_column: str = "id"
@@ -58,7 +58,7 @@ class StyleFolders(_Way):
         if self.contents is None:
             return []
         self._read(folder, Told())
-        return [folder / expand(self.contents)]
+        return [folder / self.contents]
 
     def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
         """Raises InputError."""
@@ -113,7 +113,7 @@ class StyleFolders(_Way):
 
     def _read(self, folder: Path, told: Told) -> dict[str, tuple[str, str | None]]:
         """Content id -> prompt and split, "" for one that is left out. Raises InputError."""
-        path = folder / expand(str(self.contents))
+        path = folder / str(self.contents)
         columns = [name for name in (self.id_column, self.prompt_column, self.split_column) if name is not None]
         contents: dict[str, tuple[str, str | None]] = {}
         for where, row in read_rows(path, columns):

@@ -19,8 +19,17 @@ from tqdm import tqdm
 
 from data_tools.charts import STYLES, aspect_chart, number_chart, score_chart, style_bars
 from data_tools.likeness import COPY_SCORE
-from data_tools.step import parse
-from data_tools.survey import SUREST_SHARE, DataSet, Row, choose, measure_targets, read_data_set, text_of
+from data_tools.step import read_words
+from data_tools.survey import (
+    SUREST_SHARE,
+    DataSet,
+    Row,
+    choose,
+    look_for_copies,
+    measure_targets,
+    read_data_set,
+    text_of,
+)
 from ztrain.errors import InputError
 from ztrain.images import Picture
 from ztrain.pages import Thumbnails, check_out, render, write_page
@@ -45,6 +54,8 @@ class Command:
     weighs 20 KiB, one with two flat drawings 4."""
     text_only: bool = False
     """Show targets and prompts without references, as data.text_only_data_dir has them."""
+    allow_reference_is_target: bool = False
+    """Do not count triplets whose target is among their references, as for data.allow_reference_is_target."""
     max_refused: int = 5000
     """Refused files in the table; 0 shows their counts only."""
     thumbnail_side: int = 256
@@ -91,6 +102,8 @@ def make_page(command: Command) -> tuple[bytes, dict[str, int]]:
     data = read_data_set(command.data, text_only=command.text_only)
     splits = sorted({row.split for row in data.rows})
     sizes = measure_targets(data)
+    if not command.allow_reference_is_target:
+        look_for_copies(data)
     thumbnails = Thumbnails(command.thumbnail_side)
     chosen = choose(data.rows, command.max_triplets)
     cards = [_card(data.rows[i], thumbnails, data) for i in tqdm(chosen, desc="drawing", unit="triplet", disable=None)]
@@ -146,7 +159,7 @@ def _warnings(data: DataSet, splits: Sequence[str]) -> list[str]:
         if told and told.get(split, 0) != found[split]
     ]
     if data.unusable:
-        wrong.append(f"{len(data.unusable):,} rows or pictures cannot be read; the table below says why.")
+        wrong.append(f"{len(data.unusable):,} rows or pictures cannot be read or used; the table below says why.")
     return wrong
 
 
@@ -154,14 +167,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 written, 2 something the user can mend."""
 
     def work() -> str:
-        asked = parse(Command, arguments, "data_tools.inspect")
+        asked = read_words(Command, arguments, "inspect")
         if asked.max_triplets < 1 or asked.max_refused < 0 or not 32 <= asked.thumbnail_side <= 1024:
             raise InputError("max_triplets must be at least 1, max_refused at least 0, thumbnail_side 32 to 1024")
         check_out(asked.out, MAKER)
         page, counts = make_page(asked)
         write_page(page, asked.out)
         if counts["lost"]:
-            print(f"note: {counts['lost']} rows or pictures cannot be read; the page says why", file=sys.stderr)
+            print(f"note: {counts['lost']} rows or pictures cannot be read or used; the page says why", file=sys.stderr)
         return f"{asked.out}: {counts['shown']} of {counts['rows']} triplets, {len(page) / 2**20:.1f} MiB"
 
     return command(work)

@@ -30,7 +30,7 @@ from data_tools.output import digest_of, fingerprint, read_manifest
 from data_tools.sources import LISTED
 from data_tools.split import shared
 from data_tools.stages import TABLE_NAME, Table
-from data_tools.step import parse
+from data_tools.step import read_words
 from data_tools.triplets import LEFT_OUT_NAME, TablePicture, as_triplets, read_left_out, read_pairings
 from ztrain.data import MANIFEST_NAME, read_triplets
 from ztrain.errors import InputError
@@ -85,13 +85,15 @@ class Input:
     """For the manifest: counts, ignored, shared, config."""
 
 
-def pack(given: Input, rules: PackRules, out: Path) -> dict[str, int]:
+def pack(given: Input, rules: PackRules, out: Path, *, allow_reference_is_target: bool = False) -> dict[str, int]:
     """Writes the data set, or finds it written; returns triplets per split. Raises InputError."""
     known: dict[str, Known] = {}
     every = [picture for of_split in given.splits.values() for triplet in of_split for picture in pictures_of(triplet)]
     for picture in tqdm(every, desc="reading", unit="picture", disable=None):
         if picture.name not in known:
             known[picture.name] = given.known(picture)
+    if not allow_reference_is_target:
+        _check_references(given.splits, known)
     licences = _name_licences(given.licences)
     about = {"counts": {}, "ignored": {}, "shared": {}, "config": {}, **given.about}
     rows = {split: [_identity(triplet, known) for triplet in of_split] for split, of_split in given.splits.items()}
@@ -137,6 +139,21 @@ def check_free(out: Path) -> None:
         raise InputError(f"{out}: cannot be a data set; choose another --out")
     if out.is_dir() and any(out.iterdir()) and not (out / PACK_MANIFEST_NAME).is_file() or out.is_file():
         raise InputError(f"{out}: already holds something else; remove it or choose another --out")
+
+
+def _check_references(splits: Mapping[str, Sequence[Triplet]], known: Mapping[str, Known]) -> None:
+    """Raises InputError where a target is among its own references, byte for byte."""
+    every = [triplet for of_split in splits.values() for triplet in of_split]
+    same = [
+        triplet.where
+        for triplet in every
+        if known[triplet.target.name].digest in {known[picture.name].digest for picture in triplet.references}
+    ]
+    if same:
+        raise InputError(
+            f"{len(same)} of {len(every)} triplets have their target among their references, byte for byte, first: "
+            f"{', '.join(same[:3])}; give other references, or --allow-reference-is-target to learn to reconstruct"
+        )
 
 
 def _nowhere(picture: Picture) -> Path | None:
@@ -284,13 +301,15 @@ class Command:
     rules: tyro.conf.OmitArgPrefixes[PackRules] = PackRules()
     text_only: bool = False
     """Leave references out: pictures with prompts, for data.text_only_data_dir. Of folders, to tars or Parquet."""
+    allow_reference_is_target: bool = False
+    """Take triplets whose target is among their references; training has data.allow_reference_is_target."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 packed or up to date, 2 something the user can mend."""
 
     def work() -> str:
-        asked = parse(Command, arguments, "data_tools.pack")
+        asked = read_words(Command, arguments, "pack")
         is_table = (asked.data / TABLE_NAME).exists()
         if asked.text_only and is_table or asked.rules.format == "imagefolder" and not is_table:
             raise InputError(
@@ -301,7 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.data.resolve() in asked.out.resolve().parents:
             raise InputError(f"{asked.out}: lies inside {asked.data}; choose another --out")
         given = from_table(Table.open(asked.data), {}) if is_table else from_folder(asked.data, asked.text_only)
-        triplets = pack(given, asked.rules, asked.out.resolve())
+        allowed = asked.allow_reference_is_target
+        triplets = pack(given, asked.rules, asked.out.resolve(), allow_reference_is_target=allowed)
         return f"{asked.out}: " + ", ".join(f"{split} {count}" for split, count in triplets.items())
 
     return command(work)

@@ -37,11 +37,35 @@ from data_tools.triplets import (
     write_rows,
 )
 from ztrain.errors import InputError
+from ztrain.images import (
+    IMAGE_MULTIPLE,
+    SmallTargets,
+    describe_small,
+    enlargement,
+    pick_bucket,
+    target_buckets,
+)
 
 _RULES = 1
 _AT_A_TIME = 1024
 _Found = tuple[Item, Sequence[Scanned], dict[str, Any]]
 """A target, its references, and columns that these add."""
+
+
+class TargetRules(pydantic.BaseModel):
+    """What training will ask of targets, by the keys that the section `data` of its config has."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    resolution: int = pydantic.Field(ge=32, multiple_of=IMAGE_MULTIPLE)
+    """Side in pixels of a square target."""
+    max_target_aspect: float = pydantic.Field(default=2.0, ge=1)
+    """Longest side over shortest side of a target's size."""
+    small_targets: SmallTargets = "refuse"
+    """What becomes of targets that would be enlarged by more than max_upscale. refuse: one is an error that names them;
+    leave_out: they are no targets, but may be references; upscale: they are targets, to be enlarged by training."""
+    max_upscale: float = pydantic.Field(default=1.25, ge=1)
+    """How many times its own width and height a target may be enlarged."""
 
 
 class PairRules(pydantic.BaseModel):
@@ -66,6 +90,8 @@ class PairRules(pydantic.BaseModel):
     """Smallest and largest share of each side that such a part keeps."""
     self_mirrored: bool = False
     """Whether half of those parts are mirrored."""
+    targets: TargetRules | None = None
+    """Sizes that training will have; None: they are not known yet, and training looks by itself."""
     seed: int = pydantic.Field(default=0, ge=0)
     """Decides references and row order."""
 
@@ -106,9 +132,10 @@ def make_pairings(items: Sequence[Item], rules: PairRules, told: Told) -> dict[s
         if item.split is None:
             raise InputError("the items have no splits; run data_tools.split first")
         groups[item.split][item.way, item.group].append(item)
+    small = frozenset() if rules.targets is None else _small(items, rules.targets, told)
     splits: dict[str, list[Pairing]] = {}
     for split, of_split in sorted(groups.items(), key=_largest_first):
-        streams = [_limited(_Group(members, rules, told), rules, told) for members in of_split.values()]
+        streams = [_limited(_Group(members, rules, told, small), rules, told) for members in of_split.values()]
         rows = _in_turn(streams, rules.max_triplets_per_split, told)
         if not rows and not any(item.prompt for members in of_split.values() for item in members):
             raise InputError(
@@ -124,6 +151,23 @@ def make_pairings(items: Sequence[Item], rules: PairRules, told: Told) -> dict[s
             random.Random(f"rows {rules.seed} {split}").shuffle(rows)  # rows of a table keep its order
         splits[split] = rows
     return splits
+
+
+def _small(items: Sequence[Item], rules: TargetRules, told: Told) -> frozenset[str]:
+    """Keys of pictures that are too small to be targets. Raises InputError where the rules refuse them."""
+    from ztrain.layout import padded  # here, for it brings torch
+
+    buckets = target_buckets(rules.resolution, rules.max_target_aspect, padded)
+    sizes = {item.picture.key: (item.picture.width, item.picture.height) for item in items}
+    times = {key: enlargement(size, pick_bucket(size, buckets, 1.0, key)) for key, size in sizes.items()}
+    small = {key: each for key, each in times.items() if each > rules.max_upscale}
+    if said := describe_small(small, len(times), rules.small_targets, rules.max_upscale, "pair.targets"):
+        print(f"note: {said}", file=sys.stderr)
+    if rules.small_targets != "leave_out":
+        return frozenset()
+    for key, each in small.items():
+        told.leave_out("targets_too_small", key, "pair", f"would be enlarged {each:.3g} times as a target")
+    return frozenset(small)
 
 
 def _largest_first(split: tuple[str, Mapping[tuple[str, str | None], Sequence[Item]]]) -> tuple[int, str]:
@@ -156,6 +200,8 @@ class _Group:
     items: list[Item]
     rules: PairRules
     told: Told
+    small: frozenset[str] = frozenset()
+    """Keys of pictures that are no targets."""
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -170,11 +216,13 @@ class _Group:
         yield from self._given()
         yield from self._scored(self._with(target, others) for target, others in self._grouped())
         for item in self.items:
-            if item.prompt is not None and chance.random() < self.rules.self_share:
+            chosen = item.prompt is not None and chance.random() < self.rules.self_share
+            if chosen and item.picture.key not in self.small:
                 yield self._itself(item, chance)
 
     def _given(self) -> Iterator[Pairing]:
         named = [item for item in self.items if item.references is not None and item.prompt is not None]
+        named = [item for item in named if item.picture.key not in self.small]
         yield from self._scored([(item, item.references or (), {}) for item in named])
 
     def _grouped(self) -> Iterator[tuple[Item, list[Item]]]:
@@ -188,7 +236,7 @@ class _Group:
         for _ in range(self.rules.triplets_per_target):
             for target in chance.sample(range(len(members)), len(members)):
                 item = members[target]
-                if item.prompt is None:
+                if item.prompt is None or item.picture.key in self.small:
                     continue
                 chosen: list[int] = []
                 for position in least_used.of(item):

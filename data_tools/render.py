@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools.diffusion import Batch, Pipeline, RenderSettings
-from data_tools.step import parse
+from data_tools.step import read_words
 from data_tools.style_tables import Content, Style, as_csv, read_contents, read_styles
 from ztrain.errors import InputError
 from ztrain.files import workspace
@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
 
     def work() -> str:
-        asked = parse(Command, arguments, "data_tools.render")
+        asked = read_words(Command, arguments, "render")
         try:
             counts = render(asked)["counts"]
         except pydantic.ValidationError as error:

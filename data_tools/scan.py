@@ -25,9 +25,10 @@ from PIL import Image
 from data_tools import likeness, quality
 from data_tools.sources import LISTED, Reader, list_pictures, resolve
 from data_tools.stages import ENGINES, Batch, Table, run_stage
-from data_tools.step import parse
+from data_tools.step import read_words
 from data_tools.walk import CONTAINERS, Links
 from ztrain.errors import InputError
+from ztrain.files import expand
 from ztrain.images import READ, decode_image
 from ztrain.terminal import command
 
@@ -154,7 +155,7 @@ def scan(command: Command) -> Table:
     """Lists and measures. Raises InputError, also where too many pictures are refused; the table is whole then too."""
     if command.rows_per_shard < 1:
         raise InputError(f"rows_per_shard {command.rows_per_shard} must be at least 1")
-    roots = resolve(command.sources, command.folder)
+    roots = resolve([expand(source) for source in command.sources], command.folder)
     listing = list_pictures(roots, command.out / "listing", command.rows_per_shard, command.links)
     if not listing.shards or listing.read(["refused_by"])["refused_by"].null_count == 0:
         kinds = ", ".join((*sorted(READ), *CONTAINERS))
@@ -207,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend."""
 
     def work() -> str:
-        table = scan(parse(Command, arguments, "data_tools.scan"))
+        table = scan(read_words(Command, arguments, "scan"))
         return f"{table.folder}: {summary(table)}"
 
     return command(work)

@@ -1,8 +1,7 @@
-"""Command lines: paths of all programs here, and what label, split and pair share: a table in, a section of a build's
-config, a table out."""
+"""The command lines of the steps; of label, split and pair: a table in, a section of a build's config, a table out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -10,13 +9,12 @@ import pydantic
 import tyro
 
 from data_tools.stages import Table
-from ztrain.errors import InputError
-from ztrain.files import expand
+from ztrain.files import given_path
 from ztrain.terminal import command
-from ztrain.yamls import describe_errors, load_yaml
+from ztrain.yamls import load_yaml, parse
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,18 +30,28 @@ class Command:
 
 
 RulesT = TypeVar("RulesT", bound=pydantic.BaseModel)
-CommandT = TypeVar("CommandT", bound="DataclassInstance")
+CommandT = TypeVar("CommandT")
+_REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
-def parse(kind: type[CommandT], arguments: Sequence[str] | None, program: str) -> CommandT:
-    """A command of the words that a program was given. Raises InputError; tyro exits with 2 on unknown options."""
-    return at_home(tyro.cli(kind, args=arguments, prog=program))
+@_REGISTRY.primitive_rule
+def _paths_begin_at_home(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: given_path(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
 
 
-def at_home(command: CommandT) -> CommandT:
-    """With ~ and $HOME in its paths, which no shell has seen in --out=~/made, as what they stand for."""
-    paths = {each.name: value for each in fields(command) if isinstance(value := getattr(command, each.name), Path)}
-    return replace(command, **{name: Path(expand(str(path))) for name, path in paths.items()})
+def read_words(kind: type[CommandT], arguments: Sequence[str] | None, step: str) -> CommandT:
+    """The words of a step's command line; paths may begin with ~. tyro exits with 2 on unknown options."""
+    return tyro.cli(kind, args=arguments, prog=f"data_tools.{step}", registry=_REGISTRY)
 
 
 def run_step(
@@ -56,11 +64,9 @@ def run_step(
     """Exit status: 0 done, 2 something the user can mend."""
 
     def work() -> str:
-        asked = parse(Command, arguments, f"data_tools.{name}")
-        try:
-            section = rules.model_validate(load_yaml(asked.config).get(name) or {})
-        except pydantic.ValidationError as error:
-            raise InputError(describe_errors(error, source=f"{asked.config}: {name}", model=rules)) from error
+        asked = read_words(Command, arguments, name)
+        given = load_yaml(asked.config).get(name)
+        section = parse(rules, {} if given is None else given, f"{asked.config}: {name}")
         table = make(Table.open(asked.table), section, asked)
         return f"{table.folder}: {say(table)}"
 

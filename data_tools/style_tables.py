@@ -107,7 +107,7 @@ def _read_lora(place: str, scale: str, where: str, folder: Path) -> Lora:
 
 def _find_lora(place: str, where: str, folder: Path) -> Path:
     """The safetensors file of a LoRA: a file, the one of a folder, or that of a Hub id. Raises InputError."""
-    path = folder / place
+    path = folder / expand(place)
     if not path.exists():
         if path.suffix == ".safetensors" or not re.fullmatch(r"[\w.-]+/[\w.-]+", place):
             raise InputError(f"{where}: the lora {place!r} is neither there, relative to the table, nor a Hub id")

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import pydantic
+import xxhash
 from tqdm import tqdm
 
 from data_tools.triplets import LEFT_OUT_NAME
 from ztrain.data import MANIFEST_NAME, read_triplets
 from ztrain.errors import InputError
 from ztrain.files import read_bytes
-from ztrain.images import image_size, read_picture
+from ztrain.images import Picture, image_size, read_picture
 from ztrain.rows import Triplet, listed, parse_object
 from ztrain.tars import PACK_MANIFEST_NAME
 from ztrain.yamls import describe_errors
@@ -184,6 +185,24 @@ def measure_targets(data: DataSet) -> list[tuple[int, int]]:
         if size := known[target.name]:
             sizes.append(size)
     return sizes
+
+
+def look_for_copies(data: DataSet) -> None:
+    """Adds rows whose target is among their references, byte for byte, to `unusable`: training refuses them."""
+    digests: dict[str, str | None] = {}
+
+    def digest_of(picture: Picture) -> str | None:
+        if picture.name not in digests:
+            try:
+                digests[picture.name] = xxhash.xxh3_128_hexdigest(read_picture(picture))
+            except InputError:  # counted where it is drawn or measured
+                digests[picture.name] = None
+        return digests[picture.name]
+
+    for row in tqdm(data.rows, desc="comparing", unit="triplet", disable=None):
+        target = digest_of(row.triplet.target) if row.triplet.references else None
+        if target is not None and target in map(digest_of, row.triplet.references):
+            data.lose(row.triplet.where, "its target is among its references, byte for byte; training refuses it")
 
 
 def choose(rows: Sequence[Row], limit: int) -> list[int]:

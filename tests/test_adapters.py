@@ -571,6 +571,21 @@ def test_siglip_initialisation_from_a_file_with_padding(family: Path, tmp_path: 
         make_model(family, [SIGLIP], "Z-Image-Omni-Base")
 
 
+def test_statistics_below_the_home_folder_travel_with_the_export(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings are written with ~, which only a config knows."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = [f"{kind}_{moment}" for kind in ("prompt", "text", "image", "marker") for moment in ("mean", "std")]
+    save_file({name: torch.ones(64) for name in names}, tmp_path / "statistics.safetensors")
+    adapters = [SpliceConfig(scaling="global", statistics_file="~/statistics.safetensors")]
+    assert adapters[0].statistics_file == str(tmp_path / "statistics.safetensors")
+    assert adapters[0].model_dump(mode="json")["statistics_file"] == "~/statistics.safetensors"
+    save_adapter(tmp_path / "a", make_model(family, adapters), config_of(family, adapters), {}, step=0)
+    found = read_adapter(tmp_path / "a").adapters[0].statistics_path
+    assert Path(str(found)).read_bytes() == (tmp_path / "statistics.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("scaling", ["global", "per_dimension"])
 def test_scaling_matches_the_prompts_spread(scaling: str) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.forge import Forged, the_forge
-from tests.triplets import ROOT, model_words, tiny_config, write_triplets
+from tests.triplets import ROOT, model_words, picture, tiny_config, write_triplets
 from ztrain import cache as cache_room
 from ztrain import digests
 from ztrain.batches import read_batch
@@ -159,7 +159,7 @@ TABLE: list[tuple[str, Callable[[Place], None], dict[str, int]]] = [
     ("max_reference_pixels", set_to("encoders.max_reference_pixels", "9000"), SPLICED),
     ("fused_order", set_to("encoders.fused_order", "prompt_first"), {"fused": 6}),
     ("max_sequence_length", set_to("encoders.max_sequence_length", "100"), {"text": 7}),
-    ("resolution", set_to("data.resolution", "96"), {"latents": 6}),
+    ("resolution", set_to("data.resolution", "80"), {"latents": 6}),
     ("precision", set_to("train.mixed_precision", "bf16"), ALL),
     ("one pixel of a reference", other_pixel("ref-1-0.png"), {"reference": 1, "fused": 1, "siglip": 1}),
     ("one pixel of a target", other_pixel("target-1.png"), {"latents": 1}),
@@ -550,6 +550,56 @@ def test_paths_that_are_no_utf8_work(family: Path, data: Path, tmp_path: Path) -
     assert cache_states(config, check=False).startswith("cache: computed ")
     assert "states are whole" in cache_states(config, check=True)
     assert Cache(config).store("siglip").shapes("states", 1)
+
+
+def test_small_targets_are_refused_left_out_or_enlarged_and_said(family: Path, tmp_path: Path) -> None:
+    """Buckets of about 256 x 256: pictures of 206 are enlarged 1.243 times, of 204 1.255 times."""
+    folder = write_triplets(tmp_path / "data", count=5, validation=2)
+    for place, side in enumerate((206, 204, 4, 300, 204)):
+        picture(place, height=side, width=side).save(folder / "train" / f"target-{place}.png")
+
+    def read(*words: str) -> Samples:
+        config = config_of(family, folder, tmp_path / "cache", "--data.resolution", "256", *words)
+        return read_samples(config, Cache(config))
+
+    with pytest.raises(InputError) as error:
+        read()
+    said = str(error.value)
+    assert "3 of 5 targets must be enlarged by more than data.max_upscale 1.25" in said and "target-0" not in said
+    assert (
+        "metadata.jsonl:2: " in said and "target-1.png, 204 x 204 (1.25 times)" in said and "4 x 4 (64 times)" in said
+    )
+    assert "set data.small_targets to leave_out or upscale" in said
+    kept = read("--data.small_targets", "leave_out").train
+    assert [Path(sample.target.picture.name).name for sample in kept.samples] == ["target-0.png", "target-3.png"]
+    assert (
+        kept.rejected == []
+        and "3 of 5 targets" in kept.small
+        and kept.small.endswith("they are left out, as data.small_targets says")
+    )  # noqa: E501
+    enlarged = read("--data.small_targets", "upscale").train
+    assert len(enlarged.samples) == 5 and "they are enlarged" in enlarged.small
+    assert len(read("--data.max_upscale", "64").train.samples) == 5 and not read("--data.max_upscale", "64").train.small
+    with pytest.raises(InputError, match=r"train: 0 of 0 triplets cannot be used.*5 of 5 targets must be enlarged"):
+        read("--data.small_targets", "leave_out", "--data.resolution", "1024")
+
+
+def test_a_target_among_its_references_is_refused(family: Path, tmp_path: Path) -> None:
+    """The same file, and another file of the same bytes."""
+    folder = write_triplets(tmp_path / "data", count=4, validation=2)
+    manifest = folder / "train" / "metadata.jsonl"
+    manifest.write_text(manifest.read_text().replace("ref-1-0.png", "target-1.png"))
+    shutil.copyfile(folder / "train" / "target-3.png", folder / "train" / "ref-3-1.png")  # of two references
+
+    def read(*words: str) -> Samples:
+        config = config_of(family, folder, tmp_path / "cache", *words)
+        return read_samples(config, Cache(config))
+
+    with pytest.raises(InputError, match=r"2 of 4 .*metadata\.jsonl:2: .*target-1\.png is a reference of itself"):
+        read()
+    rejected = read("--data.max_bad_share", "0.5").train.rejected
+    assert [sentence.partition(": ")[0].rpartition(":")[2] for sentence in rejected] == ["2", "4"]
+    assert len(read("--data.allow_reference_is_target").train.samples) == 4
 
 
 # ---- several writers

@@ -1,5 +1,6 @@
 """The publish/verify protocol: whatever happens while a checkpoint is written, the newest whole one is found."""
 
+import copy
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from ztrain import checkpoint, files
 from ztrain.checkpoint import MANIFEST, check, find, frozen_differences, prune, publish, run_lock, sweep
 from ztrain.config import Config, load_config
 from ztrain.errors import InputError
+from ztrain.yamls import enter, is_model, members
 
 
 def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -357,11 +359,13 @@ def test_a_second_trainer_is_refused_by_name(tmp_path: Path) -> None:
 # ---- what may change on resume
 
 
-def leaves() -> list[str]:
-    return sorted(checkpoint._leaves(CONFIG.model_dump(mode="json")))
-
-
 CONFIG = load_config([ROOT / "configs" / "siglip_lora.yaml", ROOT / "configs" / "tiny.yaml"])
+LISTS = [["siglip", "lora"], ["splice", "lora"], ["projector"]]
+EACH_LIST = [Config.model_validate(CONFIG.model_dump() | {"adapters": [{"kind": k} for k in kinds]}) for kinds in LISTS]
+
+
+def leaves(config: Config = CONFIG) -> list[str]:
+    return sorted(checkpoint._leaves(config.model_dump(mode="json")))
 
 
 def set_leaf(document: Any, key: str, value: Any) -> None:
@@ -371,16 +375,57 @@ def set_leaf(document: Any, key: str, value: Any) -> None:
     document[int(last) if isinstance(document, list) else last] = value
 
 
-@pytest.mark.parametrize("key", leaves())
-def test_every_setting_is_either_free_or_refused_with_a_diff(key: str) -> None:
-    before = CONFIG.model_dump(mode="json")
-    set_leaf(before, key, "another value")
-    differences = frozen_differences(before, CONFIG)
-    if any(key == name or key.startswith(f"{name}.") for name in checkpoint.FREE_ON_RESUME):
-        assert differences == []
-    else:
-        now = json.dumps(checkpoint._leaves(CONFIG.model_dump(mode="json"))[key])
-        assert differences == [f'{key}: "another value" -> {now}']
+def is_free(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in checkpoint.FREE_ON_RESUME)
+
+
+def fields_of(kind: Any, prefix: str) -> list[str]:
+    """Every key of a model and of what is inside it; of a list of adapters those of all kinds."""
+    keys = []
+    for name, field in kind.model_fields.items():
+        inside = [each for member in members(field.annotation) for each in (member, *enter(member, 0))]
+        keys += [key for each in inside if is_model(each) for key in fields_of(each, f"{prefix}{name}.")] or [
+            prefix + name
+        ]
+    return keys
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_whatever_changes_on_resume_is_either_free_or_refused_with_a_diff(data: st.DataObject) -> None:
+    """Any of the settings of any list, to anything else."""
+    config = data.draw(st.sampled_from(EACH_LIST))
+    changed = data.draw(st.sets(st.sampled_from(leaves(config)), min_size=1))
+    now, before, told = checkpoint._leaves(config.model_dump(mode="json")), config.model_dump(mode="json"), []
+    for key in sorted(changed):
+        was = data.draw(st.none() | st.booleans() | st.integers(2, 9) | st.sampled_from(["on", "another value"]))
+        set_leaf(before, key, was)
+        if not is_free(key) and was != now[key]:
+            told.append(f"{key}: {json.dumps(was)} -> {json.dumps(now[key])}")
+    assert frozen_differences(before, config) == told
+
+
+def test_no_key_is_forgotten_on_resume() -> None:
+    """Each key of each section and of each kind of adapter, alone, is refused unless it is free."""
+    seen = set()
+    for config in EACH_LIST:
+        document = config.model_dump(mode="json")
+        for key in leaves(config):
+            before = copy.deepcopy(document)
+            set_leaf(before, key, "another value")
+            assert bool(frozen_differences(before, config)) == (not is_free(key)), key
+            seen.add(re.sub(r"^adapters\.\d+", "adapters", key))
+    assert {key for key in fields_of(Config, "") if not is_free(key)} <= seen
+
+
+def test_the_home_folder_of_an_earlier_run_is_the_same_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    splice = {"kind": "splice", "statistics_file": "~/stats.safetensors", "scaling": "global"}
+    config = Config.model_validate(CONFIG.model_dump() | {"adapters": [splice]})
+    before = config.model_dump(mode="json")
+    assert before["adapters"][0]["statistics_file"] == "~/stats.safetensors"
+    before["adapters"][0]["statistics_file"] = "/home/somebody/stats.safetensors"  # as it was written before
+    assert frozen_differences(before, config) == []
 
 
 def test_free_settings_exist_and_the_end_is_frozen_where_the_schedule_needs_it() -> None:

@@ -160,8 +160,10 @@ def test_shuffled_references_are_of_another_style_each_once(data: Path, compared
 
 
 def test_prompts_are_crossed_with_pictures(data: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("two stars on the left\n\none fish in the middle\ntwo stars on the left\n")
+    lines = "\ufefftwo stars on the left\r\n\r\none fish in the middle\ntwo stars on the left\n"
+    (tmp_path / "prompts.txt").write_text(lines, encoding="utf-8")
     (tmp_path / "looks").mkdir()
+    (tmp_path / "looks/._0.png").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")  # what macOS lays beside a picture
     for number, path in enumerate(sorted((data.parent / "paintings/images").rglob("*.png"))[:3]):
         (tmp_path / f"looks/{number}.png").write_bytes(path.read_bytes())
     words = ("--compare.prompts", str(tmp_path / "prompts.txt"), "--compare.references", str(tmp_path / "looks"))
@@ -169,11 +171,16 @@ def test_prompts_are_crossed_with_pictures(data: Path, tmp_path: Path) -> None:
     groups = [(row.prompt_group, row.reference_group) for row in found.rows]
     assert groups == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert all(row.target is None for row in found.rows)
+    assert {row.prompt for row in found.rows} == {"two stars on the left", "one fish in the middle"}
     # Nobody judges: that is said, and nothing is called the best.
     assert found.best.column is None and "judges" in found.best.found
     assert "likeness" in str(found.conditions["not scored"]) and "adherence" in str(found.conditions["not scored"])
     (tmp_path / "prompts.txt").write_text("\n")
     with pytest.raises(InputError, match="no line has a prompt"):
+        compare(settings(data, tmp_path / "out", *words))
+    (tmp_path / "prompts.txt").unlink()
+    os.mkfifo(tmp_path / "prompts.txt")
+    with pytest.raises(InputError, match="named pipe"):
         compare(settings(data, tmp_path / "out", *words))
 
 
@@ -387,7 +394,7 @@ def test_what_cannot_be_compared_is_refused_in_one_sentence(data: Path, tmp_path
     with pytest.raises(InputError, match="give a folder or a Hub id"):
         compare(settings(data, tmp_path / "out").model_copy(update={"judges": absent}))
     assert not list((tmp_path / "out").rglob("pictures/*.png")), "drawn before it was looked at"
-    with pytest.raises(SystemExit, match="2"):  # not a number is none
+    with pytest.raises(InputError, match="sample.scales: Input should be a valid number"):  # not a number is none
         compare(settings(data, tmp_path / "out", "--sample.scales", "nan"))
     with pytest.raises(InputError, match="differ in size"):
         compare(settings(data, tmp_path / "sizes", "--sample.height", "96"))

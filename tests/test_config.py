@@ -1,21 +1,27 @@
 """The experiment file: what is refused and in which words, overrides, presets, and the command line."""
 
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
 import yaml
 
 from tests.test_parity import SETTINGS, family_config, picture
+from ztrain.adapters import ADAPTERS
 from ztrain.cli import main
 from ztrain.config import Config, ModelConfig, load_config
 from ztrain.dit import load_transformer
 from ztrain.encoders import Encoders
 from ztrain.errors import InputError
 from ztrain.models import Source, base_defaults, identity, public_name
+from ztrain.overrides import lay_over
 from ztrain.run import sigma_density
+from ztrain.yamls import enter, is_model, is_tagged, members, merge, parse, read_value
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml")) + sorted((ROOT / "configs" / "presets").glob("*.yaml"))
@@ -74,6 +80,70 @@ def test_later_files_and_overrides_win(tmp_path: Path) -> None:
     assert config.reads == {"siglip"}
 
 
+def keys_of(kind: Any, adapter: str, prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """Every key of a model and of the models that may stand in it, with the types that it takes."""
+    for name, field in kind.model_fields.items():
+        kinds = list(members(field.annotation))
+        yield prefix + name, kinds
+        for inside in filter(is_model, kinds):
+            yield from keys_of(inside, adapter, f"{prefix}{name}.")
+        for inside in (
+            each for kind in kinds for each in enter(kind, 0) if is_model(each) and is_tagged(each, adapter)
+        ):
+            yield from keys_of(inside, adapter, f"{prefix}{name}.0.")
+
+
+NUMBERS = ["7", "0.5", "64", "100000", "[0.25, 0.5]"]
+TEXTS = ["true", "false", "null", *NUMBERS, "two words # and more", "[a, b]", "{a: 1}", "{a: [1]}", "[{kind: lora}]"]
+TOGETHER = {  # with another key only
+    *("compare.prompts", "compare.references", "data.text_only_share", "siglip.init_file", "siglip.init_key_map"),
+    *("compare.splice.scaling", "projector.scaling", "splice.scaling"),
+    *(f"judges.{judge}.revision" for judge in ("siglip", "dino", "style")),
+    *(f"{section}.kind" for section in (*ADAPTERS, "compare.splice")),
+}
+
+
+def test_every_key_can_be_set_on_the_command_line_with_the_text_of_a_yaml() -> None:
+    """Where a file is accepted, so is a command line, and means the same; beyond that only text may be bare."""
+    every, settable = set(), set()
+    for adapter in ADAPTERS:
+        plain = parse(Config, {"adapters": [{"kind": adapter}]}, "plain")
+        before = plain.model_dump(mode="json")
+        for key, kinds in keys_of(Config, adapter):
+            name = key.replace("adapters.0", adapter)
+            if name in every:
+                continue
+            if not any(map(is_model, kinds)):
+                every.add(name)
+            words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+            for text in [*words, *TEXTS]:
+                in_file = outcome(with_key(before, key.split("."), read_value(text)))
+                given = outcome(before, f"--{key.replace('_', '-')}", text)
+                if in_file is not None:
+                    assert given == in_file or (str in kinds and "#" in text), (key, text)  # a comment in a file
+                elif given is not None:
+                    assert any(kind is str or get_origin(kind) in (list, tuple) for kind in kinds), (key, text)
+                if given not in (None, plain):
+                    settable.add(name)
+    assert every - settable == TOGETHER
+
+
+def with_key(document: Any, path: list[str], value: Any) -> Any:
+    """A copy with this value at that place, sections over what is there."""
+    if not path:
+        return merge(document, value) if isinstance(document, dict) and isinstance(value, dict) else value
+    if isinstance(document, list):
+        return [with_key(document[0], path[1:], value), *document[1:]]
+    return (document or {}) | {path[0]: with_key((document or {}).get(path[0]), path[1:], value)}
+
+
+def outcome(document: dict[str, Any], *words: str) -> Config | None:
+    try:
+        return parse(Config, lay_over(Config, document, words), "here")
+    except InputError:
+        return None
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_is_valid(path: Path) -> None:
     config = load_config([path])
@@ -90,6 +160,71 @@ def test_config_show_prints_what_it_loaded() -> None:
     assert shown.returncode == 0, shown.stderr
     expected = load_config([ROOT / file for file in files], ["--adapters.0.rank", "3"])
     assert yaml.safe_load(shown.stdout) == expected.model_dump(mode="json")
+
+
+def test_what_a_command_line_says_beyond_a_file(tmp_path: Path) -> None:
+    base = write(tmp_path, "adapters: [{kind: splice}, {kind: lora}]\nsweep: {axes: {splice.alpha: [0.1]}}")
+    words = [
+        *("--train.group_by_tokens", "false", "--compare.shuffled", "--compare.no-drift", "--tracking.tags"),
+        *("--judges.siglip.pretrained_model_name_or_path", "x/y", "--judges.truth", "None", "--tracking.name", "12"),
+        *("--validation.sigmas", "0.1", "0.5", "--sample.scales", "0", "1", "--compare.adapters", "a", "2024"),
+        *("--sweep.axes.splice.tokens", "text", "image", "--adapters.1.peft.use_dora", "true", "--seed=5"),
+        *("--adapters.1.alpha", "null", "--models.base.revision", "null", "--tracking.notes", "run #1", "--seed", "6"),
+    ]
+    config = load_config([base], words)
+    assert (config.train.group_by_tokens, config.compare.shuffled, config.compare.drift) == (False, True, False)
+    assert config.judges.siglip == ModelConfig(pretrained_model_name_or_path="x/y") and config.judges.truth is None
+    assert (config.tracking.name, config.tracking.notes, config.tracking.tags) == ("12", "run #1", [])
+    assert config.validation.sigmas == (0.1, 0.5) and config.sample.scales == [0, 1] and config.seed == 6
+    assert config.compare.adapters == ["a", "2024"] and config.models.base.revision is None
+    assert config.sweep.axes == {"splice.alpha": [0.1], "splice.tokens": ["text", "image"]}
+    assert config.adapters[1].kind == "lora" and config.adapters[1].peft == {"use_dora": True}
+    assert load_config([base], ["--adapters.2.kind", "siglip"]).reads == {"reference", "siglip"}
+    for wrong, said in (
+        (["--judges.siglip.revision", "main"], "judges.siglip.pretrained_model_name_or_path: is missing"),
+        (["--adapters.1.rnk", "3"], "--adapters.1.rnk: unknown key; did you mean rank?"),
+        (["--adapters.3.rank", "3"], "--adapters.3.rank: there are 2 entries, counted from 0, and no 3"),
+        (["--train.learning_rate"], "--train.learning_rate takes a value"),
+        (["--seed", "1", "2"], "--seed takes one value, not 2"),
+        (
+            ["--train.learning_rate", "fast"],
+            "command line: train.learning_rate: Input should be a valid number (got 'fast')",
+        ),
+        (
+            ["--train.group_by_tokens", "yes"],
+            "train.group_by_tokens: Input should be a valid boolean; write true or false",
+        ),
+        (["--sed", "1"], "--sed: neither an option here nor a key of the config; did you mean seed?"),
+        (["stray"], "'stray' belongs to no option"),
+        (["--cache.dir", "c\udcff"], "'c\\udcff' is not UTF-8, and no config can hold it"),
+        (["--seed.x", "1"], "--seed.x: unknown key"),
+        (["--seed", "99999999999999999999"], "seed"),
+    ):
+        with pytest.raises(InputError) as caught:
+            load_config([base], wrong)
+        assert said in str(caught.value), str(caught.value)
+
+
+def test_no_path_of_a_config_is_left_to_a_shell() -> None:
+    """Keys whose names say that they hold a path are of the type that knows ~; of adapters and presets the lists."""
+    names = r"(_or_path|(^|_|\.)(dir|file|truth|prompts|references)|from_checkpoint|compare\.(adapters|presets))$"
+    found = set()
+    for adapter in ADAPTERS:
+        plain = parse(Config, {"adapters": [{"kind": adapter}]}, "plain").model_dump(mode="json")
+        for key, kinds in keys_of(Config, adapter):
+            if re.search(names, key) and not any(map(is_model, kinds)):
+                text: Any = ["~nobody_at_all/a"] if list in map(get_origin, kinds) else "~nobody_at_all/a"
+                with pytest.raises(InputError, match=rf"{re.escape(key)}.*no such user or variable"):
+                    parse(Config, with_key(plain, key.split("."), text), "here")
+                found.add(key)
+    assert len(found) == 22, found
+
+
+def test_help_lists_options_and_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["sample", "--help"])
+    said = capsys.readouterr().out
+    assert stopped.value.code == 0 and "--reference-weights" in said and "--train.learning-rate" in said
 
 
 def test_command_line_mistakes_exit_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -195,6 +195,18 @@ def test_what_cannot_be_read_is_counted_and_shown(tmp_path: Path, capsys: pytest
     assert [place for place, fault in enumerate(faults) if fault] == [3]
 
 
+def test_a_target_among_its_references_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_data(tmp_path / "set", {"train": 3})
+    lines = [json.loads(line) for line in (tmp_path / "set/train/metadata.jsonl").read_text().splitlines()]
+    lines[1]["reference_file_names"] = [lines[1]["target_file_name"]]
+    (tmp_path / "set/train/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ("--data", tmp_path / "set", "--out", tmp_path / "page.html")
+    assert run(*words) == 0 and "note: 1 rows or pictures cannot be read or used" in capsys.readouterr().err
+    [[name, _, reason]] = Page((tmp_path / "page.html").read_bytes()).payload["refused"]
+    assert name == "train/metadata.jsonl:2" and "its target is among its references" in reason
+    assert run(*words, "--allow-reference-is-target") == 0 and "note" not in capsys.readouterr().err
+
+
 def test_same_data_same_bytes_and_no_path_of_this_machine(tmp_path: Path) -> None:
     write_data(tmp_path / "one/set", {"train": 5})
     (tmp_path / "one/set/train/images/3.png").write_bytes(b"")

@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "launched": {"config"},
     "terminal": {"interrupt"},
     "yamls": set(),
+    "overrides": {"yamls"},
     "formats": set(),
     "images": {"formats"},
     "rows": {"images"},
@@ -35,8 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "sampler": set(),
     "flow": set(),
     "conditioning": set(),
-    "adapters": {"conditioning", "quantised", "tensors"},
-    "config": {"adapters", "images", "yamls"},
+    "adapters": {"conditioning", "quantised", "tensors", "yamls"},
+    "config": {"adapters", "images", "overrides", "yamls"},
     "aspects": {"config", "images"},
     "quantised": set(),
     "tensors": set(),
@@ -57,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "sample": {"flow", "conditioning", "config", "models"},
     "export": {
         "config", "models", "conditioning", "adapters", "model", "encoders", "vision_language", "sample", "flow",
-        "tensors", "version", "images", "aspects",
+        "tensors", "version", "images", "aspects", "yamls",
     },
     "privacy": {"models"},
     "tracking": {"config", "privacy"},
@@ -81,7 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "plan": {"adapters", "block", "cards", "config", "expected", "footprint", "limits"},
     "prepare": {"cache", "config", "fill", "launched", "samples", "together"},
     "batches": {"cache", "conditioning", "config", "encoders", "flow", "sampler", "samples"},
-    "checkpoint": {"comparison", "config"},
+    "checkpoint": {"comparison", "config", "yamls"},
     "meter": {"interrupt", "sampler", "version"},
     "validate": {
         "adapters", "batches", "cache", "conditioning", "config", "encoders", "flow", "grid", "images",
@@ -108,7 +109,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "features": {"encoders", "models", "tensors"},
     "comparison": {"rows", "yamls"},
     "lineup": {
-        "adapters", "comparison", "config", "data", "digests", "export", "images", "sampler", "stats", "yamls",
+        "adapters", "comparison", "config", "data", "digests", "export", "images", "rows", "sampler", "stats",
+        "yamls",
     },
     "studio": {
         "adapters", "aspects", "cache", "conditioning", "config", "digests", "dit", "encoders", "export", "flow",
@@ -135,8 +137,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     },
     "stats": {"config", "models", "data", "images", "encoders", "adapters", "tensors"},
     "cli": {
-        "cards", "compare", "config", "from_checkpoint", "interrupt", "mini", "plan", "prepare", "render", "report",
-        "stats", "sweep", "terminal", "train", "yamls",
+        "cards", "compare", "config", "from_checkpoint", "interrupt", "mini", "plan", "prepare", "render",
+        "report", "stats", "sweep", "terminal", "train", "yamls",
     },
     "demo": {"adapters", "config", "data", "drawn", "grid", "interrupt", "mini", "terminal"},
     "mini": {
@@ -146,7 +148,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     },
     "data_tools": {
         "csvs", "data", "encoders", "features", "forms", "images", "interrupt", "models", "pages", "rows", "tars",
-        "tensors", "terminal", "yamls",
+        "layout", "overrides", "tensors", "terminal", "yamls",
     },
     "ztrain/__init__": {"export", "version"},
     "metrics": set(),

@@ -307,7 +307,8 @@ def test_bad_triplets_stop_training_with_one_sentence(
     picture(1, 1600, 40).save(split / "thin.png")
     picture(1, 20, 20).save(split / "small.png")
     (split / "broken.png").write_bytes((split / "fine.png").read_bytes()[:2000])
-    row |= {"reference_file_name": "fine.png", "target_file_name": "fine.png"} | spoil
+    picture(2).save(split / "target.png")
+    row |= {"reference_file_name": "fine.png", "target_file_name": "target.png"} | spoil
     (split / "metadata.jsonl").write_text(json.dumps(row) + "\n")
     workers = "1" if message == "broken.png" else "0"  # a worker's error must arrive as the same sentence
     failed = run(

@@ -407,6 +407,16 @@ def test_what_cannot_be_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert caught.value.code == 2
 
 
+def test_a_target_among_its_references_is_not_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = triplet_folder(tmp_path / "in", 1)
+    shutil.copyfile(folder / "train/images/1t.JPG", folder / "train/images/1a.JPG")
+    options = (tmp_path / "out", "--format", "webdataset")
+    said = refuse(capsys, folder, *options)
+    assert f"1 of {sum(SPLITS.values())} triplets have their target among their references" in said
+    assert "train/metadata.jsonl:2" in said
+    assert len(read(pack(folder, *options, "--allow-reference-is-target")).triplets) == SPLITS["train"]
+
+
 def test_tables_are_written_in_small_groups(tmp_path: Path) -> None:
     folder = triplet_folder(tmp_path / "in", 1)
     manifest = folder / "train/metadata.jsonl"

@@ -17,11 +17,11 @@ from PIL import Image
 
 from data_tools import likeness
 from data_tools.build import main as build
-from data_tools.pair import PairRules, make_pairings
+from data_tools.pair import PairRules, TargetRules, make_pairings
 from data_tools.pictures import Told
 from data_tools.sources import Reader
 from data_tools.split import SplitRules, assign
-from data_tools.triplets import Cut, Item, Reference, Scanned, _Names
+from data_tools.triplets import Cut, Item, Pairing, Reference, Scanned, _Names
 from tests.test_build import EMOJI, ROOT
 from tests.triplets import picture
 from ztrain.data import read_triplets
@@ -141,6 +141,30 @@ def test_what_looks_like_the_target_is_no_reference_for_it() -> None:
     assert len(made) == 10 and not any(one in alike and other in alike for one, other in pairs)
     loose = make_pairings(items, PairRules(triplets_per_target=4, max_copy_score=1.0), Told())["train"]
     assert len(loose) == 20
+
+
+def test_small_pictures_are_no_targets_where_the_resolution_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    """The rule of training: 50 pixels are enlarged 1.28 times to 64, 64 not at all."""
+    sizes = [64, 50, 64, 50, 64]
+    items = [
+        Item(picture=replace(scanned(number), width=side, height=side), way="styles", group="A", content=f"c{number}",
+             prompt="p", split="train")
+        for number, side in enumerate(sizes)
+    ]  # fmt: skip
+
+    def paired(told: Told, **rules: Any) -> list[Pairing]:
+        targets = TargetRules(resolution=64, **rules)
+        return make_pairings(items, PairRules(targets=targets, self_share=1.0), told)["train"]
+
+    with pytest.raises(InputError, match=r"2 of 5 targets must be enlarged by more than pair\.targets\.max_upscale"):
+        paired(Told())
+    told = Told()
+    made = paired(told, small_targets="leave_out")
+    assert {each.target.width for each in made} == {64} and len(made) == 6
+    assert told.counts["targets_too_small"] == 2 and [left.stage for left in told.left_out] == ["pair"] * 2
+    assert {each.references[0].picture.width for each in made} == {50, 64}  # but references they may be
+    assert "they are left out, as pair.targets.small_targets says" in capsys.readouterr().err
+    assert len(paired(Told(), small_targets="upscale")) == 10 == len(paired(Told(), max_upscale=1.3))
 
 
 # ---- every way, from files to files

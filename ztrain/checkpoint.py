@@ -27,6 +27,7 @@ from ztrain import files
 from ztrain.comparison import BEST_NAME
 from ztrain.config import Config
 from ztrain.errors import InputError
+from ztrain.yamls import shorten_home
 
 FORMAT_VERSION = 1
 MANIFEST = "MANIFEST.json"
@@ -44,6 +45,9 @@ FREE_ON_RESUME = (
     "data.text_only_split",
     "data.validation_split",
     "data.max_bad_share",
+    "data.small_targets",
+    "data.max_upscale",
+    "data.allow_reference_is_target",
     "data.dataloader_num_workers",
     "cache",
     "train.train_batch_size",  # together: the global batch size is compared
@@ -320,10 +324,10 @@ def _with_defaults(saved: Any, now: Any) -> Any:
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key; lists count by position."""
+    """Nested settings by dotted key; lists count by position, the home folder is ~ (earlier runs wrote it out)."""
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if entries is None:
-        return {prefix: value}
+        return {prefix: shorten_home(value) if isinstance(value, str) else value}
     inside: dict[str, Any] = {}
     for key, entry in entries:
         inside |= _leaves(entry, f"{prefix}.{key}" if prefix else str(key))

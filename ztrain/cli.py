@@ -23,6 +23,7 @@ from typing import get_args
 
 from ztrain.config import Aspect, Config, load_config
 from ztrain.errors import InputError
+from ztrain.files import given_path
 from ztrain.terminal import command
 from ztrain.yamls import dump_yaml
 
@@ -113,8 +114,10 @@ def _mini(words: Sequence[str]) -> int:
 
 def report_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ztrain report", allow_abbrev=False)
-    parser.add_argument("place", type=Path, help="folder of a comparison, a sweep or a run")
-    parser.add_argument("--out", type=Path, default=None, help="page to write (default: report.html in the folder)")
+    parser.add_argument("place", type=given_path, help="folder of a comparison, a sweep or a run")
+    parser.add_argument(
+        "--out", type=given_path, default=None, help="page to write (default: report.html in the folder)"
+    )
     parser.add_argument("--blind", action="store_true", help="a page that asks A or B and writes the votes as JSON")
     parser.add_argument("--max-rows", type=int, default=None, help="rows with pictures, spread evenly")
     return parser
@@ -141,13 +144,13 @@ _VERBS = {
 
 def _parser(verb: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"ztrain {verb}", add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", nargs="+", type=Path, default=[])
+    parser.add_argument("--config", nargs="+", type=given_path, default=[])
     if verb in ("export", "sample", "stats"):
-        parser.add_argument("--out", type=Path, required=True)
+        parser.add_argument("--out", type=given_path, required=True)
     if verb == "export":
-        parser.add_argument("--checkpoint", type=Path, required=True)
+        parser.add_argument("--checkpoint", type=given_path, required=True)
     if verb == "compare":
-        parser.add_argument("--checkpoints", type=Path, default=None)
+        parser.add_argument("--checkpoints", type=given_path, default=None)
     if verb == "cache":
         parser.add_argument("--verify", action="store_true")
     if verb == "plan":
@@ -158,13 +161,13 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("--json", action="store_true")
     if verb == "sample":
         parser.add_argument("--prompt", nargs="+", default=[""])
-        parser.add_argument("--reference", nargs="*", type=Path, default=[])
+        parser.add_argument("--reference", nargs="*", type=given_path, default=[])
         parser.add_argument("--reference-weights", nargs="+", type=float, default=None)
         parser.add_argument("--aspect", nargs="+", choices=get_args(Aspect), default=[])
         parser.add_argument("--num-images", type=int, default=1)
         parser.add_argument("--offload", action="store_true")
-        parser.add_argument("--adapter", type=Path, default=None)
-        parser.add_argument("--start-image", type=Path, default=None)
+        parser.add_argument("--adapter", type=given_path, default=None)
+        parser.add_argument("--start-image", type=given_path, default=None)
         parser.add_argument("--strength", type=float, default=None)
         parser.add_argument("--scales", nargs="*", type=float, default=None)
     return parser
@@ -185,8 +188,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         helped = bool(words) and words[0] in ("-h", "--help")
         print(__doc__, file=sys.stdout if helped else sys.stderr)
         return 0 if helped else 2
-    options, overrides = _parser(verb).parse_known_args(words[len(verb.split()) :])
-    return command(lambda: _VERBS[verb](load_config(options.config, overrides, f"ztrain {verb}"), options) or None)
+    parser = _parser(verb)
+    if {"-h", "--help"} & set(words):
+        print(parser.format_usage())
+        return command(lambda: load_config([], ["--help"], parser.prog) and None)
+    options, overrides = parser.parse_known_args(words[len(verb.split()) :])
+    return command(
+        lambda: _VERBS[verb](load_config(options.config, overrides, parser.prog, list(vars(options))), options) or None
+    )
 
 
 if __name__ == "__main__":

@@ -4,21 +4,17 @@
 overrides win over files. Unknown keys, wrong types and impossible combinations are errors that name key, rule, value.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import tyro
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ztrain.adapters import AnyAdapterConfig, describe_list
 from ztrain.adapters.splice import SpliceConfig
-from ztrain.errors import InputError
-from ztrain.images import IMAGE_MULTIPLE
-from ztrain.yamls import describe_errors, load_yaml
-
-SectionT = TypeVar("SectionT", bound=BaseModel)
+from ztrain.images import IMAGE_MULTIPLE, SmallTargets
+from ztrain.overrides import lay_over
+from ztrain.yamls import PathText, load_yaml, merge, parse
 
 
 class _Section(BaseModel):
@@ -26,7 +22,7 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    pretrained_model_name_or_path: str
+    pretrained_model_name_or_path: PathText
     """A folder in the layout of the released repository, or a Hub id."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
@@ -39,7 +35,7 @@ class ModelsConfig(_Section):
     """Only its visual part and two embedding rows are read, and only if an adapter reads them."""
     siglip: ModelConfig = ModelConfig(pretrained_model_name_or_path="google/siglip2-so400m-patch16-naflex")
     """Read only if an adapter reads it."""
-    transformer_file: str | None = None
+    transformer_file: PathText | None = None
     """A GGUF file with the base's transformer, quantised, in place of its own weights; config and all else stay the
     base's. For sampling and comparing on small cards; training needs the whole weights."""
     variant: Literal["auto", "base", "turbo"] = "auto"
@@ -79,14 +75,14 @@ class EncodersConfig(_Section):
 
 
 class DataConfig(_Section):
-    train_data_dir: str = "data"
+    train_data_dir: PathText = "data"
     """A folder of data_tools.build or data_tools.pack, or a Hub data set with the same columns."""
     revision: str | None = None
     """Branch, tag or commit of train_data_dir where it is a Hub data set."""
     train_split: str = "train"
     validation_split: str = "validation"
     """Held-out triplets for validation and previews; read only if one of them is on."""
-    text_only_data_dir: str | None = None
+    text_only_data_dir: PathText | None = None
     """Pictures with prompts and without references, for `text_only_share`."""
     text_only_split: str = "train"
     text_only_share: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -97,6 +93,13 @@ class DataConfig(_Section):
     """Longest side over shortest side of the targets' buckets; 1 = squares only."""
     max_crop: float = Field(default=0.1, ge=0.0, le=1.0)
     """Largest share of a target that fitting it to its bucket may cut away; a target beyond it is refused."""
+    small_targets: SmallTargets = "refuse"
+    """What becomes of targets that would be enlarged by more than max_upscale. refuse: one is an error that names them;
+    leave_out: they are counted and left out, without counting for max_bad_share; upscale: they are enlarged."""
+    max_upscale: float = Field(default=1.25, ge=1.0)
+    """How many times its own width and height a target may be enlarged to fill its bucket."""
+    allow_reference_is_target: bool = False
+    """Whether a triplet may have its target among its references, byte for byte, to learn to reconstruct."""
     reference_min_side: int = Field(default=32, ge=1)
     """Smallest side of a reference in pixels."""
     reference_max_aspect: float = Field(default=8.0, ge=1.0)
@@ -120,7 +123,7 @@ class CacheConfig(_Section):
     """Encoded pictures and prompts on disk. Entries are named by what they were made from, so that data sets, runs and
     experiments share one folder and a stale entry cannot be found."""
 
-    dir: str = "cache"
+    dir: PathText = "cache"
     entries_per_shard: int = Field(default=128, ge=1)
     """Entries of one kind that are written, and lost by an interruption, together."""
     verify_share: float = Field(default=0.02, gt=0.0, le=1.0)
@@ -145,7 +148,7 @@ class FlowConfig(_Section):
 
 
 def _on_or_off(value: Any) -> Any:
-    """YAML reads a plain on or off as a truth value."""
+    """true and false say the same, and are what tools with the words of YAML 1.1 make of a plain on or off."""
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
@@ -328,7 +331,7 @@ class JudgesConfig(_Section):
     """DINOv2: likeness to the reference, and diversity."""
     style: ModelConfig | None = None
     """A style descriptor: any vision model that gives one vector for a picture, such as CSD."""
-    truth: str | None = None
+    truth: PathText | None = None
     """Folder of a miniature family (ztrain/mini/weights): its judges know content and style of painted triplets."""
     batch_size: int = Field(default=32, ge=1)
     """Pictures that a judge looks at together."""
@@ -337,9 +340,9 @@ class JudgesConfig(_Section):
 class CompareConfig(_Section):
     """What `ztrain compare` draws: columns (lists of adapters) on the same rows (prompt and references) and seeds."""
 
-    adapters: list[str] = Field(default_factory=list)
+    adapters: list[PathText] = Field(default_factory=list)
     """Exported adapter folders or folders of finished runs, a column each."""
-    presets: list[str] = Field(default_factory=list)
+    presets: list[PathText] = Field(default_factory=list)
     """YAML files with encoders and adapters of further splices, a column each; `ztrain sweep` writes one too."""
     splice: SpliceConfig = SpliceConfig()
     """The splice that is always shown."""
@@ -350,9 +353,9 @@ class CompareConfig(_Section):
     split: str = "validation"
     num_samples: int = Field(default=16, ge=1)
     """Rows: triplets of the split, spread evenly over it."""
-    prompts: str | None = None
+    prompts: PathText | None = None
     """A text file, a prompt a line: rows are each of these with each of `references`, in place of triplets."""
-    references: str | None = None
+    references: PathText | None = None
     """A folder of pictures, for `prompts`."""
     prompt: Literal["own", "none"] = "own"
     """none: rows are drawn without their prompts, to see what a reference alone says."""
@@ -361,7 +364,7 @@ class CompareConfig(_Section):
     keep_adherence: float = Field(default=0.95, ge=0.0, le=1.0)
     """The best is the list with most style among those that keep this share of the adherence to the prompt that
     pictures without a reference have above chance."""
-    output_dir: str = "out/compare"
+    output_dir: PathText = "out/compare"
     """Pictures that are there already and were made from the same are not drawn again."""
 
     @model_validator(mode="after")
@@ -376,15 +379,15 @@ class SweepConfig(_Section):
 
     axes: dict[str, list[bool | int | float | str | None]] = Field(default_factory=dict)
     """Values by key: any key of `encoders.`, `splice.` or `sample.`. All combinations are drawn."""
-    output_dir: str = "out/sweep"
+    output_dir: PathText = "out/sweep"
 
 
 class Config(_Section):
     """One experiment."""
 
-    seed: int = Field(default=0, ge=0)
-    output_dir: str = "runs/ztrain"
-    resume_from_checkpoint: str = "none"
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    output_dir: PathText = "runs/ztrain"
+    resume_from_checkpoint: PathText = "none"
     """none: a fresh run; latest: the newest whole checkpoint of output_dir, or a fresh run where it has none; or the
     folder of a checkpoint."""
     models: ModelsConfig = ModelsConfig()
@@ -440,37 +443,21 @@ def list_reads(adapters: Sequence[Any]) -> frozenset[str]:
     return frozenset().union(*(adapter.reads for adapter in adapters))
 
 
-def load_config(files: Sequence[Path], overrides: Sequence[str] = (), prog: str = "ztrain") -> Config:
-    """The experiment of one or more YAML files with dotted overrides such as --train.learning_rate 3e-4."""
+def load_config(
+    files: Sequence[Path], overrides: Sequence[str] = (), prog: str = "ztrain", also: Sequence[str] = ()
+) -> Config:
+    """The experiment of one or more YAML files with dotted overrides such as --train.learning_rate 3e-4.
+
+    `prog`, `also`: whose words they are, and which options it has besides. Raises InputError; --help lists all keys.
+    """
     merged: dict[str, Any] = {}
     for file in files:
-        merged = _merge(merged, load_yaml(file))
-    source = " + ".join(str(file) for file in files) or "defaults"
-    config = parse(Config, merged, source)
+        merged = merge(merged, load_yaml(file))
+    config = parse(Config, merged, " + ".join(str(file) for file in files) or "defaults")
+    if {"-h", "--help"} & set(overrides):
+        import tyro  # here, for it takes its time
+
+        tyro.cli(Config, default=config, args=["--help"], prog=prog, config=(tyro.conf.AvoidSubcommands,))
     if not overrides:
         return config
-    try:
-        return tyro.cli(Config, default=config, args=list(overrides), prog=prog, config=(tyro.conf.AvoidSubcommands,))
-    except ValidationError as error:
-        raise InputError(describe_errors(error, source="command line", model=Config)) from error
-
-
-def parse(section: type[SectionT], values: dict[str, Any], source: str) -> SectionT:
-    """`values` as a checked section; lists of YAML become the tuples that fields ask for."""
-    try:
-        return section.model_validate_json(_as_json(values))
-    except ValidationError as error:
-        raise InputError(describe_errors(error, source=source, model=section)) from error
-
-
-def _as_json(values: dict[str, Any]) -> str:
-    # pydantic's JSON mode is as strict about types, but knows that JSON has no tuples.
-    return json.dumps(values, default=str)
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+    return parse(Config, lay_over(Config, config.model_dump(mode="json"), overrides, also), "command line")

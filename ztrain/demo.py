@@ -22,7 +22,7 @@ from ztrain.adapters import describe_list
 from ztrain.config import Config, load_config
 from ztrain.data import read_triplets
 from ztrain.drawn import save_picture
-from ztrain.files import write_json, write_text
+from ztrain.files import given_path, write_json, write_text
 from ztrain.grid import draw_grid
 from ztrain.interrupt import run_module
 from ztrain.mini.exam import CONTENT_LOSS
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the default run does not beat the splice, 2 something the user can mend; of a step that
     fails, its own."""
     parser = argparse.ArgumentParser(prog="ztrain.demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/demo"))
+    parser.add_argument("--out", type=given_path, default=Path("out/demo"))
     parser.add_argument("--adapters", choices=EXPERIMENTS, default=DEFAULT, help="experiment of configs/ to train")
     parser.add_argument("--steps", type=int, default=Plan().steps, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=Plan().seed)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ztrain.adapters import build_adapters, describe_list
 from ztrain.aspects import size_in
 from ztrain.conditioning import Encoded
-from ztrain.config import Aspect, Config, DataConfig, EncodersConfig, ModelConfig, SampleConfig, list_reads, parse
+from ztrain.config import Aspect, Config, DataConfig, EncodersConfig, ModelConfig, SampleConfig, list_reads
 from ztrain.encoders import Encoders, LatentCodec, SiglipEncoder, TextEncoder
 from ztrain.errors import InputError
 from ztrain.files import read_bytes, remove, whole_folder
@@ -32,6 +32,7 @@ from ztrain.sample import Picture, released_or, sample_all
 from ztrain.tensors import read_tensors
 from ztrain.version import VERSION
 from ztrain.vision_language import SplicedModel
+from ztrain.yamls import parse
 
 CONFIG_FILE = "adapter_config.json"
 CARD_FILE = "README.md"
@@ -86,8 +87,8 @@ def _write_adapter(
             tensors.setdefault(name, {}).update(file.tensors)
             metadata.setdefault(name, {}).update(file.metadata)
     copied = {STATISTICS_FILE for entry in exported if entry.get("statistics_file")}
-    for entry in exported:
-        if statistics := entry.get("statistics_file"):
+    for entry, adapter in zip(exported, model.adapters, strict=True):
+        if statistics := adapter.config.statistics_path:
             (folder / STATISTICS_FILE).write_bytes(Path(statistics).read_bytes())
             entry["statistics_file"] = STATISTICS_FILE
     for name, content in tensors.items():

@@ -281,6 +281,11 @@ def readable(path: Path) -> Iterator[Path]:
         yield path
 
 
+def given_path(word: str) -> Path:
+    """A path of a command line: no shell has expanded the ~ of `--out=~/x`. Raises InputError."""
+    return Path(expand(word))
+
+
 def expand(path: str) -> str:
     """A leading ~ or ~user and variables as $HOME, which no shell has seen where they come from a file.
 

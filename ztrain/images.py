@@ -7,10 +7,10 @@ In: the bytes of a picture, from a file, a tar or a table. Out: RGB images. What
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
@@ -30,6 +30,10 @@ ALPHA_BACKGROUND = (255, 255, 255)
 """8-bit sRGB colour that transparent pictures are laid on: white, as paper and as the shipped data."""
 
 _AT_ONCE = 1 << 20  # values of deep gray that are converted at a time
+
+
+SmallTargets = Literal["refuse", "leave_out", "upscale"]
+"""What becomes of targets that are too small for their bucket."""
 
 
 class Picture(Protocol):
@@ -293,9 +297,34 @@ def _cut(size: tuple[int, int], bucket: Bucket) -> float:
     return 1 - min(across, down) / max(across, down)
 
 
+def enlargement(size: tuple[int, int], bucket: Bucket) -> float:
+    """How many times its own width and height a picture of (width, height) pixels has when it covers the bucket."""
+    return max(bucket.width / size[0], bucket.height / size[1])
+
+
+def describe_small(small: Mapping[str, float], total: int, rule: SmallTargets, max_upscale: float, section: str) -> str:
+    """The sentence about targets (name -> enlargement) beyond `max_upscale`, of `total`; empty where there are none.
+
+    `section`: of the config that has the rule. Raises InputError where the rule is to refuse them.
+    """
+    if not small:
+        return ""
+    shown = ", ".join(f"{name} ({times:.3g} times)" for name, times in list(small.items())[:3])
+    found = (
+        f"{len(small)} of {total} targets must be enlarged by more than {section}.max_upscale {max_upscale:g} to fill "
+        f"their size, first: {shown}"
+    )
+    if rule == "refuse":
+        raise InputError(
+            f"{found}; use larger pictures or a lower {section}.resolution, or set {section}.small_targets to "
+            "leave_out or upscale"
+        )
+    return f"{found}; they are {'left out' if rule == 'leave_out' else 'enlarged'}, as {section}.small_targets says"
+
+
 def fit_target(image: Image.Image, bucket: Bucket) -> Image.Image:
     """The picture resized to cover the bucket, then centre-cropped to it."""
-    factor = max(bucket.width / image.width, bucket.height / image.height)
+    factor = enlargement(image.size, bucket)
     width = max(bucket.width, round(image.width * factor))
     height = max(bucket.height, round(image.height * factor))
     resized = image.resize((width, height), Image.Resampling.LANCZOS)

@@ -14,15 +14,17 @@ from typing import Any
 
 from ztrain.adapters import describe_list
 from ztrain.comparison import Role
-from ztrain.config import Config, EncodersConfig, SampleConfig, list_reads, parse
+from ztrain.config import Config, EncodersConfig, SampleConfig, list_reads
 from ztrain.data import read_triplets
 from ztrain.digests import Digests, Known
 from ztrain.errors import InputError
 from ztrain.export import CONFIG_FILE, ExportedAdapter, read_adapter
+from ztrain.files import read_text
 from ztrain.images import Picture, PictureFile, check_reference
+from ztrain.rows import check_text
 from ztrain.sampler import spread
 from ztrain.stats import check_statistics
-from ztrain.yamls import load_yaml
+from ztrain.yamls import load_yaml, parse
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif"}
 
@@ -111,15 +113,17 @@ def read_cases(config: Config, digests: Digests) -> tuple[list[Case], int]:
 def _crossed(prompts: Path, folder: Path, config: Config, digests: Digests) -> list[Case]:
     """Each prompt of a file with each picture of a folder."""
     try:
-        lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{prompts}: cannot read prompts ({error}); correct compare.prompts") from error
-    asked = list(dict.fromkeys(line for line in lines if line))
+        lines = read_text(prompts, "table").split("\n")  # U+2028 inside a prompt is no line end
+    except OSError as error:
+        raise InputError(f"{prompts}: cannot read prompts ({error.strerror}); correct compare.prompts") from error
+    places = {f"{prompts}:{number}": line for number, line in enumerate(lines, start=1) if line.strip()}
+    asked = list(dict.fromkeys(check_text(line, "the prompt", where=where) for where, line in places.items()))
     if not asked:
         raise InputError(f"{prompts}: no line has a prompt; write one a line")
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; correct compare.references")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)
+    visible = (path for path in folder.iterdir() if not path.name.startswith("."))  # ._a.png is no picture, but macOS'
+    files = sorted(path for path in visible if path.suffix.lower() in _PICTURES)
     if not files:
         raise InputError(f"{folder}: no pictures there; correct compare.references")
     pairs = spread(list(itertools.product(asked, files)), config.compare.num_samples)

@@ -36,6 +36,8 @@ def prepare(
     for split in samples.splits:
         if split.rejected:
             accelerator.print(f"{split.name}: left out {len(split.rejected)}, first: {split.rejected[0]}")
+        if split.small:
+            accelerator.print(f"{split.name}: {split.small}")
     own = Needs()
     needs_of(samples.trained[:1], config.reads, own)
     return cache, samples, [kind for kind, _ in own.requests]
@@ -141,6 +143,8 @@ def _cache_states(config: Config, accelerator: Accelerator, *, check: bool) -> s
     filled = _fill_and_drop(config, cache, samples, accelerator.device, accelerator)
     for split in samples.splits:
         accelerator.print(f"{split.name}: {len(split.samples)} triplets, {len(split.rejected)} left out")
+        if split.small:
+            accelerator.print(f"{split.name}: {split.small}")
     return describe(filled) if accelerator.is_main_process else ""
 
 

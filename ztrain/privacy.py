@@ -55,7 +55,7 @@ def _public(value: Any, key: str, setting: Callable[[str, str], str]) -> Any:
 
 
 def _public_setting(text: str, key: str) -> str:
-    if Path(text).is_absolute():
+    if Path(text).is_absolute() or text.startswith("~/"):
         return public_text(Path(text).name)
     return public_text(public_name(text) if _PATH_KEY.search(key) else text)
 

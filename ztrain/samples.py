@@ -1,8 +1,8 @@
 """Triplets as training sees them: pictures by digest and size, targets in their buckets, and all that they need cached.
 
 In: the data of a config. Out: lists of `Sample`, and for each list what it asks of the cache. A triplet that cannot be
-used (broken picture, reference too thin, target that would lose too much, prompt too long) is counted and left out up
-to data.max_bad_share, and stops everything beyond it.
+used (broken picture, reference too thin or the target itself, target that would lose too much, prompt too long) is
+counted and left out up to data.max_bad_share, and stops everything beyond it.
 """
 
 import json
@@ -12,13 +12,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ztrain.cache import Cache, Needs, digest_json
-from ztrain.config import Config
+from ztrain.config import Config, DataConfig
 from ztrain.data import read_triplets
 from ztrain.digests import Known
 from ztrain.encoders import assemble
 from ztrain.errors import InputError
 from ztrain.files import as_text, write_text
-from ztrain.images import Bucket, check_reference, pick_bucket, target_buckets
+from ztrain.images import (
+    Bucket,
+    check_reference,
+    describe_small,
+    enlargement,
+    pick_bucket,
+    target_buckets,
+)
 from ztrain.layout import padded
 from ztrain.rows import Triplet, one_line
 from ztrain.sampler import spread
@@ -45,12 +52,14 @@ class Split:
     name: str
     samples: list[Sample]
     rejected: list[str] = field(default_factory=list)
+    small: str = ""
+    """The sentence about targets that are too small, where data.small_targets lets them pass or leaves them out."""
 
     def check(self, max_bad_share: float) -> None:
         """Raises InputError where more than the share is unusable, or nothing is left."""
         total = len(self.samples) + len(self.rejected)
         if len(self.rejected) > max_bad_share * total or not self.samples:
-            shown = "; ".join(self.rejected[:3]) or "there are none"
+            shown = "; ".join(self.rejected[:3]) or self.small or "there are none"
             raise InputError(
                 f"{self.name}: {len(self.rejected)} of {total} triplets cannot be used (data.max_bad_share "
                 f"{max_bad_share:g}): {shown}"
@@ -129,7 +138,25 @@ def _read_split(config: Config, cache: Cache, location: str, name: str, *, text_
             split.samples.append(_sample(config, triplet, target, references, buckets))
         except InputError as error:
             split.rejected.append(one_line(f"{triplet.where}: {error}"))
+    _look_for_small(split, data)
     return split
+
+
+def _look_for_small(split: Split, data: DataConfig) -> None:
+    """What becomes of targets that would be enlarged too much. Raises InputError under `refuse`."""
+    fitting, small = [], {}
+    for sample in split.samples:
+        target = sample.target
+        if (times := enlargement((target.width, target.height), sample.bucket)) > data.max_upscale:
+            small[f"{sample.where}: {target.picture.name}, {target.width} x {target.height}"] = times
+        else:
+            fitting.append(sample)
+    try:
+        split.small = describe_small(small, len(split.samples), data.small_targets, data.max_upscale, "data")
+    except InputError as error:
+        raise InputError(f"{split.name}: {error}") from error
+    if data.small_targets == "leave_out":
+        split.samples = fitting
 
 
 def _sample(
@@ -152,6 +179,11 @@ def _sample(
             max_aspect=data.reference_max_aspect,
         )
     picture = whole[0]
+    if not data.allow_reference_is_target and picture.digest in {known.digest for known in whole[1:]}:
+        raise InputError(
+            f"{picture.picture.name} is a reference of itself, byte for byte; give another one, or set "
+            "data.allow_reference_is_target"
+        )
     bucket = pick_bucket((picture.width, picture.height), buckets, data.max_crop, picture.picture.name)
     return Sample(
         prompt=triplet.prompt,

@@ -14,12 +14,12 @@ import pydantic
 
 from ztrain.compare import Plan, carry_out
 from ztrain.comparison import Comparison
-from ztrain.config import Config, parse
+from ztrain.config import Config
 from ztrain.errors import InputError
 from ztrain.files import write_text
 from ztrain.lineup import Entry, check_entries, fitting, plain
 from ztrain.privacy import public_config
-from ztrain.yamls import dump_yaml
+from ztrain.yamls import dump_yaml, parse
 
 BEST_NAME = "best_splice.yaml"
 _SHORT = {"hidden_index": "layer", "text_hidden_index": "text layer", "guidance_scale": "guidance", "scales": "scale"}

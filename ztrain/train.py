@@ -25,6 +25,7 @@ from ztrain.conditioning import moved
 from ztrain.config import Config, load_config
 from ztrain.entering import enter_folder
 from ztrain.errors import MENDABLE, InputError
+from ztrain.files import given_path
 from ztrain.flow import (
     draw_noise,
     draw_sigma,
@@ -279,7 +280,7 @@ def _mixture(run: Run) -> Mixture:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something the user can mend, 128 + signal stopped and saved (interrupt.py)."""
     parser = argparse.ArgumentParser(prog="ztrain.train", description=__doc__, add_help=False)
-    parser.add_argument("--config", nargs="+", type=Path, required=True)
+    parser.add_argument("--config", nargs="+", type=given_path, required=True)
     known, overrides = parser.parse_known_args(arguments)
     end_with_launcher()
     use_growing_segments()

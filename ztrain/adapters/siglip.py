@@ -20,6 +20,7 @@ from ztrain.conditioning import Conditioning, Encoded
 from ztrain.errors import InputError
 from ztrain.quantised import plain_copy
 from ztrain.tensors import open_tensors
+from ztrain.yamls import PathText
 
 Initialisation = Literal["context_refiner", "random", "statistics_matched", "cap_embedder_slice", "file", "checkpoint"]
 
@@ -35,7 +36,7 @@ class SiglipConfig(AdapterConfig):
     statistics_matched: embedder with the spread and bias of cap_embedder's output; cap_embedder_slice: its first
     columns (the last three copy the refiner too); file: from init_file; checkpoint: the base already has them."""
     init_seed: int = 0
-    init_file: str | None = None
+    init_file: PathText | None = None
     """A safetensors file, for init: file."""
     init_key_map: dict[str, str] = Field(default_factory=dict)
     """Our key -> the file's key, for example siglip_embedder.1.weight: connector.fc1.weight. Smaller tensors are

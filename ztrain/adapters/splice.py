@@ -19,6 +19,7 @@ from ztrain.adapters.base import Adapter, AdapterConfig, Reads
 from ztrain.conditioning import IMAGE, MARKER, TEXT, Conditioning, Encoded, TokenStates, moved
 from ztrain.errors import InputError
 from ztrain.tensors import read_tensors
+from ztrain.yamls import PathText
 
 _TOKENS = {
     "all": (TEXT, IMAGE, MARKER),
@@ -53,7 +54,7 @@ class ComposeConfig(AdapterConfig):
     scaling: Literal["none", "global", "per_dimension"] = "none"
     """Matches the states' spread to the prompt's: by one factor, or by z-scores for each dimension clipped at 3 sigma.
     The DiT normalises each caption token by its RMS, so `global` only matters when blending."""
-    statistics_file: str | None = None
+    statistics_file: PathText | None = None
     """The safetensors file that `ztrain stats` wrote for these models and encoder settings; needed for scaling."""
 
     @property

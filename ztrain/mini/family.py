@@ -32,7 +32,7 @@ from transformers import Siglip2ImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
 from ztrain.errors import InputError
-from ztrain.files import whole_folder
+from ztrain.files import given_path, whole_folder
 from ztrain.mini.parts import (
     VISION_LANGUAGE_PROCESSOR,
     FamilySizes,
@@ -213,7 +213,7 @@ def _marker(seed: int, sizes: FamilySizes) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Builds the family where the command line says; returns the exit status."""
     parser = argparse.ArgumentParser(description="Build the tiny random Z-Image family.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to create; left alone if complete")
+    parser.add_argument("--out", type=given_path, required=True, help="folder to create; left alone if complete")
     out = parser.parse_args(arguments).out
 
     def work() -> str:

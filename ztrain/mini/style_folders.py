@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ztrain.errors import InputError
-from ztrain.files import publish, workspace, write_text
+from ztrain.files import given_path, publish, workspace, write_text
 from ztrain.mini.painter import draw_poses, paint
 from ztrain.mini.world import (
     COUNT_NAMES,
@@ -215,7 +215,7 @@ def _save(folder: Path, styles: Sequence[str], drawings: Sequence[Drawing], pict
 def main() -> int:
     """Exit status: 0 painted, 2 something the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m ztrain.mini.style_folders", description="Paint style folders.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to paint into")
+    parser.add_argument("--out", type=given_path, required=True, help="folder to paint into")
     for name, default, text in (
         ("--seed", 0, "decides styles, contents and splits"),
         ("--size", 128, "side of the pictures in pixels"),

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from PIL import Image
 
 from ztrain.data import Listing, read_triplets
 from ztrain.errors import InputError
+from ztrain.files import LIMITS
 from ztrain.images import PictureFile, open_image
 from ztrain.tars import TarPicture
 
@@ -94,7 +96,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ('{"reference_file_name": "a.png", "target_file_name": "b.png", "prompt": "\\ud83d"}', "surrogate"),
     ('{"reference_file_name": "a.png", "target_file_name": "b.png", "prompt": "a", "x": ["\\uDE00"]}', "surrogate"),
     ({**ROW, "target_file_name": "c.png"}, "'c.png' is not in"),
-    ({**ROW, "target_file_name": "images"}, "'images' is not in"),
+    ({**ROW, "target_file_name": "images"}, "'images' is no regular file in"),
     ({**ROW, "target_file_name": "x" * 5000}, "is not in"),
     ({**ROW, "target_file_name": "../train/b.png"}, "leaves the folder"),
     ({**ROW, "target_file_name": "/etc/hostname"}, "leaves the folder"),
@@ -155,6 +157,207 @@ def test_real_pictures_through_links(tmp_path: Path) -> None:
     triplets = read_triplets(str(tmp_path), "val").triplets
     assert [Path(triplet.target.name).name for triplet in triplets] == names[1:]
     assert {open_image(triplet.target).size for triplet in triplets} == {(128, 128)}
+
+
+@pytest.mark.parametrize("number", [9, 11])
+def test_a_share_of_cut_shards_is_counted_to_the_row(tmp_path: Path, number: int) -> None:
+    """9 lost of 1000 are less than a hundredth, 11 are more; what is seen and what is bad make up the manifest."""
+    shards = {f"train-{shard:06d}.tar": {"samples": 100, "bytes": 0} for shard in range(10)}
+    for shard, name in enumerate(shards):
+        tar(tmp_path / name, *(member for row in range(100) for member in sample(f"{shard:02d}{row:02d}")))
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": {"train": shards}}))
+    path = tmp_path / "train-000003.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.index(f"03{100 - number + 1}.reference".encode())])  # the one before goes too
+    if number == 9:
+        listing = read_triplets(str(tmp_path), "train", max_bad_share=0.01)
+        assert (len(listing.triplets), len(listing.rejected)) == (991, 9)
+        for number, said in enumerate(listing.rejected, start=92):
+            assert said.startswith(f"{path}: sample {number} of 100 is lost: the archive is damaged at byte ")
+    else:
+        with pytest.raises(InputError, match=r"11 of 1000 triplets cannot be used \(at most max_bad_share 0.01"):
+            read_triplets(str(tmp_path), "train", max_bad_share=0.01)
+
+
+@pytest.mark.parametrize("name", ["train-0.tar", "train-0.parquet", "train/metadata.jsonl"])
+def test_data_cut_at_every_tenth_is_named(tmp_path: Path, name: str) -> None:
+    """With and without the manifest of data_tools.pack, which says how many rows there were."""
+    path = tmp_path / name
+    if name.endswith(".tar"):
+        tar(path, *(member for row in range(17) for member in sample(str(row))))
+    elif name.endswith(".parquet"):
+        rows = [{"target": cell(f"t{row}"), "reference": cell("r"), "prompt": f"p{row}"} for row in range(17)]
+        table(path, {"target": IMAGE, "reference": IMAGE, "prompt": TEXT}, *rows)
+    else:
+        manifest(
+            tmp_path, *[{**ROW, "prompt": f"a cat and {row} dogs"} for row in range(17)]
+        )  # no cut is behind a line
+    whole, prompts = path.read_bytes(), [triplet.prompt for triplet in read_triplets(str(tmp_path), "train").triplets]
+    for packed in (False, True):
+        if packed:
+            report = {"shards": {"train": {name: {"samples": 17}}}}
+            (tmp_path / "manifest.json").write_text(json.dumps(report))
+        for tenth in range(10):
+            path.write_bytes(whole[: len(whole) * tenth // 10])
+            kept = []
+            try:
+                listing = read_triplets(str(tmp_path), "train", max_bad_share=0.99)
+                kept = [triplet.prompt for triplet in listing.triplets]
+                assert all(said.startswith(str(path)) for said in listing.rejected)
+                assert listing.rejected or not whole[len(whole) * tenth // 10 :].strip(b"\0")  # only padding is gone
+                assert not packed or name.endswith(".jsonl") or len(kept) + len(listing.rejected) == 17
+            except InputError as error:
+                assert str(error).startswith(str(path))
+            assert kept == prompts[: len(kept)]
+
+
+def test_damaged_tables_count_as_what_the_manifest_says(tmp_path: Path) -> None:
+    features = {"target": IMAGE, "reference": IMAGE, "prompt": TEXT}
+    row = {"target": cell("t"), "reference": cell("r"), "prompt": "p"}
+    for number in range(2):
+        table(tmp_path / f"train-{number}.parquet", features, *[row] * 4)
+    shards = {f"train-{number}.parquet": {"samples": 4} for number in range(3)}
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": {"train": shards}}))
+    (tmp_path / "train-1.parquet").write_bytes(b"PAR1")
+    listing = read_triplets(str(tmp_path), "train", max_bad_share=0.7)
+    assert (len(listing.triplets), len(listing.rejected)) == (4, 8)
+    told = f"{tmp_path}/train-{{}}.parquet: sample 1 of 4 is lost: "
+    assert listing.rejected[0].startswith(told.format(1) + "not a readable Parquet file (its 4 bytes do not end as a")
+    assert listing.rejected[4] == told.format(2) + "the table is missing"
+
+
+# ---- what is no file, or too large a one
+
+
+@pytest.mark.parametrize(
+    "name", ["train-0.tar", "train-0.parquet", "train/metadata.jsonl", "manifest.json", "train/b.png"]
+)
+def test_pipes_and_devices_are_refused_at_once(tmp_path: Path, name: str) -> None:
+    folder = manifest(tmp_path, ROW)
+    if "/" not in name:
+        (folder / "train/metadata.jsonl").unlink()
+        tar(tmp_path / "train-0.tar", *sample("0"))
+    if name == "train-0.parquet":
+        (tmp_path / "train-0.tar").unlink()
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    told = f"'b.png' is no regular file in {tmp_path}/train" if name.endswith("png") else f"{path}: is no regular file"
+    for _ in range(2):
+        with pytest.raises(InputError, match=re.escape(told)):
+            read_triplets(str(tmp_path), "train")
+        path.unlink()
+        path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("train-0.tar", r"train-0.tar: the archive is damaged at byte 0 \(64,424,509,440 bytes stand behind its last"),
+        ("train-0.parquet", r"train-0.parquet: not a readable Parquet file \(its 64,424,509,440 bytes do not end"),
+        ("train/metadata.jsonl", r"metadata.jsonl:1: the line has more than 16,777,216 bytes"),
+    ],
+)
+def test_files_of_many_gigabytes_of_nothing_are_not_read(tmp_path: Path, name: str, told: str) -> None:
+    (tmp_path / "train").mkdir()
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(60 << 30)
+    with pytest.raises(InputError, match=told):
+        read_triplets(str(tmp_path), "train")
+
+
+def test_claims_of_sizes_are_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member or a header that is gigabytes long in a sparse file, a footer likewise, a cell above the limit."""
+    path = tar(tmp_path / "train-0.tar", *sample("0"), *sample("1"), *sample("2"))
+    whole = path.read_bytes().rstrip(b"\0").ljust(512 * 18, b"\0")
+    for kind, told in (
+        (b"0", "'target.jpg': has 1,073,741,824 bytes, more than"),
+        (b"L", "a header claims 1,073,741,824"),
+    ):
+        member = tarfile.TarInfo("3.target.jpg")
+        member.type, member.size = kind, 1 << 30
+        with path.open("wb") as file:
+            file.write(whole + member.tobuf())
+            file.truncate(len(whole) + 512 + (1 << 30) + 1024)
+        assert told in "".join(read_triplets(str(tmp_path), "train", max_bad_share=0.9).rejected)
+    path.unlink()
+    features = {"target": IMAGE, "reference": IMAGE, "prompt": TEXT}
+    path = table(
+        tmp_path / "train-0.parquet", features, {"target": cell("t" * 99), "reference": cell("r"), "prompt": "p"}
+    )
+    [triplet] = read_triplets(str(tmp_path), "train").triplets
+    monkeypatch.setitem(LIMITS, "picture", 98)
+    with pytest.raises(
+        InputError, match=r"row 0 of .*, target: has 99 bytes, more than the 98 that a picture may have"
+    ):
+        triplet.target.read()
+    with path.open("r+b") as file:
+        file.truncate(2 << 30)
+        file.seek((2 << 30) - 8)
+        file.write((1 << 30).to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(InputError, match="its footer claims 1,073,741,824 bytes"):
+        read_triplets(str(tmp_path), "train")
+
+
+def test_a_hostile_tar_runs_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members that leave the folder, links, devices and pickles: nothing is extracted, unpickled or run."""
+
+    class Canary:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (os.system, (f"touch {tmp_path}/canary",))
+
+    poison = pickle.dumps(Canary())
+    members: list[Member] = []
+    for key in ("../../canary", f"{tmp_path}/canary", "a/../../canary"):
+        members += sample(key)
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE):
+        key = f"link{kind.decode()}"
+        members += [(f"{key}.target.png", link(kind)), *[each for each in sample(key) if "target" not in each[0]]]
+    for field in ("pyd", "pkl", "pickle", "pth", "npy"):
+        members += [*sample(f"with-{field}"), (f"with-{field}.{field}", poison)]
+    members += [*sample("only")[:2], ("only.json", poison)]
+    folder = tmp_path / "inside" / "data"
+    tar(folder / "train-0.tar", *members)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    listing = read_triplets(str(folder), "train", max_bad_share=0.9)
+    assert len(listing.triplets) == 8 and len(listing.rejected) == 6
+    assert all(picture.startswith(b"") for _, references, _ in bytes_of(listing) for picture in references)
+    assert ["is a link or sparse" in said for said in listing.rejected] == [True] * 5 + [False]
+    assert "not a row of JSON" in listing.rejected[5] and sorted(tmp_path.rglob("*")) == before
+    pickle.loads(poison)
+    assert (tmp_path / "canary").exists()  # the canary sings
+
+
+@pytest.mark.parametrize("number", ["1e400", "9" * 5000, "99999999999", "-1e400", "[]", "NaN"])
+def test_wild_numbers_in_a_manifest_are_refused(tmp_path: Path, number: str) -> None:
+    tar(tmp_path / "train-0.tar", *sample("0"))
+    text = json.dumps({"shards": {"train": {"train-0.tar": {"samples": "?"}}}})
+    (tmp_path / "manifest.json").write_text(text.replace('"?"', number))
+    with pytest.raises(InputError, match=r"manifest\.json: not a manifest of data_tools\.pack \("):
+        read_triplets(str(tmp_path), "train")
+
+
+def test_names_cannot_break_a_sentence(tmp_path: Path) -> None:
+    bad = "x\nerror: all is well\x1b[2J"
+    tar(tmp_path / "tar" / "train-0.tar", *sample("0"), *sample(bad)[:1], (f"{bad}.json", b"{"))
+    folder = manifest(tmp_path / "folder", ROW, {**ROW, "target_file_name": bad}, {bad: 1})
+    for place in (tmp_path / "tar", folder):
+        for said in read_triplets(str(place), "train", max_bad_share=0.9).rejected:
+            assert "\n" not in said and "x\\nerror: all is well" in said
+
+
+def test_data_at_a_place_that_is_no_utf8(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    assert len(read_triplets(str(manifest(odd / "folder", ROW)), "train").triplets) == 1
+    tar(odd / "tar" / os.fsdecode(b"train-0\xe9.tar"), *sample("0"))
+    assert bytes_of(read_triplets(str(odd / "tar"), "train"))[0][0] == "0"
+    row = {"target": cell("t"), "reference": cell("r"), "prompt": "p"}
+    table(odd / "t" / "train-0.parquet", {"target": IMAGE, "reference": IMAGE, "prompt": TEXT}, row)
+    with pytest.raises(InputError, match="train-0.parquet: a table's path must be UTF-8; rename it, or give a link"):
+        read_triplets(str(odd / "t"), "train")
+    (tmp_path / "link").symlink_to(odd / "t")
+    assert bytes_of(read_triplets(str(tmp_path / "link"), "train")) == [("p", [b"r"], b"t")]
 
 
 # ---- which layout
@@ -408,7 +611,8 @@ IMAGE = datasets.Image()
 
 def table(path: Path, features: dict[str, Any], *rows: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=datasets.Features(features).arrow_schema), path)
+    with path.open("wb") as file:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=datasets.Features(features).arrow_schema), file)
     return path
 
 
@@ -476,6 +680,29 @@ def test_tables_that_hold_no_triplets(tmp_path: Path, features: dict[str, Any], 
         read_triplets(str(tmp_path), "train")
 
 
+ODD_METADATA = [
+    "null", "{", "[" * 100_000, '{"info": null}', '{"info": {"features": 3}}', '{"info": {"features": {"target": 3}}}',
+    '{"info": {"features": {"target": {"_type": "os.system"}}}}',
+    '{"info": {"features": {"target": {"_type": "List"}}}}', '{"info": {"features": {"target": {"_type": "Value"}}}}',
+]  # fmt: skip
+
+
+def test_odd_schemas_and_values_of_tables_are_one_sentence(tmp_path: Path) -> None:
+    """What `datasets` makes of a foreign file's metadata ends in any kind of error, at times in values of another."""
+    picture = pa.array([{"bytes": b"x", "path": "a"}])
+    good = pa.table({"prompt": ["p"], "target": picture, "reference": picture})
+    odd = [good.replace_schema_metadata({"huggingface": text}) for text in ODD_METADATA]
+    for value in ({"bytes": "text", "path": "a"}, {"bytes": 3, "path": "a"}, {"bytes": b"x", "path": 3}):
+        odd.append(good.set_column(1, "target", pa.array([value])))
+    odd.append(good.append_column("day", pa.array([2**31 - 1], type=pa.date32())))
+    odd.append(good.append_column("time", pa.array([2**60], type=pa.timestamp("us"))))
+    for number, rows in enumerate(odd):
+        (tmp_path / f"{number}").mkdir()
+        pq.write_table(rows, tmp_path / f"{number}/train-0.parquet")
+        with pytest.raises(InputError, match="cannot load the tables|must hold pictures|a column has values that"):
+            read_triplets(str(tmp_path / f"{number}"), "train")
+
+
 def test_tables_without_rows(tmp_path: Path) -> None:
     features = {"target": IMAGE, "reference": IMAGE, "prompt": TEXT}
     table(tmp_path / "train-0.parquet", features)
@@ -494,7 +721,8 @@ def test_damaged_tables(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"train-0\.parquet: not a readable Parquet file"):
         read_triplets(str(tmp_path), "train")
     path.write_bytes(b"PAR1" + b"\xff" * 400 + whole[404:])
-    with pytest.raises(InputError, match=r"split train: cannot load the tables \("):
+    table(tmp_path / "train-1.parquet", features, row)
+    with pytest.raises(InputError, match=r"train-0\.parquet: not a readable Parquet file \("):  # which one
         read_triplets(str(tmp_path), "train")
 
 
@@ -604,9 +832,12 @@ def test_data_sets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (split / "a.png").write_bytes(b"a")
     (split / "b.png").write_bytes(b"b")
     monkeypatch.setattr(Hub, "repositories", {"me/tables": tmp_path / "tables", "me/folder": tmp_path / "folder"})
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "scripted/scripted.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\n")
+    Hub.repositories["me/scripted"] = tmp_path / "scripted"
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        tables, first, last, folder, gated, absent, split_absent = ask_hub(
+        tables, first, last, folder, gated, absent, split_absent, scripted = ask_hub(
             tmp_path / "home",
             ("me/tables", "train", "main"),
             ("me/tables", "validation[:1]", None),
@@ -615,6 +846,7 @@ def test_data_sets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             ("gated/tables", "train", None),
             ("me/none", "train", None),
             ("me/folder", "test", None),
+            ("me/scripted", "train", None),
             HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
             HF_HUB_OFFLINE="0",
         )
@@ -627,6 +859,8 @@ def test_data_sets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert gated.startswith(refusal.format("gated/tables", "train", "Dataset 'gated/tables' is a gated dataset"))
     assert absent.startswith(refusal.format("me/none", "train", "Dataset 'me/none' doesn't exist"))
     assert split_absent.startswith(refusal.format("me/folder", "test", 'Unknown split "test"'))
+    assert scripted.startswith(refusal.format("me/scripted", "train", "Dataset scripts are no longer supported"))
+    assert not (tmp_path / "canary").exists()
     [offline] = ask_hub(tmp_path / "other", ("me/tables", "train", None), HF_HUB_OFFLINE="1")
     assert offline.startswith(refusal.format("me/tables", "train", "Couldn't reach 'me/tables' on the Hub (Offline"))
     assert offline.endswith("; correct the path, or check id, revision, split, network and login (hf auth login)")

@@ -9,13 +9,15 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ztrain.errors import InputError
-from ztrain.rows import RowReader, Triplet, check_text, find_picture, listed, parse_object, take_text
+from ztrain.files import MAX_LINE, check_regular
+from ztrain.rows import RowReader, Triplet, check_text, find_picture, listed, one_line, parse_object, take_text
 from ztrain.tables import hub_rows, parquet_rows
-from ztrain.tars import tar_rows
+from ztrain.tars import lost, packed_samples, tar_rows
 
 MANIFEST_NAME = "metadata.jsonl"
 """The name that `datasets` gives the table of an image folder, so that the same folder loads there too."""
@@ -55,7 +57,7 @@ def read_triplets(
         try:
             triplets.append(read(len(triplets)))
         except InputError as error:
-            rejected.append(str(error))
+            rejected.append(one_line(str(error)))
     total = len(triplets) + len(rejected)
     if not total:
         raise InputError(f"{place}: there are no rows; give it at least one triplet")
@@ -96,18 +98,36 @@ def _find(location: str, split: str, revision: str | None, text_only: bool) -> t
         )
     [(pattern, files)] = found.items()
     place = str(files[0]) if len(files) == 1 else str(root / pattern)
-    return place, layouts[pattern](files, root, split, text_only)
+    if pattern.endswith(MANIFEST_NAME):
+        return place, _manifest_rows(files[0], text_only)
+    packed = {path: count for path, count in packed_samples(root, split).items() if path.suffix == files[0].suffix}
+    what = "archive" if files[0].suffix == ".tar" else "table"
+    gone = [lost(path, f"the {what} is missing", count) for path, count in packed.items() if path not in files]
+    return place, chain(layouts[pattern](files, root, split, text_only, packed), *gone)
 
 
-def _manifest_rows(files: list[Path], root: Path, split: str, text_only: bool) -> Iterator[RowReader]:
-    [path] = files
+def _manifest_rows(path: Path, text_only: bool) -> Iterator[RowReader]:
     try:
-        lines = path.read_bytes().splitlines()  # of bytes: U+2028 inside a prompt is no line end
+        for number, raw in enumerate(_lines(path), start=1):
+            if raw.strip():
+                yield partial(_read_line, raw, path.parent, f"{path}:{number}", text_only)
     except OSError as error:
-        raise InputError(f"{path}: cannot read the manifest of split {split!r} ({error.strerror})") from error
-    for number, raw in enumerate(lines, start=1):
-        if raw.strip():
-            yield partial(_read_line, raw, path.parent, f"{path}:{number}", text_only)
+        raise InputError(f"{path}: cannot read the manifest ({error.strerror})") from error
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Of a regular file, none beyond MAX_LINE, and never more than one in memory. Raises InputError, OSError."""
+    check_regular(path)
+    with path.open("rb") as file:
+        number = 0
+        while piece := file.readline(MAX_LINE + 1):
+            if len(piece) > MAX_LINE:
+                raise InputError(
+                    f"{path}:{number + 1}: the line has more than {MAX_LINE:,} bytes; is it the right file?"
+                )
+            lines = piece.splitlines()  # of bytes: U+2028 inside a prompt is no line end
+            number += len(lines)
+            yield from lines
 
 
 def _read_line(raw: bytes, folder: Path, where: str, text_only: bool, index: int) -> Triplet:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ztrain.errors import InputError
+from ztrain.files import LIMITS, Kind
 from ztrain.images import Picture, PictureFile
 
 
@@ -87,13 +88,27 @@ def find_picture(folder: Path, name: str, *, where: str) -> PictureFile:
         raise InputError(f"{where}: {name!r} leaves the folder; give a path below {folder}")
     path = folder / pure
     if not os.path.isfile(path):  # unlike Path.is_file, also False for names too long for the file system
-        raise InputError(f"{where}: the picture {name!r} is not in {folder}; restore it or drop the row")
+        fault = "is no regular file" if os.path.exists(path) else "is not"
+        raise InputError(f"{where}: the picture {name!r} {fault} in {folder}; restore it or drop the row")
     return PictureFile(path)
 
 
-def listed(names: Iterable[str]) -> str:
+def check_size(size: int, kind: Kind, *, where: str) -> None:
+    """Of what lies in an archive or a table, before it is read. Raises InputError beyond the limit of its kind."""
+    if size > LIMITS[kind]:
+        raise InputError(f"{where}: has {size:,} bytes, more than the {LIMITS[kind]:,} that a {kind} may have")
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
     """Names for a message."""
-    return ", ".join(map(repr, names)) or "nothing"
+    shown = [repr(name) for name in names]
+    more = [f"{len(shown) - most} more"] if len(shown) > most else []
+    return ", ".join(shown[:most] + more) or "nothing"
+
+
+def one_line(sentence: str) -> str:
+    """A name inside may hold a line feed, after which it could say anything."""
+    return sentence.replace("\n", "\\n")
 
 
 def refuse(sentence: str, index: int) -> Triplet:

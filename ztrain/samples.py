@@ -19,7 +19,7 @@ from ztrain.encoders import assemble
 from ztrain.errors import InputError
 from ztrain.images import Bucket, check_reference, pick_bucket, target_buckets
 from ztrain.layout import padded
-from ztrain.rows import Triplet
+from ztrain.rows import Triplet, one_line
 from ztrain.sampler import spread
 
 
@@ -127,7 +127,7 @@ def _read_split(config: Config, cache: Cache, location: str, name: str, *, text_
         try:
             split.samples.append(_sample(config, triplet, target, references, buckets))
         except InputError as error:
-            split.rejected.append(f"{triplet.where}: {error}")
+            split.rejected.append(one_line(f"{triplet.where}: {error}"))
     return split
 
 

@@ -3,18 +3,26 @@
 import glob
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ztrain.errors import InputError
+from ztrain.files import check_regular
 from ztrain.images import Picture, stamp_of
-from ztrain.rows import RowReader, Triplet, find_picture, listed, take_text
+from ztrain.rows import RowReader, Triplet, check_size, find_picture, listed, take_text
+from ztrain.tars import lost
 
 if TYPE_CHECKING:
     import datasets
+
+
+_MAX_FOOTER = 1 << 28  # bytes; it is read whole, before a row is
+# What `datasets` and pyarrow raise on odd schemas and values, found by trying them.
+_TABLE_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +44,9 @@ class CellPicture:
 
     def read(self) -> bytes:
         cell = self.table.data.column(self.column)[self.row]
-        data: bytes = (cell if self.position is None else cell[self.position])["bytes"].as_py()
+        value = (cell if self.position is None else cell[self.position])["bytes"]
+        check_size(value.as_buffer().size, "picture", where=self.name)
+        data: bytes = value.as_py()
         return data
 
 
@@ -65,15 +75,19 @@ class _Cell:
     path: str | None
 
 
-def parquet_rows(files: list[Path], root: Path, split: str, text_only: bool) -> Iterator[RowReader]:
-    import pyarrow.parquet
-
-    filled = []  # `datasets` cannot load a file of no rows
+def parquet_rows(
+    files: list[Path], root: Path, split: str, text_only: bool, packed: Mapping[Path, int]
+) -> Iterator[RowReader]:
+    """packed: how many rows a table had, where that is known."""
+    counts = {}
     for path in files:
         try:
-            filled += [path] * (pyarrow.parquet.read_metadata(path).num_rows > 0)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not a readable Parquet file ({error}); restore it") from error
+            counts[path] = _count_rows(path)
+        except InputError as error:
+            if path not in packed:
+                raise
+            yield from lost(path, str(error).removeprefix(f"{path}: "), packed[path])
+    filled = [path for path, count in counts.items() if count]  # `datasets` cannot load a file of no rows
     if not filled:
         return
     # Without a name for their state `datasets` would find its cached copy by path and mtime only.
@@ -85,8 +99,54 @@ def parquet_rows(files: list[Path], root: Path, split: str, text_only: bool) -> 
         "split": "train",
     }
     place = f"{root}, split {split}"
-    data = _load_table(choice, f"{place}: cannot load the tables", "restore the files")
+    try:
+        data = _load_table(choice, f"{place}: cannot load the tables", "restore the files")
+    except InputError as error:
+        for path in filled if "No space left" not in str(error) else []:
+            _check_pages(path)
+        raise
+    if len(data) != sum(counts.values()):
+        raise InputError(f"{place}: {sum(counts.values())} rows are promised, {len(data)} there; restore the files")
     yield from _table_rows(_Table(data, place, root), text_only)
+
+
+def _count_rows(path: Path) -> int:
+    """By the table's footer, which must fit into the file. Raises InputError."""
+    import pyarrow.parquet
+
+    if str(path).encode(errors="ignore").decode() != str(path):
+        raise InputError(f"{path}: a table's path must be UTF-8; rename it, or give a link to its folder")
+    with _explained(path), path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        length, mark = int.from_bytes(file.read(4), "little"), file.read(4)
+        if mark != b"PAR1" or length > size - 12:
+            raise ValueError(f"its {size:,} bytes do not end as a table does: it was cut off, or is none")
+        if length > _MAX_FOOTER:
+            raise ValueError(f"its footer claims {length:,} bytes")
+        return int(pyarrow.parquet.ParquetFile(file).metadata.num_rows)
+
+
+def _check_pages(path: Path) -> None:
+    """Reads a table, as `datasets` does not say which of many is the damaged one. Raises InputError."""
+    import pyarrow.parquet
+
+    with _explained(path), path.open("rb") as file:
+        for _ in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=64):
+            pass
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """What opening a table raises, as one sentence."""
+    try:
+        check_regular(path)
+        yield
+    except InputError:
+        raise
+    except _TABLE_ERRORS as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path}: not a readable Parquet file ({reason}); restore it") from error
 
 
 def hub_rows(location: str, split: str, revision: str | None, text_only: bool) -> Iterator[RowReader]:
@@ -110,7 +170,7 @@ def _load_table(choice: dict[str, Any], fault: str, advice: str) -> "datasets.Da
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(**choice, keep_in_memory=False)  # in memory it would travel to every worker
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, *_TABLE_ERRORS) as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         reason = str(cause or error).partition("\n")[0]
         raise InputError(f"{fault} ({reason}); {advice}") from error
@@ -135,8 +195,12 @@ def _table_rows(table: _Table, text_only: bool) -> Iterator[RowReader]:
         for name, feature in features.items()
         if name not in ("target", *names) and not require_decoding(feature)  # further pictures would fill the memory
     ]
+    try:
+        rows = table.data.select_columns(kept).data.to_pylist()
+    except _TABLE_ERRORS as error:
+        raise InputError(f"{table.place}: a column has values that Python has not ({error}); leave it out") from error
     state = table.state
-    for row, columns in enumerate(table.data.select_columns(kept).data.to_pylist()):
+    for row, columns in enumerate(rows):
         cells = [cell for of_column in pictures for cell in of_column[row]]
         yield partial(_read_cells, table, state, row, cells, columns, text_only)
 
@@ -149,7 +213,7 @@ def _cells(table: _Table, column: str) -> list[list[_Cell]]:
     values = table.data.data.column(column)
     listed = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
     kind = values.type.value_type if listed else values.type
-    if not pa.types.is_struct(kind) or {field.name for field in kind} != {"bytes", "path"}:
+    if not pa.types.is_struct(kind) or not _is_picture({field.name: field.type for field in kind}):
         found = table.data.features[column]
         raise InputError(f"{table.place}: the column {column!r} must hold pictures (datasets.Image), not {found}")
     if listed and column == "target":
@@ -161,6 +225,16 @@ def _cells(table: _Table, column: str) -> list[list[_Cell]]:
     if not listed:
         return [[_Cell(column, None, *each)] for each in held]
     return [[_Cell(column, position, *next(held)) for position in range(count or 0)] for count in counts]
+
+
+def _is_picture(fields: dict[str, Any]) -> bool:
+    """Whether a struct is datasets.Image's: a column that is empty throughout may be of the type null."""
+    import pyarrow.types as types
+
+    tests = {"bytes": (types.is_binary, types.is_large_binary), "path": (types.is_string, types.is_large_string)}
+    return fields.keys() == tests.keys() and all(
+        types.is_null(kind) or any(test(kind) for test in tests[name]) for name, kind in fields.items()
+    )
 
 
 def _read_cells(

@@ -4,20 +4,22 @@ A plain tar is indexed once from its headers; a picture is then a range of bytes
 run, which the library of that name would do unless told otherwise. What a damaged archive has lost is counted.
 """
 
+import io
 import json
 import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from ztrain.errors import InputError
+from ztrain.files import check_regular, read_text
 from ztrain.images import Picture, stamp_of
-from ztrain.rows import RowReader, Triplet, listed, parse_object, refuse, take_text
+from ztrain.rows import RowReader, Triplet, check_size, listed, one_line, parse_object, refuse, take_text
 
 PACK_MANIFEST_NAME = "manifest.json"
 """Lies beside shards of data_tools.pack and says how many samples each of them had: what a damaged one has lost."""
@@ -29,6 +31,9 @@ _TARGET = re.compile(r"target\.[^.]+")
 _REFERENCE = re.compile(r"reference(?:\.(\d+))?\.[^.]+")
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _BLOCK = 512  # bytes, of a tar
+_MAX_HEADER = 1 << 20  # bytes of a long name or of extended attributes
+_MAX_SAMPLES = 10_000_000  # of a shard: each that is lost is a sentence
+_MAX_PADDING = 1 << 26  # bytes of zeros behind the last member; tar itself writes at most some MiB
 # What tarfile raises on odd headers, found by flipping bytes.
 _TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 
@@ -62,6 +67,15 @@ class TarPicture:
             return file.read(self.size)
 
 
+class _Headers(io.BufferedReader):
+    """A tar as far as tarfile may read it: a header that claims to be gigabytes long is not fetched."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _MAX_HEADER:
+            raise tarfile.ReadError(f"a header claims {size or 0:,} bytes")
+        return super().read(size)
+
+
 @dataclass(slots=True)
 class Archive:
     """What the headers of a tar say."""
@@ -76,8 +90,10 @@ class Archive:
     """Why samples may be missing at the end; empty for a whole archive."""
 
 
-def tar_rows(files: list[Path], root: Path, split: str, text_only: bool) -> Iterator[RowReader]:
-    packed = _packed_samples(root, split)
+def tar_rows(
+    files: list[Path], root: Path, split: str, text_only: bool, packed: Mapping[Path, int]
+) -> Iterator[RowReader]:
+    """packed: how many samples an archive had, where that is known."""
     for path in files:
         archive = index_tar(path)
         times = Counter(key for key, _ in archive.samples)
@@ -87,36 +103,42 @@ def tar_rows(files: list[Path], root: Path, split: str, text_only: bool) -> Iter
             else:
                 fault = f"the key stands {times[key]} times; the members of a sample must lie side by side, and once"
                 yield partial(refuse, f"{path}: {_printable(key)}: {fault}")
-        expected = packed.pop(path, None)
+        expected = packed.get(path)
         if expected is None and archive.damage:
             yield partial(refuse, f"{path}: {archive.damage}; how many samples it has lost is unknown; restore it")
-        for number in range(len(archive.samples), expected or 0):
-            reason = archive.damage or "the archive ends before it"
-            yield partial(refuse, f"{path}: sample {number + 1} of {expected} is lost: {reason}; restore the archive")
-    for path, expected in packed.items():
-        for number in range(expected):
-            yield partial(refuse, f"{path}: sample {number + 1} of {expected} is lost: the archive is missing")
+        reason = archive.damage or "the archive ends before it"
+        yield from lost(path, f"{reason}; restore the archive", expected or 0, len(archive.samples))
 
 
-def _packed_samples(root: Path, split: str) -> dict[Path, int]:
-    """Archive -> number of samples that data_tools.pack put there; nothing for tars of others. Raises InputError."""
+def lost(path: Path, reason: str, expected: int, found: int = 0) -> Iterator[RowReader]:
+    """A refusal for each sample that a shard is known to have had beyond those that were found."""
+    for number in range(found, expected):
+        yield partial(refuse, f"{path}: sample {number + 1} of {expected} is lost: {reason}")
+
+
+def packed_samples(root: Path, split: str) -> dict[Path, int]:
+    """Shard -> number of samples that data_tools.pack put there; nothing for those of others. Raises InputError."""
     path = root / PACK_MANIFEST_NAME
     if not path.exists():
         return {}
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(read_text(path, "json"))
         if isinstance(manifest, dict) and "shards" not in manifest:
             return {}  # somebody else's
         shards = manifest["shards"].get(split, {})
-        return {root / name: int(shard["samples"]) for name, shard in shards.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        counts = {root / name: int(shard["samples"]) for name, shard in shards.items()}
+        if any(count > _MAX_SAMPLES for count in counts.values()):
+            raise ValueError(f"a shard of more than {_MAX_SAMPLES:,} samples")
+        return counts
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path}: not a manifest of data_tools.pack ({error}); restore it or remove it") from error
 
 
 def index_tar(path: Path) -> Archive:
     """Reads the headers of a tar, to its end or as far as they can be trusted. Raises InputError."""
     try:
-        with path.open("rb") as file:
+        check_regular(path)
+        with _Headers(path.open("rb", buffering=0)) as file:
             found = os.fstat(file.fileno())
             archive = Archive(path, stamp_of(found), [])
             head, end = file.read(6), 0
@@ -158,6 +180,9 @@ def _drop_last(archive: Archive) -> None:
 
 def _check_end(file: BinaryIO, offset: int) -> None:
     """Raises ReadError unless zeros, at least one block of them, fill the archive from `offset` on."""
+    padding = file.seek(0, os.SEEK_END) - offset
+    if padding > _MAX_PADDING:
+        raise tarfile.ReadError(f"{padding:,} bytes stand behind its last member")
     file.seek(offset)
     block = file.read(_BLOCK)
     if len(block) < _BLOCK:
@@ -178,6 +203,7 @@ def _read_sample(archive: Archive, key: str, members: list[tarfile.TarInfo], tex
         if not member.isreg() or member.issparse():
             raise InputError(f"{where}: the member {name!r} is a link or sparse; store it as a plain file")
         printable = _printable(member.name)
+        check_size(member.size, "json" if name == "json" else "picture", where=f"{where}: the member {name!r}")
         fields[name] = TarPicture(archive.path, member.offset_data, member.size, printable, archive.state)
     targets = [picture for name, picture in fields.items() if _TARGET.fullmatch(name)]
     if "json" not in fields or len(targets) != 1:
@@ -204,5 +230,5 @@ def _tar_references(fields: dict[str, TarPicture], *, where: str) -> tuple[Pictu
 
 
 def _printable(name: str) -> str:
-    """A member's name with bytes that are no UTF-8 written as escapes."""
-    return name.encode(errors="backslashreplace").decode()
+    """A member's name with line feeds and bytes that are no UTF-8 written as escapes."""
+    return one_line(name.encode(errors="backslashreplace").decode())

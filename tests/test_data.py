@@ -680,6 +680,29 @@ def test_tables_that_hold_no_triplets(tmp_path: Path, features: dict[str, Any], 
         read_triplets(str(tmp_path), "train")
 
 
+ODD_METADATA = [
+    "null", "{", "[" * 100_000, '{"info": null}', '{"info": {"features": 3}}', '{"info": {"features": {"target": 3}}}',
+    '{"info": {"features": {"target": {"_type": "os.system"}}}}',
+    '{"info": {"features": {"target": {"_type": "List"}}}}', '{"info": {"features": {"target": {"_type": "Value"}}}}',
+]  # fmt: skip
+
+
+def test_odd_schemas_and_values_of_tables_are_one_sentence(tmp_path: Path) -> None:
+    """What `datasets` makes of a foreign file's metadata ends in any kind of error, at times in values of another."""
+    picture = pa.array([{"bytes": b"x", "path": "a"}])
+    good = pa.table({"prompt": ["p"], "target": picture, "reference": picture})
+    odd = [good.replace_schema_metadata({"huggingface": text}) for text in ODD_METADATA]
+    for value in ({"bytes": "text", "path": "a"}, {"bytes": 3, "path": "a"}, {"bytes": b"x", "path": 3}):
+        odd.append(good.set_column(1, "target", pa.array([value])))
+    odd.append(good.append_column("day", pa.array([2**31 - 1], type=pa.date32())))
+    odd.append(good.append_column("time", pa.array([2**60], type=pa.timestamp("us"))))
+    for number, rows in enumerate(odd):
+        (tmp_path / f"{number}").mkdir()
+        pq.write_table(rows, tmp_path / f"{number}/train-0.parquet")
+        with pytest.raises(InputError, match="cannot load the tables|must hold pictures|a column has values that"):
+            read_triplets(str(tmp_path / f"{number}"), "train")
+
+
 def test_tables_without_rows(tmp_path: Path) -> None:
     features = {"target": IMAGE, "reference": IMAGE, "prompt": TEXT}
     table(tmp_path / "train-0.parquet", features)
@@ -809,9 +832,12 @@ def test_data_sets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (split / "a.png").write_bytes(b"a")
     (split / "b.png").write_bytes(b"b")
     monkeypatch.setattr(Hub, "repositories", {"me/tables": tmp_path / "tables", "me/folder": tmp_path / "folder"})
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "scripted/scripted.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\n")
+    Hub.repositories["me/scripted"] = tmp_path / "scripted"
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        tables, first, last, folder, gated, absent, split_absent = ask_hub(
+        tables, first, last, folder, gated, absent, split_absent, scripted = ask_hub(
             tmp_path / "home",
             ("me/tables", "train", "main"),
             ("me/tables", "validation[:1]", None),
@@ -820,6 +846,7 @@ def test_data_sets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             ("gated/tables", "train", None),
             ("me/none", "train", None),
             ("me/folder", "test", None),
+            ("me/scripted", "train", None),
             HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
             HF_HUB_OFFLINE="0",
         )
@@ -832,6 +859,8 @@ def test_data_sets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert gated.startswith(refusal.format("gated/tables", "train", "Dataset 'gated/tables' is a gated dataset"))
     assert absent.startswith(refusal.format("me/none", "train", "Dataset 'me/none' doesn't exist"))
     assert split_absent.startswith(refusal.format("me/folder", "test", 'Unknown split "test"'))
+    assert scripted.startswith(refusal.format("me/scripted", "train", "Dataset scripts are no longer supported"))
+    assert not (tmp_path / "canary").exists()
     [offline] = ask_hub(tmp_path / "other", ("me/tables", "train", None), HF_HUB_OFFLINE="1")
     assert offline.startswith(refusal.format("me/tables", "train", "Couldn't reach 'me/tables' on the Hub (Offline"))
     assert offline.endswith("; correct the path, or check id, revision, split, network and login (hf auth login)")

@@ -22,7 +22,7 @@ from ztrain import checkpoint
 from ztrain.aspects import output_size
 from ztrain.cache import Cache
 from ztrain.comparison import Column, Comparison, Row, write_best, write_comparison
-from ztrain.config import Config, parse
+from ztrain.config import Config
 from ztrain.digests import digest_bytes
 from ztrain.drawn import save_picture, still_to_draw
 from ztrain.errors import InputError
@@ -40,7 +40,7 @@ from ztrain.rows import parse_object
 from ztrain.studio import Studio
 from ztrain.tars import PACK_MANIFEST_NAME
 from ztrain.version import VERSION
-from ztrain.yamls import dump_yaml
+from ztrain.yamls import dump_yaml, parse
 
 SHEET_NAME = "compare.png"
 _ROWS_SHOWN = 16  # of the sheet; the report shows all

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 
 _MAX_FOOTER = 1 << 28  # bytes; it is read whole, before a row is
+# What `datasets` and pyarrow raise on odd schemas and values, found by trying them.
+_TABLE_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +79,15 @@ def parquet_rows(
     files: list[Path], root: Path, split: str, text_only: bool, packed: Mapping[Path, int]
 ) -> Iterator[RowReader]:
     """packed: how many rows a table had, where that is known."""
-    filled = []  # `datasets` cannot load a file of no rows
+    counts = {}
     for path in files:
         try:
-            filled += [path] * (_count_rows(path) > 0)
+            counts[path] = _count_rows(path)
         except InputError as error:
             if path not in packed:
                 raise
             yield from lost(path, str(error).removeprefix(f"{path}: "), packed[path])
+    filled = [path for path, count in counts.items() if count]  # `datasets` cannot load a file of no rows
     if not filled:
         return
     # Without a name for their state `datasets` would find its cached copy by path and mtime only.
@@ -102,6 +105,8 @@ def parquet_rows(
         for path in filled if "No space left" not in str(error) else []:
             _check_pages(path)
         raise
+    if len(data) != sum(counts.values()):
+        raise InputError(f"{place}: {sum(counts.values())} rows are promised, {len(data)} there; restore the files")
     yield from _table_rows(_Table(data, place, root), text_only)
 
 
@@ -139,7 +144,7 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are these
+    except _TABLE_ERRORS as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{path}: not a readable Parquet file ({reason}); restore it") from error
 
@@ -165,7 +170,7 @@ def _load_table(choice: dict[str, Any], fault: str, advice: str) -> "datasets.Da
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(**choice, keep_in_memory=False)  # in memory it would travel to every worker
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, *_TABLE_ERRORS) as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         reason = str(cause or error).partition("\n")[0]
         raise InputError(f"{fault} ({reason}); {advice}") from error
@@ -190,8 +195,12 @@ def _table_rows(table: _Table, text_only: bool) -> Iterator[RowReader]:
         for name, feature in features.items()
         if name not in ("target", *names) and not require_decoding(feature)  # further pictures would fill the memory
     ]
+    try:
+        rows = table.data.select_columns(kept).data.to_pylist()
+    except _TABLE_ERRORS as error:
+        raise InputError(f"{table.place}: a column has values that Python has not ({error}); leave it out") from error
     state = table.state
-    for row, columns in enumerate(table.data.select_columns(kept).data.to_pylist()):
+    for row, columns in enumerate(rows):
         cells = [cell for of_column in pictures for cell in of_column[row]]
         yield partial(_read_cells, table, state, row, cells, columns, text_only)
 
@@ -204,7 +213,7 @@ def _cells(table: _Table, column: str) -> list[list[_Cell]]:
     values = table.data.data.column(column)
     listed = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
     kind = values.type.value_type if listed else values.type
-    if not pa.types.is_struct(kind) or {field.name for field in kind} != {"bytes", "path"}:
+    if not pa.types.is_struct(kind) or not _is_picture({field.name: field.type for field in kind}):
         found = table.data.features[column]
         raise InputError(f"{table.place}: the column {column!r} must hold pictures (datasets.Image), not {found}")
     if listed and column == "target":
@@ -216,6 +225,16 @@ def _cells(table: _Table, column: str) -> list[list[_Cell]]:
     if not listed:
         return [[_Cell(column, None, *each)] for each in held]
     return [[_Cell(column, position, *next(held)) for position in range(count or 0)] for count in counts]
+
+
+def _is_picture(fields: dict[str, Any]) -> bool:
+    """Whether a struct is datasets.Image's: a column that is empty throughout may be of the type null."""
+    import pyarrow.types as types
+
+    tests = {"bytes": (types.is_binary, types.is_large_binary), "path": (types.is_string, types.is_large_string)}
+    return fields.keys() == tests.keys() and all(
+        types.is_null(kind) or any(test(kind) for test in tests[name]) for name, kind in fields.items()
+    )
 
 
 def _read_cells(

@@ -107,8 +107,8 @@ def _faulty_json(data: bytes, draw: random.Random) -> bytes | None:
         with contextlib.suppress(ValueError):
             document = [json.loads(b"".join(lines[start:end]))]
             for _ in range(draw.choice((1, 1, 2))):
-                holder, key = draw.choice(list(_places(document)))
-                _change(holder, key, draw)
+                if places := list(_places(document)):
+                    _change(*draw.choice(places), draw)
             written = json.dumps(document[0] if document else None).encode()
             return b"".join([*lines[:start], written, b"\n", *lines[end:]])
     return None
@@ -414,7 +414,8 @@ def _read_on(name: str, options: argparse.Namespace, first: int, until: float, p
         os.write(pipe, json.dumps(words).encode() + b"\n")
 
     target, number, kinds = TARGETS[name](place / name), first, set[str]()
-    for path in target.files:  # all is imported now, and none is refused
+    alike = {(path.relative_to(target.folder).parts[0], path.suffix): path for path in target.files}
+    for path in alike.values():  # all is imported now, and none is refused
         try:
             target.read(path)
         except Exception:

@@ -228,7 +228,7 @@ class Cache:
 def _check_format(path: Path) -> None:
     """Raises InputError for a folder of states that a later version wrote."""
     try:
-        version = json.loads(path.read_text(encoding="utf-8")).get("format_version", 1)
+        version = json.loads(read_text(path, "record")).get("format_version", 1)
     except (OSError, ValueError, AttributeError):
         return  # `identities` says so where it is missed
     if version != FORMAT_VERSION:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from data_tools.replies import Reply
 from ztrain.errors import InputError
+from ztrain.files import read_text
 
 # The prompt of a triplet must not tell how the target is drawn, or nothing is left for the reference to tell; so the
 # words for styles are named, which models otherwise begin with. Places and counts are asked for, since pictures with
@@ -41,9 +42,7 @@ def read_template(given: str) -> tuple[str, str]:
         return given, TEMPLATES[given]
     path = Path(given)
     try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise InputError(f"--template {given}: is not UTF-8; save it as UTF-8") from error
+        text = read_text(path, "caption").strip()
     except OSError as error:
         known = " or ".join(TEMPLATES)
         raise InputError(

@@ -10,7 +10,6 @@ decided by style, content and settings alone. Delete `blank/` to try those again
 
 import io
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from data_tools.diffusion import Batch, Pipeline, RenderSettings
 from data_tools.step import read_words
 from data_tools.style_tables import Content, Style, as_csv, read_contents, read_styles
 from ztrain.errors import InputError
-from ztrain.files import workspace
+from ztrain.files import cannot_write, publish, read_bytes, workspace
 from ztrain.terminal import command
 from ztrain.yamls import describe_errors
 
@@ -100,7 +99,7 @@ class Job:
                 raise InputError(f"{self.out}: holds something else than rendered pictures; choose another --out")
             return {}
         try:
-            known: dict[str, Any] = json.loads(path.read_bytes())
+            known: dict[str, Any] = json.loads(read_bytes(path, "record"))
             settings, styles, _ = dict(known["settings"]), dict(known["styles"]), list(known["made_with"])
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise InputError(f"{path}: not a report of data_tools.render; choose another --out") from error
@@ -128,13 +127,10 @@ def store(path: Path, data: bytes, scratch: Path) -> None:
     """Whole or not at all. Raises InputError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with (scratch / "file").open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch / "file", path)
+        (scratch / "file").write_bytes(data)
+        publish(scratch / "file", path, sync=True)
     except OSError as error:
-        raise InputError(f"{path}: cannot write it ({error.strerror}); make room and run again") from error
+        raise InputError(cannot_write(path, error)) from error
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

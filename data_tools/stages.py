@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data_tools.output import arrow_file, fingerprint
 from ztrain.errors import InputError
-from ztrain.files import workspace
+from ztrain.files import cannot_write, publish, read_bytes, workspace, write_text
 from ztrain.interrupt import Stopped, unheard_by_children, work_for_parent
 
 TABLE_NAME = "table.json"
@@ -70,7 +70,7 @@ class Table:
         """Raises InputError where there is none, or one that is not finished."""
         path = folder / TABLE_NAME
         try:
-            found = json.loads(path.read_bytes())
+            found = json.loads(read_bytes(path, "record"))
             roots = {label: folder / place for label, place in found["sources"].items()}
             table = cls(folder, tuple(found["shards"]), roots, found["facts"])
         except FileNotFoundError as error:
@@ -103,10 +103,7 @@ class Table:
         # Relative: no path of this machine, and folders that move together stay together.
         sources = {label: os.path.relpath(root, self.folder) for label, root in self.roots.items()}
         document = {"shards": self.shards, "sources": sources, "facts": self.facts}
-        text = json.dumps(document, indent=1) + "\n"  # in ASCII: paths may be no UTF-8
-        with scratch_folder(self.folder) as scratch:
-            (scratch / TABLE_NAME).write_text(text, encoding="utf-8")
-            os.replace(scratch / TABLE_NAME, self.folder / TABLE_NAME)
+        write_text(self.folder / TABLE_NAME, json.dumps(document, indent=1) + "\n")  # in ASCII: paths may be no UTF-8
         current = set(self.shards)
         for path in self.folder.glob("*.parquet"):
             if path.stem not in current and _SHARD.fullmatch(path.stem):
@@ -150,8 +147,7 @@ def scratch_folder(out: Path) -> Iterator[Path]:
         with workspace(out) as scratch:
             yield scratch
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"{out}: cannot write it ({reason}); make room or choose another place") from error
+        raise InputError(cannot_write(out, error)) from error
 
 
 def write_shard(rows: pa.Table, path: Path, scratch: Path) -> None:
@@ -160,11 +156,9 @@ def write_shard(rows: pa.Table, path: Path, scratch: Path) -> None:
     try:
         with arrow_file(place, "w") as made:
             pq.write_table(rows, made, compression="zstd")
-        with place.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(place, path)
+        publish(place, path, sync=True)
     except OSError as error:
-        raise InputError(f"{path}: cannot write it ({error.strerror}); make room and run again") from error
+        raise InputError(cannot_write(path, error)) from error
 
 
 def identity(stage: Stage) -> str:

@@ -8,7 +8,6 @@ left out and why. A pairing reads as ztrain's `Triplet`, whose pictures are stil
 import builtins
 import io
 import json
-import os
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -23,6 +22,7 @@ from data_tools.output import EXTENSIONS, fingerprint
 from data_tools.sources import Reader
 from data_tools.stages import Table, check_apart, scratch_folder, write_shard
 from ztrain.errors import InputError
+from ztrain.files import read_text, write_text
 from ztrain.forms import folded
 from ztrain.images import HEAD, decode_image, sniff
 from ztrain.rows import Triplet
@@ -219,8 +219,7 @@ def write_rows(
             shards.append(fingerprint(given, len(shards)))
             write_shard(pa.Table.from_pylist(waiting, schema), out / f"{shards[-1]}.parquet", scratch)
         lines = "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in left_out)
-        (scratch / LEFT_OUT_NAME).write_text(lines, encoding="utf-8")
-        os.replace(scratch / LEFT_OUT_NAME, out / LEFT_OUT_NAME)
+        write_text(out / LEFT_OUT_NAME, lines)
     table = Table(out, tuple(shards), source.roots, {**source.facts, **facts})
     table.close()
     return table
@@ -230,7 +229,7 @@ def read_left_out(table: Table) -> list[LeftOut]:
     """What this step and those before it have left out; nothing for tables of pictures."""
     path = table.folder / LEFT_OUT_NAME
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        lines = read_text(path, "record").split("\n")[:-1]
         return [LeftOut(**json.loads(line)) for line in lines]
     except FileNotFoundError:
         return []

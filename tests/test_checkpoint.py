@@ -22,7 +22,7 @@ from torch import nn
 from tests.forge import the_forge
 from tests.triplets import ROOT
 from ztrain import checkpoint, files
-from ztrain.checkpoint import MANIFEST, check, find, frozen_differences, prune, publish, run_lock, sweep
+from ztrain.checkpoint import MANIFEST, check, find, frozen_differences, prune, publish, run_lock
 from ztrain.config import Config, load_config
 from ztrain.errors import InputError
 from ztrain.yamls import enter, is_model, members
@@ -108,7 +108,7 @@ def test_killed_at_every_point_of_a_save_a_whole_checkpoint_is_left(tmp_path: Pa
     steps = []
     for after in range(len(killed) + 1):
         folder = tmp_path / str(after)
-        sweep(folder)
+        files.sweep(folder)
         assert all(path.name.startswith("step-") for path in folder.iterdir())  # no debris
         for path in checkpoint.checkpoints(folder):
             check(path)  # nothing half done carries a final name
@@ -177,10 +177,10 @@ def test_left_overs_of_killed_writers_never_block_a_run(tmp_path: Path) -> None:
         for name in (".writing-export", ".writing-step-00000002-77", ".removing-step-00000001"):
             (tmp_path / name / "inside").mkdir(parents=True)
             (tmp_path / name / ".tmpAbC").touch()
-        sweep(tmp_path)
+        files.sweep(tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", living.name, f"{living.name}.lock"}
         assert (living / "file").is_file()
-    sweep(tmp_path / "not there")
+    files.sweep(tmp_path / "not there")
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
@@ -241,7 +241,7 @@ class Retention(RuleBasedStateMachine):
     def is_killed_while_it_removes(self) -> None:
         (self.folder / f".removing-{checkpoint.folder_name(self.last)}").mkdir(exist_ok=True)
         (self.folder / ".writing-step-00000009").touch()
-        sweep(self.folder)
+        files.sweep(self.folder)
 
     @invariant()
     def all_that_must_be_there_is_there_and_whole(self) -> None:
@@ -312,7 +312,7 @@ def test_a_new_folder_takes_the_place_of_an_older_one_and_survives_leftovers(tmp
     for name in ("export", ".removing-export"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
-    with checkpoint.new_folder(tmp_path / "export") as writing:
+    with files.new_folder(tmp_path / "export") as writing:
         (writing / "file").write_text("new")
         assert (tmp_path / "export" / "file").read_text() == "export"
     assert [path.name for path in tmp_path.iterdir()] == ["export"]

@@ -82,7 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "plan": {"adapters", "block", "cards", "config", "expected", "footprint", "limits"},
     "prepare": {"cache", "config", "fill", "launched", "samples", "together"},
     "batches": {"cache", "conditioning", "config", "encoders", "flow", "sampler", "samples"},
-    "checkpoint": {"comparison", "config", "yamls"},
+    "checkpoint": {"comparison", "config", "tensors", "yamls"},
     "meter": {"interrupt", "sampler", "version"},
     "validate": {
         "adapters", "batches", "cache", "conditioning", "config", "encoders", "flow", "grid", "images",
@@ -282,6 +282,26 @@ def broad_excepts(root: Path) -> list[str]:
     ]
 
 
+def renames(root: Path) -> list[str]:
+    """`path: call` of whatever gives a file or folder its final name outside of files.py."""
+    found = []
+    for room, path, tree in sources(root):
+        for node in tree if room != "files" else ():
+            match node:
+                case ast.Call(func=ast.Attribute(value=ast.Name(id="os"), attr="rename" | "replace" | "link")):
+                    pass
+                case ast.Call(func=ast.Attribute(value=ast.Name(id="shutil"), attr="move" | "copytree" | "copy2")):
+                    pass
+                case ast.Call(func=ast.Attribute(attr="rename"), args=[_]):
+                    pass
+                case ast.Call(func=ast.Attribute(attr="replace"), args=[_]):  # of text, it takes two
+                    pass
+                case _:
+                    continue
+            found.append(f"{path}: {ast.unparse(node)}")
+    return found
+
+
 def tree_with(root: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -357,6 +377,19 @@ def test_nothing_is_mended_by_catching_whatever_comes() -> None:
         "ztrain/interrupt.py: except BaseException as error:",
         "ztrain/interrupt.py: except Exception:",
     ]
+
+
+def test_files_get_their_final_names_in_one_module() -> None:
+    assert sorted(renames(ROOT)) == [
+        "data_tools/layouts.py: os.link(source, place)",  # into a folder that is still built
+        "ztrain/checkpoint.py: os.rename(path, place)",  # a whole checkpoint is set aside
+    ]
+
+
+@pytest.mark.parametrize("call", ["os.replace(a, b)", "a.rename(b)", "scratch.replace(b)", "shutil.move(a, b)"])
+def test_the_guard_finds_a_rename(tmp_path: Path, call: str) -> None:
+    files = {"ztrain/run.py": f"text.replace('a', 'b')\n{call}", "ztrain/files.py": call}
+    assert renames(tree_with(tmp_path, files)) == [f"ztrain/run.py: {call}"]
 
 
 @pytest.mark.parametrize("caught", ["", " Exception", " (OSError, Exception) as error", " BaseException"])

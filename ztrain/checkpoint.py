@@ -20,13 +20,14 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ztrain import files
 from ztrain.comparison import BEST_NAME
 from ztrain.config import Config
 from ztrain.errors import InputError
+from ztrain.tensors import read_tensors
 from ztrain.yamls import shorten_home
 
 FORMAT_VERSION = 1
@@ -101,7 +102,7 @@ def publish(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]]
         folder.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(folder).free) < needed:
             raise InputError(f"{folder}: a checkpoint needs {needed:,} bytes and {free:,} are free; {_KEPT}")
-        with new_folder(final) as writing:
+        with files.new_folder(final) as writing:
             for name, content in tensors.items():
                 save_file({key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}, writing / name)
             _write(writing / STATE, {"format_version": FORMAT_VERSION, "step": step, **state})
@@ -112,22 +113,6 @@ def publish(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]]
         ) from error
     check(final)
     return final
-
-
-@contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
-    """A folder that takes its place whole and after its bytes have reached the disk; one of an earlier life of the run
-    is removed after that. Raises OSError."""
-    with files.workspace(final.parent) as scratch:
-        writing = scratch / final.name
-        writing.mkdir()
-        yield writing
-        whole = scratch / "whole"
-        files.publish(writing, whole, sync=True)  # what a disk may refuse comes before anything is given up
-        condemned = _condemn(final)
-        os.rename(whole, final)
-        files.sync_to_disk(final.parent)
-        files.remove(condemned)
 
 
 _KEPT = "free some space or mend the folder, then resume: earlier checkpoints are untouched"
@@ -164,7 +149,7 @@ def read(path: Path) -> Checkpoint:
 
 def _state(path: Path) -> dict[str, Any]:
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = json.loads(files.read_text(path, "json"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable ({error}); take an older checkpoint") from error
     version = state.get("format_version") if isinstance(state, dict) else None
@@ -176,10 +161,7 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: no readable safetensors file ({error}); take an older checkpoint") from error
+    return read_tensors(path, "take an older checkpoint")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -217,14 +199,14 @@ def prune(folder: Path, keep: int) -> None:
     best = _best_step(folder.parent / BEST_NAME)
     for path in checkpoints(folder)[:-keep]:
         if _step_of(path) != best:
-            condemned = _condemn(path)
+            condemned = files.condemn(path)
             shutil.rmtree(condemned) if condemned.is_dir() else condemned.unlink()
 
 
 def _best_step(path: Path) -> int | None:
     """None where the file is not there, not readable or names no step: retention never ends a run."""
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = json.loads(files.read_text(path, "json"))
     except (OSError, ValueError, RecursionError):
         return None
     step = told.get("step") if isinstance(told, dict) else None
@@ -249,22 +231,6 @@ def set_aside(folder: Path, above: int) -> list[Path]:
 
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _condemn(path: Path) -> Path:
-    """Renames a folder, if it is there, to one that counts for nothing: what is half removed must not have its name."""
-    condemned = path.with_name(f".removing-{path.name}")
-    files.remove(condemned)  # of a process that was killed here
-    if path.exists():
-        os.rename(path, condemned)
-    return condemned
-
-
-def sweep(folder: Path) -> None:
-    """Removes what killed writers left behind. Only for the process that holds the run's lock."""
-    files.sweep(folder)
-    for path in folder.glob(".removing-*"):
-        files.remove(path)
 
 
 @contextmanager

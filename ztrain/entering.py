@@ -6,7 +6,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from ztrain import checkpoint
+from ztrain import checkpoint, files
 from ztrain.config import Config
 from ztrain.errors import InputError
 from ztrain.together import together
@@ -19,8 +19,8 @@ def enter_folder(config: Config, accelerator: Accelerator, held: ExitStack) -> c
     with together(accelerator):
         if accelerator.is_main_process:
             held.enter_context(checkpoint.run_lock(folder))
-            checkpoint.sweep(folder)
-            checkpoint.sweep(folder / "checkpoints")
+            files.sweep(folder)
+            files.sweep(folder / "checkpoints")
             used = (folder / "metrics.jsonl").exists() or (folder / "export").exists()
             if used and config.resume_from_checkpoint == "none":
                 raise InputError(

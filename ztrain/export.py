@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from ztrain.conditioning import Encoded
 from ztrain.config import Aspect, Config, DataConfig, EncodersConfig, ModelConfig, SampleConfig, list_reads
 from ztrain.encoders import Encoders, LatentCodec, SiglipEncoder, TextEncoder
 from ztrain.errors import InputError
-from ztrain.files import read_bytes, remove, whole_folder
+from ztrain.files import cannot_write, new_folder, read_bytes
 from ztrain.images import Bucket, as_rgb, check_reference, fit_target
 from ztrain.model import AdaptedDiT
 from ztrain.models import QUANTISED, BaseDefaults, Source, defaults_for, identity, public_name, read_json
@@ -67,10 +68,13 @@ def save_adapter(
     trained weights, where the model holds parts of them only.
 
     The folder appears whole, in place of an older one. Raises InputError."""
-    with whole_folder(folder, sync=True) as building:
-        _write_adapter(building, model, config, known, step, state)
-        if (folder / CONFIG_FILE).is_file():  # anything else is not ours to remove
-            remove(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
+        raise InputError(f"{folder}: holds something else than an adapter; remove it or choose another place")
+    try:
+        with new_folder(folder) as building:
+            _write_adapter(building, model, config, known, step, state)
+    except (OSError, SafetensorError) as error:
+        raise InputError(cannot_write(folder, error)) from error
     return folder
 
 

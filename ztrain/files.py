@@ -39,7 +39,7 @@ LIMITS: dict[Kind, int] = {
 MAX_LINE = 16 * MIB
 """Bytes of one line of a JSONL file."""
 
-_SCRATCH = ".writing-"
+_SCRATCH, _CONDEMNED = ".writing-", ".removing-"
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
@@ -63,6 +63,8 @@ def workspace(folder: Path) -> Iterator[Path]:
 
 def sweep(folder: Path) -> None:
     """Removes the temporary files and folders of dead processes; those of living ones stay."""
+    for path in folder.glob(f"{_CONDEMNED}*"):
+        remove(path)
     for path in folder.glob(f"{_SCRATCH}*"):
         lock = path if path.suffix == ".lock" else path.with_name(f"{path.name}.lock")
         if path != lock and lock.exists():
@@ -103,6 +105,30 @@ def whole_folder(path: Path, *, sync: bool = False) -> Iterator[Path]:
         building.mkdir()
         yield building
         publish(building, path, sync=sync)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """As `whole_folder`, in the place of what is there, which is removed after that. Raises OSError."""
+    with workspace(path.parent) as scratch:
+        building = scratch / path.name
+        building.mkdir()
+        yield building
+        whole = scratch / "whole"
+        publish(building, whole, sync=True)  # what a disk may refuse comes before anything is given up
+        condemned = condemn(path)
+        os.rename(whole, path)
+        sync_to_disk(path.parent)
+        remove(condemned)
+
+
+def condemn(path: Path) -> Path:
+    """Renames a folder, if it is there, to one that counts for nothing: what is half removed must not have its name."""
+    condemned = path.with_name(f"{_CONDEMNED}{path.name}")
+    remove(condemned)  # of a process that was killed here
+    if path.exists():
+        os.rename(path, condemned)
+    return condemned
 
 
 def publish(building: Path, path: Path, *, sync: bool = False) -> None:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ztrain.errors import InputError
-from ztrain.files import check_safetensors
+from ztrain.files import check_safetensors, readable
 
 
 def check_whole(path: Path, advice: str = "") -> None:
@@ -32,13 +32,14 @@ def check_whole(path: Path, advice: str = "") -> None:
 def open_tensors(path: Path, advice: str = "") -> Iterator[Any]:
     """safetensors' own reader. Raises InputError as `check_whole`."""
     check_whole(path, advice)
-    try:
-        opened = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: is no safetensors file that can be read ({reason}); fetch it again") from error
-    with opened as file:
-        yield file
+    with readable(path) as place:
+        try:
+            opened = safe_open(place, framework="pt")
+        except SafetensorError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{path}: is no safetensors file that can be read ({reason}); fetch it again") from error
+        with opened as file:
+            yield file
 
 
 def read_tensors(path: Path, advice: str = "") -> dict[str, Tensor]:

@@ -159,9 +159,10 @@ def test_paths_that_are_no_utf8_and_hostile_names(
         save(folder / f"{hostile}style" / name, number, "blocks")
     (folder / f"{hostile}.jxl").write_bytes(b"\xff\x0a" + bytes(20))
     (folder / "broken\udcfa.png").write_bytes(b"none")
-    manifest = run(tmp_path, out, sources=[str(folder)], label={"styles": {}}, split=ALL_IN_TRAIN,
-                   max_refused_share=0.5, pack={"format": layout})  # fmt: skip
-    assert manifest["triplets"] == {"train": 4} and manifest["config"]["sources"] == ["in\\xff"]
+    config = {"label": {"styles": {}}, "split": ALL_IN_TRAIN, "max_refused_share": 0.5, "pack": {"format": layout}}
+    (tmp_path / "link").symlink_to(folder)  # for no config holds such a name
+    manifest = run(tmp_path, out, sources=["link"], **config)
+    assert manifest["triplets"] == {"train": 4} and manifest["config"]["sources"] == ["link"]
     assert set(left_out(out)) == {f"in\\xff/{hostile}.jxl", "in\\xff/broken\\xfa.png"}
     rows = {row.index: row for row in read_triplets(str(out), "train").triplets} if layout != "parquet" else {}
     pixels = {picture(number).tobytes() for number in range(4)}
@@ -170,8 +171,7 @@ def test_paths_that_are_no_utf8_and_hostile_names(
     printed = capfd.readouterr()
     assert not set(card + printed.out + printed.err) & {"\x1b", "\x07", "\u202e"}
     assert "style" in card and r"\x1b]0;PWN\x07\x1b[31m\u202egnp.jxl: is a picture" in printed.err
-    run(tmp_path, out, sources=[str(folder)], label={"styles": {}}, split=ALL_IN_TRAIN, max_refused_share=0.5,
-        pack={"format": layout})  # fmt: skip
+    run(tmp_path, out, sources=["link"], **config)
     assert "is up to date" in capfd.readouterr().out
 
 

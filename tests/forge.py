@@ -166,6 +166,7 @@ def the_forge() -> Forge:
 def preload() -> None:
     """What nearly every command imports. Nothing is run: threads of a pool would not survive the fork."""
     import datasets  # noqa: F401
+    import peft.tuners.lora  # noqa: F401
     from diffusers import AutoencoderKL, ZImageTransformer2DModel  # noqa: F401
     from transformers import (  # noqa: F401
         AutoModel,

@@ -16,7 +16,7 @@ def test_every_test_that_the_page_names_exists() -> None:
         tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
         if not any(isinstance(node, ast.FunctionDef) and node.name == name for node in ast.walk(tree)):
             missing.append(f"{file}::{name}")
-    assert not missing and len(named) > 27
+    assert not missing and "| ? |" not in PAGE
 
 
 def test_the_promises_are_counted_and_readme_leads_to_them() -> None:

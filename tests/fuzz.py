@@ -15,6 +15,7 @@ import contextlib
 import copy
 import faulthandler
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -508,6 +509,16 @@ def _note(name: str, options: argparse.Namespace, outcome: Outcome, found: dict[
         print(f"{name}: seed {options.seed} number {numbers[0]}: {found['kind']}\n{found['told']}", flush=True)
 
 
+_READERS = (
+    "data_tools.config",
+    "data_tools.pack",
+    "peft.tuners.lora",
+    "tests.comparisons",
+    "ztrain.export",
+    "ztrain.report.page",
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=2.0, help="of all targets together")
@@ -519,6 +530,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="that one input may take")
     parser.add_argument("--memory-mib", type=int, default=1024, help="by which one input may make memory grow")
     options = parser.parse_args(arguments)
+    for name in _READERS:  # once for all processes
+        importlib.import_module(name)
     found = 0
     for name in options.only:
         left = 60 * options.minutes / len(options.only)

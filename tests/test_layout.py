@@ -381,7 +381,7 @@ def test_nothing_is_mended_by_catching_whatever_comes() -> None:
 
 def test_files_get_their_final_names_in_one_module() -> None:
     assert sorted(renames(ROOT)) == [
-        "data_tools/layouts.py: os.link(source, place)",  # into a folder that is still built
+        "data_tools/layouts.py: os.link(source.resolve(), place)",  # into a folder that is still built
         "ztrain/checkpoint.py: os.rename(path, place)",  # a whole checkpoint is set aside
     ]
 

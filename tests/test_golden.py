@@ -86,6 +86,13 @@ def test_an_export_gives_the_tensors_and_velocities_that_it_gave(name: str, plac
         torch.testing.assert_close(velocity, then[f"{name} {i}"], rtol=1e-5, atol=1e-5)
 
 
+def test_an_export_of_format_2_is_sealed_and_holds_the_same() -> None:
+    """Format 1 with the SHA-256 of the document in itself: the same run, with the code that began to write it."""
+    folder = GOLDEN.parent / "2" / "export"
+    assert exported(folder) == EXPECTED["exports"]["export"]
+    assert "seal" in json.loads((folder / "adapter_config.json").read_text())
+
+
 def test_a_checkpoint_goes_on_as_its_run_did(place: Path) -> None:
     found = checkpoint.read(place / "checkpoint")
     assert found.step == 2 and checkpoint.frozen_differences(found.state["config"], config_in(place)) == []
@@ -156,7 +163,7 @@ def test_files_of_a_later_format_are_refused_by_one_sentence(later: Any, tmp_pat
 
 def test_golden_files_are_small_and_tell_nothing_of_the_machine_that_wrote_them() -> None:
     files = [path for path in (ROOT / "tests" / "golden").rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    assert sum(path.stat().st_size for path in files) <= 300 * 1024
+    assert sum(path.stat().st_size for path in files) <= 340 * 1024
     for path in files:
         content = path.read_bytes()
         assert b"/tmp" not in content and b"/home/" not in content and b"/work" not in content, path

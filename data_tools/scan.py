@@ -195,7 +195,7 @@ def summary(table: Table) -> str:
     refused_by = table.read(["refused_by"])["refused_by"]
     count = compute.sum(compute.not_equal(refused_by, LISTED)).as_py() or 0
     ignored = f"; ignored: {said}" if (said := passed_by(table)) else ""
-    counts = "".join(f", {number} {name.replace('_', ' ')}" for name, number in table.facts["counts"].items())
+    counts = "".join(f"; {name.replace('_', ' ')}: {number}" for name, number in table.facts["counts"].items())
     return f"{refused_by.null_count} pictures, {count} refused{counts}{ignored}"
 
 

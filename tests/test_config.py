@@ -196,7 +196,7 @@ def test_what_a_command_line_says_beyond_a_file(tmp_path: Path) -> None:
         ),
         (["--sed", "1"], "--sed: neither an option here nor a key of the config; did you mean seed?"),
         (["stray"], "'stray' belongs to no option"),
-        (["--cache.dir", "c\udcff"], "'c\\udcff' is not UTF-8, and no config can hold it"),
+        (["--tracking.name", "c\udcff"], "--tracking.name c\\udcff: is not UTF-8; type it anew"),
         (["--seed.x", "1"], "--seed.x: unknown key"),
         (["--seed", "99999999999999999999"], "seed"),
     ):

@@ -215,6 +215,7 @@ def test_a_text_gives_scores_and_filter_goes_by_them(tmp_path: Path, capsys: pyt
 
 
 @needs_photos
+@pytest.mark.usefixtures("forge")
 def test_the_commands_of_the_page_run_as_written(tmp_path: Path) -> None:
     section = (ROOT / "docs/data.md").read_text(encoding="utf-8").split("## Look at your pictures first")[1]
     block = section.split("```bash\n")[1].split("```")[0]
@@ -226,7 +227,9 @@ def test_the_commands_of_the_page_run_as_written(tmp_path: Path) -> None:
         for path in sorted((tmp_path / "drawings").iterdir()):
             tar.add(path, path.name)
     said = shell(tmp_path, block).stdout.splitlines()
-    assert said[0] == "work/scan: 34 pictures, 0 refused" and said[1].endswith("of 34 pictures are left")
+    assert said[0] == "work/scan: 34 pictures, 0 refused; captions given: 2" and said[1].endswith(
+        "of 34 pictures are left"
+    )
     rows = Table.open(tmp_path / "project/work/dedup").read().to_pylist()
     assert {row["source"] for row in rows} == {"photos", "drawings.tar"}
     assert [row["caption"] for row in rows if row["caption"]] == ["picture 0", "picture 3"]

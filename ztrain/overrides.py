@@ -12,7 +12,8 @@ from typing import Any, get_args, get_origin
 import pydantic
 
 from ztrain.errors import InputError
-from ztrain.yamls import enter, is_model, is_tagged, members, merge, read_value, suggest
+from ztrain.files import as_text
+from ztrain.yamls import carried, enter, is_model, is_tagged, members, merge, read_value, suggest, takes_paths
 
 _NULLS = ("null", "Null", "NULL", "None")
 
@@ -38,10 +39,6 @@ def _options(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Options with the words after each; one after `=` is a value too."""
     found: list[tuple[str, list[str]]] = []
     for word in words:
-        if word != word.encode(errors="replace").decode():  # bytes of another encoding
-            raise InputError(
-                f"command line: {word!r} is not UTF-8, and no config can hold it; name the folder otherwise, or link it"
-            )
         if word.startswith("--"):
             option, equals, value = word.partition("=")
             found.append((option, [value] if equals else []))
@@ -73,6 +70,9 @@ def _setting(kinds: Sequence[Any], parts: Sequence[str], words: list[str], at: A
         return {negated: False}
     if not inner:
         raise InputError(f"command line: {option}: unknown key{suggest(part, sorted(known))}")
+    if not rest and not _are_utf8(words) and any(takes_paths(each.model_fields[key]) for each in models):
+        paths = [carried(word) for word in words]
+        return {key: paths[0] if str in inner and len(paths) == 1 else paths}
     return {key: _setting(inner, rest, words, at.get(key) if isinstance(at, dict) else None, option)}
 
 
@@ -91,11 +91,17 @@ def _in_list(kinds: Sequence[Any], parts: Sequence[str], words: list[str], at: l
 
 def _value(kinds: Sequence[Any], words: list[str], option: str) -> Any:
     """The first reading of the words that the key takes; where it takes none, the first, for the sentence about it."""
+    if not _are_utf8(words):
+        raise InputError(f"command line: {option} {as_text(' '.join(words))}: is not UTF-8; type it anew")
     readings = list(_readings(kinds, words))
     if not readings:
         number = f"one value, not {len(words)}" if words else "a value"
         raise InputError(f"command line: {option} takes {number}; give it after the option")
     return next((reading for reading in readings if any(_fits(kind, reading) for kind in kinds)), readings[0])
+
+
+def _are_utf8(words: Sequence[str]) -> bool:
+    return all(word == as_text(word) for word in words)
 
 
 def _readings(kinds: Sequence[Any], words: list[str]) -> Iterator[Any]:

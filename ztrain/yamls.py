@@ -249,10 +249,19 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+_BYTES = range(0xDC80, 0xDD00)  # where Python keeps the bytes of a path that are no UTF-8: half surrogates
+_PRIVATE = 0x100000  # added, they are letters that nobody uses
+
+
+def carried(path: str) -> str:
+    """A path of a command line as JSON can carry it to `PathText`, which takes it back."""
+    return path.translate({byte: byte + _PRIVATE for byte in _BYTES})
+
+
 def _expanded(path: str) -> str:
     if "\0" in path:
         raise ValueError("a path cannot hold a NUL character; correct it")
-    return files.expand(path)
+    return files.expand(path.translate({byte + _PRIVATE: byte for byte in _BYTES}))
 
 
 def shorten_home(path: str) -> str:
@@ -265,6 +274,16 @@ PathText = Annotated[
     str, pydantic.AfterValidator(_expanded), pydantic.PlainSerializer(shorten_home, return_type=str, when_used="json")
 ]
 """A file, folder or Hub id of a config: ~ and $HOME stand for the home folder, and are written again in its place."""
+
+
+def takes_paths(field: pydantic.fields.FieldInfo) -> bool:
+    """Whether a key is one of `PathText`, or may be, or is a list of them."""
+
+    def within(annotation: Any) -> bool:
+        own = getattr(annotation, "__metadata__", ())
+        return any(each in own for each in PathText.__metadata__) or any(map(within, get_args(annotation)))
+
+    return any(each in field.metadata for each in PathText.__metadata__) or within(field.annotation)
 
 
 def describe_errors(

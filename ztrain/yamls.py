@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import pydantic
 import yaml
+from pydantic.fields import FieldInfo
 
 from ztrain import files
 from ztrain.errors import InputError
@@ -270,20 +271,18 @@ def shorten_home(path: str) -> str:
     return f"~{path[len(home) :]}" if home and f"{path}/".startswith(f"{home}/") else path
 
 
-PathText = Annotated[
-    str, pydantic.AfterValidator(_expanded), pydantic.PlainSerializer(shorten_home, return_type=str, when_used="json")
-]
+_PATH = pydantic.AfterValidator(_expanded)
+PathText = Annotated[str, _PATH, pydantic.PlainSerializer(shorten_home, return_type=str, when_used="json")]
 """A file, folder or Hub id of a config: ~ and $HOME stand for the home folder, and are written again in its place."""
 
 
-def takes_paths(field: pydantic.fields.FieldInfo) -> bool:
-    """Whether a key is one of `PathText`, or may be, or is a list of them."""
+def takes_paths(field: FieldInfo) -> bool:
+    """Whether a key is a `PathText`, or may be, or is a list of them."""
 
     def within(annotation: Any) -> bool:
-        own = getattr(annotation, "__metadata__", ())
-        return any(each in own for each in PathText.__metadata__) or any(map(within, get_args(annotation)))
+        return _PATH in getattr(annotation, "__metadata__", ()) or any(map(within, get_args(annotation)))
 
-    return any(each in field.metadata for each in PathText.__metadata__) or within(field.annotation)
+    return _PATH in field.metadata or within(field.annotation)
 
 
 def describe_errors(

@@ -60,6 +60,6 @@ def test_an_export_is_whole_or_not_there_and_removes_nothing_else(family: Path, 
     assert read_adapter(out).step == 2 and {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o666 & ~before}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="mine: cannot write it"):
+    with pytest.raises(InputError, match="mine: holds something else than an adapter"):
         save_adapter(tmp_path / "mine", model, config, {}, step=2)
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]

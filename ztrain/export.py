@@ -169,7 +169,7 @@ def _model_card(config: Config, document: dict[str, Any]) -> str:
     kinds = describe_list(config.adapters)
     data = ModelCardData(
         # A local folder's name is no Hub id, and the Hub refuses cards that point to none.
-        base_model=base if "/" in base else None,
+        base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base, re.ASCII) else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["z-image", "ztrain", *(adapter.kind for adapter in config.adapters)],

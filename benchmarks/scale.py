@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -230,18 +231,24 @@ class Host:
     ram_gb: float
     order_gb: float
     hours: float
+    turn_hours: float
     hashing_hours: float
     order_seconds: float
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> "Host":
-        """In proportion to the largest data set that was measured, the order to 4 million: all of it grows so, or
-        faster."""
+        """In proportion to the data set with the most pictures, the order to 4 million, and time to `ztrain train` on
+        the two largest: all of it grows so, or faster."""
         each, order = document["per_triplet"], document["order"]
+        trained = [row for row in document["rows"] if "ready_seconds" in row.get("train", {})]
+        less, more = sorted(trained, key=lambda row: int(row["triplets"]))[-2:]
+        grown = more["train"]["ready_seconds"] - less["train"]["ready_seconds"]
+        turn = more["train_of_two"]["ready_seconds"] - more["train"]["ready_seconds"]
         return cls(
             ram_gb=each["process_bytes"] * TRIPLETS / 1e9,
             order_gb=2 * order["bytes_each"] * TRIPLETS / 1e9,
-            hours=sum(max(0.0, each[stage]) for stage in STAGES) * TRIPLETS / 3600,
+            hours=grown / (more["triplets"] - less["triplets"]) * TRIPLETS / 3600,
+            turn_hours=turn / more["triplets"] * TRIPLETS / 3600,
             hashing_hours=each["hash_seconds"] * TRIPLETS / 3600,
             order_seconds=order["by_tokens_seconds"] / order["samples"] * TRIPLETS,
         )
@@ -265,9 +272,10 @@ def breaks(cases: dict[tuple[str, int], Case], host: Host, whole: dict[str, Any]
             " disk is not built",
         ),
         (
-            "time before the first step, each process",
-            f"{host.hours:.1f} h once all is known, {host.hashing_hours:.0f} h the first time, without the disk's own",
-            f"{(host.hours + host.hashing_hours) * ALL_CARDS:,.0f} GPU-hours idle",
+            "time before the first step",
+            f"{host.hours:.1f} h once all is known, {host.turn_hours:.1f} h more as the others wait for the first"
+            f" process; {host.hashing_hours:.0f} h more the first time, without the disk's own",
+            f"{(host.hours + host.turn_hours + host.hashing_hours) * ALL_CARDS:,.0f} GPU-hours idle",
             "fill the cache first on CPU nodes; digests are kept beside it, so that only the shorter time comes back",
         ),
         (
@@ -304,24 +312,48 @@ def breaks(cases: dict[tuple[str, int], Case], host: Host, whole: dict[str, Any]
 def starts(document: dict[str, Any]) -> str:
     """What was measured of data sets of several sizes, each part of it beside the others."""
     heads = (
-        "triplets", "rows, digests, index, tokens", "`ztrain train` until step 1", "two ranks", "`ztrain cache`, full",
-        "`data_tools.build`",
+        "triplets", "targets, references", "rows, digests, index, tokens", "`ztrain train` until step 1", "two ranks",
+        "`ztrain cache`, full", "`data_tools.build`",
     )  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in document["rows"]:
-        cells = [f"{row['triplets']:,}", "not measured"]
+        cells = [f"{row['triplets']:,}", f"{row['pictures']:,} each", "not measured"]
         if found := row.get("stages"):
             seconds = sum(found[name] for name in STAGES)
-            cells[1] = f"{seconds:.0f} s, {found['process_bytes'] / 1e9:.2f} GB"
+            cells[2] = f"{seconds:.0f} s, {found['process_bytes'] / 1e9:.2f} GB"
         for part in ("train", "train_of_two", "cache", "build"):
-            found = row.get(part, {"failed": ""})
-            each = " and ".join(f"{peak / 1e9:.2f}" for peak in found.get("peak_bytes", [])[: 1 + (part[-3:] == "two")])
-            seconds = found.get("ready_seconds", found.get("seconds", 0))
-            cells.append("not measured" if "failed" in found else f"{seconds:.0f} s, {each} GB")
+            cells.append(_part(row[part], 1 + (part == "train_of_two")) if part in row else "not measured")
         lines.append(f"| {' | '.join(cells)} |")
     told = document["machine"]
-    where = f"{told['cpu_cores']} cores, torch {told['torch']}; parts of a row side by side; peaks of each process"
-    return "\n".join([*lines, "", f"{where}. {document['what'][0].upper()}{document['what'][1:]}."])
+    where = (
+        f"{told['cpu_cores']} cores, torch {told['torch']}; no card took part; parts ran side by side, also of several"
+        " rows; peaks are of each process"
+    )
+    what = document["what"]
+    return "\n".join([*lines, "", f"{where}. {what[0].upper()}{what[1:]}.", "", builds(document)])
+
+
+def _part(found: dict[str, Any], processes: int) -> str:
+    """Seconds, until step 1 where there is one, and the peaks of the largest processes."""
+    peaks = " and ".join(f"{peak / 1e9:.2f}" for peak in found.get("peak_bytes", [])[:processes])
+    if "failed" in found:
+        return f"{found['failed']}, {peaks} GB by then" if found["failed"].startswith("not done") else "failed"
+    return f"{found.get('ready_seconds', found['seconds']):.0f} s{f', {peaks} GB' if peaks else ''}"
+
+
+def builds(document: dict[str, Any], wanted: int = 1_000_000) -> str:
+    """What a build of `wanted` triplets would take, by a square through three with pictures of their own."""
+    done = [row for row in document["rows"] if row["pictures"] == row["triplets"] and "build" in row]
+    counts, seconds = zip(*[(row["triplets"], row["build"]["seconds"]) for row in done[-3:]], strict=True)
+    square, each, fixed = np.polyfit(counts, seconds, 2)
+    straight = fixed + each * wanted
+    return (
+        f"A build of {wanted:,} triplets with pictures of their own is scaled, not measured: {fixed:.0f} s +"
+        f" {each * 1e3:.2f} ms n + {square * 1e9:.0f} ns n², through the three of the table, gives"
+        f" {(straight + square * wanted**2) / 3600:.0f} h, and {straight / 60:.0f} minutes without the square. Most of"
+        " the square is the naming of pictures in `data_tools/triplets.py`, which makes a set of all names for each of"
+        " them."
+    )
 
 
 def text() -> str:

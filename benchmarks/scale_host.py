@@ -2,11 +2,12 @@
 
     python -m benchmarks.scale_host --work out/scale
 
-For each of SIZES it makes as many triplets of tiny pictures, each with a prompt, a reference and a target of its own,
-and a full cache of the tiny family's states. Then, side by side, each in processes of its own and for `--minutes` at
-most: the stages of a start (`stages`), `ztrain train` for two steps alone and as two ranks, `ztrain cache`, and
-`data_tools.build` of the same triplets. Out: benchmarks/results/scale_host.json, {"command", "machine", "rows",
-"per_triplet", "order"}, written again after each part; per_triplet is of `stages` of the largest.
+For each of SIZES it makes as many triplets of tiny pictures, each with a prompt of its own, and with a target and a
+reference of its own while there are no more than `--pictures`, and a full cache of the tiny family's states. Then, side
+by side, each in processes of its own and for `--minutes` at most: the stages of a start (`stages`), `ztrain train` for
+two steps alone and as two ranks, `ztrain cache`, and `data_tools.build` of the same triplets. Out:
+benchmarks/results/scale_host.json, {"command", "machine", "rows", "per_triplet", "order"}, written after each part;
+per_triplet is of `stages` of the data set with the most pictures.
 """
 
 import argparse
@@ -232,7 +233,7 @@ def started(command: list[str], minutes: float, ready: Path | None = None) -> di
                     row["ready_seconds"] = round(now, 1)
                 if now > 60 * minutes:
                     os.killpg(process.pid, signal.SIGKILL)
-                    row["failed"] = f"not done after {minutes:g} minutes"
+                    row["failed"] = f"not done after {now:.0f} seconds"
             row["seconds"] = round(time.perf_counter() - begun, 1)
             if process.returncode and "failed" not in row:
                 row["failed"] = said.result().decode(errors="replace")[-600:]
@@ -300,8 +301,8 @@ def order() -> dict[str, Any]:
 
 
 def per_triplet(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """What `stages` took for each triplet of the largest data set;"""
-    row = max((row for row in rows if "process_bytes" in row.get("stages", {})), key=lambda row: row["triplets"])
+    """What `stages` took for each triplet of the data set with the most pictures."""
+    row = max((row for row in rows if "process_bytes" in row.get("stages", {})), key=lambda row: row["pictures"])
     names = [name for name in row["stages"] if name.endswith(("_seconds", "_bytes"))]
     found = {name: row["stages"][name] / row["triplets"] for name in names}
     found["hash_seconds"] = row["stages"]["hash_seconds"]  # of the two pictures of one
@@ -324,9 +325,9 @@ def main() -> None:
         return
     document: dict[str, Any] = {
         "command": "python -m benchmarks.scale_host --work out/scale",
-        "what": "[siglip] of the tiny family, every triplet with a prompt, a reference and a target of its own; prompts"
-        f" of {len(PROMPT) + 8} characters; tiny pictures, so that hash_seconds knows no bandwidth",
-        "pictures": options.pictures,
+        "what": f"[siglip] of the tiny family; every triplet has a prompt of {len(PROMPT) + 8} characters of its own,"
+        " and shares the targets and references with others where there are fewer of them; pictures are tiny, so that"
+        " hash_seconds knows no bandwidth",
         "at_once": options.at_once,
         "machine": machine() | {"device": "cpu"},
         "order": order(),
@@ -334,7 +335,8 @@ def main() -> None:
     }
     for count in options.sizes:
         work = options.work.resolve() / str(count)
-        row: dict[str, Any] = {"triplets": count, "made_seconds": make(work, count, min(count, options.pictures))}
+        row: dict[str, Any] = {"triplets": count, "pictures": min(count, options.pictures)}
+        row["made_seconds"] = make(work, count, row["pictures"])
         print(json.dumps(row), flush=True)
         document["rows"].append(row)
         chosen = {n: part for n, part in parts(work, options.minutes).items() if n in (options.parts or [n])}

@@ -83,9 +83,27 @@ def test_what_one_process_takes_grows_with_the_triplets() -> None:
     each = {"process_bytes": 5000.0, "hash_seconds": 1e-3, "digests_seconds": -1e-9, "samples_seconds": 1e-4,
             "needs_seconds": 1e-5, "index_seconds": 1e-5, "tokens_seconds": 1e-5}  # fmt: skip
     order = {"samples": 1_000_000, "by_tokens_seconds": 0.5, "bytes_each": 8}
-    host = scale.Host.of({"per_triplet": each, "order": order})
+    rows = [
+        {"triplets": 1_100_000, "train": {"ready_seconds": 110.0}, "train_of_two": {"ready_seconds": 165.0}},
+        {"triplets": 100_000, "train": {"ready_seconds": 10.0}},
+        {"triplets": 2_000_000, "train": {"failed": "not done after 90 seconds"}},
+    ]
+    host = scale.Host.of({"per_triplet": each, "order": order, "rows": rows})
     assert (host.ram_gb, host.order_gb, host.order_seconds) == pytest.approx((500.0, 1.6, 50.0))
-    assert (host.hours, host.hashing_hours) == pytest.approx((13_000 / 3600, 100_000 / 3600))
+    assert (host.hours, host.turn_hours) == pytest.approx((10_000 / 3600, 5_000 / 3600))
+    assert host.hashing_hours == pytest.approx(100_000 / 3600)
+
+
+def test_a_build_is_scaled_from_those_with_pictures_of_their_own_and_one_that_was_stopped_is_said_so() -> None:
+    took = {count: 10 + 1e-3 * count + 4e-8 * count**2 for count in (10_000, 30_000, 100_000)}
+    rows = [{"triplets": count, "pictures": count, "build": {"seconds": took[count]}} for count in took]
+    stopped = {"failed": "not done after 90 seconds", "seconds": 90.0, "peak_bytes": [3_250_000_000, 1]}
+    rows.append({"triplets": 1_000_000, "pictures": 2_000, "build": stopped})
+    document = {"machine": {"cpu_cores": 16, "torch": "2"}, "what": "of it", "rows": rows}
+    said = scale.builds(document)
+    assert "10 s + 1.00 ms n + 40 ns n²" in said and "gives 11 h, and 17 minutes without the square" in said
+    *_, last = [line for line in scale.starts(document).splitlines() if line.startswith("|")]
+    assert last.endswith("| not done after 90 seconds, 3.25 GB by then |")
 
 
 def test_the_vae_takes_four_times_as_much_for_four_times_the_pixels_and_some_attention() -> None:

@@ -351,8 +351,8 @@ def builds(document: dict[str, Any], wanted: int = 1_000_000) -> str:
         f"A build of {wanted:,} triplets with pictures of their own is scaled, not measured: {fixed:.0f} s +"
         f" {each * 1e3:.2f} ms n + {square * 1e9:.0f} ns n², through the three of the table, gives"
         f" {(straight + square * wanted**2) / 3600:.0f} h, and {straight / 60:.0f} minutes without the square. Most of"
-        " the square is the naming of pictures in `data_tools/triplets.py`, which makes a set of all names for each of"
-        " them."
+        " the square was the naming of pictures in `data_tools/triplets.py`, which made a set of all names for each of"
+        " them; it looks a name up since then, and the builds were not measured again."
     )
 
 

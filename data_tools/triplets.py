@@ -331,8 +331,8 @@ class _Names:
         return path.with_name(path.name + _extension(self._reader, reference.picture))
 
     def _is_free(self, path: PurePosixPath) -> bool:
-        folders = {_folded(parent) for parent in path.parents}
-        return _folded(path) not in self._files | self._folders and not folders & self._files
+        name, folders = _folded(path), {_folded(parent) for parent in path.parents}
+        return name not in self._files and name not in self._folders and folders.isdisjoint(self._files)
 
 
 def _folded(path: PurePosixPath) -> str:

@@ -3,11 +3,11 @@
     python -m benchmarks.scale_host --work out/scale
 
 For each of SIZES it makes as many triplets of tiny pictures, each with a prompt of its own, and with a target and a
-reference of its own while there are no more than `--pictures`, and a full cache of the tiny family's states. Then, side
-by side, each in processes of its own and for `--minutes` at most: the stages of a start (`stages`), `ztrain train` for
-two steps alone and as two ranks, `ztrain cache`, and `data_tools.build` of the same triplets. Out:
-benchmarks/results/scale_host.json, {"command", "machine", "rows", "per_triplet", "order"}, written after each part;
-per_triplet is of `stages` of the data set with the most pictures.
+reference of its own while there are no more than `--pictures`, and a full cache of the tiny family's states, which a
+build alone does not ask for. Then, side by side, each in processes of its own and for `--minutes` at most: the stages
+of a start (`stages`), `ztrain train` for two steps alone and as two ranks, `ztrain cache`, and `data_tools.build` of
+the same triplets. Out: benchmarks/results/scale_host.json, {"command", "machine", "rows", "per_triplet", "order"},
+written after each part; per_triplet is of `stages` of the data set with the most pictures.
 """
 
 import argparse
@@ -109,24 +109,32 @@ class _Writer(Store):
     def reload(self) -> None: ...
 
 
-def _make_part(work: Path, start: int, end: int, each: int) -> None:
-    """Pictures, rows, memo and cache of some triplets; the states are those of triplet 0, which are there."""
-    lines, memo = [], []
-    config = settings(work)
-    cache, needs = Cache(config), Needs()
+def _make_rows(work: Path, start: int, end: int, each: int) -> None:
+    """Pictures and rows of some triplets."""
+    lines = []
     for i in range(start, end):
         sample = _triplet(work, i, each)
         paths = [Path(known.picture.name) for known in (sample.target, *sample.references)]
         names = {"target_file_name": paths[0].name, "reference_file_name": paths[1].name}
         lines.append(json.dumps({"prompt": sample.prompt, **names}) + "\n")
-        if i >= each:  # the pictures are another's
+        for salt, path in enumerate(paths if i < each else ()):  # beyond, the pictures are another's
+            path.write_bytes(_picture(2 * i + salt))
+    (work / "parts" / f"{start:08d}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _make_states(work: Path, start: int, end: int, each: int) -> None:
+    """Memo and cache of some triplets, whose pictures are there; the states are those of triplet 0, which are there."""
+    memo = []
+    config = settings(work)
+    cache, needs = Cache(config), Needs()
+    for i in range(start, end):
+        sample = _triplet(work, i, each)
+        if i >= each:
             needs.text(sample.prompt)
             continue
         needs_of([sample], config.reads, needs)
-        for salt, path in enumerate(paths):
-            path.write_bytes(data := _picture(2 * i + salt))
-            memo.append((stamp_of(path.stat()), digest_bytes(data), SIDE, SIDE))
-    (work / "parts" / f"{start:08d}.jsonl").write_text("".join(lines), encoding="utf-8")
+        for known in (sample.target, *sample.references):
+            memo.append((stamp_of(Path(known.picture.name).stat()), known.digest, SIDE, SIDE))
     columns = [[row[k] for row in memo] for k in range(4)]
     table = pa.table(
         [pa.array(c, t) for c, t in zip(columns, Digests._SCHEMA.types, strict=True)], Digests._SCHEMA.names
@@ -148,25 +156,28 @@ def _make_part(work: Path, start: int, end: int, each: int) -> None:
             _Writer(folder).write(f"{start:012d}", entries, scratch)
 
 
-def make(work: Path, count: int, each: int) -> float:
-    """All of it, whole or not there; seconds."""
+def make(work: Path, count: int, each: int, cached: bool) -> float:
+    """All of it, whole or not there, with a full cache where `cached`; seconds."""
     folder, started = work / "triplets" / "train", time.perf_counter()
     if (folder / "metadata.jsonl").exists():
         return 0.0
-    build_family(work.parent / "family")
     folder.mkdir(parents=True, exist_ok=True)
     (work / "parts").mkdir(exist_ok=True)
-    sample, needs, config = _triplet(work, 0, 1), Needs(), settings(work)
-    for salt, known in enumerate((sample.target, *sample.references)):
-        Path(known.picture.name).write_bytes(_picture(salt))
-    needs_of([sample], config.reads, needs)
-    fill(Cache(config), needs, "cpu", progress=False)
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        made = [pool.submit(_make_part, work, i, min(count, i + _PART), each) for i in range(0, count, _PART)]
-        for part in made:
-            part.result()
-    memo = [pq.read_table(path) for path in sorted((work / "parts").glob("*.parquet"))]
-    pq.write_table(pa.concat_tables(memo), work / "cache" / "digests.parquet")
+
+    def by_parts(part: Callable[[Path, int, int, int], None]) -> None:
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+            for done in [pool.submit(part, work, i, min(count, i + _PART), each) for i in range(0, count, _PART)]:
+                done.result()
+
+    by_parts(_make_rows)
+    if cached:
+        build_family(work.parent / "family")
+        needs, config = Needs(), settings(work)
+        needs_of([_triplet(work, 0, 1)], config.reads, needs)
+        fill(Cache(config), needs, "cpu", progress=False)
+        by_parts(_make_states)
+        memo = [pq.read_table(path) for path in sorted((work / "parts").glob("*.parquet"))]
+        pq.write_table(pa.concat_tables(memo), work / "cache" / "digests.parquet")
     rows = [path.read_text(encoding="utf-8") for path in sorted((work / "parts").glob("*.jsonl"))]
     (folder / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
     return round(time.perf_counter() - started, 1)
@@ -247,8 +258,8 @@ def _status(pid: int) -> dict[str, int]:
     return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
 
 
-def parts(work: Path, minutes: float) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What is measured on one data set."""
+def parts(work: Path, minutes: float, beside: int) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is measured on one data set; a build leaves `beside` cores to other parts."""
     python = [sys.executable, "-m"]
     pair = [*python, "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
 
@@ -267,7 +278,7 @@ def parts(work: Path, minutes: float) -> dict[str, Callable[[], dict[str, Any]]]
             "sources: [triplets/train]\nlabel: {pairs: {table: pairs.csv}}\nsplit: {apart: []}\ndedup: null\n"
             "scan: {measures: []}\n"
         )
-        workers = max(1, (os.cpu_count() or 1) - 5)  # the other parts run beside it
+        workers = max(1, (os.cpu_count() or 1) - beside)
         out = ["--out", str(work / "built"), "--rows_per_shard", "10000", "--workers", str(workers)]
         command = [*python, "data_tools.build", "--config", str(work / "build.yaml"), *out]
         return {"workers": workers} | started(command, minutes)
@@ -336,10 +347,11 @@ def main() -> None:
     for count in options.sizes:
         work = options.work.resolve() / str(count)
         row: dict[str, Any] = {"triplets": count, "pictures": min(count, options.pictures)}
-        row["made_seconds"] = make(work, count, row["pictures"])
+        every = parts(work, options.minutes, beside=0 if options.parts == ["build"] else 5)
+        chosen = {n: part for n, part in every.items() if n in (options.parts or [n])}
+        row["made_seconds"] = make(work, count, row["pictures"], cached=chosen.keys() != {"build"})
         print(json.dumps(row), flush=True)
         document["rows"].append(row)
-        chosen = {n: part for n, part in parts(work, options.minutes).items() if n in (options.parts or [n])}
         with ThreadPoolExecutor(options.at_once) as pool:
             running = {pool.submit(part): name for name, part in chosen.items()}
             for done in as_completed(running):

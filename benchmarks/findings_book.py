@@ -55,12 +55,13 @@ VARIANTS = LISTS | {
     "drop_all_5": _dropout("each 0.05", reference=0.05, text=0.05, both=0.05),
 }
 
+_UNGUIDED = {"guidance_scale": 0.0}  # what guidance does to every list is benchmarks/guidance.py's question
 WAYS: Ways = {
-    "own": {},
-    "shuffled": {"sees": "shuffled"},
-    "guided": {"image_guidance_scale": 1.0},
-    "blind": {"sees": "none"},
-    "promptless": {"has_prompt": False},
+    "own": _UNGUIDED,
+    "shuffled": {"sees": "shuffled"} | _UNGUIDED,
+    "guided": {"image_guidance_scale": 1.0} | _UNGUIDED,
+    "blind": {"sees": "none"} | _UNGUIDED,
+    "promptless": {"has_prompt": False} | _UNGUIDED,
 }
 STRENGTHS = (0.25, 0.5, 1.0)
 

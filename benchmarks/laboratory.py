@@ -6,7 +6,8 @@ goes on where it was.
 
     out/drawings, out/triplets, out/cache      what is drawn, in pairs, and as the models see it
     out/runs/<variant>-<seed>/                 a training run, its export, and train.log
-    out/scores/<run>.json, <run>.png           scores of every test triplet, by way of asking; the first pictures
+    out/scores/<run>.json                      scores of every test triplet, by way of asking
+    out/scores/<run>.png, <run>.<way>.png      the first pictures of the first way, and of each further one
 
 Legend: T triplets, S pixels of a side.
 """
@@ -221,7 +222,7 @@ class Laboratory:
     def judge(
         self, run: str, method: Method, ways: Sequence[str] = ("own",), trained_on: Mapping[str, Any] | None = None
     ) -> None:
-        """Scores one method in these ways and keeps its first pictures, unless that was done before."""
+        """Scores one method in these ways and keeps first pictures of each, unless that was done before."""
         if self._is_judged(run):
             return
         outcomes = {way: self.trials.run(replace(method, **self.ways[way])) for way in ways}
@@ -230,18 +231,23 @@ class Laboratory:
         about = {"label": method.label, "weights": weights, "trained_on": trained_on}
         if method.exported is not None:
             about["steps"] = method.exported.step
-        self._keep(run, about, scores, outcomes[ways[0]].images)
+        self._keep(run, about, scores, {way: outcome.images for way, outcome in outcomes.items()})
 
     def judge_targets(self, run: str, label: str) -> None:
         """Scores the true drawings, as far as anybody can be right."""
         if not self._is_judged(run):
             about = {"label": label, "weights": 0}
-            self._keep(run, about, {"own": self.trials.score(self.trials.targets)}, self.trials.targets)
+            targets = self.trials.targets
+            self._keep(run, about, {"own": self.trials.score(targets)}, {"own": targets})
 
-    def _keep(self, run: str, about: Mapping[str, Any], scores: Mapping[str, Scores], images: Tensor) -> None:
+    def _keep(
+        self, run: str, about: Mapping[str, Any], scores: Mapping[str, Scores], images: Mapping[str, Tensor]
+    ) -> None:
         path = self._scores(run)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _save_strip(path.with_suffix(".png"), to_pictures(images[: self.shown]))
+        for place, (way, drawn) in enumerate(images.items()):
+            strip = f"{run}.{way}.png" if place else f"{run}.png"
+            _save_strip(path.with_name(strip), to_pictures(drawn[: self.shown]))
         told = {
             **about,
             "judged_on": machine(),

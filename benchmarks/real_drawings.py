@@ -42,7 +42,8 @@ LAYERS, STRENGTHS = (4, 5, 6), (0.5, 1.0)
 """Of the splice that are compared on validation triplets."""
 SHOWN = 40
 
-WAYS: Ways = {"own": {}, "shuffled": {"sees": "shuffled"}}
+UNGUIDED = {"guidance_scale": 0.0}
+WAYS: Ways = {"own": UNGUIDED, "shuffled": {"sees": "shuffled"} | UNGUIDED}
 LISTS = {
     "siglip": Variant(label="[siglip]", experiment="siglip"),
     "siglip_lora": Variant(label="[siglip, lora]", experiment="siglip_lora"),
@@ -214,7 +215,7 @@ def _best_splice(laboratory: Laboratory, layers: Sequence[int], strengths: Seque
     """The setting with the most style on validation triplets, searched once."""
     path = laboratory.out / "scores" / "splice_setting.json"
     if not path.is_file():
-        settings = splice_settings(laboratory.config, layers, strengths)
+        settings = [replace(each, **UNGUIDED) for each in splice_settings(laboratory.config, layers, strengths)]
         method = find_best_splice(laboratory.trials_of("validation"), settings).most_style.method
         told = {
             "label": method.label,

@@ -35,8 +35,9 @@ from ztrain.mini.style_folders import read_name
 from ztrain.mini.subject import Subject
 from ztrain.mini.world import CONTENT_CLASSES, contents_of
 from ztrain.model import AdaptedDiT
-from ztrain.models import identity
+from ztrain.models import base_defaults, identity
 from ztrain.rows import Triplet
+from ztrain.sample import released_or
 
 WEIGHTS = Path(__file__).parent / "weights"
 """The shipped family."""
@@ -71,7 +72,7 @@ PAINTED = Truth(contents=tuple(CONTENT_CLASSES), classes=_painted_classes)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """What is on trial. `scale`: every adapter's; `sees`: the triplet's own reference, one of another style, or none;
-    without `has_prompt` the empty prompt stands for the triplet's."""
+    without `has_prompt` the empty prompt stands for the triplet's. `guidance_scale`: None = that of the config."""
 
     label: str
     adapters: tuple[Any, ...] = ()
@@ -80,6 +81,8 @@ class Method:
     scale: float = 1.0
     sees: Literal["own", "shuffled", "none"] = "own"
     has_prompt: bool = True
+    guidance_scale: float | None = None
+    negative: Literal["neither", "reference", "base"] = "neither"
     image_guidance_scale: float = 0.0
 
     @classmethod
@@ -110,6 +113,7 @@ class Trials:
 
     def __init__(self, subject: Subject, config: Config, triplets: Sequence[Triplet], truth: Truth = PAINTED) -> None:
         self.subject, self.config, self.triplets, self.truth = subject, config, list(triplets), truth
+        self.guidance_scale = released_or(config.sample, base_defaults(config.models)).guidance_scale
         self.contents = truth.contents
         self.judges = Judges(subject.folder / "judges", subject.device)
         self._order([_column(triplet, "style") for triplet in triplets])
@@ -180,7 +184,12 @@ class Trials:
             check_identity(method.exported, known)
             model = adapt(dit, method.exported)
         model.set_scales([method.scale] * len(method.adapters))
-        settings = replace(self.subject.settings, image_guidance_scale=method.image_guidance_scale)
+        settings = replace(
+            self.subject.settings,
+            guidance_scale=self.guidance_scale if method.guidance_scale is None else method.guidance_scale,
+            negative=method.negative,
+            image_guidance_scale=method.image_guidance_scale,
+        )
         images = replace(self.subject, settings=settings).render(model, encoded)
         return Outcome(method, images, self.score(images))
 
@@ -207,7 +216,8 @@ class Trials:
         if known := self.truth.style_classes:
             classes = torch.tensor([known.index(style) for style in self.styles], device=images.device)
             scores["style_right"] = correct(seen.logits["style"].argmax(1), classes)
-        return scores | {"copy": copy_score(images.float() / 255, references.float() / 255)}
+        clipped = ((images == 0) | (images == 255)).flatten(1).float().mean(1)  # share of values at an end
+        return scores | {"copy": copy_score(images.float() / 255, references.float() / 255), "clipped": clipped}
 
     def figures(self, outcome: Outcome) -> Card:
         """Each score's mean with its interval over styles."""

@@ -19,7 +19,7 @@ from benchmarks.drawings import Plan, Variant
 from benchmarks.laboratory import Laboratory, Ways
 from ztrain.adapters.lora import COMFYUI_FILE
 from ztrain.errors import InputError
-from ztrain.export import CONFIG_FILE
+from ztrain.export import CONFIG_FILE, sealed
 from ztrain.mini.exam import RETRIEVAL_POOL
 from ztrain.mini.trials import ADAPTERS, Method, splice_settings
 
@@ -117,7 +117,7 @@ def collect(laboratory: Laboratory, adapters: Path, result_file: Path) -> None:
         shutil.copytree(exported, place, ignore=shutil.ignore_patterns(COMFYUI_FILE))
         document = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))
         document["files"].pop(COMFYUI_FILE, None)
-        (place / CONFIG_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (place / CONFIG_FILE).write_text(sealed(document), encoding="utf-8")
     result = result_of(laboratory)
     result_file.parent.mkdir(parents=True, exist_ok=True)
     result_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -213,6 +213,7 @@ def assert_as_near(row: dict[str, float]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_bfloat16_is_as_near_on_a_cpu_too() -> None:
     """Eager, the real width, two of thirty main blocks, 256 x 256."""
     size = dataclasses.replace(step.REAL, config=step.REAL.config | {"n_layers": 2})

@@ -112,10 +112,10 @@ def _write_adapter(
         "step": step,
     }
     (folder / CARD_FILE).write_text(_model_card(config, document), encoding="utf-8")
-    (folder / CONFIG_FILE).write_text(_sealed(document), encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(sealed(document), encoding="utf-8")
 
 
-def _sealed(document: dict[str, Any]) -> str:
+def sealed(document: dict[str, Any]) -> str:
     """The text of a document with the SHA-256 of all the rest in it."""
     text = json.dumps({**document, "seal": ""}, indent=2, sort_keys=True) + "\n"
     return text.replace(_SEAL % "", _SEAL % _seal(text), 1)

@@ -162,6 +162,9 @@ class Watched:
         self._call += 1
         return velocities
 
+    def base_velocity(self, noisy: Sequence[Tensor], sigma: Tensor, encoded: Encoded) -> list[Tensor]:
+        return self.model.base_velocity(noisy, sigma, encoded)
+
     @contextmanager
     def _watching(self) -> Iterator[None]:
         """Hooks on the attention of every main block; removed again."""

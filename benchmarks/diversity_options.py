@@ -45,6 +45,20 @@ PLAIN = Option(name="plain", label="as it is")
 # --- noise on what is read of the reference ---------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A model with another call in the place of its own."""
+
+    model: AdaptedDiT
+    ask: Callable[[Sequence[Tensor], Tensor, Encoded], list[Tensor]]
+
+    def __call__(self, noisy: Sequence[Tensor], sigma: Tensor, encoded: Encoded) -> list[Tensor]:
+        return self.ask(noisy, sigma, encoded)
+
+    def base_velocity(self, noisy: Sequence[Tensor], sigma: Tensor, encoded: Encoded) -> list[Tensor]:
+        return self.model.base_velocity(noisy, sigma, encoded)
+
+
 def annealed(scale: float, low: float, high: float) -> Wrap:
     """Noise on the reference's states that fades as sigma falls, fresh at each step (CADS, arXiv 2310.17347, section 3:
     sqrt(gamma) y + scale sqrt(1 - gamma) n, then y's own mean and spread again).
@@ -60,7 +74,7 @@ def annealed(scale: float, low: float, high: float) -> Wrap:
                 return model(noisy, sigma, encoded)
             return model(noisy, sigma, _mixed(encoded, gamma**0.5, scale * (1 - gamma) ** 0.5, generator))
 
-        return ask
+        return _Asked(model, ask)
 
     return wrap
 
@@ -182,7 +196,7 @@ def attended(factor: float, *places: Place, low: float = 0.0) -> Wrap:
             attention.acts = float(sigma[0]) >= low
             return model(noisy, sigma, encoded)
 
-        return ask
+        return _Asked(model, ask)
 
     return wrap
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from data_tools.build import main as build
 from tests.triplets import full_disk
+from ztrain.cache import Cache
 from ztrain.compare import _keep_given, compare, compare_checkpoints
 from ztrain.comparison import FILE_NAME, Choice, Comparison, Difference, pictures_of, read_best, read_comparison
 from ztrain.config import Config, JudgesConfig, ModelConfig, load_config
@@ -24,11 +25,12 @@ from ztrain.errors import InputError
 from ztrain.images import PictureFile
 from ztrain.intervals import two_way
 from ztrain.judging import Score, Verdicts
-from ztrain.lineup import Case, entries_of
+from ztrain.lineup import Case, entries_of, exchanged, read_cases
 from ztrain.mini.style_folders import paint_many_styles
 from ztrain.mini.trials import ADAPTERS
 from ztrain.ranking import Groups, choose, metric_of
-from ztrain.sweep import sweep
+from ztrain.studio import Studio
+from ztrain.sweep import settings_of, sweep
 from ztrain.train import train
 
 ROWS, SEEDS = 6, 2
@@ -138,9 +140,6 @@ def test_what_is_drawn_is_kept_and_only_what_is_missing_is_drawn(
 
 
 def test_shuffled_references_are_of_another_style_each_once(data: Path, compared: tuple[Path, Comparison]) -> None:
-    from ztrain.cache import Cache
-    from ztrain.lineup import exchanged, read_cases
-
     config = two_lists(data, compared[0])
     cases, lost = read_cases(config, Cache(config).digests)
     assert lost == 0
@@ -310,6 +309,19 @@ def test_a_sweep_draws_every_combination_and_its_best_is_a_preset(data: Path, tm
     preset = settings(data, out, "--compare.num_samples", "3", "--compare.presets", str(out / "best_splice.yaml"))
     again = compare(preset)
     assert again.pictures[column(again, "best splice")] == found.pictures[best]
+
+
+def test_a_sweep_takes_what_guidance_leads_away_from(data: Path, tmp_path: Path) -> None:
+    """Each setting draws pictures of its own with guidance, and without it none reads the negative."""
+    axes = {"sample.guidance_scale": [0.0, 2.0], "sample.negative": ["neither", "reference", "base"]}
+    config = settings(data, tmp_path, "--sample.shift", "2")
+    entries = list(settings_of(config.model_copy(update={"sweep": config.sweep.model_copy(update={"axes": axes})})))
+    assert [e.label for e in entries[2:4]] == ["guidance 0 · negative reference", "guidance 0 · negative base"]
+    cache = Cache(config)
+    studio = Studio(config, read_cases(config, cache.digests)[0], tmp_path, cache)
+    names = [studio._shots(entry, 0)[0].path for entry in entries[1:]]
+    assert len(set(names)) == 4 and len(set(names[:3])) == 1
+    assert {studio.settings(entry).shift for entry in entries} == {2.0}
 
 
 def test_axes_that_do_not_exist_are_named(data: Path, tmp_path: Path) -> None:

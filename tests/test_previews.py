@@ -4,14 +4,22 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from tests.triplets import tiny_config, write_triplets
-from ztrain.config import Config
+from ztrain.adapters.splice import SpliceConfig
+from ztrain.batches import Loader
+from ztrain.cache import digest_json
+from ztrain.config import Config, SampleConfig
 from ztrain.images import open_image
 from ztrain.report.runs import read_run
 from ztrain.run import Run, build
+from ztrain.sampler import SampleKey
+from ztrain.scoring import Scoring
+from ztrain.validate import Previews
 
+_GUIDED = {"guidance_scale": 1.0, "negative": "reference", "negative_prompt": "a blurred photograph"}
 _QUIET = {"validation_steps": 0, "preview_steps": 1, "num_previews": 2}
 
 
@@ -20,7 +28,9 @@ def settings(family: Path, folder: Path, steps: int) -> Config:
     changed = {
         "output_dir": str(folder / "run"),
         "validation": config.validation.model_copy(update=_QUIET),
-        "sample": config.sample.model_copy(update={"num_inference_steps": steps}),
+        # Read from the cache as well: the negative prompt alone, and in one sequence with the splice's image.
+        "sample": config.sample.model_copy(update={"num_inference_steps": steps, **_GUIDED}),
+        "compare": config.compare.model_copy(update={"splice": SpliceConfig(states="fused", compose="replace")}),
         "train": config.train.model_copy(update={"compile": "off"}),
     }
     return config.model_copy(update=changed)
@@ -80,3 +90,29 @@ def test_columns_of_other_settings_are_never_mixed(
         json.loads(text) for text in ((samples / "step-00000000/key.json").read_text(), first["key.json"])
     )
     assert of_base.pop("splice") and of_step == of_base
+    assert {name: of_step["sampling"][name] for name in _GUIDED} == _GUIDED
+    # Training's dropout leaves the empty prompt.
+    trained = Loader(ours, run.cache, run.samples.trained, []).read([SampleKey(0, 0, 0)])
+    assert torch.equal(trained.encoded.null_text, run.cache.states().text(""))
+
+
+def test_the_best_step_is_forgotten_where_pictures_change_and_only_there(family: Path, tmp_path: Path) -> None:
+    """best.json's figures are of one way to sample; its digest is as ever where keys that came later change nothing."""
+    config = settings(family, tmp_path, 1)
+
+    def by(**sample: object) -> str:
+        changed = config.model_copy(update={"sample": SampleConfig.model_validate(sample)})
+        accelerator = Accelerator(cpu=True)
+        previews = Previews(changed, None, [], accelerator, tmp_path, None, None)  # type: ignore[arg-type]
+        return Scoring(changed, previews, accelerator, None)._by
+
+    old = SampleConfig().model_dump(mode="json", exclude={"negative", "negative_prompt", "shift"})
+    parts = (config.judges.model_dump(mode="json"), old, config.compare.model_dump(mode="json"))
+    assert by() == by(negative="base") == digest_json([[], *parts])
+    changes = [{"shift": 2.0}, {"reference_window": (0.0, 0.5)}, {"guidance_scale": 1.0}]
+    changes += [{"guidance_scale": 1.0, "negative": "base"}, {"guidance_scale": 1.0, "negative_prompt": "blurred"}]
+    found = [by(**change) for change in changes]
+    assert len({by(), *found}) == len(changes) + 1
+    for change, each in zip(changes[1:3], found[1:3], strict=True):
+        told = SampleConfig.model_validate(change).model_dump(mode="json", include=set(old))
+        assert each != digest_json([[], parts[0], told, parts[2]]), "the digest of before, of other pictures"

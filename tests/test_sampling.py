@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +44,8 @@ from ztrain.mini.subject import Subject, to_bytes
 from ztrain.mini.trials import WEIGHTS
 from ztrain.mini.world import KIND_NAMES
 from ztrain.model import AdaptedDiT
-from ztrain.models import BaseDefaults
 from ztrain.render import Order, plan
-from ztrain.sample import Picture, SampleSettings, released_or, sample, sample_all
+from ztrain.sample import Picture, SampleSettings, sample, sample_all
 
 ROOT = Path(__file__).parents[1]
 ADAPTERS = ROOT / "ztrain/mini/adapters"
@@ -116,89 +115,6 @@ def test_output_size_is_the_aspects_the_sides_or_the_square() -> None:
     assert size() == (1024, 1024) and size(aspect="16:9") == (768, 1360) and size(width=512) == (1024, 512)
     with pytest.raises(ValueError, match="aspect 1:1 decides height and width"):
         SampleConfig(aspect="1:1", height=512)
-
-
-# --- guidance and windows ---------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_a_window_of_zero_width_is_no_guidance_even_where_a_step_lies_on_it(family: Path, encoders: Encoders) -> None:
-    model, one, noise = make_model(family, LISTS["splice"]), encode(encoders, picture(1)), noise_like((8, 8))
-    plain = sample(model, one, noise, STEPS)[0]
-    guided = replace(STEPS, guidance_scale=2.0, image_guidance_scale=1.5)
-    assert relative_error(sample(model, one, noise, guided)[0], plain) > 1e-3
-    on_steps = [3 * s / (1 + 2 * s) for s in (1.0, 0.75, 0.5)]
-    for at in (0.0, 0.3, *on_steps, float(torch.tensor(on_steps[1]))):
-        assert torch.equal(sample(model, one, noise, replace(guided, guidance_window=(at, at)))[0], plain), at
-    halves = [sample(model, one, noise, replace(guided, guidance_window=w))[0] for w in ((0.0, 0.6), (0.6, 1.0))]
-    assert all(relative_error(half, plain) > 1e-3 for half in halves) and not torch.equal(*halves)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({}, [(1, 1)] * 4),
-        ({"guidance_scale": 2.0}, [(2, 2)] * 4),
-        ({"guidance_scale": 2.0, "image_guidance_scale": 0.0}, [(2, 2)] * 4),
-        ({"image_guidance_scale": 1.5}, [(2, 1)] * 4),
-        ({"guidance_scale": 2.0, "image_guidance_scale": 1.5}, [(3, 2)] * 4),
-        # Steps begin at sigma 1, 0.9, 0.75 and 0.5.
-        ({"guidance_scale": 2.0, "guidance_window": (0.8, 1.0)}, [(2, 2)] * 2 + [(1, 1)] * 2),
-        ({"guidance_scale": 2.0, "image_guidance_scale": 1.5, "reference_window": (0.0, 0.8)},
-         [(2, 0)] * 2 + [(3, 2)] * 2),
-        ({"image_guidance_scale": 1.5, "reference_window": (0.0, 0.8)}, [(1, 0)] * 2 + [(2, 1)] * 2),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_each_step_costs_what_it_needs(
-    family: Path, encoders: Encoders, change: dict, expected: list[tuple[int, int]]
-) -> None:
-    """Samples of each call, and how many of them have a reference."""
-    model = Counted(make_model(family, LISTS["splice"]))
-    sample(model, encode(encoders, picture(1)), noise_like((8, 8)), replace(STEPS, **change))
-    assert model.sizes == expected
-    model.sizes.clear()
-    nothing = replace(STEPS, image_guidance_scale=2.0)
-    sample(model, encode(encoders), noise_like((8, 8)), nothing)
-    assert model.sizes == [(1, 0)] * 4, "guidance away from a reference that is not there"
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["splice", "fused", "siglip_lora"])
-def test_outside_its_window_the_reference_is_not_there(family: Path, encoders: Encoders, name: str) -> None:
-    model, one, noise = make_model(family, LISTS[name]), encode(encoders, picture(1)), noise_like((8, 8))
-    guided = replace(STEPS, guidance_scale=2.0, image_guidance_scale=1.5)
-
-    def render(encoded: Encoded, window: tuple[float, float], **change: object) -> Tensor:
-        return sample(model, encoded, noise, replace(guided, reference_window=window, **change))[0]
-
-    whole, none = render(one, (0.0, 1.0)), render(one.without_reference(), (0.0, 1.0))
-    assert torch.equal(sample(model, one, noise, guided)[0], whole)
-    for at in (0.0, 0.75, 1.0):
-        assert torch.equal(render(one, (at, at)), none), "zero width"
-    # The first two steps without it, by hand; then with it, from where they led.
-    early = render(one, (0.0, 0.8))
-    by_hand = noise
-    for sigma, following in ((1.0, 0.9), (0.9, 0.75), (0.75, 0.5), (0.5, 0.0)):
-        seen = one if sigma <= 0.8 else one.without_reference()
-        variants = [seen, seen.without_text(), *([seen.without_reference()] if sigma <= 0.8 else [])]
-        at = torch.tensor([sigma])
-        positive, no_text, *no_image = (model(by_hand, at, each)[0] for each in variants)
-        velocity = positive + 2.0 * (positive - no_text) + 1.5 * sum(positive - each for each in no_image)
-        by_hand = [by_hand[0] + (following - sigma) * velocity]
-    assert relative_error(early, by_hand[0]) < 1e-4
-    assert relative_error(early, whole) > 1e-3 and relative_error(early, none) > 1e-3
-
-
-def test_every_key_of_the_section_reaches_the_sampler() -> None:
-    given = {
-        "num_inference_steps": 9, "guidance_scale": 1.5, "image_guidance_scale": 2.5, "guidance_normalization": 0.5,
-        "guidance_window": (0.1, 0.9), "reference_window": (0.2, 0.8), "strength": 0.7,
-    }  # fmt: skip
-    defaults = BaseDefaults("turbo", 3.0, 8, 0.0)
-    assert asdict(released_or(SampleConfig(**given), defaults)) == {**given, "shift": 3.0}
-    assert released_or(SampleConfig(), defaults) == SampleSettings(num_inference_steps=8, shift=3.0)
 
 
 # --- references -------------------------------------------------------------------------------------------------------
@@ -462,6 +378,7 @@ def test_the_loaded_adapter_draws_what_the_command_draws(project: Path) -> None:
             project / "b.png", "--reference-weights", 1, 0.5, "--start-image", project / "start.png", "--strength", 0.6,
             "--aspect", "3:2", "--num-images", 2, "--sample.guidance_scale", 1, "--sample.image_guidance_scale", 0.5,
             "--sample.guidance_window", 0.1, 1, "--sample.reference_window", 0, 0.7, "--sample.batch_size", 3,
+            "--sample.shift", 2, "--sample.negative", "base", "--sample.negative_prompt", "a square",
             "--sample.num_inference_steps", 3, "--out", project / name)  # fmt: skip
         pipeline = ZImagePipeline.from_pretrained(WEIGHTS / "Z-Image", dtype=torch.float32)
         adapted = ztrain.load_adapter(pipeline, ADAPTERS / name, **PLACES)
@@ -469,7 +386,7 @@ def test_the_loaded_adapter_draws_what_the_command_draws(project: Path) -> None:
             ["a star", "two moons"], [Image.open(project / f"{each}.png") for each in "ab"], reference_weights=(1, 0.5),
             start_image=Image.open(project / "start.png"), strength=0.6, aspect="3:2", resolution=64, seed=(0, 1),
             guidance_scale=1.0, image_guidance_scale=0.5, guidance_window=(0.1, 1.0), reference_window=(0.0, 0.7),
-            num_inference_steps=3, batch_size=3,
+            num_inference_steps=3, batch_size=3, shift=2.0, negative="base", negative_prompt="a square",
         )  # fmt: skip
         files = [project / name / f"prompt{p}-3x2-seed{s}.png" for p in (1, 2) for s in (0, 1)]
         for image, file in zip(images, files, strict=True):

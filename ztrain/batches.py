@@ -36,13 +36,20 @@ class Batch:
         return Batch(keys=self.keys, latents=latents, encoded=self.encoded.to(device))
 
 
-def read_batch(cache: Cache, samples: Sequence[Sample], keys: Sequence[SampleKey], reads: frozenset[str]) -> Batch:
+def read_batch(
+    cache: Cache,
+    samples: Sequence[Sample],
+    keys: Sequence[SampleKey],
+    reads: frozenset[str],
+    negative_prompt: str = "",
+) -> Batch:
     """`samples` with their cached states. Raises InputError for a state that is missing or damaged."""
     states = cache.states()
+    prompts, references = [sample.prompt for sample in samples], [sample.references for sample in samples]
     return Batch(
         keys=list(keys),
         latents=[states.latents(sample.target, sample.bucket).float() for sample in samples],
-        encoded=assemble(states, [sample.prompt for sample in samples], [s.references for s in samples], reads),
+        encoded=assemble(states, prompts, references, reads, negative_prompt=negative_prompt),
     )
 
 

@@ -243,7 +243,7 @@ def _column(entries: Sequence[Entry], place: int, name: str, studio: Studio) -> 
             **entry.sample.model_dump(
                 mode="json",
                 include={"image_guidance_scale", "guidance_normalization", "guidance_window", "reference_window"}
-                | {"scales", "strength"},
+                | {"negative", "negative_prompt", "scales", "strength"},
             ),
             "guidance_scale": settings.guidance_scale,
         },

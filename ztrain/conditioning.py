@@ -64,12 +64,14 @@ class StockOmni:
 class Encoded:
     """One encoded batch. Lists have one entry a sample; a state nobody reads stays empty.
 
-    text: prompt alone, B x (L, D).          null_text: the empty prompt, (L, D).
+    text: prompt alone, B x (L, D).          null_text: what is read without the prompt, (L, D): the empty one, or in
+    sampling the negative one; so in every null_*.
     reference: image(s) alone through the spliced model, B x TokenStates or None.
-    fused: image(s) and prompt in one sequence, B x TokenStates or None.
+    fused: image(s) and prompt in one sequence, B x TokenStates or None; null_fused: empty = `reference`, which is that
+    of the empty prompt.
     siglip: B x R x (h, w, S).              siglip_weights: B x R factors on the attention to them; empty = all 1.
-    omni, null_omni: B x StockOmni with the prompt and with the empty one; bare_omni, null_bare_omni: the same two
-    without references.
+    omni, null_omni: B x StockOmni with the prompt and without it; bare_omni, null_bare_omni: the same two without
+    references.
     """
 
     text: list[Tensor]
@@ -77,6 +79,7 @@ class Encoded:
     reference: list[TokenStates | None]
     fused: list[TokenStates | None]
     siglip: list[list[Tensor]]
+    null_fused: list[TokenStates | None] = field(default_factory=list)
     siglip_weights: list[list[float]] = field(default_factory=list)
     omni: list[StockOmni] = field(default_factory=list)
     null_omni: list[StockOmni] = field(default_factory=list)
@@ -93,11 +96,12 @@ class Encoded:
         return len(self.text)
 
     def without_text(self) -> "Encoded":
-        """The same references with the empty prompt. Image and empty prompt in one sequence is the image alone."""
+        """The same references without the prompt. Image and empty prompt in one sequence is the image alone."""
+        null_fused = self.null_fused or self.reference
         return replace(
             self,
             text=[self.null_text] * len(self),
-            fused=[None if fused is None else self.reference[i] for i, fused in enumerate(self.fused)],
+            fused=[None if fused is None else null_fused[i] for i, fused in enumerate(self.fused)],
             omni=self.null_omni,
             bare_omni=self.null_bare_omni,
         )
@@ -109,6 +113,7 @@ class Encoded:
             self,
             reference=absent,
             fused=absent,
+            null_fused=absent if self.null_fused else [],
             siglip=[[] for _ in range(len(self))],
             siglip_weights=[],
             omni=self.bare_omni,
@@ -181,7 +186,8 @@ class Dropout:
 
 
 _PER_SAMPLE = (
-    "text", "reference", "fused", "siglip", "siglip_weights", "omni", "null_omni", "bare_omni", "null_bare_omni",
+    "text", "reference", "fused", "null_fused", "siglip", "siglip_weights", "omni", "null_omni", "bare_omni",
+    "null_bare_omni",
 )  # fmt: skip
 
 

@@ -273,6 +273,9 @@ class TrackingConfig(_Section):
     """Whether the list of triplets (names, prompts, hashes; no pictures) is uploaded as an artifact."""
 
 
+Negative = Literal["neither", "reference", "base"]
+"""What text guidance leads away from."""
+
 Aspect = Literal["21:9", "16:9", "3:2", "4:3", "5:4", "1:1", "4:5", "3:4", "2:3", "9:16", "9:21"]
 
 
@@ -281,6 +284,13 @@ class SampleConfig(_Section):
     """None: as the base was released (8 Turbo, 50 Base)."""
     guidance_scale: float | None = Field(default=None, ge=0.0)
     """Text guidance in diffusers' convention, 0 = off; None: as the base was released (0 Turbo, 4 Base)."""
+    negative: Negative = "neither"
+    """What text guidance leads away from: the list with neither prompt nor reference; the list with its reference and
+    without the prompt, as diffusers' ZImageOmniPipeline; or the base without the prompt, all adapters off."""
+    negative_prompt: str = ""
+    """Stands in the place of the empty prompt there."""
+    shift: float | None = Field(default=None, gt=0.0)
+    """Moves the steps' sigmas towards noise, 1 = not at all; None: the base scheduler's own (3 Turbo, 6 Base)."""
     image_guidance_scale: float = Field(default=0.0, ge=0.0)
     """Guidance away from the same prompt without the reference, 0 = off."""
     guidance_normalization: float = Field(default=0.0, ge=0.0)
@@ -293,7 +303,7 @@ class SampleConfig(_Section):
     """How far from the start image, which `ztrain sample` is given and which is the reference elsewhere: 1 = from noise
     alone, without one."""
     reference_window: tuple[float, float] = (0.0, 1.0)
-    """The same for reading the reference; elsewhere the prompt is alone."""
+    """The same for the whole list; elsewhere the base is alone with the prompt, all adapters off."""
     aspect: Aspect | None = None
     """Width to height, at about as many pixels as a square of data.resolution; in place of height and width."""
     height: int | None = Field(default=None, ge=32)

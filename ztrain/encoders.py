@@ -225,10 +225,12 @@ def assemble(
     references: Sequence[Sequence[Reference]],
     reads: frozenset[str],
     weights: Sequence[Sequence[float]] | None = None,
+    negative_prompt: str = "",
 ) -> Encoded:
     """The batch that `reads` asks for, out of single states: the one place that knows which ones a triplet needs.
 
     `weights`: B x R, see Encoders.encode; None: the references of a sample go into one sequence, as in training.
+    `negative_prompt`: of Encoded's null states.
     """
     pairs = list(zip(prompts, references, strict=True))
     if weights is None:
@@ -251,22 +253,26 @@ def assemble(
     stock = "omni" in reads
     reference: list[TokenStates | None] = [None] * len(pairs)
     fused: list[TokenStates | None] = [None] * len(pairs)
+    null_fused: list[TokenStates | None] = [None] * len(pairs) if negative_prompt and "fused" in reads else []
     for i, (prompt, images) in enumerate(pairs):
         if images and "reference" in reads:
             reference[i] = sequence(i, states.reference)
         if images and "fused" in reads:
             fused[i] = sequence(i, partial(states.fused, prompt=prompt))
+            if null_fused:
+                null_fused[i] = sequence(i, partial(states.fused, prompt=negative_prompt))
     return Encoded(
         text=[states.text(prompt) for prompt in prompts],
-        null_text=states.text(""),
+        null_text=states.text(negative_prompt),
         reference=reference,
         fused=fused,
+        null_fused=null_fused,
         siglip=[[states.siglip(image) for image in images] if "siglip" in reads else [] for _, images in pairs],
         siglip_weights=factors if "siglip" in reads else [],
         omni=[omni(prompt, images) for prompt, images in pairs] if stock else [],
-        null_omni=[omni("", images) for _, images in pairs] if stock else [],
+        null_omni=[omni(negative_prompt, images) for _, images in pairs] if stock else [],
         bare_omni=[omni(prompt, []) for prompt in prompts] if stock else [],
-        null_bare_omni=[omni("", []) for _ in prompts] if stock else [],
+        null_bare_omni=[omni(negative_prompt, []) for _ in prompts] if stock else [],
     )
 
 
@@ -331,14 +337,16 @@ class Encoders:
         reads: frozenset[str],
         settings: EncodersConfig,
         weights: Sequence[Sequence[float]] | None = None,
+        negative_prompt: str = "",
     ) -> Encoded:
         """Everything that `reads` names for each prompt and its references (any number, own sizes).
 
         `weights`: one number >= 0 for each reference of each sample. Each reference is then read alone, and attention
         to its tokens in the main layers is multiplied by its weight; 0 leaves it out, so that (1, 0) is the first one
-        alone. None: the references of a sample are read in one sequence, as in training.
+        alone. None: the references of a sample are read in one sequence, as in training. `negative_prompt`: what
+        guidance leads away from.
         """
-        return assemble(_Computed(self, settings), prompts, references, reads, weights)
+        return assemble(_Computed(self, settings), prompts, references, reads, weights, negative_prompt)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,16 @@ from torch import Tensor
 from ztrain.adapters import build_adapters, describe_list
 from ztrain.aspects import size_in
 from ztrain.conditioning import Encoded
-from ztrain.config import Aspect, Config, DataConfig, EncodersConfig, ModelConfig, SampleConfig, list_reads
+from ztrain.config import (
+    Aspect,
+    Config,
+    DataConfig,
+    EncodersConfig,
+    ModelConfig,
+    Negative,
+    SampleConfig,
+    list_reads,
+)
 from ztrain.encoders import Encoders, LatentCodec, SiglipEncoder, TextEncoder
 from ztrain.errors import InputError
 from ztrain.files import cannot_write, new_folder, read_bytes
@@ -328,10 +337,11 @@ class AdaptedPipeline:
         prompts: Sequence[str],
         references: Sequence[Sequence[Image.Image]],
         weights: Sequence[float] | None = None,
+        negative_prompt: str = "",
     ) -> Encoded:
         """What the adapters read; `weights`: one for each reference, the same for all prompts."""
         of_each = None if weights is None else [weights] * len(prompts)
-        return self.encoders.encode(prompts, references, self.reads, self.settings, of_each)
+        return self.encoders.encode(prompts, references, self.reads, self.settings, of_each, negative_prompt)
 
     def __call__(
         self,
@@ -344,7 +354,10 @@ class AdaptedPipeline:
         aspect: Aspect | None = None,
         resolution: int = 1024,
         num_inference_steps: int | None = None,
+        shift: float | None = None,
         guidance_scale: float | None = None,
+        negative: Negative = "neither",
+        negative_prompt: str = "",
         image_guidance_scale: float = 0.0,
         guidance_normalization: float = 0.0,
         guidance_window: tuple[float, float] = (0.0, 1.0),
@@ -361,17 +374,19 @@ class AdaptedPipeline:
         `batch_size`: pictures sampled together, None = all. `reference_weights`: as for Encoders.encode. `start_image`
         is resized to cover the output and cut at its centre; `strength` is how far the picture goes from it, 1 = all
         the way. `scales`: one for each adapter. The rest is as in a YAML's `sample` section (config.SampleConfig):
-        sides left out are those of the aspect, or of the square, at `resolution`; steps and guidance left out are the
-        base's own (8 and 0 for Turbo, 50 and 4 for Base), guidance is in diffusers' convention, 0 = off.
+        sides left out are those of the aspect, or of the square, at `resolution`; steps, shift and guidance left out
+        are the base's own (8, 3 and 0 for Turbo, 50, 6 and 4 for Base), guidance is in diffusers' convention, 0 = off.
         """
         given = {
             "height": height, "width": width, "aspect": aspect, "strength": strength,
-            "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,
+            "num_inference_steps": num_inference_steps, "shift": shift, "guidance_scale": guidance_scale,
+            "negative": negative, "negative_prompt": negative_prompt,
             "image_guidance_scale": image_guidance_scale, "guidance_normalization": guidance_normalization,
             "guidance_window": guidance_window, "reference_window": reference_window,
             "batch_size": 1 if batch_size is None else batch_size,
         }  # fmt: skip
         wanted = parse(SampleConfig, given, "this call")
+        settings = released_or(wanted, self.defaults)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         images = _references(reference)
         if not images and not all(text.strip() for text in prompts):
@@ -388,8 +403,7 @@ class AdaptedPipeline:
             for i in range(len(prompts))
             for each in ([seed + i] if isinstance(seed, int) else seed)
         ]
-        encoded = self.encode(prompts, [images] * len(prompts), reference_weights)
-        settings = released_or(wanted, self.defaults)
+        encoded = self.encode(prompts, [images] * len(prompts), reference_weights, negative_prompt)
         together, device = wanted.batch_size if batch_size else max(1, len(pictures)), codec.vae.device
         latents = sample_all(self.model, encoded, pictures, settings, batch_size=together, device=device)
         return [codec.decode(each) for each in latents]

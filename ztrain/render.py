@@ -108,7 +108,7 @@ def render(config: Config, order: Order) -> Path:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _stage("encoders", device):
-        prepared = _prepare(config, order, planned, images, adapters, encoder_settings, device)
+        prepared = _prepare(config, order, planned, images, adapters, encoder_settings, settings, device)
     note = _note(order, adapters, settings, scales)
     finished: list[tuple[Planned, Tensor]] = []
     try:
@@ -209,7 +209,8 @@ def _prepare(
     planned: Sequence[Planned],
     images: Sequence[Image.Image],
     adapters: Sequence[Any],
-    settings: EncodersConfig,
+    encoder_settings: EncodersConfig,
+    settings: SampleSettings,
     device: torch.device,
 ) -> _Prepared:
     reads, count = list_reads(adapters), len(order.prompts)
@@ -218,7 +219,9 @@ def _prepare(
     codec, sizes = encoders.codec, {each.size for each in planned}
     start = None if order.start_image is None else open_image(order.start_image)
     return _Prepared(
-        encoded=encoders.encode(order.prompts, [images] * count, reads, settings, weights),
+        encoded=encoders.encode(
+            order.prompts, [images] * count, reads, encoder_settings, weights, settings.negative_prompt
+        ),
         shapes={size: codec.latent_shape(*size) for size in sizes},
         starts={} if start is None else {size: codec.encode(fit_target(start, Bucket(*size))) for size in sizes},
         known=encoder_identities(encoders),

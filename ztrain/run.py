@@ -37,6 +37,7 @@ from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype, check_trainable, identity
 from ztrain.prepare import prepare
 from ztrain.privacy import own_config
+from ztrain.sample import released_or
 from ztrain.sampler import SampleKey
 from ztrain.samples import Samples, write_manifest
 from ztrain.scoring import Scoring
@@ -167,7 +168,10 @@ def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoi
     strategy.check(config)
     if accelerator.num_processes > 1:
         say(f"{accelerator.num_processes} processes share the work by {strategy.name}")
-    density = sigma_density(config, base_defaults(config.models).shift)
+    defaults = base_defaults(config.models)
+    density = sigma_density(config, defaults.shift)
+    if config.validation.preview_steps or config.validation.score_steps:
+        released_or(config.sample, defaults)  # refused before the cache is filled for hours
     cache, samples, kinds = prepare(config, device, accelerator)
     dit = load_transformer(Source.of(config.models.base), dtype, strategy.base_device)
     known = {"transformer": identity(dit, "transformer"), **cache.identities(kinds)}

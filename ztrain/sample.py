@@ -1,36 +1,47 @@
 """The sampler: Euler steps over the released pipelines' own sigmas, with text and image guidance as two numbers.
 
-`model` is anything that is called like AdaptedDiT: model(noisy, sigma, encoded) -> velocities, the call that training
-makes. Guidance is diffusers' number, 0 = off:
+Guidance is diffusers' number, 0 = off:
 
-    velocity = positive + g_text (positive - without text) + g_image (positive - without reference)
+    velocity = positive + g_text (positive - negative) + g_image (positive - without reference)
+
+The negative has the empty prompt, or one to lead away from; by `negative` it has no reference either, has it still, or
+is the base with all adapters off. Outside `reference_window` every velocity is the base's.
 
 Legend: B batch, C latent channels, H and W latent sides.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ztrain.conditioning import Encoded, concatenate
-from ztrain.config import SampleConfig
+from ztrain.config import Negative, SampleConfig
 from ztrain.errors import InputError
 from ztrain.flow import euler_step, interpolate, sampler_noise, sigma_schedule
 from ztrain.models import BaseDefaults
 
-Model = Callable[[Sequence[Tensor], Tensor, Encoded], list[Tensor]]
+
+class Model(Protocol):
+    """What is sampled: AdaptedDiT. Velocities B x (C, H, W) of noisy latents of those shapes, sigma (B,) and what is
+    read: of the call that training makes, and of the base with all adapters off."""
+
+    def __call__(self, noisy: Sequence[Tensor], sigma: Tensor, encoded: Encoded) -> list[Tensor]: ...
+
+    def base_velocity(self, noisy: Sequence[Tensor], sigma: Tensor, encoded: Encoded) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSettings:
     """How one image is sampled.
 
-    `shift` > 0 of the schedule; `guidance_scale` and `image_guidance_scale` >= 0, 0 = off; `guidance_normalization`:
-    the guided velocity's norm is at most this many times the positive one's, 0 = off (diffusers' cfg_normalization);
-    `guidance_window`: guidance acts where low < sigma <= high; `reference_window`: the reference is read where low <
-    sigma <= high, elsewhere the prompt is alone; `strength` in (0, 1] with a start image.
+    `shift` > 0 of the schedule; `guidance_scale` and `image_guidance_scale` >= 0, 0 = off; `negative`: see above, and
+    `negative_prompt`: what Encoded's null states are of; `guidance_normalization`: the guided velocity's norm is at
+    most this many times the positive one's, 0 = off (diffusers' cfg_normalization); `guidance_window`: guidance acts
+    where low < sigma <= high; `reference_window`: the list acts where low < sigma <= high, elsewhere the base is alone
+    with the prompt; `strength` in (0, 1] with a start image.
 
     Windows are open below: neighbours such as (0, 0.5) and (0.5, 1) share no step, one of zero width holds none, and
     (0, 1) holds all, because a step begins at its sigma and none begins at 0.
@@ -39,20 +50,44 @@ class SampleSettings:
     num_inference_steps: int
     shift: float
     guidance_scale: float = 0.0
+    negative: Negative = "neither"
+    negative_prompt: str = ""
     image_guidance_scale: float = 0.0
     guidance_normalization: float = 0.0
     guidance_window: tuple[float, float] = (0.0, 1.0)
     reference_window: tuple[float, float] = (0.0, 1.0)
     strength: float = 1.0
 
+    @property
+    def later(self) -> dict[str, Any]:
+        """Of what decides a picture, what pictures came to hang on later, only where it acts: keys and names that are
+        made of the rest and of this stay valid for pictures that are drawn as ever."""
+        negative = {"negative": self.negative, "negative_prompt": self.negative_prompt} if self.guidance_scale else {}
+        return negative | ({"outside_reference_window": "base"} if self.reference_window != (0.0, 1.0) else {})
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """All that decides a picture, for names and keys."""
+        return {name: value for name, value in asdict(self).items() if not name.startswith("negative")} | self.later
+
 
 def released_or(config: SampleConfig, defaults: BaseDefaults) -> SampleSettings:
-    """The configured numbers, with what is left out as the base was released."""
-    steps, guidance = config.num_inference_steps, config.guidance_scale
+    """The configured numbers, with what is left out as the base was released. Raises InputError for a negative prompt
+    that nothing would read."""
+    steps, shift, guidance = config.num_inference_steps, config.shift, config.guidance_scale
+    guidance = defaults.guidance_scale if guidance is None else guidance
+    if config.negative_prompt and not guidance:
+        whose = f", as for every {defaults.variant.capitalize()}" if config.guidance_scale is None else ""
+        raise InputError(
+            f"sample.negative_prompt is what text guidance leads away from, and guidance_scale is 0{whose}; set "
+            "sample.guidance_scale above 0, or leave out the negative prompt"
+        )
     return SampleSettings(
         num_inference_steps=defaults.num_inference_steps if steps is None else steps,
-        shift=defaults.shift,
-        guidance_scale=defaults.guidance_scale if guidance is None else guidance,
+        shift=defaults.shift if shift is None else shift,
+        guidance_scale=guidance,
+        negative=config.negative,
+        negative_prompt=config.negative_prompt,
         image_guidance_scale=config.image_guidance_scale,
         guidance_normalization=config.guidance_normalization,
         guidance_window=config.guidance_window,
@@ -114,11 +149,9 @@ def sample(
     elif settings.strength != 1.0:
         raise ValueError(f"strength {settings.strength} needs a start image; without one it is 1")
 
-    bare = encoded.without_reference()
     for step in progress(range(len(schedule) - 1)):
         sigma, next_sigma = schedule[step], schedule[step + 1]
-        read = encoded if _holds(settings.reference_window, sigma) else bare
-        velocities = _guided(model, noisy, sigma, read, settings)
+        velocities = _guided(model, noisy, sigma, encoded, settings)
         noisy = euler_step(noisy, velocities, sigma, next_sigma)
     _check_finite(noisy, first)
     return noisy
@@ -141,29 +174,45 @@ def _holds(window: tuple[float, float], sigma: Tensor) -> bool:
 def _guided(
     model: Model, noisy: Sequence[Tensor], sigma: Tensor, encoded: Encoded, settings: SampleSettings
 ) -> list[Tensor]:
-    """Velocities in float32; positives and negatives share one call. Guidance away from a reference that nobody reads
-    is none, and costs nothing."""
-    scales = [settings.guidance_scale, settings.image_guidance_scale]
-    if not _holds(settings.guidance_window, sigma):
-        scales = [0.0, 0.0]
-    variants = [encoded]
-    if scales[0] > 0:
-        variants.append(encoded.without_text())
-    if scales[1] > 0 and any(encoded.with_reference):
-        variants.append(encoded.without_reference())
-    else:
-        scales[1] = 0.0
-    count = len(noisy)
-    joined = concatenate(variants) if len(variants) > 1 else encoded
-    output = [v.float() for v in model(list(noisy) * len(variants), sigma.expand(count * len(variants)), joined)]
-
-    guided = positive = output[:count]
-    for place, scale in enumerate((scale for scale in scales if scale > 0), start=1):
-        difference = torch._foreach_sub(positive, output[place * count : (place + 1) * count])
+    """Velocities in float32. Guidance away from a reference that nobody reads is none, and costs nothing."""
+    is_base = not _holds(settings.reference_window, sigma)
+    if is_base:
+        encoded = encoded.without_reference()
+    variants, scales = [(is_base, encoded)], []
+    if _holds(settings.guidance_window, sigma):
+        if settings.guidance_scale > 0:
+            negative = encoded.without_text()
+            negative = negative if settings.negative == "reference" else negative.without_reference()
+            variants.append((is_base or settings.negative == "base", negative))
+            scales.append(settings.guidance_scale)
+        if settings.image_guidance_scale > 0 and any(encoded.with_reference):
+            variants.append((is_base, encoded.without_reference()))
+            scales.append(settings.image_guidance_scale)
+    positive, *away = _velocities(model, noisy, sigma, variants)
+    guided = positive
+    for scale, negative_velocity in zip(scales, away, strict=True):
+        difference = torch._foreach_sub(positive, negative_velocity)
         guided = list(torch._foreach_add(guided, torch._foreach_mul(difference, scale)))
     if guided is positive:
         return positive
     return [_limited(v, p, settings.guidance_normalization) for v, p in zip(guided, positive, strict=True)]
+
+
+def _velocities(
+    model: Model, noisy: Sequence[Tensor], sigma: Tensor, variants: Sequence[tuple[bool, Encoded]]
+) -> list[list[Tensor]]:
+    """Those of each variant, (whether of the base, what is read), in float32; variants of the same weights share one
+    call."""
+    found: list[list[Tensor]] = [[] for _ in variants]
+    for is_base in dict.fromkeys(is_base for is_base, _ in variants):
+        places = [place for place, (is_bases, _) in enumerate(variants) if is_bases == is_base]
+        read = [variants[place][1] for place in places]
+        call = model.base_velocity if is_base else model
+        count = len(noisy) * len(read)
+        output = call(list(noisy) * len(read), sigma.expand(count), concatenate(read) if len(read) > 1 else read[0])
+        for turn, place in enumerate(places):
+            found[place] = [v.float() for v in output[turn * len(noisy) : (turn + 1) * len(noisy)]]
+    return found
 
 
 def _limited(velocity: Tensor, positive: Tensor, factor: float) -> Tensor:

@@ -229,11 +229,11 @@ def write_manifest(samples: Samples, path: Path) -> Path:
     return path
 
 
-def needs_of(samples: Iterable[Sample], reads: frozenset[str], needs: Needs) -> None:
+def needs_of(samples: Iterable[Sample], reads: frozenset[str], needs: Needs, negative_prompt: str = "") -> None:
     """Adds what `samples` ask of a cache under `reads`: their targets' latents and every encoded state."""
     for sample in samples:
         needs.latents(sample.target, sample.bucket)
-        assemble(needs, [sample.prompt], [sample.references], reads)
+        assemble(needs, [sample.prompt], [sample.references], reads, negative_prompt=negative_prompt)
 
 
 def all_needs(config: Config, samples: Samples) -> Needs:
@@ -243,12 +243,11 @@ def all_needs(config: Config, samples: Samples) -> Needs:
     if config.validation.validation_steps:
         for exchanged in samples.held_out_pairs(config):
             needs_of(exchanged, config.reads, needs)
+    reads, negative_prompt = config.reads | config.compare.splice.reads, config.sample.negative_prompt
     if config.validation.preview_steps:
-        reads = config.reads | config.compare.splice.reads
-        needs_of(samples.held_out(config.validation.num_previews), reads, needs)
+        needs_of(samples.held_out(config.validation.num_previews), reads, needs, negative_prompt)
     if config.validation.score_steps:
-        reads = config.reads | config.compare.splice.reads
-        needs_of(samples.held_out(config.validation.num_scored), reads, needs)
+        needs_of(samples.held_out(config.validation.num_scored), reads, needs, negative_prompt)
     return needs
 
 

@@ -112,7 +112,12 @@ class Scoring:
         """What figures of different steps must share to be compared."""
         rows = [[row.prompt, [known.digest for known in row.references]] for row in self.previews.rows]
         parts = (self.config.judges, self.config.sample, self.config.compare)
-        return digest_json([rows, *(part.model_dump(mode="json") for part in parts)])
+        judges, sample, compare = (part.model_dump(mode="json") for part in parts)
+        # As before there were such keys, where they change nothing: a run that goes on keeps its best step.
+        del sample["negative"], sample["negative_prompt"]
+        if sample["shift"] is None:
+            del sample["shift"]
+        return digest_json([rows, judges, sample | self.previews.settings.later, compare])
 
 
 def _case(row: Sample) -> Case:

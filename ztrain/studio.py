@@ -9,7 +9,7 @@ Legend: R rows, S seeds.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ class Studio:
             "adapters": [self._settings_of(adapter) for adapter in entry.adapters],
             "weights": self._weights(entry),
             "encoders": encoders if entry.looks else {"max_sequence_length": encoders["max_sequence_length"]},
-            "sampling": asdict(self.settings(entry)),
+            "sampling": self.settings(entry).decided,
             "scales": entry.sample.scales if entry.adapters else 1.0,
             "size": self.size(entry),
             "precision": self.config.train.mixed_precision,
@@ -200,9 +200,10 @@ class Studio:
 
     def _state_key(self, shot: Shot) -> tuple[Any, ...]:
         """Shots with equal ones read the same states."""
-        if not shot.entry.looks:
-            return shot.row, shot.entry.encoders.max_sequence_length
-        return shot.row, shot.entry.encoders, shot.entry.reads, shot.entry.is_shuffled
+        entry, negative_prompt = shot.entry, shot.entry.sample.negative_prompt
+        if not entry.looks:
+            return shot.row, negative_prompt, entry.encoders.max_sequence_length
+        return shot.row, negative_prompt, entry.encoders, entry.reads, entry.is_shuffled
 
     def _encode(
         self, shots: Sequence[Shot], bar: Any
@@ -215,7 +216,10 @@ class Studio:
         encoded = {}
         for key, shot in wanted.items():
             pictures = [open_image(known.picture) for known in self.references(shot.entry, shot.row)]
-            settings: EncodersConfig = shot.entry.encoders
-            states = encoders.encode([self.cases[shot.row].prompt], [pictures], shot.entry.reads, settings)
+            entry, prompt = shot.entry, self.cases[shot.row].prompt
+            settings: EncodersConfig = entry.encoders
+            states = encoders.encode(
+                [prompt], [pictures], entry.reads, settings, negative_prompt=entry.sample.negative_prompt
+            )
             encoded[key] = states.to(torch.device("cpu"))
         return encoded, encoder_identities(encoders), encoders.codec, encoders.siglip_dim

@@ -164,12 +164,11 @@ class Previews:
         return found
 
     @property
-    def _settings(self) -> SampleSettings:
+    def settings(self) -> SampleSettings:
         """As configured, from noise alone."""
         return replace(released_or(self.config.sample, base_defaults(self.config.models)), strength=1.0)
 
     def _decided(self, base: Mapping[str, str]) -> dict[str, Any]:
-        settings = self._settings
         rows = [
             [row.prompt, *(k.digest for k in row.references), row.target.digest, asdict(row.bucket)]
             for row in self.rows
@@ -177,7 +176,7 @@ class Previews:
         return {
             "rows": rows,
             "seed": self.config.seed,
-            "sampling": asdict(settings),
+            "sampling": self.settings.decided,
             "encoders": self.config.encoders.model_dump(mode="json"),
             "precision": self.config.train.mixed_precision,
             "transformer": base,
@@ -219,11 +218,12 @@ class Previews:
 
     def _render(self, model: AdaptedDiT, reads: frozenset[str]) -> dict[int, bytes]:
         """Each row's image as PNG, on the main process; rows are divided among all."""
-        settings, device, mine = self._settings, self.accelerator.device, []
+        settings, device, mine = self.settings, self.accelerator.device, []
         with together(self.accelerator):
             for i, counts in turns(len(self.rows), self.accelerator, equally_often=self.strategy.cuts_base):
                 row = self.rows[i]
-                encoded = read_batch(self.cache, [row], [SampleKey(self.config.seed, 0, i)], reads).to(device).encoded
+                key = SampleKey(self.config.seed, 0, i)
+                encoded = read_batch(self.cache, [row], [key], reads, settings.negative_prompt).to(device).encoded
                 noise = sampler_noise(
                     self.config.seed + i, self.codec.latent_shape(row.bucket.height, row.bucket.width)
                 )

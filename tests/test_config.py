@@ -51,7 +51,7 @@ def write(tmp_path: Path, text: str) -> Path:
         ("adapters: [{kind: splice}, {kind: projector}]", ["splice and projector both compose"]),
         ("adapters: [{kind: splice}, {kind: siglip, layout: stock}]", ["stock siglip layout"]),
         ("adapters: [{kind: lora}]\ntrain: {prior_weight: 0.5}", ["prior_weight 0.5", "[lora] reads no reference"]),
-        ("train: {dropout_text: 0.5, dropout_both: 0.6}", ["dropout_text", "1.15, more than 1"]),
+        ("train: {dropout_text: 0.5, dropout_both: 0.6}", ["dropout_text", "1.1, more than 1"]),
         ("validation: {sigmas: [0.5, 1.5]}", ["sigmas", "at most 1"]),
         ("train: {checkpoints_total_limit: 1}", ["train.checkpoints_total_limit", "2"]),
         ("flow: {shift: -1.0}", ["flow", "shift -1.0 must be above 0"]),

@@ -76,6 +76,8 @@ def test_weights_that_a_batch_does_not_use_get_zero_gradients(family: Path, enco
             assert parameter.grad is not None, name
             if "siglip" in name or name.startswith("adapters."):  # what reads a reference is idle
                 assert not parameter.grad.any(), name
+    teaches = any(p.grad.any() for p in model.parameters() if p.grad is not None)
+    assert teaches == any(adapter.acts_without_reference for adapter in adapters)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from ztrain.conditioning import Dropout, Encoded, concatenate, moved
 from ztrain.config import Config
 from ztrain.encoders import assemble
 from ztrain.flow import draw_dropout
+from ztrain.resolve import given
 from ztrain.sampler import SampleKey
 from ztrain.samples import Sample
 
@@ -82,7 +83,8 @@ class Loader:
     def read(self, keys: Sequence[SampleKey]) -> Batch:
         """The batch of these keys, with what dropout leaves of each sample."""
         t = self.config.train
-        dropout = Dropout(text=t.dropout_text, reference=t.dropout_reference, both=t.dropout_both)
+        text, reference, both = given(t.dropout_text), given(t.dropout_reference), given(t.dropout_both)
+        dropout = Dropout(text=text, reference=reference, both=both)
         batch = read_batch(self.cache, [self.samples[key.index] for key in keys], keys, self.config.reads)
         kept = [dropout.apply(batch.encoded.select([i]), draw_dropout(key)) for i, key in enumerate(keys)]
         return Batch(keys=batch.keys, latents=batch.latents, encoded=concatenate(kept))

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ztrain import files
+from ztrain.adapters import as_saved
 from ztrain.comparison import BEST_NAME
 from ztrain.config import Config
 from ztrain.errors import InputError
@@ -157,6 +158,8 @@ def _state(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: checkpoint format {version!r} is not {FORMAT_VERSION}; update ztrain")
     if type(state.get("step")) is not int:
         raise InputError(f"{path}: says no step; take an older checkpoint")
+    if isinstance(config := state.get("config"), dict) and isinstance(adapters := config.get("adapters"), list):
+        config["adapters"] = [as_saved(settings) for settings in adapters]
     return state
 
 

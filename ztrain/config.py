@@ -133,9 +133,9 @@ class CacheConfig(_Section):
 class FlowConfig(_Section):
     sigma_sampling: Literal["uniform", "logit_normal", "scheduler_table"] = "uniform"
     """How training sigmas are drawn before the shift; see flow.SigmaDensity."""
-    shift: float | Literal["scheduler", "resolution"] = "scheduler"
+    shift: float | Literal["scheduler", "resolution"] | None = None
     """Moves sigmas towards noise: a number > 0 (1 = not at all), the base scheduler's own (3 Turbo, 6 Base), or by
-    the target's number of tokens."""
+    the target's number of tokens. None: 1 for logit_normal, scheduler for the others."""
     logit_mean: float = 0.0
     logit_std: float = Field(default=1.0, gt=0.0)
     loss_weight: Literal["none", "bump"] = "none"
@@ -193,14 +193,15 @@ class TrainConfig(_Section):
     ema_decay: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Highest decay of the moving average of the trained weights, reached as (1 + step) / (10 + step); 0 = off. When
     on, the average is what is validated, shown and exported."""
-    dropout_text: float = Field(default=0.05, ge=0.0, le=1.0)
-    """Share of samples trained without the prompt. The three shares exclude each other and add up to at most 1; the
-    defaults are IP-Adapter's (tutorial_train.py). Without them guidance has no negatives to lean on."""
-    dropout_reference: float = Field(default=0.05, ge=0.0, le=1.0)
+    dropout_text: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Share of samples trained without the prompt. The three shares exclude each other and add up to at most 1. None,
+    here and in the next three keys: what the list of adapters needs for guidance (resolve.py); nothing where none of
+    them acts without a reference, for such a sample would teach nothing."""
+    dropout_reference: float | None = Field(default=None, ge=0.0, le=1.0)
     """Share trained without the reference."""
-    dropout_both: float = Field(default=0.05, ge=0.0, le=1.0)
+    dropout_both: float | None = Field(default=None, ge=0.0, le=1.0)
     """Share trained with neither."""
-    prior_weight: float = Field(default=0.0, ge=0.0, le=1.0)
+    prior_weight: float | None = Field(default=None, ge=0.0, le=1.0)
     """On samples without a reference the loss is (1 - w) of the data's and w of the distance to the base's own
     velocity, so that plain text-to-image does not drift: 0 = off (no second forward), 1 = stay with the base."""
     logging_steps: int = Field(default=10, ge=1)
@@ -216,7 +217,7 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _shares(self) -> "TrainConfig":
-        total = self.dropout_text + self.dropout_reference + self.dropout_both
+        total = sum(share or 0.0 for share in (self.dropout_text, self.dropout_reference, self.dropout_both))
         if total > 1:
             raise ValueError(f"dropout_text + dropout_reference + dropout_both is {total:g}, more than 1")
         return self

@@ -204,7 +204,9 @@ def forward(
         # Nothing is added, but every weight has a gradient, of zeros.
         blocks[0] = blocks[0]._replace(states=blocks[0].states + 0 * idle.states.sum())
 
-    tokens = dit.cap_embedder(torch.cat(list(captions)).to(dtype))
+    joined = torch.cat(list(captions))
+    # Captions of float32 meet the embedder's norm as they are: rounded before it, small corrections would be lost.
+    tokens = dit.cap_embedder(joined.to(torch.promote_types(joined.dtype, dtype)))
     freqs = layouts.line(caption_rows.length, device)
     caption = _Block(caption_rows.fill(tokens, dit.cap_pad_token), freqs, caption_rows.seen)
     blocks.append(_refined(dit.context_refiner, caption, None, refined))

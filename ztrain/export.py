@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ztrain.adapters import build_adapters, describe_list
+from ztrain.adapters import as_saved, build_adapters, describe_list
 from ztrain.aspects import size_in
 from ztrain.conditioning import Encoded
 from ztrain.config import (
@@ -47,8 +47,8 @@ from ztrain.yamls import parse
 CONFIG_FILE = "adapter_config.json"
 CARD_FILE = "README.md"
 STATISTICS_FILE = "statistics.safetensors"
-FORMAT_VERSION = 2
-"""1 had no `seal`, and is read as it was."""
+FORMAT_VERSION = 3
+"""1 had no `seal`, 2 had keys of adapters fewer (`as_saved`); both are read as they were."""
 _UNSHOWN = re.compile(r"[`\s\x00-\x1f\x7f-\x9f]+")  # would end the code span of a Markdown card
 
 Identities = dict[str, dict[str, str]]
@@ -251,7 +251,8 @@ def read_adapter(folder: Path) -> ExportedAdapter:
         if isinstance(statistics := entry.get("statistics_file"), str):  # else the adapter's settings refuse it
             _check_name(statistics, path)
             entry["statistics_file"] = str(folder / statistics)
-    settings = parse(Config, {key: document[key] for key in ("adapters", "encoders")}, str(path))
+    told = {"adapters": [as_saved(entry) for entry in document["adapters"]], "encoders": document["encoders"]}
+    settings = parse(Config, told, str(path))
     files = {name: _read_tensors(folder, name, expected) for name, expected in document["files"].items()}
     known, models = document["identity"], document["models"]
     return ExportedAdapter(folder, settings.adapters, settings.encoders, known, models, files, document["step"])
@@ -261,7 +262,7 @@ def _read_document(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"{path.parent} is no exported adapter: {CONFIG_FILE} is missing")
     document = read_json(path)
-    if (version := document.get("format_version")) not in (1, FORMAT_VERSION):
+    if (version := document.get("format_version")) not in (1, 2, FORMAT_VERSION):
         raise InputError(f"{path}: format_version {version!r:.40} is not {FORMAT_VERSION}; update ztrain")
     seal = str(document.get("seal"))
     written = read_bytes(path, "json").decode(errors="replace")

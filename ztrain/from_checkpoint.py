@@ -12,6 +12,7 @@ from ztrain.dit import load_transformer
 from ztrain.errors import InputError
 from ztrain.export import save_adapter
 from ztrain.models import Source, base_dtype, check_trainable, identity
+from ztrain.resolve import resolve
 from ztrain.run import make_model
 
 _DECIDING = ("adapters", "encoders", "seed")
@@ -25,6 +26,7 @@ def export_checkpoint(config: Config, path: Path, out: Path) -> Path:
     if out.exists():
         raise InputError(f"{out} exists already; remove it or choose another --out")
     found = checkpoint.read(path)
+    config = resolve(config, found.state["config"])
     changed = [
         words
         for words in checkpoint.frozen_differences(found.state["config"], config)

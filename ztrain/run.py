@@ -37,6 +37,7 @@ from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype, check_trainable, identity
 from ztrain.prepare import prepare
 from ztrain.privacy import own_config
+from ztrain.resolve import describe_dropouts, resolve, shift_of
 from ztrain.sample import released_or
 from ztrain.sampler import SampleKey
 from ztrain.samples import Samples, write_manifest
@@ -104,7 +105,7 @@ class Run:
 def sigma_density(config: Config, scheduler_shift: float) -> SigmaDensity:
     """The configured density with its shift resolved to a number."""
     flow = config.flow
-    match flow.shift:
+    match shift_of(flow):
         case "scheduler":
             shift = scheduler_shift
         case "resolution":
@@ -163,6 +164,7 @@ def make_optimizer(
 def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoint | None) -> Run:
     """Everything loaded and, where there is a checkpoint, restored from it."""
     check_trainable(config.models)
+    config = resolve(config, None if resumed is None else resumed.state["config"])
     t, device, dtype = config.train, accelerator.device, base_dtype(config.train.mixed_precision)
     strategy, say = strategy_of(accelerator), accelerator.print
     strategy.check(config)
@@ -180,6 +182,7 @@ def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoi
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, schedule = make_optimizer(t, trained, device)
     say(f"training {sum(p.numel() for p in trained):,} weights of {describe_list(config.adapters)}")
+    say(describe_dropouts(config))
     if reason := slow_because(dit):
         say(f"blocks run as diffusers wrote them: {reason}")
     run = Run(

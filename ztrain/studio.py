@@ -131,7 +131,7 @@ class Studio:
 
     def _settings_of(self, adapter: Any) -> dict[str, Any]:
         """Statistics count by what is in the file, not by where it lies."""
-        settings: dict[str, Any] = adapter.model_dump(mode="json")
+        settings: dict[str, Any] = adapter.at_work()
         if path := adapter.statistics_path:
             settings["statistics_file"] = self.cache.digests.of_file(Path(path))
         return settings

@@ -38,6 +38,7 @@ from ztrain.interrupt import Interruption, Stopped, end_with_launcher, ending, l
 from ztrain.launched import check_environment, start_accelerator
 from ztrain.memory import GIB, Budget, idle_bytes, use_growing_segments
 from ztrain.meter import Meter
+from ztrain.resolve import given
 from ztrain.run import Run, after_step, build, export, recorded, save
 from ztrain.sampler import MicroBatches, Mixture
 from ztrain.stats import check_statistics
@@ -236,9 +237,10 @@ def _micro_step(run: Run, meter: Meter, micro_step: int, batch: Batch) -> None:
     seed_micro_step(config.seed, micro_step, run.accelerator.process_index)
     noise, sigma = draw_noise(batch.keys, latents), draw_sigma(batch.keys, run.density)  # ..., (B,)
     noisy = [interpolate(x, n, float(s)) for x, n, s in zip(latents, noise, sigma, strict=True)]
-    prior = _prior_shares(encoded.with_reference, config.train.prior_weight)  # (B,)
+    weight = given(config.train.prior_weight)
+    prior = _prior_shares(encoded.with_reference, weight)  # (B,)
     # Where processes share the base, either all run it or none.
-    asks_base = config.train.prior_weight > 0 if run.strategy.cuts_base else bool(prior.any())
+    asks_base = weight > 0 if run.strategy.cuts_base else bool(prior.any())
     base_velocity = model.base_velocity(noisy, sigma, encoded) if asks_base else None
     # On the device already: DDP and FSDP2 would move it there, and wait for all the work that the device has got.
     velocity = run.wrapped(noisy, moved(sigma, run.accelerator.device), encoded)

@@ -22,6 +22,15 @@ AnyAdapterConfig = Annotated[
 ]
 
 
+_CONFIGS: tuple[type[AdapterConfig], ...] = (SpliceConfig, ProjectorConfig, LoraAdapterConfig, SiglipConfig)
+_MEANT_BEFORE = {config.model_fields["kind"].default: config.meant_before for config in _CONFIGS}
+
+
+def as_saved(settings: Any) -> Any:
+    """An adapter's settings out of an export or a checkpoint, with the keys that its version did not have."""
+    return {**_MEANT_BEFORE.get(settings.get("kind"), {}), **settings} if isinstance(settings, dict) else settings
+
+
 def build_adapters(configs: list[Any], siglip_dim: int | None = None) -> list[Adapter[Any]]:
     """Modules for an ordered list of settings; `siglip_dim`: width of the loaded SigLIP model's features, if any."""
     return [ADAPTERS[config.kind](config.resolved(siglip_dim)) for config in configs]
@@ -38,6 +47,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterFile",
     "AnyAdapterConfig",
+    "as_saved",
     "build_adapters",
     "describe_list",
 ]

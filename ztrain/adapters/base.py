@@ -4,8 +4,9 @@ An experiment is an ordered list of adapters; conditioning flows through it as t
 with a config class (what the YAML says) and an Adapter class, and one line in `ztrain.adapters.ADAPTERS`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     composes_reference: ClassVar[bool] = False
+    acts_without_reference: ClassVar[bool] = False
+    """Whether it changes what the DiT does with a sample that has no reference; else such a sample is the base."""
+    meant_before: ClassVar[Mapping[str, Any]] = {}
+    """Keys that exports and checkpoints of earlier versions lack, with what those did."""
 
     kind: str
 
@@ -46,6 +51,16 @@ class AdapterConfig(BaseModel):
     def resolved(self, siglip_dim: int | None) -> "AdapterConfig":
         """With what only the loaded models know filled in: the width of the SigLIP features."""
         return self
+
+    def decided(self, saved: Mapping[str, Any]) -> Self:
+        """With the keys that a run decides when it starts; `saved`: the settings of the adapter in a checkpoint that
+        it goes on from, which then say."""
+        return self
+
+    def at_work(self) -> dict[str, Any]:
+        """What decides the pictures of given weights; without keys that are as they were before there were any."""
+        told = self.model_dump(mode="json")
+        return {key: value for key, value in told.items() if (key, value) not in self.meant_before.items()}
 
 
 @dataclass(frozen=True, slots=True)

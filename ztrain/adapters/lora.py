@@ -7,7 +7,7 @@ ComfyUI's key map and diffusers read alike (zimage_facts.md section 5).
 
 import json
 import re
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -30,6 +30,8 @@ _BASE_CHANGING = ("pissa", "olora")
 
 
 class LoraAdapterConfig(AdapterConfig):
+    acts_without_reference: ClassVar[bool] = True
+
     kind: Literal["lora"] = "lora"
     rank: int = Field(default=32, ge=1, le=MAX_WIDTH)
     alpha: float | None = Field(default=None, gt=0)

@@ -215,7 +215,7 @@ def _best_splice(laboratory: Laboratory, layers: Sequence[int], strengths: Seque
     """The setting with the most style on validation triplets, searched once."""
     path = laboratory.out / "scores" / "splice_setting.json"
     if not path.is_file():
-        settings = [replace(each, **UNGUIDED) for each in splice_settings(laboratory.config, layers, strengths)]
+        settings = [replace(each, guidance_scale=0.0) for each in splice_settings(laboratory.config, layers, strengths)]
         method = find_best_splice(laboratory.trials_of("validation"), settings).most_style.method
         told = {
             "label": method.label,

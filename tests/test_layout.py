@@ -96,8 +96,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     },
     "run": {
         "adapters", "blocks", "cache", "checkpoint", "config", "dit", "encoders", "export", "meter", "model", "models",
-        "batches", "flow", "prepare", "privacy", "resolve", "sample", "sampler", "samples", "scoring", "strategy", "together",
-        "tracking", "tune", "validate", "yamls",
+        "batches", "flow", "prepare", "privacy", "resolve", "sample", "sampler", "samples", "scoring", "strategy",
+        "together", "tracking", "tune", "validate", "yamls",
     },
     "train": {
         "batches", "checkpoint", "conditioning", "config", "entering", "flow", "interrupt", "launched", "memory",

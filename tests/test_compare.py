@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tqdm.auto import tqdm
 
 from data_tools.build import main as build
 from tests.triplets import full_disk
@@ -21,6 +22,7 @@ from ztrain.comparison import FILE_NAME, Choice, Comparison, Difference, picture
 from ztrain.config import Config, JudgesConfig, ModelConfig, load_config
 from ztrain.digests import Known
 from ztrain.drawn import save_picture
+from ztrain.encoders import TextEncoder
 from ztrain.errors import InputError
 from ztrain.images import PictureFile
 from ztrain.intervals import two_way
@@ -28,8 +30,9 @@ from ztrain.judging import Score, Verdicts
 from ztrain.lineup import Case, entries_of, exchanged, read_cases
 from ztrain.mini.style_folders import paint_many_styles
 from ztrain.mini.trials import ADAPTERS
+from ztrain.models import Source
 from ztrain.ranking import Groups, choose, metric_of
-from ztrain.studio import Studio
+from ztrain.studio import Shot, Studio
 from ztrain.sweep import settings_of, sweep
 from ztrain.train import train
 
@@ -313,15 +316,26 @@ def test_a_sweep_draws_every_combination_and_its_best_is_a_preset(data: Path, tm
 
 def test_a_sweep_takes_what_guidance_leads_away_from(data: Path, tmp_path: Path) -> None:
     """Each setting draws pictures of its own with guidance, and without it none reads the negative."""
-    axes = {"sample.guidance_scale": [0.0, 2.0], "sample.negative": ["neither", "reference", "base"]}
     config = settings(data, tmp_path, "--sample.shift", "2")
-    entries = list(settings_of(config.model_copy(update={"sweep": config.sweep.model_copy(update={"axes": axes})})))
-    assert [e.label for e in entries[2:4]] == ["guidance 0 · negative reference", "guidance 0 · negative base"]
     cache = Cache(config)
     studio = Studio(config, read_cases(config, cache.digests)[0], tmp_path, cache)
-    names = [studio._shots(entry, 0)[0].path for entry in entries[1:]]
+
+    def shots(axes: dict) -> list[Shot]:
+        swept = config.model_copy(update={"sweep": config.sweep.model_copy(update={"axes": axes})})
+        return [studio._shots(entry, 0)[0] for entry in settings_of(swept)][1:]
+
+    of_each = shots({"sample.guidance_scale": [0.0, 2.0], "sample.negative": ["neither", "reference", "base"]})
+    assert [s.entry.label for s in of_each[1:3]] == ["guidance 0 · negative reference", "guidance 0 · negative base"]
+    names = [shot.path for shot in of_each]
     assert len(set(names)) == 4 and len(set(names[:3])) == 1
-    assert {studio.settings(entry).shift for entry in entries} == {2.0}
+    assert {studio.settings(shot.entry).shift for shot in of_each} == {2.0}
+    prompts = ["", "a star", "two moons"]
+    of_each = shots({"sample.guidance_scale": [2.0], "sample.negative_prompt": prompts})
+    assert len({shot.path for shot in of_each}) == 3
+    encoded = studio._encode(of_each, tqdm(disable=True))[0]
+    text = TextEncoder.load(Source.of(config.models.base), 512, torch.float32, studio.device)
+    for shot, prompt in zip(of_each, prompts, strict=True):
+        assert torch.equal(encoded[studio._state_key(shot)].null_text, text.encode(prompt).cpu())
 
 
 def test_axes_that_do_not_exist_are_named(data: Path, tmp_path: Path) -> None:

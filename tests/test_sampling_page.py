@@ -51,7 +51,7 @@ def test_the_aspects_and_keys_of_the_page_are_those_there_are() -> None:
     told |= dict(re.findall(r"\| (\d+:\d+) \| (\d+ x \d+) \|$", PAGE, re.M))
     assert told == {aspect: "{1} x {0}".format(*size_of(aspect, 1024)) for aspect in ASPECTS}
     keys = re.findall(r"^\| `(\w+)` \|", PAGE, re.M)
-    assert len(keys) == 5 and set(keys) <= set(SampleConfig.model_fields)
+    assert len(keys) == 8 and set(keys) <= set(SampleConfig.model_fields)
 
 
 def test_the_file_of_the_page_is_an_experiment(tmp_path: Path) -> None:

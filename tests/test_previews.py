@@ -19,18 +19,20 @@ from ztrain.sampler import SampleKey
 from ztrain.scoring import Scoring
 from ztrain.validate import Previews
 
-_GUIDED = {"guidance_scale": 1.0, "negative": "reference", "negative_prompt": "a blurred photograph"}
+_GUIDED = {"num_inference_steps": 1, "guidance_scale": 4.0, "negative": "reference"}
 _QUIET = {"validation_steps": 0, "preview_steps": 1, "num_previews": 2}
 
 
-def settings(family: Path, folder: Path, steps: int) -> Config:
+def settings(family: Path, folder: Path, negative_prompt: str) -> Config:
     config = tiny_config(family, folder / "data", folder / "cache", name="projector")
     changed = {
         "output_dir": str(folder / "run"),
         "validation": config.validation.model_copy(update=_QUIET),
         # Read from the cache as well: the negative prompt alone, and in one sequence with the splice's image.
-        "sample": config.sample.model_copy(update={"num_inference_steps": steps, **_GUIDED}),
-        "compare": config.compare.model_copy(update={"splice": SpliceConfig(states="fused", compose="replace")}),
+        "sample": config.sample.model_copy(update={"negative_prompt": negative_prompt, **_GUIDED}),
+        "compare": config.compare.model_copy(
+            update={"splice": SpliceConfig(states="fused", compose="replace", tokens="all")}
+        ),
         "train": config.train.model_copy(update={"compile": "off"}),
     }
     return config.model_copy(update=changed)
@@ -48,7 +50,8 @@ def test_columns_of_other_settings_are_never_mixed(
     family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_triplets(tmp_path / "data", count=3)
-    samples, ours, theirs = tmp_path / "run/samples", settings(family, tmp_path, 1), settings(family, tmp_path, 2)
+    samples = tmp_path / "run/samples"
+    ours, theirs = (settings(family, tmp_path, negative) for negative in ("blurred", "two moons"))
     run = begin(ours)
     assert run.previews is not None
     run.previews.grid(run.model, 0)
@@ -83,14 +86,18 @@ def test_columns_of_other_settings_are_never_mixed(
         (tmp_path / "run" / name).write_text(text)
     assert read_run(tmp_path / "run").steps == [0]
     begin(theirs)
-    assert pictures(samples / "base").keys() == first.keys() and pictures(samples / "base") != first
+    others = pictures(samples / "base")
+    changed = {name for name in first if others[name] != first[name]}
+    assert others.keys() == first.keys()
+    assert changed == {"key.json", *(f"{name}-{i}.png" for name in ("no_image", "splice") for i in range(2))}
     found = read_run(tmp_path / "run")
     assert found.steps == [] and "step-00000000: drawn for other rows or with other settings" in str(found.warnings)
     of_step, of_base = (
         json.loads(text) for text in ((samples / "step-00000000/key.json").read_text(), first["key.json"])
     )
     assert of_base.pop("splice") and of_step == of_base
-    assert {name: of_step["sampling"][name] for name in _GUIDED} == _GUIDED
+    told = _GUIDED | {"negative_prompt": "blurred"}
+    assert {name: of_step["sampling"][name] for name in told} == told
     # Training's dropout leaves the empty prompt.
     trained = Loader(ours, run.cache, run.samples.trained, []).read([SampleKey(0, 0, 0)])
     assert torch.equal(trained.encoded.null_text, run.cache.states().text(""))
@@ -98,7 +105,7 @@ def test_columns_of_other_settings_are_never_mixed(
 
 def test_the_best_step_is_forgotten_where_pictures_change_and_only_there(family: Path, tmp_path: Path) -> None:
     """best.json's figures are of one way to sample; its digest is as ever where keys that came later change nothing."""
-    config = settings(family, tmp_path, 1)
+    config = settings(family, tmp_path, "")
 
     def by(**sample: object) -> str:
         changed = config.model_copy(update={"sample": SampleConfig.model_validate(sample)})

@@ -99,7 +99,7 @@ def test_columns_of_other_settings_are_never_mixed(
     told = _GUIDED | {"negative_prompt": "blurred"}
     assert {name: of_step["sampling"][name] for name in told} == told
     # Training's dropout leaves the empty prompt.
-    trained = Loader(ours, run.cache, run.samples.trained, []).read([SampleKey(0, 0, 0)])
+    trained = Loader(run.config, run.cache, run.samples.trained, []).read([SampleKey(0, 0, 0)])
     assert torch.equal(trained.encoded.null_text, run.cache.states().text(""))
 
 

@@ -283,7 +283,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*words: object, status: int = 0) -> None:
-    assert main([*MINIATURE, "--sample.num_inference_steps", "2", *map(str, words)]) == status
+    few = ["--sample.num_inference_steps", "2"]
+    few += [] if "--sample.guidance_scale" in words else ["--sample.guidance_scale", "0"]
+    assert main([*MINIATURE, *few, *map(str, words)]) == status
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -420,6 +422,7 @@ PLACES = {
         (("--prompt", "a", "--start-image", "s.png", "--out", "x.png"), "--start-image and --strength go together"),
         (("--prompt", "a", "--strength", 0.5, "--out", "x.png"), "--start-image and --strength go together"),
         (("--prompt", "a", "--strength", 0, "--start-image", "s.png", "--out", "x.png"), "above 0 and at most 1"),
+        (("--prompt", "a", "--sample.negative_prompt", "b", "--out", "x.png"), "and guidance_scale is 0; set"),
         (("--prompt", "a", "--scales", "nan", "--out", "x.png"), "--scales nan: each must be a finite number"),
         (("--prompt", "a", "--reference", ADAPTERS / "x.png", "--reference-weights", "nan", "--out", "x.png"),
          "reference weights nan: each must be"),

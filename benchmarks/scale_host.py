@@ -307,7 +307,7 @@ def order() -> dict[str, Any]:
         mixture = Mixture(ORDERED, tokens=given)
         mixture.keys(0, global_batch_size=64, seed=0)
         found[f"{name}_seconds"] = round(time.perf_counter() - begun, 3)
-    found["bytes_each"] = next(iter(mixture._orders.values())).itemsize
+    found["bytes_each"] = next(iter(mixture._orders.values())).indices.itemsize
     return found
 
 

@@ -1,5 +1,6 @@
 """The cache: what a change makes it compute again, what it refuses to read, and who may write it at the same time."""
 
+import itertools
 import json
 import os
 import re
@@ -19,13 +20,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.forge import Forged, the_forge
 from tests.triplets import ROOT, model_words, picture, tiny_config, write_triplets
 from ztrain import cache as cache_room
 from ztrain import digests
-from ztrain.batches import read_batch
+from ztrain.batches import Loader, read_batch
 from ztrain.cache import Cache, Request
 from ztrain.config import Config, EncodersConfig
 from ztrain.encoders import Encoders, LatentCodec, SiglipEncoder, TextEncoder, assemble
@@ -34,7 +36,8 @@ from ztrain.files import workspace
 from ztrain.fill import Filled, _difference, fill, verify
 from ztrain.images import fit_target, open_image
 from ztrain.prepare import cache_states
-from ztrain.samples import Samples, all_needs, drop_refused, read_samples
+from ztrain.sampler import CAPTION, VARIANT, SampleKey, turn
+from ztrain.samples import Samples, all_needs, drop_refused, needs_of, read_samples
 from ztrain.store import Entry, Store
 from ztrain.vision_language import SplicedModel
 
@@ -238,6 +241,85 @@ def test_cached_states_are_the_encoders_own(
     target = fit_target(open_image(chosen[0].target.picture), chosen[0].bucket)
     latents = cache.states().latents(chosen[0].target, chosen[0].bucket)
     assert torch.equal(latents, encoders.codec.encode(target))
+
+
+def test_a_variant_is_the_picture_cropped_by_hand_and_each_visit_takes_its_own(family: Path, tmp_path: Path) -> None:
+    """Its states are those of the part saved as a picture of its own, bit for bit; also of a picture that is larger
+    than what the encoders read. Prompt and whole reference are what validation and earlier caches have."""
+    data = write_triplets(tmp_path / "data", count=2, validation=2)
+    picture(7, 640, 480).save(data / "train" / "ref-0-0.png")
+    manifest = data / "train" / "metadata.jsonl"
+    texts = [json.loads(line) for line in manifest.read_text().splitlines()]
+    texts[0]["prompts"] = ["a boat", "pears"]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    plain = [word for name in ("text", "reference", "both") for word in (f"--train.dropout_{name}", "0")]
+    words = ("--data.reference_variants", "3", "--data.reference_mirror", "true", *plain)
+    config = config_of(family, data, tmp_path / "cache", *words)
+    cache, samples = Cache(config), read_samples(config, Cache(config))
+    assert samples.train.told.endswith("train: 2 triplets, 0 left out, 3 variants of each reference, 4 captions")
+    needs = all_needs(config, samples)
+    assert Counter(kind for kind, _ in needs.requests) == dict(latents=2, text=5, reference=6, fused=12, siglip=9)
+    by_hand = tmp_path / "by_hand" / "train"
+    by_hand.mkdir(parents=True)
+    rows, forms = [], []
+    for sample, caption, number in itertools.product(samples.train.samples, (0, 1, 2), (1, 2)):
+        if caption >= sample.choices[0]:
+            continue
+        names = []
+        for known in sample.form(caption, number).references:
+            part, whole = known.part, open_image(known.picture)
+            assert part is not None and (part.width, part.height) == (known.width, known.height)
+            cut = whole.crop((part.left, part.top, part.left + part.width, part.top + part.height))
+            names.append(f"{number}-{Path(known.picture.name).name}")
+            (cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if part.mirrored else cut).save(by_hand / names[-1])
+        target = Path(shutil.copy(sample.target.picture.name, by_hand)).name
+        prompt = (sample.prompt, *sample.captions)[caption]
+        rows.append({"reference_file_names": names, "target_file_name": target, "prompt": prompt})
+        forms.append(sample.form(caption, number))
+    (by_hand / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    alone = config_of(family, by_hand.parent, tmp_path / "cache")
+    cut_samples = read_samples(alone, Cache(alone)).train.samples
+    needs_of(cut_samples, config.reads, needs)
+    computed = fill(cache, needs, "cpu", progress=False).computed  # of both, under other names
+    assert computed == {"latents": 2, "text": 5, "reference": 6 + 4, "fused": 12 + 8, "siglip": 9 + 6}
+    for one, other in zip(forms, cut_samples, strict=True):
+        found, expected = (
+            flat(assemble(cache.states(), [form.prompt], [form.references], config.reads)) for form in (one, other)
+        )
+        assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+    trained, keys = samples.train.samples, [SampleKey(3, epoch, index) for epoch in range(3) for index in range(2)]
+    for key, batch in zip(keys, Loader(config, cache, trained, [[key] for key in keys]), strict=True):
+        sample = trained[key.index]
+        form = sample.form(turn(key, sample.choices[0], CAPTION), turn(key, 3, VARIANT))
+        expected = flat(assemble(cache.states(), [form.prompt], [form.references], config.reads))
+        assert all(map(torch.equal, flat(batch.encoded), expected))
+
+
+def test_rows_that_balance_or_fused_states_cannot_take(family: Path, data: Path, tmp_path: Path) -> None:
+    """One sentence that says which column, or how many states."""
+    folder = shutil.copytree(data, tmp_path / "data")
+    manifest = folder / "train" / "metadata.jsonl"
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+
+    def attempt(changes: dict[int, dict[str, object]], *words: str) -> Samples:
+        manifest.write_text("".join(json.dumps(row | changes.get(i, {})) + "\n" for i, row in enumerate(lines)))
+        config = config_of(family, folder, tmp_path / "cache", *words)
+        return read_samples(config, Cache(config))
+
+    before = attempt({})
+    assert before.styles is None
+    styled: dict[int, dict[str, object]] = {i: {"style": ("ink", 7)[i > 3]} for i in range(6)}
+    assert attempt(styled).digest == before.digest  # a column that nobody reads
+    balanced = attempt(styled, "--data.balance", "style")
+    assert balanced.styles is not None and balanced.styles.tolist() == [1, 1, 1, 1, 0, 0]
+    assert balanced.digest != before.digest != attempt({0: {"prompts": ["other"]}}).digest
+    for wrong in (None, " ", ["ink"]):
+        with pytest.raises(InputError, match=r"metadata\.jsonl:3: data\.balance style needs .* a column 'style', not "):
+            attempt(styled | {2: {"style": wrong}}, "--data.balance", "style")
+    many: dict[int, dict[str, object]] = {4: {"prompts": [f"other {i}" for i in range(4)]}}
+    attempt(many, "--data.reference_variants", "3")
+    with pytest.raises(InputError, match=r"jsonl:5: 5 captions with 4 variants .* 20 sequences .*more than 16; lower"):
+        attempt(many, "--data.reference_variants", "4")
 
 
 def flat(value: object) -> list[torch.Tensor]:

@@ -96,7 +96,8 @@ def keys_of(kind: Any, adapter: str, prefix: str = "") -> Iterator[tuple[str, li
 NUMBERS = ["7", "0.5", "64", "100000", "[0.25, 0.5]"]
 TEXTS = ["true", "false", "null", *NUMBERS, "two words # and more", "[a, b]", "{a: 1}", "{a: [1]}", "[{kind: lora}]"]
 TOGETHER = {  # with another key only
-    *("compare.prompts", "compare.references", "data.text_only_share", "siglip.init_file", "siglip.init_key_map"),
+    *("compare.prompts", "compare.references", "data.reference_mirror", "data.text_only_share"),
+    *("siglip.init_file", "siglip.init_key_map"),
     *("compare.splice.scaling", "projector.scaling", "splice.scaling"),
     *(f"judges.{judge}.revision" for judge in ("siglip", "dino", "style")),
     *(f"{section}.kind" for section in (*ADAPTERS, "compare.splice")),

@@ -72,6 +72,7 @@ def test_manifest_rows(tmp_path: Path) -> None:
     assert [triplet.where for triplet in (first, third)] == [f"{folder}/train/metadata.jsonl:{n}" for n in (1, 5)]
     assert (first.prompt, second.prompt) == ("a cat", "a\u2028b")
     assert first.columns == {"style": "ink", "n": [1]} and second.columns == third.columns == {}
+    assert first.captions == ()
     assert first.references == (PictureFile(folder / "train/a.png"),)
     assert first.target == PictureFile(folder / "train/b.png")
     assert [open_image(picture).size for picture in second.references] == [(8, 8)] * 2
@@ -93,6 +94,9 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({**ROW, "prompt": " \t"}, "prompt is empty"),
     ({**ROW, "prompt": 3}, "prompt must be text, not 3"),
     ({**ROW, "prompt": None}, "prompt must be text, not None"),
+    ({**ROW, "prompts": "a dog"}, "prompts must be a list of texts, not 'a dog'"),
+    ({**ROW, "prompts": ["a dog", " \u200b"]}, "prompts[1] is empty; write it or drop the row"),
+    ({**ROW, "prompts": [None]}, "prompts[0] must be text, not None"),
     ('{"reference_file_name": "a.png", "target_file_name": "b.png", "prompt": "\\ud83d"}', "surrogate"),
     ('{"reference_file_name": "a.png", "target_file_name": "b.png", "prompt": "a", "x": ["\\uDE00"]}', "surrogate"),
     ({**ROW, "target_file_name": "c.png"}, "'c.png' is not in"),

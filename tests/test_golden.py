@@ -52,11 +52,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config_in(folder: Path) -> Config:
+def config_in(folder: Path, *more: str) -> Config:
     words = [f"--models.base.pretrained_model_name_or_path={folder}/models/Z-Image-Turbo"]
     words += [f"--models.siglip.pretrained_model_name_or_path={folder}/models/siglip2"]
     words += [f"--data.train_data_dir={folder}/data", f"--cache.dir={folder}/cache", f"--output_dir={folder}/run"]
-    return load_config([folder / "config.yaml"], words)
+    return load_config([folder / "config.yaml"], [*words, *more])
 
 
 class Then(Cache):
@@ -77,6 +77,10 @@ def test_nothing_of_a_cache_is_computed_again(place: Path) -> None:
     cache = Then(config)
     assert not cache.missing(all_needs(config, read_samples(config, cache)))
     assert states(cache) == EXPECTED["states"]
+    config = config_in(place, "--data.reference_variants=2")  # asks for the other variants alone
+    samples = read_samples(config, cache)
+    missing = cache.missing(all_needs(config, samples))
+    assert missing and all(known.part for request in missing for known in request.pictures)
 
 
 @pytest.mark.parametrize("name", EXPORTS)

@@ -28,7 +28,9 @@ from ztrain.errors import InputError
 from ztrain.images import (
     READ,
     Bucket,
+    Part,
     PictureFile,
+    Variants,
     check_reference,
     fit_target,
     image_size,
@@ -739,6 +741,50 @@ def test_reference_limits() -> None:
         check_reference((129, 64), "a.png", min_side=64, max_aspect=2)
 
 
+@given(
+    size=st.tuples(st.integers(16, 3000), st.integers(16, 3000)).filter(lambda s: max(s) <= 8 * min(s)),
+    digest=st.text("0123456789abcdef", min_size=4, max_size=4),
+    variant=st.integers(1, 9),
+    min_side=st.integers(1, 64),
+    mirror=st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_variants_are_parts_that_pass_as_references(
+    size: tuple[int, int], digest: str, variant: int, min_side: int, mirror: bool
+) -> None:
+    """Inside, of 60 % of the area or more and of nearly the same aspect, but for limits that cut the longer side."""
+    if min(size) < min_side:
+        return
+    rule = Variants(count=9, mirror=mirror, min_side=min_side)
+    part = rule.part(digest, size, variant)
+    assert rule.part(digest, size, 0) is None and part == rule.part(digest, size, variant)
+    if part is None:  # too small for any other
+        return
+    assert 0 <= part.left <= size[0] - part.width and 0 <= part.top <= size[1] - part.height
+    check_reference((part.width, part.height), "a.png", min_side=min_side, max_aspect=8.0)
+    assert mirror or not part.mirrored
+    rounding = 1 / min(part.width, part.height)
+    stretch = part.width / part.height / (size[0] / size[1])
+    if max(size) * 1.16 < 8 * min(size):
+        assert part.width * part.height >= 0.6 * size[0] * size[1] * (1 - 2 * rounding)
+    if min(part.width, part.height) > max(16, min_side):
+        assert abs(math.log(stretch)) <= math.log(1.15) + 2 * rounding
+
+
+def test_variants_differ_and_are_drawn_from_the_whole_range() -> None:
+    """Area, place and mirroring as uniform draws; the same parts for ever, as caches are named by them."""
+    rule = Variants(count=4001, mirror=True)
+    parts = [rule.part("00ff", (1000, 500), variant) for variant in range(1, 4001)]
+    assert sum(part is None for part in parts) < 20  # nearly the whole picture is the whole one
+    shares = np.array([part.width * part.height / 500_000 for part in parts if part])
+    places = np.array([part.left / (1000 - part.width) for part in parts if part and part.width < 950])
+    for values, low, high in ((shares, 0.6, 1.0), (places, 0.0, 1.0)):
+        quantiles = np.quantile((values - low) / (high - low), [0.1, 0.5, 0.9])
+        assert quantiles == pytest.approx([0.1, 0.5, 0.9], abs=0.03)
+    assert np.mean([part.mirrored for part in parts if part]) == pytest.approx(0.5, abs=0.03)
+    assert rule.part("00ff", (1000, 500), 1) == Part(39, 21, 955, 435, mirrored=True)
+
+
 # ---- targets and their buckets
 
 
@@ -778,7 +824,7 @@ def test_largest_cut_is_the_widest_gap(resolution: int) -> None:
 
 
 @given(long=st.integers(64, 20_000), aspect=st.floats(1, 2), portrait=st.booleans(), data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_every_allowed_picture_loses_little(long: int, aspect: float, portrait: bool, data: st.DataObject) -> None:
     resolution = data.draw(st.sampled_from(sorted(LARGEST_CUT)))
     size = (math.ceil(long / aspect), long) if portrait else (long, math.ceil(long / aspect))

@@ -54,6 +54,7 @@ def triplet_folder(root: Path, most_references: int) -> Path:
                 {"reference_file_names": names[1:]} if most_references > 1 else {"reference_file_name": names[1]}
             )
             row = {**references, "target_file_name": names[0], "prompt": f'日本 {number}\u2028"', "style": "ink"}
+            row["prompts"] = [row["prompt"], f" other {number}", f"third {number}"][: number % 4]
             rows.append({**row, "weight": number / 8, "tags": ["a", "b"][: number % 3]})
         lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
         (root / split / "metadata.jsonl").write_text(lines, encoding="utf-8")
@@ -75,11 +76,12 @@ def refuse(capsys: pytest.CaptureFixture[str], folder: Path, out: Path, *options
     return printed.err
 
 
-def content(triplets: list[Triplet]) -> list[tuple[int, str, list[bytes], bytes, dict[str, object]]]:
+def content(triplets: list[Triplet]) -> list[tuple[int, str, tuple[str, ...], list[bytes], bytes, dict[str, object]]]:
     return [
         (
             triplet.index,
             triplet.prompt,
+            triplet.captions,
             [each.read() for each in triplet.references],
             triplet.target.read(),
             triplet.columns,
@@ -105,6 +107,10 @@ def test_packed_triplets_are_those_of_the_folder(folder: Path, tmp_path: Path, f
     for split, count in SPLITS.items():
         triplets = read(folder, split).triplets
         assert len(triplets) == count
+        own = [number for number in range(count) if number % 4 > 1]
+        assert {t.index: t.captions for t in triplets if t.captions} == {
+            number: (f"other {number}", f"third {number}")[: number % 4 - 1] for number in own
+        }
         assert content(read(packed, split).triplets) == content(triplets)
         alone = read(packed, split, text_only=True).triplets
         assert [(row.references, row.target.read()) for row in alone] == [((), row.target.read()) for row in triplets]
@@ -435,7 +441,12 @@ def test_columns_that_only_some_rows_have(tmp_path: Path) -> None:
     tars = pack(folder, tmp_path / "tars", "--format", "webdataset")
     tables = pack(folder, tmp_path / "tables", "--format", "parquet")
     assert [each.columns for each in read(tars).triplets] == [{}, {"n": 1}, {"box": {"x": 1.5, "labels": ["a"]}}]
-    absent = {"style": None, "weight": None, "tags": None}  # of the other split: a table has all columns in all rows
+    absent = {
+        "style": None,
+        "prompts": None,
+        "weight": None,
+        "tags": None,
+    }  # of the other split: a table has all columns in all rows
     expected = [{"n": None, "box": None}, {"n": 1, "box": None}, {"n": None, "box": {"x": 1.5, "labels": ["a"]}}]
     assert [each.columns for each in read(tables).triplets] == [{**absent, **columns} for columns in expected]
     assert all(isinstance(picture, PictureFile) for picture in pictures(read(folder)))

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -249,8 +250,17 @@ def checkpoint_step(path: Path) -> int:
 
 
 def test_processes_are_one_and_a_resume_may_change_their_number(place: Place, tmp_path: Path) -> None:
-    """Equal global batch: 1 x 4, 2 x 2, 4 x 1 with dropout of everything, and 2 -> 1 -> 2 with accumulation between."""
-    common = (*QUIET, "--train.dropout_text", "0.2", "--train.dropout_reference", "0.3", "--train.prior_weight", "0.5")
+    """Equal global batch: 1 x 4, 2 x 2, 4 x 1 with dropout of everything, and 2 -> 1 -> 2 with accumulation between; of
+    two styles of unequal size, with several captions and variants of each reference."""
+    data = shutil.copytree(place.data, tmp_path / "data")
+    manifest = data / "train" / "metadata.jsonl"
+    triplets = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for i, row in enumerate(triplets):
+        row |= {"style": "ink" if i < 2 else "oil", "prompts": [f"{i} pears"]}
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in triplets))
+    forms = ("--data.train_data_dir", str(data), "--data.balance", "style", "--data.reference_variants", "2")
+    shares = ("--train.dropout_text", "0.2", "--train.dropout_reference", "0.3", "--train.prior_weight", "0.5")
+    common = (*QUIET, *forms, *shares)
     to = "--train.max_train_steps"
     finish(ALONE, place.words(tmp_path / "one", *common, to, "10"))
     half = ("--train.train_batch_size", "2")
@@ -266,6 +276,9 @@ def test_processes_are_one_and_a_resume_may_change_their_number(place: Place, tm
     assert [float.fromhex(loss) for loss in losses(changing)] == pytest.approx(one, rel=1e-5)
     refused = finish(ALONE, place.words(changing, *common, *half, *LATEST, to, "15"), status=2)
     assert "the global batch size: 4 -> 2" in refused.stderr
+    other = ("--data.reference_variants", "1", "--data.balance", "none", "--train.train_batch_size", "4")
+    refused = finish(ALONE, place.words(changing, *common, *other, *LATEST, to, "15"), status=2)
+    assert 'data.balance: "style" -> "none"; data.reference_variants: 2 -> 1' in refused.stderr
 
 
 ENDLESS = (*QUIET, "--train.max_train_steps", "100000", "--train.checkpointing_steps", "100000")

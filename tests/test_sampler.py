@@ -15,7 +15,18 @@ from transformers import AutoTokenizer
 from ztrain.errors import InputError
 from ztrain.layout import padded
 from ztrain.mini.world import COUNT_NAMES, KIND_NAMES, PHRASINGS, PLACE_NAMES, name_content
-from ztrain.sampler import WINDOW, Integers, MicroBatches, Mixture, SampleKey, spread
+from ztrain.sampler import (
+    CAPTION,
+    VARIANT,
+    WINDOW,
+    Integers,
+    MicroBatches,
+    Mixture,
+    SampleKey,
+    spread,
+    turn,
+    turns,
+)
 
 TOKENIZER = Path(__file__).parents[1] / "ztrain/mini/weights/Z-Image/tokenizer"
 
@@ -49,7 +60,7 @@ def plain(mixture: Mixture) -> Mixture:
 
 
 @given(mixture=mixtures, batch=sizes, seed=st.integers(0, 2**40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_every_epoch_visits_every_sample_once_and_a_mixture_keeps_its_share(
     mixture: Mixture, batch: int, seed: int
 ) -> None:
@@ -77,7 +88,7 @@ def test_every_epoch_visits_every_sample_once_and_a_mixture_keeps_its_share(
     seed=st.integers(0, 9),
     split=st.sampled_from([(r, a) for r in (1, 2, 4, 8) for a in (1, 2, 4, 8) if 16 % (r * a) == 0]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_step_depends_on_neither_history_nor_ranks_nor_accumulation(
     mixture: Mixture, step: int, seed: int, split: tuple[int, int]
 ) -> None:
@@ -101,7 +112,7 @@ def test_a_step_depends_on_neither_history_nor_ranks_nor_accumulation(
 
 
 @given(mixture=mixtures, batch=sizes)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_equal_samples_stay_where_the_plain_order_has_them(mixture: Mixture, batch: int) -> None:
     equal = replace(mixture, tokens=np.full(mixture.num_samples + mixture.num_text_only, 4160))
     assert whole_order(equal, 40, batch) == whole_order(plain(mixture), 40, batch)
@@ -139,6 +150,123 @@ def test_the_order_is_the_documented_one() -> None:
         for epoch in (0, 1)
     }
     assert len(orders) == 4
+
+
+# ---- styles of unequal size
+
+
+@st.composite
+def styled(draw: st.DrawFn) -> tuple[Mixture, int]:
+    """Styles of any sizes, with text-only samples or token counts or neither; and a batch of which an epoch holds a
+    whole number where there are token counts, as samples are then exchanged inside epochs alone."""
+    counts = draw(st.lists(st.integers(1, 40), min_size=1, max_size=7))
+    batch, tokens = draw(st.integers(1, 9)), None
+    if is_grouped := draw(st.booleans()):
+        counts[0] += -sum(counts) % batch
+    chance = np.random.default_rng(draw(st.integers(0, 99)))
+    styles = chance.permutation(np.repeat(np.arange(len(counts)), counts))
+    if is_grouped:
+        tokens = chance.integers(1, 5, len(styles)) * 32
+        return Mixture(len(styles), tokens=tokens, styles=styles), batch
+    share = draw(shares)
+    return Mixture(len(styles), draw(sizes) if share else 0, share, styles=styles), batch
+
+
+@given(made=styled(), seed=st.integers(0, 2**40))
+@settings(max_examples=100, deadline=None)
+def test_styles_come_equally_often_and_so_do_the_samples_of_each(made: tuple[Mixture, int], seed: int) -> None:
+    """Of an epoch's visits, as many as there are samples, styles have as many but for one; through all epochs too."""
+    mixture, batch = made
+    assert mixture.styles is not None
+    count, members = mixture.num_samples, np.bincount(mixture.styles)
+    steps = -(-4 * count // batch)
+    keys = [key for step in whole_order(mixture, steps, batch, seed) for key in step]
+    assert len(set(keys)) == len(keys)  # so that no two visits share their noise
+    own = np.array([key.index for key in keys if key.index < count])
+    assert len(own) >= 4 * count or mixture.num_text_only
+    for epoch in range(len(own) // count):
+        for visits in (own[epoch * count : (epoch + 1) * count], own[: (epoch + 1) * count]):
+            of_styles = np.bincount(mixture.styles[visits], minlength=len(members))
+            assert np.ptp(of_styles) <= 1
+        used = np.bincount(own[: (epoch + 1) * count], minlength=count)
+        assert all(np.ptp(used[mixture.styles == style]) <= 1 for style in range(len(members)))
+    # The epoch of a key is the sample's own: how often it has been visited before.
+    seen = Counter[int]()
+    for key in sorted(keys, key=lambda key: key.epoch):
+        assert key.index >= count or key.epoch == seen[key.index]
+        seen[key.index] += 1
+    for step in (0, steps - 1):  # as in a process that resumes there
+        assert replace(mixture).keys(step, global_batch_size=batch, seed=seed) == keys[step * batch :][:batch]
+
+
+def test_equal_styles_are_each_sample_once_and_the_order_is_random() -> None:
+    mixture = Mixture(600, styles=np.arange(600) % 3)
+    epochs = [np.array([key.index for key in mixture.keys(e, global_batch_size=600, seed=1)]) for e in (0, 1)]
+    assert all(sorted(epoch) == list(range(600)) for epoch in epochs)
+    styles = epochs[0] % 3
+    assert np.mean(styles[1:] == styles[:-1]) == pytest.approx(1 / 3, abs=0.07)
+    places = [np.argsort(epoch) for epoch in epochs]
+    assert abs(np.corrcoef(*places)[0, 1]) < 0.15 and abs(np.corrcoef(places[0], np.arange(600))[0, 1]) < 0.15
+    # What a resumed run goes on with is what it was under any version of this package and of numpy.
+    small = Mixture(5, styles=np.array([0, 0, 0, 0, 1]))
+    assert [(key.epoch, key.index) for key in small.keys(0, global_batch_size=10, seed=7)] == [
+        *((0, 1), (0, 0), (0, 3), (0, 4), (1, 4)),
+        *((0, 2), (2, 4), (3, 4), (1, 0), (4, 4)),
+    ]
+
+
+# ---- captions and variants
+
+
+def test_each_caption_and_variant_has_its_turn() -> None:
+    """In every `count` epochs of a sample each of them once; whatever comes first in one of them is drawn anew."""
+    indices, epochs = np.arange(3000), np.arange(12)[:, None]
+    for count, stream in itertools.product((1, 3, 4), (CAPTION, VARIANT)):
+        taken = turns(5, epochs, indices, np.array(count), stream)  # (12, 3000)
+        for cycle in np.split(taken, 12 // count):
+            assert (np.sort(cycle, axis=0) == np.arange(count)[:, None]).all()
+            assert np.bincount(cycle[0], minlength=count) / 3000 == pytest.approx(1 / count, abs=0.05)
+        assert [turn(SampleKey(5, 7, i), count, stream) for i in range(9)] == taken[7, :9].tolist()
+    first = [turns(seed, np.array(0), indices, np.array(4), stream) for seed in (5, 6) for stream in (CAPTION, VARIANT)]
+    for one, other in itertools.combinations(first, 2):
+        assert np.mean(one == other) == pytest.approx(0.25, abs=0.04)
+    assert first[0][:8].tolist() == [0, 0, 3, 0, 0, 3, 0, 0]
+
+
+@given(balances=st.booleans(), share=st.sampled_from([0.0, 0.3]), chance=st.integers(0, 99), batch=st.integers(1, 9))
+@settings(max_examples=30, deadline=None)
+def test_steps_are_equal_by_the_tokens_of_what_is_taken(balances: bool, share: float, chance: int, batch: int) -> None:
+    """The order is the one that a run would have if each epoch's samples had just the form that they take in it."""
+    generator, num, others = np.random.default_rng(chance), 20 * batch, 15
+    captions, variants = generator.integers(1, 4, num + others), np.array([3] * num + [1] * others)
+    tokens = generator.integers(1, 6, (num + others, 3, 3)) * 32
+    tokens *= (np.arange(3)[:, None] < captions[:, None, None]) & (np.arange(3) < variants[:, None, None])
+    styles = np.sort(generator.integers(0, 2, num)) if balances else None
+    styles = None if styles is None or np.ptp(styles) == 0 else styles
+    order = Mixture(num, others, share, tokens, styles)
+    if not share and styles is None:
+        for epoch in range(2):
+            now = [
+                tokens[i, turn(SampleKey(3, epoch, i), captions[i], CAPTION), turn(SampleKey(3, epoch, i), 3, VARIANT)]
+                for i in range(num)
+            ]
+            then = Mixture(num, tokens=np.array(now))
+            for step in range(epoch * 20, epoch * 20 + 20):
+                keys = order.keys(step, global_batch_size=batch, seed=3)
+                assert keys == then.keys(step, global_batch_size=batch, seed=3)
+    for keys in whole_order(order, 40, batch):
+        taken = [
+            tokens[
+                key.index,
+                turn(key, captions[key.index], CAPTION),
+                turn(key, variants[key.index], VARIANT),
+            ]
+            for key in keys
+        ]
+        assert taken == sorted(taken) and min(taken) > 0
+
+
+# ---- the order by tokens
 
 
 def test_the_grouped_order_is_the_documented_one() -> None:

@@ -33,22 +33,24 @@ LISTS: dict[str, tuple[str, list[dict]]] = {
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Targets of two aspects, references of several sizes (the last sample has two), prompts of all lengths."""
     folder = write_triplets(tmp_path_factory.mktemp("data") / "triplets")
-    for i, size in enumerate([(64, 64), (96, 64), (128, 128), (64, 160)]):
+    for i, size in enumerate([(64, 64), (96, 64), (128, 128), (240, 256)]):
         picture(10 * i, *size).save(folder / "train" / f"ref-{i}-0.png")
     picture(25, 96, 48).save(folder / "train" / "target-2.png")
     manifest = folder / "train" / "metadata.jsonl"
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
     rows[1]["prompt"] += " on a long table" * 12
+    rows[2]["prompts"] = [rows[2]["prompt"], rows[2]["prompt"] + " in a small garden at noon", "y"]
     rows[3]["prompt"] = "x"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-def config_of(family: Path, data: Path, cache: Path, base: str, adapters: list[dict]) -> Config:
+def config_of(family: Path, data: Path, cache: Path, base: str, adapters: list[dict], *more: str) -> Config:
     others = ("--data.text_only_data_dir", str(data), "--data.text_only_share", "0.5")
     # A place for every picture: a sequence of the tiny family is short.
     large = ("--encoders.max_reference_pixels", "65536", "--data.max_crop", "0.5")
-    dumped = tiny_config(family, data, cache, *others, *large).model_dump(mode="json") | {"adapters": adapters}
+    large += ("--encoders.min_reference_pixels", "1024")  # so that parts of a picture have fewer tokens
+    dumped = tiny_config(family, data, cache, *others, *large, *more).model_dump(mode="json") | {"adapters": adapters}
     dumped["models"]["base"]["pretrained_model_name_or_path"] = str(family / base)
     dumped["validation"] |= {"validation_steps": 0, "preview_steps": 0}
     return Config.model_validate_json(json.dumps(dumped))
@@ -56,13 +58,16 @@ def config_of(family: Path, data: Path, cache: Path, base: str, adapters: list[d
 
 @pytest.mark.parametrize(("base", "adapters"), LISTS.values(), ids=LISTS)
 def test_counts_are_those_of_the_transformers_own_sequence(
-    family: Path, data: Path, tmp_path: Path, base: str, adapters: list[dict]
+    family: Path, data: Path, tmp_path: Path, base: str, adapters: list[dict], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = config_of(family, data, tmp_path, base, adapters)
+    """Of every caption with every variant of its references."""
+    config = config_of(family, data, tmp_path, base, adapters, "--data.reference_variants", "2")
     cache_states(config, check=False)
+    assert "6 triplets, 0 left out, 2 variants of each reference, 8 captions\n" in capsys.readouterr().out
     cache = Cache(config)
     samples = read_samples(config, cache).trained
     counts = token_counts(config, cache, samples)
+    forms = [(i, *form) for i, sample in enumerate(samples) for form in sample.forms()]
     width = 32 if "siglip" in config.reads else None
     model = make_model(family, [adapter.resolved(width) for adapter in config.adapters], base)
     seen: list[int] = []
@@ -74,12 +79,15 @@ def test_counts_are_those_of_the_transformers_own_sequence(
 
     model.execution.run = run
     model.dit.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
-    for sample in samples:
-        batch = read_batch(cache, [sample], [SampleKey(0, 0, 0)], config.reads)
+    for *_, form in forms:
+        batch = read_batch(cache, [form], [SampleKey(0, 0, 0)], config.reads)
         model([torch.zeros_like(batch.latents[0])], torch.tensor([0.5]), batch.encoded)
-    own = seen[:: len(seen) // len(samples)]  # the first layer may be called in both ways
-    assert len(samples) == 12 and counts.tolist() == own
+    own = seen[:: len(seen) // len(forms)]  # the first layer may be called in both ways
+    assert len(forms) == 12 + 6 + 2 * (2 + 1) and counts.shape == (12, 3, 2)
+    assert [counts[*place] for *place, _ in forms] == own and np.count_nonzero(counts) == len(forms)
     assert len(set(own)) > (1 if config.reads else 0)
+    if "reference" in config.reads and adapters[0].get("compose") != "blend":
+        assert (counts[:6, 0, 0] != counts[:6, 0, 1]).any()
 
 
 def test_a_damaged_or_missing_state_is_named(family: Path, data: Path, tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ class Loader:
         t = self.config.train
         text, reference, both = given(t.dropout_text), given(t.dropout_reference), given(t.dropout_both)
         dropout = Dropout(text=text, reference=reference, both=both)
-        batch = read_batch(self.cache, [self.samples[key.index] for key in keys], keys, self.config.reads)
+        samples = [self.samples[key.index].visited(key) for key in keys]
+        batch = read_batch(self.cache, samples, keys, self.config.reads)
         kept = [dropout.apply(batch.encoded.select([i]), draw_dropout(key)) for i, key in enumerate(keys)]
         return Batch(keys=batch.keys, latents=batch.latents, encoded=concatenate(kept))

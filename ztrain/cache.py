@@ -74,12 +74,12 @@ class Request:
     @property
     def key(self) -> str:
         size = None if self.bucket is None else [self.bucket.height, self.bucket.width]
-        return digest_json([self.text, [known.digest for known in self.pictures], size])
+        return digest_json([self.text, [known.identity for known in self.pictures], size])
 
     @property
     def label(self) -> str:
         """What messages call it, without the path of this machine."""
-        names = [Path(known.picture.name).name for known in self.pictures]
+        names = [known.label for known in self.pictures]
         return f"{self.state} of {' + '.join([*names, *([repr(self.text[:60])] if self.text or not names else [])])}"
 
 

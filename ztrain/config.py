@@ -104,6 +104,13 @@ class DataConfig(_Section):
     """Smallest side of a reference in pixels."""
     reference_max_aspect: float = Field(default=8.0, ge=1.0)
     """Longest side over shortest side of a reference."""
+    reference_variants: int = Field(default=1, ge=1)
+    """Pictures that stand for each reference of a training triplet: itself and N - 1 parts of it (60 to 100 % of its
+    area, anywhere), so that it is not copied. All are encoded, a step takes one; 1: always itself."""
+    reference_mirror: bool = False
+    """Whether half of those parts are mirrored; letters and logos are then wrong."""
+    balance: Literal["none", "style"] = "none"
+    """style: triplets of all styles (their column `style`) are trained equally often, however many each has."""
     max_bad_share: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of triplets that may be refused (broken picture, prompt too long); they are counted and left out. 0: any
     is an error."""
@@ -116,6 +123,8 @@ class DataConfig(_Section):
             raise ValueError(f"resolution {self.resolution} is not a multiple of {IMAGE_MULTIPLE}")
         if self.text_only_share and self.text_only_data_dir is None:
             raise ValueError(f"text_only_share {self.text_only_share} needs text_only_data_dir")
+        if self.reference_mirror and self.reference_variants == 1:
+            raise ValueError("reference_mirror true needs reference_variants of at least 2, as only parts are mirrored")
         return self
 
 

@@ -15,7 +15,17 @@ from typing import Any
 
 from ztrain.errors import InputError
 from ztrain.files import MAX_LINE, check_regular
-from ztrain.rows import RowReader, Triplet, check_text, find_picture, listed, one_line, parse_object, take_text
+from ztrain.rows import (
+    RowReader,
+    Triplet,
+    check_text,
+    find_picture,
+    listed,
+    one_line,
+    other_captions,
+    parse_object,
+    take_text,
+)
 from ztrain.tables import hub_rows, parquet_rows
 from ztrain.tars import check_format, lost, packed_samples, tar_rows
 
@@ -47,8 +57,9 @@ def read_triplets(
       `target` (Image) and `reference` or `references` (Image or list of Image);
     - otherwise the id of a Hub data set with those columns, at `revision` (branch, tag or commit).
 
-    `text_only` reads prompts and targets and ignores references. Rows that cannot be used are `rejected`, up to
-    `max_bad_share` (0..1) of all. Raises InputError beyond it, where no row is left, and for the layout as a whole.
+    In each a row may have further captions in `prompts`, a list of texts. `text_only` reads prompts and targets and
+    ignores references. Rows that cannot be used are `rejected`, up to `max_bad_share` (0..1) of all. Raises InputError
+    beyond it, where no row is left, and for the layout as a whole.
     """
     place, rows = _find(location, split, revision, text_only)
     triplets: list[Triplet] = []
@@ -140,6 +151,7 @@ def _read_line(raw: bytes, folder: Path, where: str, text_only: bool, index: int
         index=index,
         where=where,
         prompt=prompt,
+        captions=other_captions(row, prompt, where=where),
         references=tuple(find_picture(folder, name, where=where) for name in names),
         target=find_picture(folder, target_name, where=where),
         columns=row,  # the known keys have been taken out

@@ -7,7 +7,7 @@ file without names or paths; losing it costs time only.
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,18 +16,38 @@ from tqdm.auto import tqdm
 
 from ztrain.errors import InputError
 from ztrain.files import check_regular, may_write, whole_file
-from ztrain.images import Picture, PictureFile, image_size, read_picture
+from ztrain.images import Part, Picture, PictureFile, Variants, image_size, read_picture
 from ztrain.store import read_parquet, write_parquet
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A picture with the digest of its bytes and its upright size in pixels."""
+    """A picture with the digest of its bytes and its upright size in pixels; or a part of one, with the part's size."""
 
     picture: Picture
     digest: str
     width: int
     height: int
+    part: Part | None = None
+
+    @property
+    def identity(self) -> str | list[str | int]:
+        """JSON that differs for other bytes and for another part of them."""
+        return self.digest if self.part is None else [self.digest, *astuple(self.part)]
+
+    @property
+    def label(self) -> str:
+        """What messages call it, without the path of this machine."""
+        name, part = Path(self.picture.name).name, self.part
+        if part is None:
+            return name
+        turned = ", mirrored" if part.mirrored else ""
+        return f"{name} ({part.width} x {part.height} from {part.left}, {part.top}{turned})"
+
+    def variant(self, rule: Variants, number: int) -> "Known":
+        """Of the whole picture, the part that is this variant of it."""
+        part = rule.part(self.digest, (self.width, self.height), number)
+        return self if part is None else replace(self, width=part.width, height=part.height, part=part)
 
 
 def digest_bytes(data: bytes) -> str:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ztrain.cache import FORMAT_VERSION, ROLES, Cache, Needs, Request, StateName, digest_json
 from ztrain.config import Config
-from ztrain.digests import digest_bytes
+from ztrain.digests import Known, digest_bytes
 from ztrain.encoders import LatentCodec, SiglipEncoder, TextEncoder, omni_crop
 from ztrain.errors import InputError
 from ztrain.files import may_write, workspace, write_json
@@ -232,12 +232,18 @@ def _decode(request: Request) -> Decoded:
         if digest_bytes(data) != known.digest:
             raise InputError(f"{known.picture.name}: the picture has changed since it was listed; run again")
     try:
-        images = [decode_image(data, k.picture.name) for data, k in zip(contents, request.pictures, strict=True)]
+        images = [_shown(data, known) for data, known in zip(contents, request.pictures, strict=True)]
         if request.state == "clean_latents":
             return [omni_crop(image) for image in images]
         return [fit_target(image, request.bucket) for image in images] if request.bucket else images
     except InputError as error:
         return error
+
+
+def _shown(data: bytes, known: Known) -> Image.Image:
+    """The picture in its bytes, or the part of it that is meant. Raises InputError."""
+    whole = decode_image(data, known.picture.name)
+    return whole if known.part is None else known.part.of(whole)
 
 
 def _decoded(requests: Iterator[Request] | Sequence[Request], workers: int) -> Iterator[tuple[Request, Decoded]]:

@@ -4,8 +4,10 @@ In: the bytes of a picture, from a file, a tar or a table. Out: RGB images. What
 `InputError` that names it; nothing is repaired or half decoded in silence.
 """
 
+import hashlib
 import io
 import os
+import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,11 @@ IMAGE_MULTIPLE = 16
 
 ALPHA_BACKGROUND = (255, 255, 255)
 """8-bit sRGB colour that transparent pictures are laid on: white, as paper and as the shipped data."""
+
+_AREA = (0.6, 1.0)
+"""Share of a reference that a variant shows, between these."""
+_STRETCH = 1.15
+"""Most that a variant's aspect is longer or shorter than its reference's, times."""
 
 _AT_ONCE = 1 << 20  # values of deep gray that are converted at a time
 
@@ -248,6 +255,57 @@ def check_reference(size: tuple[int, int], name: str, *, min_side: int, max_aspe
             f"{name}: {size[0]} x {size[1]} is {long / short:.3g} times as long as wide; "
             f"a reference may be at most {max_aspect:g}: crop it"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A rectangle of an upright picture, in pixels from its upper left corner, and whether it is then mirrored."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    mirrored: bool = False
+
+    def of(self, image: Image.Image) -> Image.Image:
+        part = image.crop((self.left, self.top, self.left + self.width, self.top + self.height))
+        return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.mirrored else part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variants:
+    """By which rule parts of a reference take its place in training; `count` with the whole one.
+
+    mirror: whether half of them are mirrored; min_side, max_aspect: as `check_reference`, which each part passes if the
+    whole does.
+    """
+
+    count: int = 1
+    mirror: bool = False
+    min_side: int = 1
+    max_aspect: float = 8.0
+
+    def part(self, digest: str, size: tuple[int, int], variant: int) -> Part | None:
+        """Of a picture by the digest of its bytes, (width, height); None where it is the whole one, as variant 0 is.
+
+        Share of the area, aspect and place are uniform, and a pure function of digest, size, variant and rule.
+        """
+        if variant == 0:
+            return None
+        words = struct.unpack("<5Q", hashlib.blake2b(f"{digest} {variant}".encode(), digest_size=40).digest())
+        area, stretch, across, down, mirrored = ((word >> 11) / (1 << 53) for word in words)  # each in [0, 1)
+        share, longer = _AREA[0] + (_AREA[1] - _AREA[0]) * area, _STRETCH ** (2 * stretch - 1)
+        # A side that would be longer than the picture's is the picture's, and the other one keeps the area.
+        longer = min(max(longer, share), 1 / share)
+        least = max(self.min_side, IMAGE_MULTIPLE)
+        width, height = (
+            min(side, max(least, round(side * part)))
+            for side, part in zip(size, ((share * longer) ** 0.5, (share / longer) ** 0.5), strict=True)
+        )
+        width, height = min(width, int(self.max_aspect * height)), min(height, int(self.max_aspect * width))
+        left, top = int(across * (size[0] - width + 1)), int(down * (size[1] - height + 1))
+        found = Part(left, top, width, height, self.mirror and mirrored < 0.5)
+        return None if found == Part(0, 0, *size) else found
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,7 +142,7 @@ def _cache_states(config: Config, accelerator: Accelerator, *, check: bool) -> s
         return said
     filled = _fill_and_drop(config, cache, samples, accelerator.device, accelerator)
     for split in samples.splits:
-        accelerator.print(f"{split.name}: {len(split.samples)} triplets, {len(split.rejected)} left out")
+        accelerator.print(split.told)
         if split.small:
             accelerator.print(f"{split.name}: {split.small}")
     return describe(filled) if accelerator.is_main_process else ""

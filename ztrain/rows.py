@@ -27,6 +27,8 @@ class Triplet:
     """What messages call the row: file and line, archive and key, or number and table."""
     prompt: str
     """Not empty, without white space around it."""
+    captions: tuple[str, ...] = ()
+    """Others in its place, from the column `prompts`, which stays among `columns`; each of them once."""
     references: tuple[Picture, ...]
     """At least one; none where rows were read as text only."""
     target: Picture
@@ -75,6 +77,17 @@ def take_text(row: dict[str, Any], key: str, *, where: str) -> str:
     if key not in row:
         raise InputError(f"{where}: the key {key!r} is missing; the row has {listed(row)}")
     return check_text(row.pop(key), key, where=where)
+
+
+def other_captions(row: dict[str, Any], prompt: str, *, where: str) -> tuple[str, ...]:
+    """What the row's optional key `prompts`, a list of texts, says besides `prompt`. Raises InputError."""
+    texts = row.get("prompts")
+    if texts is None:
+        return ()
+    if not isinstance(texts, list):
+        raise InputError(f"{where}: prompts must be a list of texts, not {texts!r}")
+    found = dict.fromkeys(check_text(text, f"prompts[{i}]", where=where) for i, text in enumerate(texts))
+    return tuple(text for text in found if text != prompt)
 
 
 def check_text(value: object, key: str, *, where: str, optional: bool = False) -> str:

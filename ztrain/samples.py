@@ -3,13 +3,18 @@
 In: the data of a config. Out: lists of `Sample`, and for each list what it asks of the cache. A triplet that cannot be
 used (broken picture, reference too thin or the target itself, target that would lose too much, prompt too long) is
 counted and left out up to data.max_bad_share, and stops everything beyond it.
+
+A training sample may have several captions, and several variants of its references: each visit takes one of each.
 """
 
+import itertools
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import numpy as np
 
 from ztrain.cache import Cache, Needs, digest_json
 from ztrain.config import Config, DataConfig
@@ -20,6 +25,7 @@ from ztrain.errors import InputError
 from ztrain.files import as_text, write_text
 from ztrain.images import (
     Bucket,
+    Variants,
     check_reference,
     describe_small,
     enlargement,
@@ -28,7 +34,12 @@ from ztrain.images import (
 )
 from ztrain.layout import padded
 from ztrain.rows import Triplet, one_line
-from ztrain.sampler import spread
+from ztrain.sampler import CAPTION, VARIANT, Integers, SampleKey, spread, turn
+
+MOST_FUSED = 16
+"""Sequences of image and prompt that one triplet may need; each is a forward of the language model and a state."""
+
+_ONE = Variants()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,13 +47,42 @@ class Sample:
     """One triplet, ready to be asked for its states."""
 
     prompt: str
+    captions: tuple[str, ...] = ()
+    """Others that training takes in place of the prompt, by turns."""
     references: tuple[Known, ...]
+    variants: Variants = _ONE
+    """By which training takes parts of the references in their place, by turns."""
     target: Known
     bucket: Bucket
     where: str
     """What messages call it."""
     columns: Mapping[str, object] = field(default_factory=dict)
-    """The row's further keys, for judges; training reads none."""
+    """The row's further keys, for judges; training reads the style, where it is balanced."""
+    style: str | None = None
+    """Where styles are balanced."""
+
+    @property
+    def choices(self) -> tuple[int, int]:
+        """How many captions it has, and how many variants of its references."""
+        return 1 + len(self.captions), self.variants.count if self.references else 1
+
+    def form(self, caption: int, variant: int) -> "Sample":
+        """The sample with one of its captions (0: the prompt) and one variant of its references (0: whole) alone."""
+        if self.choices == (1, 1):
+            return self
+        references = tuple(known.variant(self.variants, variant) for known in self.references)
+        prompt = self.captions[caption - 1] if caption else self.prompt
+        return replace(self, prompt=prompt, captions=(), references=references, variants=_ONE)
+
+    def forms(self) -> Iterator[tuple[int, int, "Sample"]]:
+        """Every caption with every variant, by their numbers."""
+        for caption, variant in itertools.product(*map(range, self.choices)):
+            yield caption, variant, self.form(caption, variant)
+
+    def visited(self, key: SampleKey) -> "Sample":
+        """The form that a visit takes."""
+        captions, variants = self.choices
+        return self.form(turn(key, captions, CAPTION), turn(key, variants, VARIANT))
 
 
 @dataclass(slots=True)
@@ -54,6 +94,15 @@ class Split:
     rejected: list[str] = field(default_factory=list)
     small: str = ""
     """The sentence about targets that are too small, where data.small_targets lets them pass or leaves them out."""
+
+    @property
+    def told(self) -> str:
+        """How many triplets there are, and in how many forms where there are several."""
+        captions = sum(sample.choices[0] for sample in self.samples)
+        variants = max((sample.choices[1] for sample in self.samples), default=1)
+        more = f", {variants} variants of each reference" if variants > 1 else ""
+        more += f", {captions} captions" if captions > len(self.samples) else ""
+        return f"{self.name}: {len(self.samples)} triplets, {len(self.rejected)} left out{more}"
 
     def check(self, max_bad_share: float) -> None:
         """Raises InputError where more than the share is unusable, or nothing is left."""
@@ -83,6 +132,13 @@ class Samples:
         """What the order's indices stand for: triplets, then text-only samples."""
         return self.train.samples + (self.text_only.samples if self.text_only else [])
 
+    @property
+    def styles(self) -> Integers | None:
+        """The number of each triplet's style, (len(train.samples),), by the order of their names; None where styles
+        are not balanced."""
+        names = [sample.style for sample in self.train.samples]
+        return None if None in names else np.unique(np.array(names), return_inverse=True)[1]
+
     def held_out(self, count: int) -> list[Sample]:
         return spread(self.validation.samples, count) if self.validation else []
 
@@ -102,15 +158,19 @@ class Samples:
 
 def _contents(sample: Sample) -> list[object]:
     bucket = [sample.bucket.height, sample.bucket.width]
-    return [sample.prompt, [known.digest for known in sample.references], sample.target.digest, bucket]
+    # Left out where there are none, so that runs that began before there were any go on.
+    more = [{"captions": sample.captions, "style": sample.style}] if sample.captions or sample.style else []
+    return [sample.prompt, [known.digest for known in sample.references], sample.target.digest, bucket, *more]
 
 
 def read_samples(config: Config, cache: Cache) -> Samples:
     """The samples of a config, within data.max_bad_share. Raises InputError."""
     data, validation = config.data, config.validation
-    samples = Samples(_read_split(config, cache, data.train_data_dir, data.train_split))
+    samples = Samples(_read_split(config, cache, data.train_data_dir, data.train_split, is_trained=True))
     if data.text_only_data_dir is not None and data.text_only_share:
-        samples.text_only = _read_split(config, cache, data.text_only_data_dir, data.text_only_split, text_only=True)
+        samples.text_only = _read_split(
+            config, cache, data.text_only_data_dir, data.text_only_split, is_trained=True, text_only=True
+        )
     if validation.validation_steps or validation.preview_steps or validation.score_steps:
         try:
             samples.validation = _read_split(config, cache, data.train_data_dir, data.validation_split)
@@ -124,7 +184,10 @@ def read_samples(config: Config, cache: Cache) -> Samples:
     return samples
 
 
-def _read_split(config: Config, cache: Cache, location: str, name: str, *, text_only: bool = False) -> Split:
+def _read_split(
+    config: Config, cache: Cache, location: str, name: str, *, is_trained: bool = False, text_only: bool = False
+) -> Split:
+    """is_trained: with every form in which training takes its samples."""
     data = config.data
     revision = None if text_only else data.revision
     listing = read_triplets(location, name, revision, text_only=text_only, max_bad_share=data.max_bad_share)
@@ -135,7 +198,8 @@ def _read_split(config: Config, cache: Cache, location: str, name: str, *, text_
     for triplet in listing.triplets:
         target, *references = [next(known) for _ in range(1 + len(triplet.references))]
         try:
-            split.samples.append(_sample(config, triplet, target, references, buckets))
+            sample = _sample(config, triplet, target, references, buckets)
+            split.samples.append(_as_trained(config, sample, triplet) if is_trained else sample)
         except InputError as error:
             split.rejected.append(one_line(f"{triplet.where}: {error}"))
     _look_for_small(split, data)
@@ -195,6 +259,35 @@ def _sample(
     )
 
 
+def _as_trained(config: Config, sample: Sample, triplet: Triplet) -> Sample:
+    """With all its forms, and the style that it is balanced by. Raises InputError."""
+    data, style = config.data, None
+    if data.balance == "style" and sample.references:
+        style = triplet.columns.get("style")
+        if not isinstance(style, str | int) or not str(style).strip():
+            raise InputError(
+                f"data.balance style needs the row's style as text in a column 'style', not {style!r}; write it, or "
+                "set data.balance to none"
+            )
+    rule = Variants(
+        count=data.reference_variants,
+        mirror=data.reference_mirror,
+        min_side=data.reference_min_side,
+        max_aspect=data.reference_max_aspect,
+    )
+    trained = replace(
+        sample, captions=triplet.captions, variants=rule, style=None if style is None else str(style).strip()
+    )
+    captions, variants = trained.choices
+    if "fused" in config.reads and captions * variants > MOST_FUSED:
+        raise InputError(
+            f"{captions} captions with {variants} variants of the references are {captions * variants} sequences of "
+            f"image and prompt, more than {MOST_FUSED}; lower data.reference_variants, write fewer prompts, or take an "
+            "adapter that reads the reference alone (states: reference)"
+        )
+    return trained
+
+
 def shuffled(samples: Sequence[Sample], seed: int) -> list[Sample]:
     """The same samples, each with the references of another one that has other pictures, in an order of the seed.
 
@@ -222,7 +315,12 @@ def write_manifest(samples: Samples, path: Path) -> Path:
         return {"name": as_text(Path(known.picture.name).name), "xxh3": known.digest}
 
     rows = [
-        {"prompt": s.prompt, "references": [describe(known) for known in s.references], "target": describe(s.target)}
+        {
+            "prompt": s.prompt,
+            **({"prompts": s.captions} if s.captions else {}),
+            "references": [describe(known) for known in s.references],
+            "target": describe(s.target),
+        }
         for s in samples.trained
     ]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -230,10 +328,11 @@ def write_manifest(samples: Samples, path: Path) -> Path:
 
 
 def needs_of(samples: Iterable[Sample], reads: frozenset[str], needs: Needs, negative_prompt: str = "") -> None:
-    """Adds what `samples` ask of a cache under `reads`: their targets' latents and every encoded state."""
+    """Adds what `samples` ask of a cache under `reads`: their targets' latents and every encoded state of each form."""
     for sample in samples:
         needs.latents(sample.target, sample.bucket)
-        assemble(needs, [sample.prompt], [sample.references], reads, negative_prompt=negative_prompt)
+        for _, _, form in sample.forms():
+            assemble(needs, [form.prompt], [form.references], reads, negative_prompt=negative_prompt)
 
 
 def all_needs(config: Config, samples: Samples) -> Needs:

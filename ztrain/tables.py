@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ztrain.errors import InputError
 from ztrain.files import check_regular
 from ztrain.images import Picture, stamp_of
-from ztrain.rows import RowReader, Triplet, check_size, find_picture, listed, take_text
+from ztrain.rows import RowReader, Triplet, check_size, find_picture, listed, other_captions, take_text
 from ztrain.tars import lost
 
 if TYPE_CHECKING:
@@ -256,5 +256,11 @@ def _read_cells(
         raise InputError(f"{where}: has no reference; fill it in or drop the row")
     prompt = take_text(columns, "prompt", where=where)
     return Triplet(
-        index=index, where=where, prompt=prompt, references=tuple(references), target=target, columns=columns
+        index=index,
+        where=where,
+        prompt=prompt,
+        captions=other_captions(columns, prompt, where=where),
+        references=tuple(references),
+        target=target,
+        columns=columns,
     )

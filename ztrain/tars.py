@@ -19,7 +19,17 @@ from typing import BinaryIO
 from ztrain.errors import InputError
 from ztrain.files import check_regular, read_bytes, read_text
 from ztrain.images import Picture, stamp_of
-from ztrain.rows import RowReader, Triplet, check_size, listed, one_line, parse_object, refuse, take_text
+from ztrain.rows import (
+    RowReader,
+    Triplet,
+    check_size,
+    listed,
+    one_line,
+    other_captions,
+    parse_object,
+    refuse,
+    take_text,
+)
 
 PACK_MANIFEST_NAME = "manifest.json"
 """Lies beside shards of data_tools.pack and says how many samples each of them had: what a damaged one has lost."""
@@ -230,7 +240,16 @@ def _read_sample(archive: Archive, key: str, members: list[tarfile.TarInfo], tex
         raise InputError(f"{where}: cannot read its JSON ({error.strerror or error})") from error
     prompt = take_text(row, "prompt", where=where)
     references = () if text_only else _tar_references(fields, where=where)
-    return Triplet(index=index, where=where, prompt=prompt, references=references, target=targets[0], columns=row)
+    captions = other_captions(row, prompt, where=where)
+    return Triplet(
+        index=index,
+        where=where,
+        prompt=prompt,
+        captions=captions,
+        references=references,
+        target=targets[0],
+        columns=row,
+    )
 
 
 def _tar_references(fields: dict[str, TarPicture], *, where: str) -> tuple[Picture, ...]:

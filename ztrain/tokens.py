@@ -4,6 +4,7 @@ In: samples and their filled cache. Out: a number for each sample, the same on e
 No state is read but the kinds of tokens in the spliced model's sequences, which say how many of them a caption takes.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import cast
 
@@ -22,11 +23,12 @@ from ztrain.images import IMAGE_MULTIPLE, Bucket
 from ztrain.layout import MULTIPLE, padded
 from ztrain.samples import Sample
 
-_CHUNK = 256  # samples that are assembled together
+_CHUNK = 256  # forms of samples that are assembled together
 
 
 def token_counts(config: Config, cache: Cache, samples: Sequence[Sample]) -> NDArray[np.int32]:
-    """Tokens of each sample's sequence in the main blocks, (len(samples),), before dropout takes any away.
+    """Tokens of each sample's sequence in the main blocks, before dropout takes any away: (len(samples), C, V), with
+    each of its captions and variants of its references, 0 where others have more of them.
 
     Each part is padded to a multiple of 32, as layout.py and diffusers' omni mode do. Raises InputError for a shard
     that is damaged or a state that is not there.
@@ -40,20 +42,20 @@ def token_counts(config: Config, cache: Cache, samples: Sequence[Sample]) -> NDA
     ]
     shapes = _Shapes(cache, config.data.dataloader_num_workers)
     captions: dict[tuple[object, ...], int] = {}
-    counts = np.empty(len(samples), dtype=np.int32)
-    for start in range(0, len(samples), _CHUNK):
-        chunk = samples[start : start + _CHUNK]
-        references = [sample.references for sample in chunk]
-        encoded = assemble(shapes.states, [sample.prompt for sample in chunk], references, config.reads)
-        for i, sample in enumerate(chunk):
-            counts[start + i] = _of_pictures(encoded, i, sample.bucket)
+    most = np.array([sample.choices for sample in samples]).max(0)
+    counts = np.zeros((len(samples), *most), dtype=np.int32)
+    forms = ((place, *form) for place, sample in enumerate(samples) for form in sample.forms())
+    while chunk := list(itertools.islice(forms, _CHUNK)):
+        prompts, references = [form.prompt for *_, form in chunk], [form.references for *_, form in chunk]
+        encoded = assemble(shapes.states, prompts, references, config.reads)
+        for i, (*place, form) in enumerate(chunk):
             # The sequences of one kind of tokens are one tensor: see _Shapes.
             sequences = (each and id(each.kinds) for each in (encoded.reference[i], encoded.fused[i]))
             segments = [len(segment) for segment in encoded.omni[i].segments] if encoded.omni else []
             alike = (len(encoded.text[i]), *sequences, *segments)
             if alike not in captions:
                 captions[alike] = _of_caption(composing, encoded.select([i]))
-            counts[start + i] += captions[alike]
+            counts[*place] = _of_pictures(encoded, i, form.bucket) + captions[alike]
     return counts
 
 

@@ -276,7 +276,7 @@ def _mixture(run: Run) -> Mixture:
         with together(run.accelerator):
             tokens = token_counts(config, run.cache, samples.trained)
     share = config.data.text_only_share if others else 0.0
-    return Mixture(len(samples.train.samples), len(others), share, tokens)
+    return Mixture(len(samples.train.samples), len(others), share, tokens, samples.styles)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -113,8 +113,8 @@ def _look(command: Command, config: BuildConfig, work: Path) -> Table:
         table = _tell(embed(table, column, work / f"embed-{column.column}", engine=engine, workers=workers or 1))
     if rules.has_scores:  # which embed has just made
         table = _tell(run_stage(Filter(rules), table, work / "filter", engine=engine, workers=workers))
-    if config.dedup is not None:
-        table = _tell(dedup(table, config.dedup, work / "dedup"))
+    if (copies := config.copies()) is not None:
+        table = _tell(dedup(table, copies, work / "dedup"))
     for settings in config.caption:
         of_column = work / f"caption-{settings.column}"
         table = _tell(caption(table, settings, of_column, engine=engine, workers=workers or 1))

@@ -42,7 +42,8 @@ def caption_of(
     if not said:
         return {}
     counts["captions_given"] += 1
-    counts["captions_that_another_file_contradicts"] += any(text != said[0][1] for _, text in said)
+    joined = [text.replace("\n", " ") for _, text in said]
+    counts["captions_that_another_file_contradicts"] += any(text != joined[0] for text in joined)
     return {"caption": said[0][1], "caption_from": said[0][0]}
 
 
@@ -52,7 +53,13 @@ def _text(raw: bytes, *, is_json: bool) -> str:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError("is not UTF-8; save it as UTF-8") from error
-    return " ".join(clean(_of_json(text) if is_json else text).split())
+    return _in_lines(clean(_of_json(text) if is_json else text))
+
+
+def _in_lines(text: str) -> str:
+    """Without empty lines, and without white space but single spaces: what lines are is for data_tools.label to say."""
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return "\n".join(line for line in lines if line)
 
 
 def _of_json(text: str) -> str:
@@ -93,7 +100,7 @@ class CaptionTable:
         if not (columns := [column for column in CAPTION_COLUMNS if column in row]):
             raise InputError(f"{where}: has none of the columns {', '.join(CAPTION_COLUMNS)}")
         texts = (cell(row, column, where=where, optional=True) for column in columns)
-        caption = next((" ".join(text.split()) for text in texts if text), "")
+        caption = next((_in_lines(text) for text in texts if text), "")
         if self._captions.setdefault(name, caption) != caption:
             raise InputError(f"{where}: the picture {name!r} stands twice with other words; the first row counts")
         self._of_folder[folded(name.rpartition("/")[0])].add(name)

@@ -59,6 +59,12 @@ class BuildConfig(pydantic.BaseModel):
         ]
         return self.model_copy(update={"embed": embed, "caption": caption})
 
+    def copies(self) -> DedupRules | None:
+        """What counts as a copy, where folders may be styles."""
+        if self.dedup is None or self.dedup.across_folders is not None:
+            return self.dedup
+        return self.dedup.model_copy(update={"across_folders": self.label.styles is None})
+
     def told(self) -> dict[str, Any]:
         """For the manifest: what decides the result, with names in the place of this machine's paths."""
         from ztrain.models import public_name  # here, for it brings torch

@@ -4,13 +4,15 @@
 
 In: a table of data_tools.scan or data_tools.filter. Out: the same rows with `cluster` (the representative's key),
 `copy_of` (empty for a representative), `copy_by` (bytes, pixels, or likeness) and `copy_score`. With a column of
-embeddings also `meaning`: the community of pictures that show nearly the same (data_tools.communities).
+embeddings also `meaning`: the community of pictures that show nearly the same (data_tools.communities). Where folders
+are styles, those of other folders are no copies: one drawing in two styles is what training learns most from.
 
 Of a cluster the picture with the most pixels represents, then the most bytes, then a caption, then the first name. One
 without a caption takes over that of its first copy with one (`caption_from`).
 """
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from data_tools import likeness
+from data_tools.names import style_of
 from data_tools.stages import Table, attach
 from data_tools.step import read_words
 from ztrain.errors import InputError
@@ -37,6 +40,9 @@ class DedupRules(pydantic.BaseModel):
 
     mirrored: bool = False
     """Whether a picture's mirror image is a copy of it."""
+    across_folders: bool | None = None
+    """Whether pictures of different folders are copies of one another. If not, those that are alike stay and are
+    counted. None: they are, but in a build whose folders are styles (label.styles)."""
     embedding_column: str | None = None
     """Column with an embedding of each picture, for `meaning`; None leaves it out."""
     min_similarity: float = pydantic.Field(default=0.95, gt=0, le=1)
@@ -53,7 +59,9 @@ ADDS = pa.schema(
         ("caption_from", pa.string()),
     ]
 )
-_RULES = 2
+EQUAL_KEPT, ALIKE_KEPT = "equal_pictures_of_other_folders_kept", "near_copies_of_other_folders_kept"
+"""Counts of pictures beyond the first in a cluster over folders."""
+_RULES = 3
 
 
 def dedup(source: Table, rules: DedupRules, out: Path) -> Table:
@@ -67,7 +75,10 @@ def dedup(source: Table, rules: DedupRules, out: Path) -> Table:
     if any(row["likeness"] is None for row in kept):
         raise InputError(f"{source.folder}: has no fingerprints; scan with --measures quality likeness")
     keys = [f"{row['source']}/{row['name']}" for row in kept]
-    first = _representatives(kept, keys, rules.mirrored)
+    first, counts = _representatives(kept, keys, rules.mirrored), {}
+    if rules.across_folders is False:
+        everywhere, first = first, _within_folders(kept, keys, rules.mirrored)
+        counts = _alike(kept, first, everywhere)
     captions = rows.select(["caption", "caption_from"]).to_pylist()
     found: list[dict[str, Any]] = [dict.fromkeys(ADDS.names) | captions[row] for row in range(rows.num_rows)]
     for place, row in enumerate(usable):
@@ -83,7 +94,8 @@ def dedup(source: Table, rules: DedupRules, out: Path) -> Table:
     if rules.embedding_column is not None:
         meaning = pa.array(_meaning(source, rules, usable, keys, rows.num_rows), pa.string())
         added = added.append_column("meaning", meaning)
-    return attach(source, out, added, name="dedup", about=(_RULES, rules.model_dump(mode="json")))
+    facts = {"counts": {**source.facts.get("counts", {}), **counts}}
+    return attach(source, out, added, name="dedup", about=(_RULES, rules.model_dump(mode="json")), facts=facts)
 
 
 def _representatives(rows: Sequence[dict[str, Any]], keys: Sequence[str], mirrored: bool) -> np.ndarray:
@@ -104,6 +116,27 @@ def _representatives(rows: Sequence[dict[str, Any]], keys: Sequence[str], mirror
     for place in sorted(range(len(rows)), key=rank):
         first.setdefault(int(labels[place]), place)
     return np.array([first[int(label)] for label in labels])
+
+
+def _within_folders(rows: Sequence[dict[str, Any]], keys: Sequence[str], mirrored: bool) -> np.ndarray:
+    """As `_representatives`, of each folder alone."""
+    folders: dict[str, list[int]] = defaultdict(list)
+    for place, row in enumerate(rows):
+        folders[style_of(row["source"], row["name"])].append(place)
+    first = np.arange(len(rows))
+    for places in map(np.array, folders.values()):
+        own = _representatives([rows[place] for place in places], [keys[place] for place in places], mirrored)
+        first[places] = places[own]
+    return first
+
+
+def _alike(rows: Sequence[dict[str, Any]], first: np.ndarray, everywhere: np.ndarray) -> dict[str, int]:
+    """How many pictures stay that would be copies if folders counted for nothing, by how they are alike; `first` and
+    `everywhere`: what stands for each picture in its folder, and in all."""
+    staying = [place for place in range(len(rows)) if first[place] == place]
+    equal = len(staying) - len({rows[place]["pixels"] for place in staying})
+    every = sum(int(everywhere[place] != place) for place in staying)
+    return {EQUAL_KEPT: equal, ALIKE_KEPT: every - equal}
 
 
 def _copy(row: dict[str, Any], first: dict[str, Any], mirrored: bool) -> dict[str, Any]:
@@ -157,7 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table = dedup(Table.open(asked.table), asked.rules, asked.out)
         copies = [way for way in table.read(["copy_by"])["copy_by"].to_pylist() if way]
         told = ", ".join(f"{copies.count(way)} by {way}" for way in ("bytes", "pixels", "likeness"))
-        return f"{table.folder}: {len(copies)} copies ({told})"
+        kept = "".join(f"; {name.replace('_', ' ')}: {table.facts['counts'][name]}"
+                       for name in (EQUAL_KEPT, ALIKE_KEPT) if name in table.facts["counts"])  # fmt: skip
+        return f"{table.folder}: {len(copies)} copies ({told}){kept}"
 
     return command(work)
 

@@ -13,8 +13,8 @@ import pydantic
 from data_tools.groups import check_split
 from data_tools.likeness import COPY_SCORE
 from data_tools.output import check_share
-from data_tools.pictures import Pictures, Told, texts
-from data_tools.triplets import Item, Scanned
+from data_tools.pictures import Captions, Pictures, Told
+from data_tools.triplets import PROMPTS, Item, Scanned
 from ztrain.csvs import Row, read_table
 from ztrain.errors import InputError
 from ztrain.forms import Matches, matched, one_form
@@ -92,6 +92,10 @@ class PairTable(pydantic.BaseModel):
                 raise InputError(f"{where}: `datasets` would take column {column!r} for pictures; rename it")
             if column in _RESERVED:
                 raise InputError(f"{where}: the column {column!r} is written by data_tools itself; rename it")
+        if not isinstance(prompts := row.get(PROMPTS, []), list):
+            raise InputError(f"{where}: {PROMPTS} must be a list of texts, as .jsonl has it; rename the column")
+        for text in prompts:
+            check_text(text, PROMPTS, where=where)
         if target.pixels in {reference.pixels for reference in references}:
             raise InputError(f"{where}: a reference has the same pixels as the target, which teaches to copy")
         return Item(picture=target, way="pairs", prompt=prompt, split=split, references=references, more=row,
@@ -119,7 +123,7 @@ class BeforeAfter(pydantic.BaseModel):
 
     def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
         """Raises InputError where there are no such folders."""
-        prompts = dict(zip(pictures.usable, texts(pictures, self.caption_column), strict=True))
+        captions = pictures.captions(self.caption_column)
         before = self._below(self.before, pictures)
         after = self._below(self.after, pictures)
         partners = matched(after.keys(), before.keys())
@@ -131,8 +135,9 @@ class BeforeAfter(pydantic.BaseModel):
             told.leave_out("pictures_without_partner", picture.key, "label", why)
         for name, other in sorted(partners.found.items()):
             target = after[name]
+            said = Captions((self.prompt,)) if self.prompt else captions[target]
             yield Item(picture=target, way="before_after", content=target.key, whole=name, references=(before[other],),
-                       prompt=self.prompt or prompts[target], max_copy_score=self.max_copy_score)  # fmt: skip
+                       prompt=said.prompt, max_copy_score=self.max_copy_score, more=said.columns)  # fmt: skip
 
     def _below(self, folder: str, pictures: Pictures) -> dict[str, Scanned]:
         found: dict[str, Scanned] = {}

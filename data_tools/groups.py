@@ -12,8 +12,9 @@ from typing import Annotated
 import numpy as np
 import pydantic
 
+from data_tools.names import style_of
 from data_tools.output import fingerprint
-from data_tools.pictures import Pictures, Told, texts
+from data_tools.pictures import Captions, Pictures, Told
 from data_tools.triplets import Item, Scanned
 from ztrain.csvs import cell, read_rows
 from ztrain.errors import InputError
@@ -63,21 +64,27 @@ class StyleFolders(_Way):
     def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
         """Raises InputError."""
         contents = None if self.contents is None else self._read(folder, told)
-        captions = dict(zip(pictures.usable, texts(pictures, self.caption_column), strict=True))
+        captions = pictures.captions(self.caption_column)
         styles = {style: self._with_content(style, of_style, contents, told)
                   for style, of_style in self._styles(pictures.usable).items()}  # fmt: skip
         if contents is not None:
             met = {content for of_style in styles.values() for content in of_style}
             told.counts["contents_without_picture"] = sum(split != "" for content, (_, split) in contents.items()
                                                           if content not in met)  # fmt: skip
-        every = [picture for of_style in styles.values() for picture in of_style.values()]
-        kept = set(pictures.single(every, told))
+        groups = [list(of_style.values()) for of_style in styles.values()]
+        if pictures.has_clusters:  # data_tools.dedup knows whether those of other styles are copies; here they are none
+            groups = [[picture for group in groups for picture in group]]
+        kept = {picture for group in groups for picture in pictures.single(group, told)}
         for style, of_style in styles.items():
             for content, picture in of_style.items():
                 if picture in kept:
-                    prompt, split = (captions[picture], None) if contents is None else contents[content]
+                    said, split = captions[picture], None
+                    if contents is not None:
+                        prompt, split = contents[content]
+                        said = Captions((prompt,))
                     yield Item(picture=picture, way="styles", group=style, content=content, whole=content,
-                               prompt=prompt, split=split, more={"style": style, "content": content})  # fmt: skip
+                               prompt=said.prompt, split=split,
+                               more={"style": style, "content": content, **said.columns})  # fmt: skip
 
     def _with_content(
         self, style: str, pictures: Sequence[Scanned], contents: Mapping[str, tuple[str, str | None]] | None, told: Told
@@ -104,8 +111,7 @@ class StyleFolders(_Way):
         """Raises InputError for styles that are not there."""
         present: dict[str, list[Scanned]] = defaultdict(list)
         for picture in usable:
-            parent = str(PurePosixPath(picture.name).parent)
-            present[one_form(picture.source if parent == "." else parent)].append(picture)
+            present[style_of(picture.source, picture.name)].append(picture)
         styles = dict.fromkeys(map(one_form, self.styles or sorted(present)))  # named twice is no more than once
         if missing := [style for style in styles if style not in present]:
             raise InputError(f"no style folder {', '.join(missing)}; found: {', '.join(sorted(present)) or 'none'}")
@@ -149,9 +155,10 @@ class StyleClusters(_Way):
         vectors = pictures.column(self.column)
         if not vectors or any(vector is None for vector in vectors):
             raise InputError(f"not all pictures have {self.column!r}; embed them first")
-        known = dict(zip(pictures.usable, zip(vectors, texts(pictures, self.caption_column), strict=True), strict=True))
+        known = dict(zip(pictures.usable, vectors, strict=True))
+        captions = pictures.captions(self.caption_column)
         single = pictures.single(pictures.usable, told)
-        embeddings = np.array([known[picture][0] for picture in single], np.float16)  # (N, D)
+        embeddings = np.array([known[picture] for picture in single], np.float16)  # (N, D)
         labels = communities.communities(len(single), communities.neighbours(embeddings, self.min_similarity))
         members: dict[int, list[Scanned]] = defaultdict(list)
         for picture, label in zip(single, labels.tolist(), strict=True):
@@ -165,7 +172,8 @@ class StyleClusters(_Way):
             style = f"cluster-{fingerprint(of_style[0].key)[:8]}"
             for picture in of_style:
                 yield Item(picture=picture, way="clusters", group=style, content=picture.cluster, whole=picture.cluster,
-                           prompt=known[picture][1], more={"style": style})  # fmt: skip
+                           prompt=captions[picture].prompt,
+                           more={"style": style, **captions[picture].columns})  # fmt: skip
 
 
 class Clips(_Way):
@@ -188,7 +196,7 @@ class Clips(_Way):
         return self
 
     def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
-        captions = dict(zip(pictures.usable, texts(pictures, self.caption_column), strict=True))
+        captions = pictures.captions(self.caption_column)
         known = {picture.key: picture for picture in pictures.usable}
         clips: dict[str, list[str]] = defaultdict(list)
         for key in sorted([*known, *pictures.refused], key=_by_numbers):  # a refused frame is a frame all the same
@@ -197,8 +205,9 @@ class Clips(_Way):
             for order, key in enumerate(frames):
                 if (picture := known.get(key)) is not None:
                     yield Item(picture=picture, way="clips", group=clip, content=key, whole=clip, order=order,
-                               gap=(self.min_gap, self.max_gap or len(frames)), prompt=captions[picture],
-                               max_copy_score=self.max_copy_score, more={"clip": clip})  # fmt: skip
+                               gap=(self.min_gap, self.max_gap or len(frames)), prompt=captions[picture].prompt,
+                               max_copy_score=self.max_copy_score,
+                               more={"clip": clip, **captions[picture].columns})  # fmt: skip
 
 
 class Alone(_Way):
@@ -208,11 +217,10 @@ class Alone(_Way):
     """Column with prompts."""
 
     def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
-        captions = dict(zip(pictures.usable, texts(pictures, self.caption_column), strict=True))
+        captions = pictures.captions(self.caption_column)
         for picture in pictures.single(pictures.usable, told):
-            yield Item(
-                picture=picture, way="alone", content=picture.key, whole=picture.cluster, prompt=captions[picture]
-            )
+            yield Item(picture=picture, way="alone", content=picture.key, whole=picture.cluster,
+                       prompt=captions[picture].prompt, more=captions[picture].columns)  # fmt: skip
 
 
 def _by_numbers(name: str) -> list[tuple[int, str]]:

@@ -9,7 +9,7 @@ for data_tools.split. Copies (`copy_of`) are left out of groups; pictures that s
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import pydantic
 
@@ -17,13 +17,14 @@ from data_tools.captions import GIVEN
 from data_tools.given import BeforeAfter, PairTable
 from data_tools.groups import Alone, Clips, StyleClusters, StyleFolders
 from data_tools.output import digest_of
-from data_tools.pictures import Pictures, Told
+from data_tools.pictures import Lines, Pictures, Told
 from data_tools.stages import Table
 from data_tools.step import Command, run_step
-from data_tools.triplets import ITEMS, Item, item_rows, write_rows
+from data_tools.triplets import ITEMS, PROMPTS, Item, item_rows, write_rows
 from ztrain.errors import InputError
 
-_RULES = 1
+_RULES = 2
+_NO_WAYS = ("keep_copies", "captions", "further_captions")
 
 
 class Way(Protocol):
@@ -49,12 +50,22 @@ class LabelRules(pydantic.BaseModel):
     alone: Alone | None = None
     keep_copies: bool = False
     """Whether groups get copies too, and not only the picture that stands for them."""
+    captions: Lines | None = None
+    """What the lines of a caption are. None: one caption. first: the first alone counts. all: each is a caption, the
+    first the prompt, the others in the row's `prompts`, of all of which training takes one at a time."""
+    further_captions: Annotated[list[str], pydantic.Field(min_length=1)] | None = None
+    """Columns of the pictures' table whose texts are further captions, as data_tools.caption gives them."""
 
     @pydantic.model_validator(mode="after")
     def _some(self) -> "LabelRules":
         if not self.ways():
-            names = [name for name in type(self).model_fields if name != "keep_copies"]
+            names = [name for name in type(self).model_fields if name not in _NO_WAYS]
             raise ValueError(f"needs at least one of {', '.join(names)}; `styles: {{}}` takes folders as styles")
+        told = [self.styles is not None and self.styles.contents is None, self.clusters, self.clips, self.alone,
+                self.before_after is not None and self.before_after.prompt is None]  # fmt: skip
+        if (self.captions or self.further_captions) and not any(told):
+            raise ValueError("captions and further_captions are those of pictures, but here a table or the config has"
+                             " all prompts; leave them out")  # fmt: skip
         return self
 
     def ways(self) -> list[Way]:
@@ -70,7 +81,8 @@ class LabelRules(pydantic.BaseModel):
 def label(source: Table, rules: LabelRules, folder: Path, out: Path) -> Table:
     """`folder`: what tables are relative to. Raises InputError."""
     digests = [digest_of(path) for path in rules.tables(folder)]
-    pictures, told = Pictures.read(source, rules.keep_copies), Told()
+    pictures = Pictures.read(source, rules.keep_copies, rules.captions, rules.further_captions or ())
+    told = Told()
     for what, lost in (("passed_by", pictures.passed_by), ("pictures_refused", pictures.refused)):
         for key, (stage, reason) in lost.items():
             told.leave_out(what, key, stage, reason)
@@ -79,6 +91,7 @@ def label(source: Table, rules: LabelRules, folder: Path, out: Path) -> Table:
     items = [item for way in rules.ways() for item in way.items(pictures, folder, told)]
     if not items:
         raise InputError(f"{source.folder}: no picture fits the section label; look at its folders and names")
+    told.counts["further_captions"] = sum(len(item.more.get(PROMPTS, ())) for item in items)
     met = {each.key for item in items for each in (item.picture, *(item.references or ()))}
     met |= {each.name for each in told.left_out}
     for picture in pictures.usable:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from ztrain.forms import matched
+from ztrain.forms import matched, one_form
 
 SIDECARS = (".txt", ".caption", ".json")
 """Kinds of a caption beside a picture, in the order in which they count."""
@@ -57,6 +57,12 @@ def texts_beside(pictures: Iterable[str], names: Iterable[str], *, keys: bool = 
             elif keys and (key := key_of(name)) in texts and (kind != ".json" or samples[key] == 1):
                 beside[name].append(texts[key])
     return {name: texts for name, texts in beside.items() if texts}
+
+
+def style_of(source: str, name: str) -> str:
+    """The folder that a picture lies in, in one Unicode form; the source where it lies in none. It may be its style."""
+    folder = name.rpartition("/")[0]
+    return one_form(folder or source)
 
 
 def kind_said(name: str) -> str:

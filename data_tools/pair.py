@@ -10,7 +10,7 @@ clusters, by pixels and by `copy_score`, which each triplet carries. All are ref
 import heapq
 import random
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -46,7 +46,7 @@ from ztrain.images import (
     target_buckets,
 )
 
-_RULES = 1
+_RULES = 2
 _AT_A_TIME = 1024
 _Found = tuple[Item, Sequence[Scanned], dict[str, Any]]
 """A target, its references, and columns that these add."""
@@ -74,9 +74,12 @@ class PairRules(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
     references_per_triplet: int = pydantic.Field(default=1, ge=1)
-    """Reference pictures in each triplet of a group."""
-    triplets_per_target: int = pydantic.Field(default=1, ge=1)
-    """Triplets made for each target of a group, each with other references."""
+    """Reference pictures in each triplet of a group, all of them different. A target whose group has fewer is left out
+    and named."""
+    triplets_per_target: int = pydantic.Field(default=4, ge=1)
+    """Most triplets made for each target of a group, each with other references: a target that always comes with one
+    reference lets a model know it by that one. Of a small group there are as many as it has references for, and the
+    others are counted. What they cost is rows: a picture's states are computed once."""
     max_triplets_per_split: Annotated[int, pydantic.Field(ge=1)] | None = None
     """Cut each split to this many triplets, the groups evenly; None keeps all."""
     max_triplets_per_group: Annotated[int, pydantic.Field(ge=1)] | None = None
@@ -116,6 +119,9 @@ def pair(source: Table, rules: PairRules, out: Path) -> Table:
     pairings = [each for of_split in splits.values() for each in of_split]
     met = {each.target.key for each in pairings} | {one.picture.key for each in pairings for one in each.references}
     met |= {each.name for each in told.left_out}
+    ways = {item.way for item in items if item.group is not None}
+    targets = Counter((each.target.key, each.columns["way"]) for each in pairings if each.columns["way"] in ways)
+    told.counts["further_triplets_of_a_target"] = targets.total() - len(targets)
     for picture in {one.key: one for item in items for one in (item.picture, *(item.references or ()))}.values():
         if picture.key not in met:
             told.leave_out("pictures_in_no_triplet", picture.key, "pair", "neither target nor reference of any triplet")
@@ -232,11 +238,11 @@ class _Group:
         chance = random.Random(f"references {self.rules.seed} {self.name}")
         least_used = _LeastUsed(members, chance)
         seen = [{item.picture.pixels} for item in members]  # what a target has met, first of all itself
-        wanted = self.rules.references_per_triplet
-        for _ in range(self.rules.triplets_per_target):
+        wanted, without = self.rules.references_per_triplet, set()
+        for turn in range(self.rules.triplets_per_target):
             for target in chance.sample(range(len(members)), len(members)):
                 item = members[target]
-                if item.prompt is None or item.picture.key in self.small:
+                if item.prompt is None or item.picture.key in self.small or target in without:
                     continue
                 chosen: list[int] = []
                 for position in least_used.of(item):
@@ -250,9 +256,12 @@ class _Group:
                 least_used.give_back(chosen, used=complete)
                 if complete:
                     yield item, [members[position] for position in chosen]
+                elif turn:  # the target has its triplets
+                    self.told.counts["further_triplets_without_reference"] += 1
                 else:
-                    reason = f"no {'further ' if len(seen[target]) > 1 else ''}reference in {self.name}"
-                    self._leave_out("triplets_without_reference", item, reason)
+                    without.add(target)
+                    few = f"{len(chosen)} of {wanted} references" if chosen else "no reference"
+                    self._leave_out("triplets_without_reference", item, f"{few} in {self.name}")
 
     def _alike(self, members: Sequence[Item]) -> set[frozenset[bytes]]:
         """Pairs of fingerprints that are too much alike to meet, though they differ."""

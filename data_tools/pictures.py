@@ -3,12 +3,15 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from data_tools.sources import LISTED
 from data_tools.stages import Table
-from data_tools.triplets import PICTURE_COLUMNS, LeftOut, Scanned
+from data_tools.triplets import PICTURE_COLUMNS, PROMPTS, LeftOut, Scanned
 from ztrain.rows import clean
+
+Lines = Literal["first", "all"]
+"""Of a caption: the first alone counts, or each is a caption."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +29,25 @@ class Pictures:
     """The same of what the listing named and did not take for a picture that can be used."""
     copies: dict[str, str]
     """Key -> why it is a copy, for usable ones that another picture stands for."""
+    has_clusters: bool
+    """Whether data_tools.dedup has looked for copies; if not, those with equal pixels are."""
     keep_copies: bool = False
     """Whether groups get copies too."""
+    lines: Lines | None = None
+    """What the lines of a caption are; None: one caption."""
+    further: Sequence[str] = ()
+    """Columns with further captions."""
 
     @classmethod
-    def read(cls, table: Table, keep_copies: bool) -> "Pictures":
+    def read(
+        cls, table: Table, keep_copies: bool, lines: Lines | None = None, further: Sequence[str] = ()
+    ) -> "Pictures":
         """Raises InputError for a table of something else."""
         names = set(table.columns)
         location = [name for name in PICTURE_COLUMNS if name != "cluster"]
         copies = [name for name in ("cluster", "copy_of", "copy_by", "copy_score") if name in names]
         found = table.read([*location, "refused", "refused_by", *copies])
-        pictures = cls(table, [], [], {}, {}, {}, keep_copies)
+        pictures = cls(table, [], [], {}, {}, {}, "cluster" in names, keep_copies, lines, further)
         for place, row in enumerate(found.to_pylist()):
             if row["refused"] is not None:
                 lost = pictures.passed_by if row["refused_by"] == LISTED else pictures.refused
@@ -77,6 +88,41 @@ class Pictures:
         values = self.table.read([name])[name].to_pylist()
         return [values[row] for row in self.rows]
 
+    def captions(self, column: str) -> dict[Scanned, "Captions"]:
+        """Of each usable picture what a column of texts and those of further ones say; nothing where there is no such
+        column. Raises InputError for a further one that is not there."""
+        columns = [self.column(column)] if column in self.table.columns else []
+        columns += [self.column(name) for name in self.further]
+        if not columns:
+            return dict.fromkeys(self.usable, Captions())
+        cells = zip(*columns, strict=True)
+        texts = (dict.fromkeys(text for value in row for text in self._texts(value)) for row in cells)
+        return dict(zip(self.usable, map(Captions, map(tuple, texts)), strict=True))
+
+    def _texts(self, value: object) -> list[str]:
+        """The captions that a cell holds."""
+        if not isinstance(value, str):
+            return []
+        lines = value.splitlines() if self.lines else [" ".join(value.split("\n"))]
+        texts = [text for text in map(clean, lines) if text]
+        return texts[:1] if self.lines == "first" else texts
+
+
+@dataclass(frozen=True, slots=True)
+class Captions:
+    """What is said of a picture, once each; the first is the prompt."""
+
+    texts: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> str | None:
+        return self.texts[0] if self.texts else None
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The column that holds the further ones, where there are some."""
+        return {PROMPTS: list(self.texts[1:])} if self.texts[1:] else {}
+
 
 @dataclass(slots=True)
 class Told:
@@ -89,9 +135,3 @@ class Told:
         """`what`: the name of the count."""
         self.counts[what] += 1
         self.left_out.append(LeftOut(name, stage, reason))
-
-
-def texts(pictures: Pictures, column: str) -> Sequence[str | None]:
-    """A column of texts; none at all where the table does not have it."""
-    values = pictures.column(column) if column in pictures.table.columns else [None] * len(pictures.usable)
-    return [clean(value) or None if isinstance(value, str) else None for value in values]

@@ -103,6 +103,7 @@ def _ties(item: Item, apart: Iterable[Tie]) -> Iterator[tuple[str, str]]:
     if "copies" in apart:
         for picture in (item.picture, *(item.references or ())):
             yield "copies", picture.cluster
+            yield "pixels", picture.pixels  # also of another style, whose pictures are no copies
     if "content" in apart and item.whole is not None:
         yield "content", folded(item.whole)
     if "style" in apart and item.group is not None:

@@ -309,12 +309,15 @@ def run_stage(
     return table
 
 
-def attach(source: Table, out: Path, columns: pa.Table, *, name: str, about: Any) -> Table:
-    """The table `source` with further columns that all of its rows decide, as one table in the order of its rows."""
+def attach(
+    source: Table, out: Path, columns: pa.Table, *, name: str, about: Any, facts: Mapping[str, Any] | None = None
+) -> Table:
+    """The table `source` with further columns that all of its rows decide, as one table in the order of its rows;
+    facts: beside those of `source`."""
     check_apart(source, out)
     given = fingerprint(name, about, source.shards)
     names = {shard: hashlib.blake2b(f"{shard} {given}".encode(), digest_size=16).hexdigest() for shard in source.shards}
-    table, start = Table(out, tuple(names.values()), source.roots, source.facts), 0
+    table, start = Table(out, tuple(names.values()), source.roots, {**source.facts, **(facts or {})}), 0
     with scratch_folder(out) as scratch:
         for shard, made in names.items():
             rows = read_shard(source.path(shard))

@@ -28,6 +28,8 @@ from ztrain.images import HEAD, decode_image, sniff
 from ztrain.rows import Triplet
 
 LEFT_OUT_NAME = "left_out.jsonl"
+PROMPTS = "prompts"
+"""Column of a row with further captions of its target, a list of texts; training takes one of all at a time."""
 _ROWS_PER_SHARD = 100_000
 _LONGEST_PART, _LONGEST_PATH = 200, 1000  # bytes; most file systems end at 255, and at 4096 for all of a path
 

@@ -37,7 +37,8 @@ def save(path: Path, seed: int, caption: str | None = None) -> Path:
 
 def run(folder: Path, out: Path, *, status: int = 0, **config: Any) -> dict[str, Any]:
     """The manifest of a build."""
-    (folder / "build.yaml").write_text(dump_yaml({"sources": ["in"], "dedup": None, **config}))
+    config = {"sources": ["in"], "dedup": None, "pair": {"triplets_per_target": 1}, **config}
+    (folder / "build.yaml").write_text(dump_yaml(config))
     words = ["--config", str(folder / "build.yaml"), "--out", str(out), "--workers", "1"]
     assert build(words) == status
     return json.loads((out / "manifest.json").read_text(encoding="utf-8")) if status == 0 else {}

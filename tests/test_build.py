@@ -70,7 +70,7 @@ def write_config(folder: Path, pair: dict[str, Any] | None = None, **styles: obj
     path = folder / "build.yaml"
     label = {"styles": {"contents": "contents.csv", **styles}}
     rules = {"max_refused_share": 0.0, "scan": {"min_side": 16}, "dedup": None}
-    pair = {"max_copy_score": 1.0, **(pair or {})}
+    pair = {"triplets_per_target": 1, "max_copy_score": 1.0, **(pair or {})}
     path.write_text(dump_yaml({"sources": ["images"], **rules, "label": label, "pair": pair}))
     return path
 

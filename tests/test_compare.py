@@ -46,7 +46,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("painted")
     paint_many_styles(folder / "paintings", {"train": (4, 3), "validation": (ROWS, 2)}, seed=1)
     label = {"styles": {"contents": "contents.csv", "splits": {"train": "train", "validation": "validation"}}}
-    rules = {"sources": ["images"], "dedup": None, "label": label, "pair": {"max_copy_score": 1.0}}
+    rules = {
+        "sources": ["images"],
+        "dedup": None,
+        "label": label,
+        "pair": {"triplets_per_target": 1, "max_copy_score": 1.0},
+    }
     (folder / "paintings/build.yaml").write_text(yaml.safe_dump(rules))
     assert build(["--config", str(folder / "paintings/build.yaml"), "--out", str(folder / "data")]) == 0
     return folder / "data"

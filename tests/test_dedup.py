@@ -6,15 +6,18 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import pyarrow as pa
 import pytest
 import tokenizers
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
-from data_tools import dedup, embed, filter, scan
+from data_tools import dedup, embed, filter, likeness, scan
 from data_tools.stages import Table, attach
 from tests.test_main_path import ROOT, shell
 from tests.test_scan import PHOTOS, needs_photos, paint
@@ -92,6 +95,30 @@ def test_copies_have_one_representative_by_rule(scanned: Path, mirrored: bool) -
             assert first["cluster"] == row["cluster"] and first["copy_of"] is None
             assert first["width"] * first["height"] >= row["width"] * row["height"]
     assert rows["coffee.png"]["cluster"] != rows["chelsea.png"]["cluster"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(*[st.sampled_from("abc")] * 3), min_size=1, max_size=14))
+def test_within_folders_copies_are_found_as_if_each_were_alone(given_rows: list[tuple[str, str, str]]) -> None:
+    """(folder, looks, pixels): of one folder those are one that share either, over any number of others."""
+    prints = {letter: np.random.default_rng(ord(letter)).bytes(likeness.BYTES) for letter in "abc"}
+    rows = [
+        {"source": "in", "name": f"{folder}/{number}.png", "digest": str(number), "pixels": pixels, "width": 9,
+         "height": 9, "bytes": 9, "caption": None, "likeness": prints[looks]}
+        for number, (folder, looks, pixels) in enumerate(given_rows)
+    ]  # fmt: skip
+    keys = [row["name"] for row in rows]
+    first, everywhere = dedup._within_folders(rows, keys, False), dedup._representatives(rows, keys, False)
+    graph = nx.Graph()
+    for number, (folder, looks, pixels) in enumerate(given_rows):
+        graph.add_edges_from([(number, (folder, "looks", looks)), (number, (folder, "pixels", pixels))])
+    pieces = [{node for node in piece if isinstance(node, int)} for piece in nx.connected_components(graph)]
+    assert all(len({int(first[number]) for number in piece}) == 1 for piece in pieces)
+    assert len(set(first.tolist())) == len(pieces) and (first[first] == first).all()
+    kept = sorted(set(first.tolist()))
+    told = dedup._alike(rows, first, everywhere)
+    assert told[dedup.EQUAL_KEPT] == len(kept) - len({given_rows[number][2] for number in kept})
+    assert sum(told.values()) == len(kept) - len(set(everywhere.tolist())) and min(told.values()) >= 0
 
 
 @needs_photos
@@ -232,7 +259,7 @@ def test_the_commands_of_the_page_run_as_written(tmp_path: Path) -> None:
     )
     rows = Table.open(tmp_path / "project/work/dedup").read().to_pylist()
     assert {row["source"] for row in rows} == {"photos", "drawings.tar"}
-    assert [row["caption"] for row in rows if row["caption"]] == ["picture 0", "picture 3"]
+    assert [row["caption"] for row in rows if row["caption"]] == ["picture\n0", "picture\n3"]
     assert not any(str(tmp_path) in json.dumps(row, default=str) for row in rows)
 
 

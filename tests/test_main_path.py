@@ -59,7 +59,7 @@ def paintings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("paintings")
     run("ztrain.mini.style_folders", "--out", str(folder / "drawings"))
     label = {"styles": {"contents": "contents.csv"}}
-    config = {"sources": ["images"], "label": label, "pair": {"max_triplets_per_split": 24}}
+    config = {"sources": ["images"], "label": label, "pair": {"triplets_per_target": 1, "max_triplets_per_split": 24}}
     (folder / "drawings" / "build.yaml").write_text(yaml.safe_dump(config))
     run("data_tools.build", "--config", str(folder / "drawings" / "build.yaml"), "--out", str(folder / "triplets"))
     return folder / "triplets"

@@ -10,18 +10,25 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_tools import likeness
+from data_tools import dedup, likeness
 from data_tools.build import main as build
+from data_tools.groups import StyleFolders
+from data_tools.inspect import main as inspect
+from data_tools.label import LabelRules
+from data_tools.label import label as label_table
+from data_tools.pack import main as pack
 from data_tools.pair import PairRules, TargetRules, make_pairings
 from data_tools.pictures import Told
 from data_tools.sources import Reader
 from data_tools.split import SplitRules, assign
-from data_tools.triplets import Cut, Item, Pairing, Reference, Scanned, _Names
+from data_tools.stages import Table, attach
+from data_tools.triplets import Cut, Item, Pairing, Reference, Scanned, _Names, read_items
 from tests.test_build import EMOJI, ROOT
 from tests.triplets import picture
 from ztrain.data import read_triplets
@@ -46,7 +53,10 @@ def item_lists(draw: st.DrawFn) -> list[Item]:
         style, content = draw(st.sampled_from("ABC")), f"c{draw(st.integers(0, 12))}"
         cluster = draw(st.one_of(st.none(), st.sampled_from(["x", "y"])))
         split = draw(st.one_of(st.none(), st.sampled_from(["train", "validation"])))
-        items.append(Item(picture=scanned(number, cluster), way="styles", group=style, content=content, whole=content,
+        one = scanned(number, cluster)
+        if twin := draw(st.sampled_from(["", "", "", "a", "b"])):  # the same file, perhaps in another style
+            one = replace(scanned(number, cluster, seed=ord(twin)), digest=twin, pixels=twin)
+        items.append(Item(picture=one, way="styles", group=style, content=content, whole=content,
                           prompt=draw(st.one_of(st.none(), st.just("a cat"))), split=split,
                           more={"style": style, "content": content}))  # fmt: skip
     return items
@@ -62,9 +72,10 @@ def test_splits_share_nothing_and_nothing_vanishes(items: list[Item], apart: set
         assert "hang together" in str(error) or "shares all that it has" in str(error)
         return
     assert len(kept) + len(told.left_out) == len(items) and told.counts.total() == len(told.left_out)
-    values = {"copies": lambda item: item.picture.cluster, "content": lambda item: item.whole}
-    for what in apart:
-        value = values.get(what, lambda item: item.group)
+    values = {"copies": lambda item: item.picture.cluster, "content": lambda item: item.whole,
+              "style": lambda item: item.group, "pixels": lambda item: item.picture.pixels}  # fmt: skip
+    for what in {*apart, "pixels"} if "copies" in apart else apart:
+        value = values[what]
         places: dict[Any, set[Any]] = {}
         for item in kept:
             places.setdefault(value(item), set()).add(item.split)
@@ -96,13 +107,16 @@ def test_styles_come_into_a_small_split_in_pairs() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(items=item_lists(), references=st.integers(1, 2), per_target=st.integers(1, 3), seed=st.integers(0, 2))
-def test_references_are_never_the_target(items: list[Item], references: int, per_target: int, seed: int) -> None:
+@given(items=item_lists(), references=st.integers(1, 3), per_target=st.integers(1, 4), seed=st.integers(0, 2),
+       most=st.sampled_from([likeness.COPY_SCORE, 1.0]))  # fmt: skip
+def test_references_are_never_the_target(
+    items: list[Item], references: int, per_target: int, seed: int, most: float
+) -> None:
     try:
         kept = assign(items, SplitRules(), Told())
     except InputError:
         return  # no splits: the test above
-    rules = PairRules(references_per_triplet=references, triplets_per_target=per_target, seed=seed)
+    rules = PairRules(references_per_triplet=references, triplets_per_target=per_target, max_copy_score=most, seed=seed)
     told, known = Told(), {item.picture.key: item for item in kept}
     try:
         splits = make_pairings(kept, rules, told)
@@ -111,19 +125,29 @@ def test_references_are_never_the_target(items: list[Item], references: int, per
         return
     made = [pairing for of_split in splits.values() for pairing in of_split]
     wanted = sum(item.prompt is not None for item in kept) * per_target
-    lost = told.counts["triplets_without_reference"] + told.counts["pairs_too_alike"]
+    lost = told.counts["further_triplets_without_reference"] + told.counts["pairs_too_alike"]
+    lost += told.counts["triplets_without_reference"] * per_target
     assert len(made) + lost == wanted
     assert told.counts["targets_without_prompt"] == sum(item.prompt is None for item in kept)
     met: Counter[tuple[str, str]] = Counter()
     for pairing in made:
         target = known[pairing.target.key]
-        assert len(pairing.references) == references and pairing.columns["copy_score"] <= rules.max_copy_score
+        assert len(pairing.references) == references and pairing.columns["copy_score"] <= most
+        pixels = {pairing.target.pixels, *(each.picture.pixels for each in pairing.references)}
+        assert len(pixels) == 1 + references, "two of them are one picture"
         for reference in pairing.references:
             other = known[reference.picture.key]
             assert (other.group, other.split) == (target.group, pairing.split)
             assert other.content != target.content and other.picture.cluster != target.picture.cluster
             met[target.picture.key, other.picture.key] += 1
     assert set(met.values()) <= {1}
+    # As many as there are references for: no target that has less than it may could have had one more.
+    turns = Counter(pairing.target.key for pairing in made)
+    for item in kept if most == 1 and references == 1 else ():
+        others = {other.picture.pixels for other in kept
+                  if (other.group, other.split) == (item.group, item.split) and other.content != item.content
+                  and other.picture.cluster != item.picture.cluster} - {item.picture.pixels}  # fmt: skip
+        assert item.prompt is None or turns[item.picture.key] == min(per_target, len(others))
     assert splits == make_pairings(kept, rules, Told())
 
 
@@ -154,7 +178,7 @@ def test_small_pictures_are_no_targets_where_the_resolution_is_known(capsys: pyt
 
     def paired(told: Told, **rules: Any) -> list[Pairing]:
         targets = TargetRules(resolution=64, **rules)
-        return make_pairings(items, PairRules(targets=targets, self_share=1.0), told)["train"]
+        return make_pairings(items, PairRules(targets=targets, triplets_per_target=1, self_share=1.0), told)["train"]
 
     with pytest.raises(InputError, match=r"2 of 5 targets must be enlarged by more than pair\.targets\.max_upscale"):
         paired(Told())
@@ -270,7 +294,7 @@ def test_clusters_of_embeddings(tmp_path: Path) -> None:
     assert str(tmp_path) not in text and str(WEIGHTS) not in text
 
 
-def test_copies_never_meet_and_never_cross_splits(tmp_path: Path) -> None:
+def test_copies_never_meet_and_never_cross_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     contents = ["id,prompt,split"]
     for number in range(12):
         contents.append(f"{number},thing {number},{'val' if number > 8 else 'train'}")
@@ -280,22 +304,45 @@ def test_copies_never_meet_and_never_cross_splits(tmp_path: Path) -> None:
     # A smaller copy within a style, one in the other style, one in the other split.
     for source, copy in (("style0/0", "style0/1"), ("style0/2", "style1/2"), ("style1/3", "style1/11")):
         Image.open(tmp_path / f"in/{source}.png").resize((90, 90)).save(tmp_path / f"in/{copy}.png", quality=60)
+    # The same bytes in the other style: of one content, and of a content of the other split.
+    for source, copy in (("style0/4", "style1/4"), ("style0/5", "style1/10")):
+        (tmp_path / f"in/{copy}.png").write_bytes((tmp_path / f"in/{source}.png").read_bytes())
+    every = {f"style{style}/{number}.png" for style in range(2) for number in range(12)}
     label = {"styles": {"contents": "contents.csv"}}
-    found = run(tmp_path, tmp_path / "out", label=label)
-    used = {name for of_split in found.values() for row in of_split for name in (row["target"], *row["references"])}
-    assert used == {f"style{style}/{number}.png" for style in range(2) for number in range(12)} - {
-        "style0/1.png", "style1/2.png", "style1/11.png"
-    }  # fmt: skip
-    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
-    assert manifest["shared"] == {"train and validation": {"pictures": 0, "copies": 0, "contents": 0, "styles": 2}}
-    left_out = [json.loads(line) for line in (tmp_path / "out/left_out.jsonl").read_text().splitlines()]
-    assert {(row["name"], row["stage"]) for row in left_out} == {
-        (f"in/{name}.png", "dedup") for name in ("style0/1", "style1/2", "style1/11")
-    }
-    kept = run(tmp_path, tmp_path / "kept", label={**label, "keep_copies": True})
-    assert sum(map(len, kept.values())) == 23  # the small split keeps its copy, the large one loses the original
-    assert counts(tmp_path / "kept")["left_out_of_a_split_for_another"] == 1
-    for row in (row for of_split in kept.values() for row in of_split):
+
+    def build_it(name: str, **config: Any) -> tuple[list[dict[str, Any]], set[str], set[tuple[str, str]]]:
+        found = run(tmp_path, tmp_path / name, label=label, **config)
+        rows = [row for of_split in found.values() for row in of_split]
+        shared = json.loads((tmp_path / name / "manifest.json").read_text())["shared"]
+        assert [shared["train and validation"][what] for what in ("pictures", "copies", "contents")] == [0, 0, 0]
+        left_out = [json.loads(line) for line in (tmp_path / name / "left_out.jsonl").read_text().splitlines()]
+        used = {name for row in rows for name in (row["target"], *row["references"])}
+        return rows, used, {(row["name"].removeprefix("in/"), row["stage"]) for row in left_out}
+
+    _, used, left_out = build_it("out")
+    assert left_out == {("style0/1.png", "dedup"), ("style1/11.png", "dedup"), ("style0/5.png", "split")}
+    assert used == every - {name for name, _ in left_out}
+    told = counts(tmp_path / "out")
+    assert (told["near_copies_of_other_folders_kept"], told["equal_pictures_of_other_folders_kept"]) == (1, 2)
+    assert told["copies_left_out"] == 2 and told["further_triplets_of_a_target"] > len(used)
+    capsys.readouterr()
+    assert inspect(["--data", str(tmp_path / "out"), "--out", str(tmp_path / "out.html")]) == 0
+    for page in (tmp_path / "out.html", tmp_path / "out/README.md"):
+        text = page.read_text()
+        assert all(words in text for words in ("near copies of other folders kept", "further triplets of a target"))
+    # Without dedup equal pixels are copies, but not of another style.
+    assert build_it("plain", dedup=None)[2] == {("style0/5.png", "split")}
+    _, used, left_out = build_it("across", dedup={"across_folders": True})
+    assert {each for each in left_out if each[1] == "dedup"} == {(f"{name}.png", "dedup") for name in
+                        ("style0/1", "style1/2", "style1/4", "style1/10", "style1/11")}  # fmt: skip
+    assert used == every - {name for name, _ in left_out} and "near_copies_of_other_folders_kept" not in counts(
+        tmp_path / "across"
+    )
+    label["keep_copies"] = True
+    rows, _, left_out = build_it("kept", pair={"triplets_per_target": 1})
+    # The small split keeps its copies, the large one loses the originals.
+    assert left_out == {("style1/3.png", "split"), ("style0/5.png", "split")} and len(rows) == 22
+    for row in rows:
         assert {row["target"], *row["references"]} != {"style0/0.png", "style0/1.png"}
         assert row["copy_score"] < likeness.COPY_SCORE
 
@@ -377,7 +424,9 @@ def test_every_picture_is_used_or_left_out_with_a_reason(tmp_path: Path, wish: s
     told = counts(tmp_path / "out")
     cut = told.pop("triplets_cut", 0)
     assert (cut > 0) == wish.startswith("cut")
-    without = {"pictures", "contents_of_other_splits", "contents_without_picture", "captions_given"}
+    without = {"pictures", "contents_of_other_splits", "contents_without_picture", "captions_given",
+               "further_triplets_of_a_target", "further_triplets_without_reference", dedup.EQUAL_KEPT,
+               dedup.ALIKE_KEPT}  # fmt: skip
     assert sum(count for name, count in told.items() if name not in without) == len(left_out)
     if wish in ("some styles", "clips"):  # nothing is lost to a copy that is not itself used
         assert "in/a/1.png" in used
@@ -414,7 +463,43 @@ def test_what_stands_for_copies_has_their_caption(tmp_path: Path) -> None:
         save(picture(number, 96, 96), tmp_path / f"in/{number}.png", None if number == 0 else "blocks")
     save(picture(0, 96, 96).resize((80, 80)), tmp_path / "in/small.png", "blue blocks")
     found = run(tmp_path, tmp_path / "out", split=ALL_IN_TRAIN, label={"styles": {}})["train"]
-    assert {row["target"]: row["prompt"] for row in found}["0.png"] == "blue blocks" and len(found) == 3
+    assert {row["target"]: row["prompt"] for row in found}["0.png"] == "blue blocks" and len(found) == 3 * 2
+
+
+def test_lines_of_a_caption_are_one_prompt_or_several(tmp_path: Path) -> None:
+    for number in range(3):
+        save(picture(number, 80, 80), tmp_path / f"in/{number}.png", f"blocks {number}")
+    (tmp_path / "in/0.txt").write_text("blue  blocks\r\n\n a wall \nblue blocks\n")
+    (tmp_path / "in/1.txt").unlink()
+    (tmp_path / "in/metadata.jsonl").write_text('{"file_name": "1.png", "text": "red\\nof clay"}\n')
+    prompts: dict[str | None, tuple[str, list[str] | None]] = {
+        None: ("blue blocks a wall blue blocks", None),
+        "first": ("blue blocks", None),
+        "all": ("blue blocks", ["a wall"]),
+    }  # fmt: skip
+    for lines, expected in prompts.items():
+        label = {"styles": {}} if lines is None else {"styles": {}, "captions": lines}
+        out = tmp_path / str(lines)
+        found = {row["target"]: row for row in run(tmp_path, out, label=label, split=ALL_IN_TRAIN)["train"]}
+        assert (found["0.png"]["prompt"], found["0.png"].get("prompts")) == expected
+        assert found["1.png"]["prompt"] == ("red of clay" if lines is None else "red")
+        assert counts(out).get("further_captions", 0) == (2 if lines == "all" else 0)
+    for form in ("webdataset", "parquet"):
+        packed = tmp_path / form
+        assert pack(["--data", str(tmp_path / "all"), "--out", str(packed), "--format", form]) == 0
+        kept = {row.prompt: row.columns.get("prompts") for row in read_triplets(str(packed), "train").triplets}
+        assert kept == {"blue blocks": ["a wall"], "red": ["of clay"], "blocks 2": None}
+    # What data_tools.caption has said in another column; a picture without a caption of its own has that as its prompt.
+    table = Table.open(tmp_path / "all.work/scan")
+    said = pa.table({"short": pa.array([None, "clay", "blocks 2"], pa.string())})
+    table = attach(table, tmp_path / "captioned", said, name="test", about=0)
+    rules = LabelRules(
+        styles=StyleFolders(caption_column="none"), further_captions=["caption", "short"], captions="all"
+    )
+    items = read_items(label_table(table, rules, tmp_path, tmp_path / "label"))
+    assert [(item.prompt, item.more.get("prompts")) for item in items] == [
+        ("blue blocks", ["a wall"]), ("red", ["of clay", "clay"]), ("blocks 2", None)
+    ]  # fmt: skip
 
 
 @settings(max_examples=60, deadline=None)
@@ -453,6 +538,9 @@ def test_a_card_is_text_whatever_styles_are_called(tmp_path: Path) -> None:
     ("config", "message"),
     [
         ({"label": {"alone": {}}}, "gets no triplet"),
+        ({"label": {"pairs": {"table": "pairs.jsonl"}, "captions": "all"}}, "a table or the config has all prompts"),
+        ({"label": {"pairs": {"table": "prompts.csv"}}}, "prompts must be a list of texts, as .jsonl has it"),
+        ({"label": {"styles": {}, "further_captions": ["short"]}}, "has no column short; run the stage that makes it"),
         ({"label": {"clusters": {}}}, "has no column embedding"),
         ({"label": {"before_after": {}}}, "before/: no pictures below it"),
         ({"label": {"styles": {"styles": ["oil"]}}}, "no style folder oil; found: in"),
@@ -473,6 +561,7 @@ def test_impossible_wishes(tmp_path: Path, config: dict[str, Any], message: str,
     for number in range(6):
         save(picture(number), tmp_path / f"in/{number}.png", random.Random(number).choice(["a", "b"]))
     (tmp_path / "pairs.jsonl").write_text('{"reference": "0.png", "target": "1.png", "prompt": "p", "split": 5}\n')
+    (tmp_path / "prompts.csv").write_text("reference,target,prompt,prompts\n0.png,1.png,p,q\n")
     (tmp_path / "twice.csv").write_text("reference,target,prompt,prompt\n0.png,1.png,p,q\n")
     (tmp_path / "build.yaml").write_text(dump_yaml({"sources": ["in"], **config}))
     assert build(["--config", str(tmp_path / "build.yaml"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 2

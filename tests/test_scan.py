@@ -119,7 +119,7 @@ def test_tars_and_tables_are_folders(tmp_path: Path) -> None:
     same = [[{k: v for k, v in row.items() if k in ("digest", "pixels", "caption", "likeness")} for row in table]
             for table in tables]  # fmt: skip
     assert same[0] == same[1] == same[2] and len(same[0]) == 7
-    assert [row["caption"] for row in same[0]][:4] == ["picture 0", None, None, "picture 3"]
+    assert [row["caption"] for row in same[0]][:4] == ["picture\n0", None, None, "picture\n3"]
     assert {row["caption_from"] for row in tables[2]} == {"column text", None}
     assert tables[2][5]["name"] == "pictures.parquet/image/005.png" and tables[1][0]["name"] == "pictures.tar/000.png"
 
@@ -261,7 +261,7 @@ def test_only_files_are_opened_and_reasons_name_no_folder(tmp_path: Path, capsys
     rows = table.read().to_pylist()
     assert str(tmp_path) not in str(rows)
     captions = {row["name"]: row["caption"] for row in rows if not row["refused"]}
-    assert captions == {"000.png": "picture 0", "1.png": "large", "2.PNG": "small"}
+    assert captions == {"000.png": "picture\n0", "1.png": "large", "2.PNG": "small"}
     assert table.facts["ignored"] == {".txt": 2, "links out of the sources": 1, "links to nothing": 1}
     refused = {f"{row['source']}/{row['name']}": row["refused"] for row in rows if row["refused"]}
     assert refused.pop("in/4.png") == "cannot be read (No such file or directory)"
@@ -318,7 +318,7 @@ def test_rows_of_parquet_files_have_the_names_and_captions_that_are_meant(tmp_pa
     reader = Reader({"it": place})
     found = {name: (int(reader.read(row)), row["caption"]) for name, row in rows.items() if not row["refused"]}
     assert found == {
-        "a.parquet/image/ink/cat.png": (0, "a b"), "a.parquet/a%2Fb/0": (10, "a b"),
+        "a.parquet/image/ink/cat.png": (0, "a\nb"), "a.parquet/a%2Fb/0": (10, "a\nb"),
         "a.parquet/image/ink/dog.png": (1, None), "a.parquet/a%2Fb/1": (11, None),
         "a.parquet/image/oil/cat.png": (2, "c"), "a.parquet/a%2Fb/2": (12, "c"),
         "b.parquet/image/0": (0, None), "b.parquet/image/1": (1, None), "b.parquet/image/2": (2, None),

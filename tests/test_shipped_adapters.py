@@ -86,7 +86,8 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Trials:
     folder = tmp_path_factory.mktemp("shipped")
     paint_many_styles(folder, {"train": (2, 2), "test": (12, 2)}, seed=5)
     styles = "{styles: {contents: contents.csv, splits: {train: train, test: test}}}"
-    (folder / "build.yaml").write_text(f"sources: [images]\ndedup: null\nlabel: {styles}\n")
+    pair = "pair: {triplets_per_target: 1}"
+    (folder / "build.yaml").write_text(f"sources: [images]\ndedup: null\nlabel: {styles}\n{pair}\n")
     assert build(["--config", str(folder / "build.yaml"), "--out", str(folder / "triplets")]) == 0
     config = load_config([Path("configs/siglip_lora.yaml"), Path("configs/miniature.yaml")])
     subject = Subject.load(WEIGHTS, 64, 0, torch.device("cpu"), num_inference_steps=6)

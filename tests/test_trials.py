@@ -32,7 +32,8 @@ def triplets(tmp_path_factory: pytest.TempPathFactory) -> list[Triplet]:
     folder = tmp_path_factory.mktemp("trials")
     paint_many_styles(folder, {"train": (2, 2), "test": (STYLES, PICTURES)})
     styles = "{styles: {contents: contents.csv, splits: {train: train, test: test}}}"
-    (folder / "build.yaml").write_text(f"sources: [images]\ndedup: null\nlabel: {styles}\n")
+    pair = "pair: {triplets_per_target: 1}"
+    (folder / "build.yaml").write_text(f"sources: [images]\ndedup: null\nlabel: {styles}\n{pair}\n")
     assert build(["--config", str(folder / "build.yaml"), "--out", str(folder / "triplets")]) == 0
     return read_triplets(str(folder / "triplets"), "test").triplets
 

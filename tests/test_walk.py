@@ -203,13 +203,13 @@ def test_the_nearest_words_are_the_caption(tmp_path: Path) -> None:
         (place / "ink" / name).write_text(text)
     rows, facts = listed(place)
     assert {name: (row["caption"], row["caption_from"]) for name, row in rows.items()} == {
-        "ink/1.png": ("1 by text", "sidecar .txt"),
+        "ink/1.png": ("1 by\ntext", "sidecar .txt"),
         "ink/2.png": ("2 by caption", "sidecar .caption"),
         "ink/3.png": ("3 by json", "sidecar .json"),
         "ink/4.png": ("4 by caption", "sidecar .caption"),
         "ink/5.png": ("5 by the table", "metadata.jsonl"),
         "ink/6.png": ("6 by the table above", "metadata.jsonl"),
-        "ink/deep/7.png": ("7 by the table above", "metadata.jsonl"),
+        "ink/deep/7.png": ("7 by\nthe table above", "metadata.jsonl"),
         f"ink/{NFD}.png": ("form", "metadata.csv"),
         "ink/Cat.png": ("case", "metadata.csv"),
         "ink/none.png": (None, None),

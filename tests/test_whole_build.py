@@ -153,7 +153,7 @@ def test_pictures_of_tars_and_several_places(tmp_path: Path) -> None:
         **CONFIG,
         "sources": ["in", "pack.tar"],
         "split": {"shares": {"train": 1, "validation": 1}},
-        "pair": {},
+        "pair": {"triplets_per_target": 1},
         "max_refused_share": 0.1,
     }
     (tmp_path / "build.yaml").write_text(dump_yaml(config))

@@ -359,6 +359,11 @@ def test_checkpoints_are_compared_and_the_run_marks_its_best_step(data: Path, tm
     assert list(best["steps"]) == ["2", "4"] and "largest" in best["rule"]  # nothing is trained at step 0
     assert best["step"] == int(max(best["steps"], key=lambda step: best["steps"][step][0]))
 
+    more = ("--init_from", str(run / "export"), "--output_dir", str(tmp_path / "next"), "--train.max_train_steps", "1")
+    assert train(settings(data, tmp_path / "out", *words, *more, experiment="lora")).exported is not None
+    following = json.loads((tmp_path / "next" / "best.json").read_text())["steps"]
+    assert list(following) == ["0", "1"] and following["0"] == best["steps"]["4"]  # where the source stood
+
     found = compare_checkpoints(config, run)
     assert [c.label for c in found.columns] == ["no image", "splice", "step 2", "step 4"]
     exported = compare(settings(data, tmp_path / "out", "--compare.adapters", str(run)))

@@ -96,8 +96,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     },
     "run": {
         "adapters", "blocks", "cache", "checkpoint", "config", "dit", "encoders", "export", "meter", "model", "models",
-        "batches", "flow", "prepare", "privacy", "resolve", "sample", "sampler", "samples", "scoring", "strategy",
-        "together", "tracking", "tune", "validate", "yamls",
+        "batches", "flow", "origin", "prepare", "privacy", "resolve", "sample", "sampler", "samples", "scoring",
+        "strategy", "together", "tracking", "tune", "validate", "yamls",
     },
     "train": {
         "batches", "checkpoint", "conditioning", "config", "entering", "flow", "interrupt", "launched", "memory",
@@ -105,6 +105,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     },
     "entering": {"checkpoint", "config", "together"},
     "from_checkpoint": {"checkpoint", "config", "dit", "export", "models", "resolve", "run"},
+    "origin": {"adapters", "checkpoint", "config", "export", "model", "models", "yamls"},
     "grid": set(),
     "intervals": set(),
     "features": {"encoders", "models", "tensors"},

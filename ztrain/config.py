@@ -401,6 +401,10 @@ class Config(_Section):
     resume_from_checkpoint: PathText = "none"
     """none: a fresh run; latest: the newest whole checkpoint of output_dir, or a fresh run where it has none; or the
     folder of a checkpoint."""
+    init_from: PathText | None = None
+    """An exported adapter, or the folder of a checkpoint, whose weights a fresh run starts from: each of its adapters
+    gives them to the one of its kind, adapters of other kinds start fresh. Optimizer, schedule and step start anew;
+    base and settings must be the same. A run that goes on from its own checkpoint does not read it again."""
     models: ModelsConfig = ModelsConfig()
     encoders: EncodersConfig = EncodersConfig()
     adapters: list[AnyAdapterConfig] = Field(default_factory=list)

@@ -35,6 +35,7 @@ from ztrain.flow import SigmaDensity, resolution_shift
 from ztrain.meter import environment
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype, check_trainable, identity
+from ztrain.origin import read_origin
 from ztrain.prepare import prepare
 from ztrain.privacy import own_config
 from ztrain.resolve import describe_dropouts, resolve, shift_of
@@ -69,6 +70,8 @@ class Run:
     density: SigmaDensity
     previews: Previews | None
     scoring: Scoring | None
+    origin: dict[str, Any] | None = None
+    """What its weights started from: `Origin.told`."""
     record: Record | None = None
     step: int = 0
     """Optimizer steps done."""
@@ -164,6 +167,9 @@ def make_optimizer(
 def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoint | None) -> Run:
     """Everything loaded and, where there is a checkpoint, restored from it."""
     check_trainable(config.models)
+    with together(accelerator):
+        origin = read_origin(config) if resumed is None else None
+        config = config if origin is None else origin.fitted(config)
     config = resolve(config, None if resumed is None else resumed.state["config"])
     t, device, dtype = config.train, accelerator.device, base_dtype(config.train.mixed_precision)
     strategy, say = strategy_of(accelerator), accelerator.print
@@ -206,6 +212,11 @@ def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoi
         if resumed is not None:
             _compare(run, resumed)
             model.load_trainable_state(resumed.tensors["trainable.safetensors"], str(resumed.path))
+            run.origin = resumed.state.get("init_from")
+        elif origin is not None:
+            origin.put_into(model, known)
+            run.origin = origin.told
+            say(f"{describe_list(origin.adapters)} starts from {origin.folder}, step {origin.step}")
     prepared = functools.partial(tune, run.model, config, cache, samples, say, device=device, strategy=strategy)
     if not strategy.cuts_base:
         prepared()  # before DDP comes, which counts every backward pass
@@ -337,6 +348,7 @@ def _state(run: Run) -> dict[str, Any]:
         "sigma_density": asdict(run.density),
         "schedule": run.schedule.state_dict(),
         "ema_steps": run.ema.optimization_step if run.ema is not None else 0,
+        **({} if run.origin is None else {"init_from": run.origin}),
     }
 
 
@@ -387,5 +399,6 @@ def export(run: Run) -> Path:
         state = run.strategy.whole(run.trained)
         with together(run.accelerator):
             if run.accelerator.is_main_process:
-                save_adapter(exported, run.model, run.config, run.identities, step=run.step, state=state)
+                known, origin = run.identities, run.origin
+                save_adapter(exported, run.model, run.config, known, step=run.step, state=state, origin=origin)
     return exported

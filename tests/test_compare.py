@@ -143,18 +143,20 @@ def test_shuffled_references_are_of_another_style_each_once(data: Path, compared
     config = two_lists(data, compared[0])
     cases, lost = read_cases(config, Cache(config).digests)
     assert lost == 0
-    given = exchanged(cases, config.seed)
+    given = [cases[other].references for other in exchanged(cases, config.seed).others]
     of = {case.look: case.columns["style"] for case in cases}
     looks = [tuple(known.digest for known in references) for references in given]
     assert all(of[look] != case.columns["style"] for look, case in zip(looks, cases, strict=True))
     assert sorted(looks) == sorted(case.look for case in cases)
-    alike = [replace(case, columns={"style": "one"}) for case in cases]
-    with pytest.raises(InputError, match="none can be shuffled"):
-        exchanged(alike, 0)
-    unnamed = [replace(case, columns={"style": None}) for case in cases]
-    assert all(a != b.references for a, b in zip(exchanged(unnamed, 0), unnamed, strict=True))
+    for style in ("one", None):
+        alike = [replace(case, columns={"style": style}) for case in cases]
+        found = exchanged(alike, 0)
+        assert all(cases[other].look != case.look for other, case in zip(found.others, cases, strict=True))
+        assert found.share == 0 and "are of the same style or of one that the data does not say" in found.words
     one_look = [replace(case, references=cases[0].references) for case in cases]
-    with pytest.raises(InputError, match="has the same references"):
+    with pytest.raises(
+        InputError, match="all .* rows have the same references, so none can be exchanged; compare more"
+    ):
         exchanged(one_look, 0)
 
 

@@ -68,7 +68,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
         "conditioning", "config", "digests", "images", "models", "store", "vision_language",
     },
     "fill": {"cache", "config", "digests", "encoders", "images", "models", "store", "vision_language"},
-    "samples": {"cache", "config", "data", "digests", "encoders", "images", "layout", "rows", "sampler"},
+    "exchange": set(),
+    "samples": {"cache", "config", "data", "digests", "encoders", "exchange", "images", "layout", "rows", "sampler"},
     "vigil": set(),
     "together": {"interrupt"},
     "tokens": {
@@ -111,12 +112,12 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "features": {"encoders", "models", "tensors"},
     "comparison": {"rows", "yamls"},
     "lineup": {
-        "adapters", "comparison", "config", "data", "digests", "export", "images", "rows", "sampler", "stats",
-        "yamls",
+        "adapters", "comparison", "config", "data", "digests", "exchange", "export", "images", "rows", "sampler",
+        "stats", "yamls",
     },
     "studio": {
-        "adapters", "aspects", "cache", "conditioning", "config", "digests", "dit", "encoders", "export", "flow",
-        "drawn", "images", "lineup", "model", "models", "sample",
+        "adapters", "aspects", "cache", "conditioning", "config", "digests", "dit", "encoders", "exchange", "export",
+        "flow", "drawn", "images", "lineup", "model", "models", "sample",
     },
     "judging": {"comparison", "config", "features", "images", "lineup", "metrics", "mini", "models"},
     "ranking": {"comparison", "intervals", "judging"},

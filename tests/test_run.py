@@ -437,7 +437,8 @@ def test_validation_and_previews_change_nothing_and_show_what_is_trained(place: 
              "--validation.sigmas", "0.1", "0.5", "0.9")  # fmt: skip
     done = finish(ALONE, place.words(tmp_path / "shown", *shown, *steps, *dropout))
     assert losses(tmp_path / "quiet") == losses(tmp_path / "shown")
-    assert done.stdout.count("validation loss") == 3
+    assert done.stdout.count(": validation loss") == 3
+    assert done.stdout.count("val/image_use: the references that are exchanged are of the same style or of one") == 1
     validated = [row for row in rows(tmp_path / "shown") if "val/loss" in row]
     assert [row["step"] for row in validated] == [0, 2, 4]
     for row in validated:

@@ -181,6 +181,9 @@ def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoi
     if config.validation.preview_steps or config.validation.score_steps:
         released_or(config.sample, defaults)  # refused before the cache is filled for hours
     cache, samples, kinds = prepare(config, device, accelerator)
+    if config.validation.validation_steps and (exchange := samples.held_out_pairs(config).exchange):
+        if exchange.words:
+            say(f"val/image_use: {exchange.words}")
     dit = load_transformer(Source.of(config.models.base), dtype, strategy.base_device)
     known = {"transformer": identity(dit, "transformer"), **cache.identities(kinds)}
     previews, scoring = _watchers(config, accelerator, cache, samples, strategy)
@@ -288,7 +291,13 @@ def after_step(run: Run, values: dict[str, float]) -> None:
         with _averaged(run):
             if run.is_validated():
                 losses = validation_losses(
-                    run.model, run.accelerator, run.config, run.cache, run.samples, equally_often=run.strategy.cuts_base
+                    run.model,
+                    run.accelerator,
+                    run.config,
+                    run.cache,
+                    run.samples,
+                    run.density,
+                    equally_often=run.strategy.cuts_base,
                 )
                 if not all(map(math.isfinite, losses.values())):
                     raise RuntimeError(f"step {run.step}: the validation loss is not finite")

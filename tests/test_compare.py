@@ -344,8 +344,9 @@ def test_axes_that_do_not_exist_are_named(data: Path, tmp_path: Path) -> None:
 
 
 def test_checkpoints_are_compared_and_the_run_marks_its_best_step(data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+    run, unguided = tmp_path / "run", ("--sample.guidance_scale", "0")
     words = (
+        *unguided,
         *("--output_dir", str(run), "--train.max_train_steps", "4", "--train.checkpointing_steps", "2"),
         *("--validation.validation_steps", "0", "--validation.preview_steps", "0", "--validation.score_steps", "2"),
         *("--validation.num_scored", "4", "--adapters.0.rank", "4"),
@@ -368,7 +369,7 @@ def test_checkpoints_are_compared_and_the_run_marks_its_best_step(data: Path, tm
 
     found = compare_checkpoints(config, run)
     assert [c.label for c in found.columns] == ["no image", "splice", "step 2", "step 4"]
-    exported = compare(settings(data, tmp_path / "out", "--compare.adapters", str(run)))
+    exported = compare(settings(data, tmp_path / "out", *unguided, "--compare.adapters", str(run)))
     assert exported.pictures[2] == found.pictures[3], "the last checkpoint is what was exported"
     marked = json.loads((run / "best.json").read_text())
     assert found.best.column is not None

@@ -69,6 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     },
     "fill": {"cache", "config", "digests", "encoders", "images", "models", "store", "vision_language"},
     "exchange": set(),
+    "stopping": set(),
     "samples": {"cache", "config", "data", "digests", "encoders", "exchange", "images", "layout", "rows", "sampler"},
     "vigil": set(),
     "together": {"interrupt"},
@@ -98,7 +99,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "run": {
         "adapters", "blocks", "cache", "checkpoint", "config", "dit", "encoders", "export", "meter", "model", "models",
         "batches", "flow", "origin", "prepare", "privacy", "resolve", "sample", "sampler", "samples", "scoring",
-        "strategy", "together", "tracking", "tune", "validate", "yamls",
+        "stopping", "strategy", "together", "tracking", "tune", "validate", "yamls",
     },
     "train": {
         "batches", "checkpoint", "conditioning", "config", "entering", "flow", "interrupt", "launched", "memory",

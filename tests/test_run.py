@@ -439,6 +439,7 @@ def test_validation_and_previews_change_nothing_and_show_what_is_trained(place: 
     assert losses(tmp_path / "quiet") == losses(tmp_path / "shown")
     assert done.stdout.count(": validation loss") == 3
     assert done.stdout.count("val/image_use: the references that are exchanged are of the same style or of one") == 1
+    assert "After 3 validations nothing can be said of a trend" in done.stdout.splitlines()[-1]
     validated = [row for row in rows(tmp_path / "shown") if "val/loss" in row]
     assert [row["step"] for row in validated] == [0, 2, 4]
     for row in validated:

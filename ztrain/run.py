@@ -43,6 +43,7 @@ from ztrain.sample import released_or
 from ztrain.sampler import SampleKey
 from ztrain.samples import Samples, write_manifest
 from ztrain.scoring import Scoring
+from ztrain.stopping import advice
 from ztrain.strategy import Strategy, strategy_of
 from ztrain.together import together
 from ztrain.tracking import Record
@@ -399,6 +400,13 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
     run.step = found.step
     if run.schedule.last_epoch != run.step:
         raise InputError(f"{found.path}: its schedule stands at step {run.schedule.last_epoch}, not {run.step}")
+
+
+def advised(run: Run) -> str:
+    """What the validations say of when to stop, on the main process; else empty."""
+    if run.record is None:
+        return ""
+    return advice(run.record.rows(), checkpoint.best_step(run.folder), reads=bool(run.config.reads))
 
 
 def export(run: Run) -> Path:

@@ -839,7 +839,7 @@ def test_a_refused_state_of_no_single_sample_is_an_error(family: Path, data: Pat
     config = Config.model_validate_json(json.dumps(dumped))
     cache = Cache(config)
     samples = read_samples(config, cache)
-    _, others = samples.held_out_pairs(config)
+    others = samples.held_out_pairs(config).others
     request = Request(state="fused", pictures=others[0].references, text=others[0].prompt)
     with workspace(cache.folder) as scratch:
         cache.store("fused").write("x", [Entry(key=request.key, label="it", parts={}, refused="too odd")], scratch)
@@ -858,8 +858,30 @@ def test_validation_needs_two_different_references(family: Path, data: Path, tmp
         all_needs(config, samples)
     manifest.write_text(manifest.read_text().replace("ref-0-0", "ref-1-0", 1))
     samples = read_samples(config, cache)
-    for mine, theirs in zip(*samples.held_out_pairs(config), strict=True):
+    pairs = samples.held_out_pairs(config)
+    assert (
+        pairs.exchange is not None and "of the same style or of one that the data does not say" in pairs.exchange.words
+    )
+    for mine, theirs in zip(pairs.own, pairs.others, strict=True):
         assert mine.prompt == theirs.prompt and mine.references[0].digest != theirs.references[0].digest
+
+
+def test_validation_exchanges_references_between_styles_where_rows_say_theirs(
+    family: Path, data: Path, tmp_path: Path
+) -> None:
+    own = shutil.copytree(data, tmp_path / "data")
+    manifest = own / "validation" / "metadata.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    lines = [json.dumps({**row, "style": "ink" if i < 2 else "oil"}) for i, row in enumerate(rows)]
+    manifest.write_text("\n".join(lines) + "\n")
+    styles = {row["reference_file_names"][0]: i < 2 for i, row in enumerate(rows)}
+    for seed in ("0", "1", "2", "3"):
+        config = tiny_config(family, own, tmp_path / "cache", "--seed", seed)
+        pairs = read_samples(config, Cache(config)).held_out_pairs(config)
+        assert pairs.exchange is not None and pairs.exchange.share == 1 and not pairs.exchange.words
+        for mine, theirs in zip(pairs.own, pairs.others, strict=True):
+            names = [Path(sample.references[0].picture.name).name for sample in (mine, theirs)]
+            assert styles[names[0]] != styles[names[1]] and mine.target == theirs.target
 
 
 def test_a_difference_that_is_not_finite_is_one() -> None:

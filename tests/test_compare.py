@@ -151,18 +151,20 @@ def test_shuffled_references_are_of_another_style_each_once(data: Path, compared
     config = two_lists(data, compared[0])
     cases, lost = read_cases(config, Cache(config).digests)
     assert lost == 0
-    given = exchanged(cases, config.seed)
+    given = [cases[other].references for other in exchanged(cases, config.seed).others]
     of = {case.look: case.columns["style"] for case in cases}
     looks = [tuple(known.digest for known in references) for references in given]
     assert all(of[look] != case.columns["style"] for look, case in zip(looks, cases, strict=True))
     assert sorted(looks) == sorted(case.look for case in cases)
-    alike = [replace(case, columns={"style": "one"}) for case in cases]
-    with pytest.raises(InputError, match="none can be shuffled"):
-        exchanged(alike, 0)
-    unnamed = [replace(case, columns={"style": None}) for case in cases]
-    assert all(a != b.references for a, b in zip(exchanged(unnamed, 0), unnamed, strict=True))
+    for style in ("one", None):
+        alike = [replace(case, columns={"style": style}) for case in cases]
+        found = exchanged(alike, 0)
+        assert all(cases[other].look != case.look for other, case in zip(found.others, cases, strict=True))
+        assert found.share == 0 and "are of the same style or of one that the data does not say" in found.words
     one_look = [replace(case, references=cases[0].references) for case in cases]
-    with pytest.raises(InputError, match="has the same references"):
+    with pytest.raises(
+        InputError, match="all .* rows have the same references, so none can be exchanged; compare more"
+    ):
         exchanged(one_look, 0)
 
 
@@ -361,8 +363,9 @@ def test_axes_that_do_not_exist_are_named(data: Path, tmp_path: Path) -> None:
 
 
 def test_checkpoints_are_compared_and_the_run_marks_its_best_step(data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+    run, unguided = tmp_path / "run", ("--sample.guidance_scale", "0")
     words = (
+        *unguided,
         *("--output_dir", str(run), "--train.max_train_steps", "4", "--train.checkpointing_steps", "2"),
         *("--validation.validation_steps", "0", "--validation.preview_steps", "0", "--validation.score_steps", "2"),
         *("--validation.num_scored", "4", "--adapters.0.rank", "4"),
@@ -378,9 +381,14 @@ def test_checkpoints_are_compared_and_the_run_marks_its_best_step(data: Path, tm
     assert list(best["steps"]) == ["2", "4"] and "largest" in best["rule"]  # nothing is trained at step 0
     assert best["step"] == int(max(best["steps"], key=lambda step: best["steps"][step][0]))
 
+    more = ("--init_from", str(run / "export"), "--output_dir", str(tmp_path / "next"), "--train.max_train_steps", "1")
+    assert train(settings(data, tmp_path / "out", *words, *more, experiment="lora")).exported is not None
+    following = json.loads((tmp_path / "next" / "best.json").read_text())["steps"]
+    assert list(following) == ["0", "1"] and following["0"] == best["steps"]["4"]  # where the source stood
+
     found = compare_checkpoints(config, run)
     assert [c.label for c in found.columns] == ["no image", "splice", "step 2", "step 4"]
-    exported = compare(settings(data, tmp_path / "out", "--compare.adapters", str(run)))
+    exported = compare(settings(data, tmp_path / "out", *unguided, "--compare.adapters", str(run)))
     assert exported.pictures[2] == found.pictures[3], "the last checkpoint is what was exported"
     marked = json.loads((run / "best.json").read_text())
     assert found.best.column is not None

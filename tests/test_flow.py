@@ -1,6 +1,7 @@
 """The path's algebra, the schedules against diffusers' scheduler, and the counter-based draws."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,16 +10,20 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from ztrain.config import Config
 from ztrain.flow import (
     SigmaDensity,
     draw_dropout,
     draw_noise,
     draw_sigma,
+    draw_sigmas,
     euler_step,
     interpolate,
     keep_prior,
     loss_weight,
+    quantile,
     resolution_shift,
     sampler_noise,
     shift_sigma,
@@ -26,6 +31,7 @@ from ztrain.flow import (
     velocity_losses,
 )
 from ztrain.sampler import SampleKey
+from ztrain.validate import fixed_sigmas
 
 KEYS = [SampleKey(seed, epoch, index) for seed in (0, 1) for epoch in (0, 3) for index in (0, 1, 70000)]
 
@@ -43,6 +49,33 @@ def test_exact_velocity_has_zero_loss_and_euler_recovers_the_latents() -> None:
         assert torch.allclose(noisy, interpolate(latents, noise, float(sigma)), atol=1e-5)
         [noisy] = euler_step([noisy], [velocity], sigma, next_sigma)
     assert torch.allclose(noisy, latents, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "scheduler_table"])
+@pytest.mark.parametrize("shift", [1.0, 6.0])
+def test_quantiles_are_those_of_the_draws(sampling: Any, shift: float) -> None:
+    density = SigmaDensity(sampling, shift, logit_mean=0.3, logit_std=0.8)
+    drawn = draw_sigmas(200_000, density, torch.Generator().manual_seed(0))
+    for share in (0.003, 0.1, 0.5, 0.9, 0.999):
+        below = float((drawn <= quantile(density, share) + 1e-6).float().mean())
+        # Five deviations of a share among so many draws, and an entry of the table.
+        assert abs(below - share) < 5 * math.sqrt(share * (1 - share) / len(drawn)) + 1e-3 * (
+            sampling == "scheduler_table"
+        )
+
+
+def test_validation_looks_where_the_run_trains() -> None:
+    def fixed(density: SigmaDensity, sigmas: Any = "auto") -> list[float]:
+        return fixed_sigmas(Config.model_validate({"validation": {"sigmas": sigmas}}), density)
+
+    assert fixed(SigmaDensity("uniform", 1.0)) == [0.1, 0.3, 0.5, 0.7, 0.9, 1.0]
+    assert fixed(SigmaDensity("uniform", 6.0)) == [0.4, 0.72, 0.857, 0.933, 0.982, 1.0]  # Z-Image's own shift
+    assert fixed(SigmaDensity("scheduler_table", 3.0)) == [0.25, 0.562, 0.75, 0.875, 0.964, 1.0]
+    assert fixed(SigmaDensity("logit_normal", 6.0))[2] == 0.857
+    assert fixed(SigmaDensity("uniform", 1e6)) == [1.0] and fixed(SigmaDensity("uniform", 1e-6))[0] == 0.001
+    assert fixed(SigmaDensity("uniform", 6.0), (0.5, 0.2)) == [0.5, 0.2]
+    with pytest.raises(ValidationError, match="must be auto, or one or more numbers above 0"):
+        fixed(SigmaDensity(), (0.0, 0.5))
 
 
 @pytest.mark.parametrize("shift", [3.0, 6.0])

@@ -499,6 +499,9 @@ def test_what_was_chosen_on_these_rows_is_said_beside_the_answer(made: tuple[Pat
     (said,) = caveats(made[1].model_copy(update=update))
     assert "chosen among 3 checkpoints on these same rows" in said and "compare it on other rows" in said
     assert caveats(made[1]) == []  # one splice, and adapters that people named
+    alike = [row.model_copy(update={"style": "ink"}) for row in made[1].rows]
+    (said,) = caveats(made[1].model_copy(update={"rows": alike}))
+    assert said.startswith("No two styles are named: shuffled references may be of the same style")
 
 
 def test_a_baseline_of_little_style_is_not_the_whole_truth(made: tuple[Path, Comparison]) -> None:

@@ -449,7 +449,9 @@ def test_validation_and_previews_change_nothing_and_show_what_is_trained(place: 
              "--validation.sigmas", "0.1", "0.5", "0.9")  # fmt: skip
     done = finish(ALONE, place.words(tmp_path / "shown", *shown, *steps, *dropout))
     assert losses(tmp_path / "quiet") == losses(tmp_path / "shown")
-    assert done.stdout.count("validation loss") == 3
+    assert done.stdout.count(": validation loss") == 3
+    assert done.stdout.count("val/image_use: the references that are exchanged are of the same style or of one") == 1
+    assert "After 3 validations nothing can be said of a trend" in done.stdout.splitlines()[-1]
     validated = [row for row in rows(tmp_path / "shown") if "val/loss" in row]
     assert [row["step"] for row in validated] == [0, 2, 4]
     for row in validated:
@@ -612,6 +614,26 @@ def test_averaged_weights_are_what_is_exported(place: Place, tmp_path: Path) -> 
     for name, tensor in average.items():
         assert torch.allclose(exported_weights[name.replace("adapters.0.", "projector.")], tensor, atol=1e-6)
         assert not torch.equal(files[-1][name], tensor)
+
+
+def test_a_run_that_starts_from_another_goes_on_without_it(place: Place, tmp_path: Path) -> None:
+    """A fresh run with the weights of another; its resume does not read them again, and says where it began."""
+    first, whole, cut = (tmp_path / name for name in ("first", "whole", "cut"))
+    finish(ALONE, place.words(first, *QUIET, "--train.max_train_steps", "2", name="siglip"))
+    more = (*QUIET, "--init_from", str(first / "export"), "--train.checkpointing_steps", "2", "--train.max_train_steps")
+    said = finish(ALONE, place.words(whole, *more, "3")).stdout
+    assert f"[siglip] starts from {first / 'export'}, step 2" in said and len(losses(whole)) == 3
+    finish(ALONE, place.words(cut, *more, "2"))
+    shutil.rmtree(first)
+    refused = finish(ALONE, place.words(cut, *QUIET, *LATEST, "--train.max_train_steps", "3"), 2).stderr
+    assert f'may not change on resume: init_from: "{first / "export"}" -> null' in refused
+    finish(ALONE, place.words(cut, *more, "3", *LATEST))
+    assert losses(cut) == losses(whole) and exported(cut) == exported(whole)
+    origin = json.loads(exported(cut)["adapter_config.json"])["init_from"]
+    assert origin["name"] == "first" and origin["step"] == 2 and origin["adapters"] == ["siglip"]
+    shutil.rmtree(cut)
+    refused = finish(ALONE, place.words(cut, *more, "3", *LATEST), 2).stderr
+    assert "is neither an exported adapter" in refused and not (cut / "metrics.jsonl").exists()
 
 
 def test_the_adapter_of_a_checkpoint_is_what_the_run_exports(

@@ -190,7 +190,9 @@ def test_a_lora_whose_first_block_reads_what_nobody_trains(place: Place, tmp_pat
 
 
 def test_a_projector_and_accumulation_under_fsdp2(place: Place, tmp_path: Path) -> None:
-    more = ("--train.max_train_steps", "4")
+    """From the weights of another run."""
+    alone(place.words(tmp_path / "first", "--train.max_train_steps", "1", name="projector"))
+    more = ("--train.max_train_steps", "4", "--init_from", str(tmp_path / "first" / "export"))
     alone(place.words(tmp_path / "one", *more, name="projector"))
     two = ("--train.train_batch_size", "1", "--train.gradient_accumulation_steps", "2")
     shared(of_fsdp2(), 2, place.words(tmp_path / "two", *more, *two, name="projector"))

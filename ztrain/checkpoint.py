@@ -199,17 +199,17 @@ def prune(folder: Path, keep: int) -> None:
 
     `folder`: `<run>/checkpoints`. Call it after the newest has been verified.
     """
-    best = _best_step(folder.parent / BEST_NAME)
+    best = best_step(folder.parent)
     for path in checkpoints(folder)[:-keep]:
         if _step_of(path) != best:
             condemned = files.condemn(path)
             shutil.rmtree(condemned) if condemned.is_dir() else condemned.unlink()
 
 
-def _best_step(path: Path) -> int | None:
-    """None where the file is not there, not readable or names no step: retention never ends a run."""
+def best_step(run: Path) -> int | None:
+    """What best.json names. None where it is not there, not readable or names no step: it never ends a run."""
     try:
-        told = json.loads(files.read_text(path, "json"))
+        told = json.loads(files.read_text(run / BEST_NAME, "json"))
     except (OSError, ValueError, RecursionError):
         return None
     step = told.get("step") if isinstance(told, dict) else None

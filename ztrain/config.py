@@ -243,8 +243,10 @@ class ValidationConfig(_Section):
     """Optimizer steps between two validations, the first at step 0; 0 = never."""
     num_samples: int = Field(default=32, ge=2)
     """Held-out triplets, spread evenly over the split."""
-    sigmas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    """Noise levels at which the loss is measured, each with the same noise every time."""
+    sigmas: tuple[float, ...] | Literal["auto"] = "auto"
+    """Noise levels at which the loss is measured, each with the same noise every time. auto: where the run trains, at
+    five quantiles of its own sigmas (10, 30, 50, 70, 90 %), and pure noise, where nothing but prompt and reference
+    tell what is to come."""
     preview_steps: int = Field(default=500, ge=0)
     """Optimizer steps between two preview grids, the first at step 0; 0 = never."""
     num_previews: int = Field(default=4, ge=1)
@@ -257,8 +259,8 @@ class ValidationConfig(_Section):
 
     @model_validator(mode="after")
     def _inside(self) -> "ValidationConfig":
-        if not self.sigmas or not all(0.0 < sigma <= 1.0 for sigma in self.sigmas):
-            raise ValueError(f"sigmas {self.sigmas} must be one or more numbers above 0 and at most 1")
+        if self.sigmas != "auto" and not (self.sigmas and all(0.0 < sigma <= 1.0 for sigma in self.sigmas)):
+            raise ValueError(f"sigmas {self.sigmas} must be auto, or one or more numbers above 0 and at most 1")
         return self
 
 
@@ -410,6 +412,10 @@ class Config(_Section):
     resume_from_checkpoint: PathText = "none"
     """none: a fresh run; latest: the newest whole checkpoint of output_dir, or a fresh run where it has none; or the
     folder of a checkpoint."""
+    init_from: PathText | None = None
+    """An exported adapter, or the folder of a checkpoint, whose weights a fresh run starts from: each of its adapters
+    gives them to the one of its kind, adapters of other kinds start fresh. Optimizer, schedule and step start anew;
+    base and settings must be the same. A run that goes on from its own checkpoint does not read it again."""
     models: ModelsConfig = ModelsConfig()
     encoders: EncodersConfig = EncodersConfig()
     adapters: list[AnyAdapterConfig] = Field(default_factory=list)

@@ -71,24 +71,37 @@ def encoder_identities(encoders: Encoders) -> Identities:
 
 
 def save_adapter(
-    folder: Path, model: AdaptedDiT, config: Config, known: Identities, *, step: int, state: Weights | None = None
+    folder: Path,
+    model: AdaptedDiT,
+    config: Config,
+    known: Identities,
+    *,
+    step: int,
+    state: Weights | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes every file of the adapter list, in float32 also on a bf16 base: then a reload is bit-exact. state: the
-    trained weights, where the model holds parts of them only.
+    trained weights, where the model holds parts of them only; origin: what the run started from (`Origin.told`).
 
     The folder appears whole, in place of an older one. Raises InputError."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
         raise InputError(f"{folder}: holds something else than an adapter; remove it or choose another place")
     try:
         with new_folder(folder) as building:
-            _write_adapter(building, model, config, known, step, state)
+            _write_adapter(building, model, config, known, step, state, origin)
     except (OSError, SafetensorError) as error:
         raise InputError(cannot_write(folder, error)) from error
     return folder
 
 
 def _write_adapter(
-    folder: Path, model: AdaptedDiT, config: Config, known: Identities, step: int, state: Weights | None
+    folder: Path,
+    model: AdaptedDiT,
+    config: Config,
+    known: Identities,
+    step: int,
+    state: Weights | None,
+    origin: Mapping[str, Any] | None,
 ) -> None:
     tensors: dict[str, dict[str, Tensor]] = {}
     metadata: dict[str, dict[str, str]] = {}
@@ -119,6 +132,7 @@ def _write_adapter(
         "identity": known,
         "files": {name: _sha256(folder / name) for name in sorted([*tensors, *copied])},
         "step": step,
+        **({} if origin is None else {"init_from": dict(origin)}),
     }
     (folder / CARD_FILE).write_text(_model_card(config, document), encoding="utf-8")
     (folder / CONFIG_FILE).write_text(sealed(document), encoding="utf-8")
@@ -189,10 +203,16 @@ def _model_card(config: Config, document: dict[str, Any]) -> str:
         f'pipe = ZImagePipeline.from_pretrained({quoted(base)}, torch_dtype=torch.bfloat16).to("cuda")\n'
         "adapted = ztrain.load_adapter(pipe, folder)\nimages = adapted(prompt, reference)\n```\n\n"
     )
+    began = ""
+    if (origin := document.get("init_from")) is not None:
+        began = (
+            f" Its {', '.join(origin['adapters'])} began with the weights of `{_UNSHOWN.sub(' ', origin['name'])}` at"
+            f" step {origin['step']}."
+        )
     return (
         f"---\n{data.to_yaml()}\n---\n\n# ztrain adapter `{kinds}`\n\n"
         f"Reference-image adapter for `{_UNSHOWN.sub(' ', base)}`, trained for {document['step']} steps with ztrain"
-        f" {document['ztrain_version']}.\n\n{example}" + (lora if "lora" in kinds else "")
+        f" {document['ztrain_version']}.{began}\n\n{example}" + (lora if "lora" in kinds else "")
     )
 
 
@@ -312,10 +332,16 @@ def check_identity(exported: ExportedAdapter, found: Identities) -> None:
                 flush=True,
             )
             continue
-        raise InputError(
-            f"{exported.folder}: made for another {role}: its {part} hash is {expected[part]},"
-            f" this one's is {found[role][part]}; load the model it was trained on"
-        )
+        raise another_model(exported.folder, role, expected, found[role])
+
+
+def another_model(folder: Path, role: str, expected: Mapping[str, str], found: Mapping[str, str]) -> InputError:
+    """The sentence for weights that were trained beside another model than the one found."""
+    part = "config" if found["config"] != expected["config"] else "weights"
+    return InputError(
+        f"{folder}: made for another {role}: its {part} hash is {expected[part]},"
+        f" this one's is {found[part]}; load the model it was trained on"
+    )
 
 
 def adapt(dit: Any, exported: ExportedAdapter) -> AdaptedDiT:

@@ -126,6 +126,19 @@ def _sigma(shape: tuple[int, ...], density: SigmaDensity, generator: torch.Gener
     return shift_sigma(sigma, density.shift)
 
 
+def quantile(density: SigmaDensity, share: float) -> float:
+    """The sigma below which `share`, in (0, 1), of all draws lie; of the table the smallest entry that is enough."""
+    part = torch.tensor(share, dtype=torch.float64)
+    match density.sampling:
+        case "uniform":
+            sigma = part
+        case "logit_normal":
+            sigma = torch.sigmoid(density.logit_mean + density.logit_std * torch.special.ndtri(part))
+        case "scheduler_table":
+            sigma = (part * TABLE_SIZE).ceil() / TABLE_SIZE
+    return float(shift_sigma(sigma, density.shift))
+
+
 def draw_dropout(counter: Counter) -> float:
     """One number from [0, 1) that decides what a sample is trained without."""
     return float(torch.rand((), generator=counter_generator(counter, _DROPOUT_STREAM)))

@@ -41,4 +41,4 @@ def export_checkpoint(config: Config, path: Path, out: Path) -> Path:
     model = make_model(config, dit)
     weights = found.tensors.get("ema.safetensors", found.tensors["trainable.safetensors"])
     model.load_trainable_state(weights, str(path))
-    return save_adapter(out, model, config, known, step=found.step)
+    return save_adapter(out, model, config, known, step=found.step, origin=found.state.get("init_from"))

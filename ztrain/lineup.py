@@ -5,7 +5,6 @@ In: an experiment, its data set or a file of prompts and a folder of pictures, e
 """
 
 import itertools
-import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from ztrain.config import Config, EncodersConfig, SampleConfig, list_reads
 from ztrain.data import read_triplets
 from ztrain.digests import Digests, Known
 from ztrain.errors import InputError
+from ztrain.exchange import Exchange, exchange, style_of
 from ztrain.export import CONFIG_FILE, ExportedAdapter, read_adapter
 from ztrain.files import read_text
 from ztrain.images import Picture, PictureFile, check_reference
@@ -149,31 +149,11 @@ def _known(pictures: Sequence[Picture], config: Config, digests: Digests) -> lis
     return [known for known in found if isinstance(known, Known)]
 
 
-def exchanged(cases: Sequence[Case], seed: int) -> list[tuple[Known, ...]]:
-    """For each row another row's references: of another style where styles are known, else other pictures.
-
-    In an order of the seed; every row's are given away once or, where styles come unevenly, nearly so. Raises
-    InputError where all are alike.
-    """
-    kinds = [str(case.look if case.columns.get("style") is None else case.columns["style"]) for case in cases]
-    looks = [case.look for case in cases]
-    if len(set(kinds)) < 2:
-        raise InputError(
-            f"all {len(cases)} rows have references of one kind, so none can be shuffled; compare more, or leave out "
-            "compare.shuffled"
-        )
-    order = random.Random(f"shuffled references {seed}").sample(range(len(cases)), len(cases))
-    # Rows of one kind stand together, so that a turn by the largest kind gives none its own.
-    order.sort(key=lambda row: kinds[row])
-    turn = max(kinds.count(kind) for kind in set(kinds))
-    given: list[tuple[Known, ...]] = [()] * len(cases)
-    for place, row in enumerate(order):
-        following = (order[(place + turn + step) % len(order)] for step in range(len(order)))
-        others = (other for other in following if kinds[other] != kinds[row] and looks[other] != looks[row])
-        if (other := next(others, None)) is None:
-            raise InputError(f"{cases[row].where}: every row of another style has the same references; compare more")
-        given[row] = cases[other].references
-    return given
+def exchanged(cases: Sequence[Case], seed: int) -> Exchange:
+    """For each row another one, whose references it is shown. Raises InputError where all are alike."""
+    styles = [style_of(case.columns) for case in cases]
+    mend = "compare more, or leave out compare.shuffled"
+    return exchange(styles, [case.look for case in cases], seed, "rows", mend)
 
 
 # Columns

@@ -15,7 +15,7 @@ from ztrain.models import public_name
 _SECRET_KEY = re.compile(r"(token|key|secret|password|passwd|credentials?)$", re.IGNORECASE)
 # Keys whose text is a folder, a file or a Hub id; compare's adapters and presets are lists of folders and files.
 _PATH_KEY = re.compile(
-    r"(_or_path|(^|_)(path|dir|file|folder)|resume_from_checkpoint|adapters|presets|prompts|references|truth)$"
+    r"(_or_path|(^|_)(path|dir|file|folder)|resume_from_checkpoint|init_from|adapters|presets|prompts|references|truth)$"
 )
 _SECRET_TEXT = re.compile(
     r"\bhf_[A-Za-z0-9]{8,}"  # Hugging Face

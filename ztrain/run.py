@@ -35,6 +35,7 @@ from ztrain.flow import SigmaDensity, resolution_shift
 from ztrain.meter import environment
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype, check_trainable, identity
+from ztrain.origin import read_origin
 from ztrain.prepare import prepare
 from ztrain.privacy import own_config
 from ztrain.resolve import describe_dropouts, resolve, shift_of
@@ -42,6 +43,7 @@ from ztrain.sample import released_or
 from ztrain.sampler import SampleKey
 from ztrain.samples import Samples, write_manifest
 from ztrain.scoring import Scoring
+from ztrain.stopping import advice
 from ztrain.strategy import Strategy, strategy_of
 from ztrain.together import together
 from ztrain.tracking import Record
@@ -69,6 +71,8 @@ class Run:
     density: SigmaDensity
     previews: Previews | None
     scoring: Scoring | None
+    origin: dict[str, Any] | None = None
+    """What its weights started from: `Origin.told`."""
     record: Record | None = None
     step: int = 0
     """Optimizer steps done."""
@@ -164,6 +168,9 @@ def make_optimizer(
 def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoint | None) -> Run:
     """Everything loaded and, where there is a checkpoint, restored from it."""
     check_trainable(config.models)
+    with together(accelerator):
+        origin = read_origin(config) if resumed is None else None
+        config = config if origin is None else origin.fitted(config)
     config = resolve(config, None if resumed is None else resumed.state["config"])
     t, device, dtype = config.train, accelerator.device, base_dtype(config.train.mixed_precision)
     strategy, say = strategy_of(accelerator), accelerator.print
@@ -175,6 +182,9 @@ def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoi
     if config.validation.preview_steps or config.validation.score_steps:
         released_or(config.sample, defaults)  # refused before the cache is filled for hours
     cache, samples, kinds = prepare(config, device, accelerator)
+    if config.validation.validation_steps and (exchange := samples.held_out_pairs(config).exchange):
+        if exchange.words:
+            say(f"val/image_use: {exchange.words}")
     dit = load_transformer(Source.of(config.models.base), dtype, strategy.base_device)
     known = {"transformer": identity(dit, "transformer"), **cache.identities(kinds)}
     previews, scoring = _watchers(config, accelerator, cache, samples, strategy)
@@ -206,6 +216,11 @@ def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoi
         if resumed is not None:
             _compare(run, resumed)
             model.load_trainable_state(resumed.tensors["trainable.safetensors"], str(resumed.path))
+            run.origin = resumed.state.get("init_from")
+        elif origin is not None:
+            origin.put_into(model, known)
+            run.origin = origin.told
+            say(f"{describe_list(origin.adapters)} starts from {origin.folder}, step {origin.step}")
     prepared = functools.partial(tune, run.model, config, cache, samples, say, device=device, strategy=strategy)
     if not strategy.cuts_base:
         prepared()  # before DDP comes, which counts every backward pass
@@ -277,7 +292,13 @@ def after_step(run: Run, values: dict[str, float]) -> None:
         with _averaged(run):
             if run.is_validated():
                 losses = validation_losses(
-                    run.model, run.accelerator, run.config, run.cache, run.samples, equally_often=run.strategy.cuts_base
+                    run.model,
+                    run.accelerator,
+                    run.config,
+                    run.cache,
+                    run.samples,
+                    run.density,
+                    equally_often=run.strategy.cuts_base,
                 )
                 if not all(map(math.isfinite, losses.values())):
                     raise RuntimeError(f"step {run.step}: the validation loss is not finite")
@@ -337,6 +358,7 @@ def _state(run: Run) -> dict[str, Any]:
         "sigma_density": asdict(run.density),
         "schedule": run.schedule.state_dict(),
         "ema_steps": run.ema.optimization_step if run.ema is not None else 0,
+        **({} if run.origin is None else {"init_from": run.origin}),
     }
 
 
@@ -380,6 +402,13 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
         raise InputError(f"{found.path}: its schedule stands at step {run.schedule.last_epoch}, not {run.step}")
 
 
+def advised(run: Run) -> str:
+    """What the validations say of when to stop, on the main process; else empty."""
+    if run.record is None:
+        return ""
+    return advice(run.record.rows(), checkpoint.best_step(run.folder), reads=bool(run.config.reads))
+
+
 def export(run: Run) -> Path:
     """The adapter for others, with averaged weights where there is an average."""
     exported = run.folder / "export"
@@ -387,5 +416,6 @@ def export(run: Run) -> Path:
         state = run.strategy.whole(run.trained)
         with together(run.accelerator):
             if run.accelerator.is_main_process:
-                save_adapter(exported, run.model, run.config, run.identities, step=run.step, state=state)
+                known, origin = run.identities, run.origin
+                save_adapter(exported, run.model, run.config, known, step=run.step, state=state, origin=origin)
     return exported

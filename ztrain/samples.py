@@ -9,7 +9,6 @@ A training sample may have several captions, and several variants of its referen
 
 import itertools
 import json
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from ztrain.data import read_triplets
 from ztrain.digests import Known
 from ztrain.encoders import assemble
 from ztrain.errors import InputError
+from ztrain.exchange import Exchange, exchange, style_of
 from ztrain.files import as_text, write_text
 from ztrain.images import (
     Bucket,
@@ -115,6 +115,15 @@ class Split:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Samples, and the same with other references; exchange: how, None where nothing reads them."""
+
+    own: list[Sample]
+    others: list[Sample]
+    exchange: Exchange | None
+
+
 @dataclass(slots=True)
 class Samples:
     """All data of an experiment. `validation` is empty where neither validation nor previews are on."""
@@ -142,10 +151,23 @@ class Samples:
     def held_out(self, count: int) -> list[Sample]:
         return spread(self.validation.samples, count) if self.validation else []
 
-    def held_out_pairs(self, config: Config) -> tuple[list[Sample], list[Sample]]:
-        """The samples that are validated, and the same with another one's references where the list reads any."""
+    def held_out_pairs(self, config: Config) -> "Pairs":
+        """The samples that are validated, and the same with another one's references where the list reads any.
+
+        Raises InputError where all have the same references: then nothing could show whether the image is used.
+        """
         held_out = self.held_out(config.validation.num_samples)
-        return held_out, shuffled(held_out, config.seed) if config.reads else held_out
+        if not config.reads:
+            return Pairs(held_out, held_out, None)
+        looks = [tuple(known.digest for known in sample.references) for sample in held_out]
+        mend = "add others to the validation split, or set validation.validation_steps to 0"
+        styles = [style_of(sample.columns) for sample in held_out]
+        found = exchange(styles, looks, config.seed, "validation triplets", mend)
+        others = [
+            replace(sample, references=held_out[other].references)
+            for sample, other in zip(held_out, found.others, strict=True)
+        ]
+        return Pairs(held_out, others, found)
 
     @property
     def digest(self) -> str:
@@ -288,26 +310,6 @@ def _as_trained(config: Config, sample: Sample, triplet: Triplet) -> Sample:
     return trained
 
 
-def shuffled(samples: Sequence[Sample], seed: int) -> list[Sample]:
-    """The same samples, each with the references of another one that has other pictures, in an order of the seed.
-
-    Raises InputError where all have the same references: then nothing could show whether the image is used.
-    """
-    order = random.Random(f"shuffled references {seed}").sample(range(len(samples)), len(samples))
-    looks = [tuple(known.digest for known in sample.references) for sample in samples]
-    if len(set(looks)) < 2:
-        raise InputError(
-            f"all {len(samples)} validation triplets have the same references, so the loss with another's cannot be "
-            "measured; add others to the validation split, or set validation.validation_steps to 0"
-        )
-    exchanged = list(samples)
-    for place, i in enumerate(order):
-        following = (order[(place + step) % len(order)] for step in range(1, len(order)))
-        other = next(j for j in following if looks[j] != looks[i])
-        exchanged[i] = replace(samples[i], references=samples[other].references)
-    return exchanged
-
-
 def write_manifest(samples: Samples, path: Path) -> Path:
     """The training samples as JSON lines, pictures by name and digest: what a run was trained on, without paths."""
 
@@ -340,8 +342,8 @@ def all_needs(config: Config, samples: Samples) -> Needs:
     needs = Needs()
     needs_of(samples.trained, config.reads, needs)
     if config.validation.validation_steps:
-        for exchanged in samples.held_out_pairs(config):
-            needs_of(exchanged, config.reads, needs)
+        pairs = samples.held_out_pairs(config)
+        needs_of([*pairs.own, *pairs.others], config.reads, needs)
     reads, negative_prompt = config.reads | config.compare.splice.reads, config.sample.negative_prompt
     if config.validation.preview_steps:
         needs_of(samples.held_out(config.validation.num_previews), reads, needs, negative_prompt)

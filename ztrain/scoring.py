@@ -87,14 +87,14 @@ class Scoring:
         return values
 
     def _mark(self, standing: Standing | Choice, step: int) -> None:
-        """Writes the best step so far, the first not counted: nothing is trained there. What an earlier life of the run
-        found beyond this step, or of other rows or by other judges, does not count."""
+        """Writes the best step so far, the first not counted where nothing is trained there yet. What an earlier life
+        of the run found beyond this step, or of other rows or by other judges, does not count."""
         path, by = Path(self.config.output_dir) / BEST_NAME, self._by
         known = read_best(path, by)
         if path.is_file() and not known and step > self.config.validation.score_steps:
             tqdm.write(f"{path} is of other rows or judges, or damaged: the best step is marked from step {step} on")
         steps = {number: values for number, values in known.items() if int(number) < step}
-        if isinstance(standing, Choice) or step == 0:
+        if isinstance(standing, Choice) or (step == 0 and self.config.init_from is None):
             nothing = Choice(column=None, rule=standing.rule, found="Nothing is trained yet.")
             write_best(path.parent, standing if isinstance(standing, Choice) else nothing, None, steps, by)
             return

@@ -27,6 +27,7 @@ from ztrain.dit import load_transformer
 from ztrain.drawn import save_picture, still_to_draw
 from ztrain.encoders import Encoders, LatentCodec
 from ztrain.errors import InputError
+from ztrain.exchange import Exchange
 from ztrain.export import Identities, adapt, check_identity, encoder_identities
 from ztrain.flow import sampler_noise
 from ztrain.images import Bucket, fit_target, open_image
@@ -67,7 +68,7 @@ class Studio:
         self.config, self.cases, self.folder, self.cache = config, cases, folder / FOLDER, cache
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = base_dtype(config.train.mixed_precision)
-        self._exchanged: list[tuple[Known, ...]] | None = None
+        self._exchanged: Exchange | None = None
 
     def seeds(self, row: int) -> list[int]:
         """S numbers; the first are those of a comparison with fewer seeds."""
@@ -88,7 +89,9 @@ class Studio:
             return self.cases[row].references
         if self._exchanged is None:
             self._exchanged = exchanged(self.cases, self.config.seed)
-        return self._exchanged[row]
+            if self._exchanged.words:
+                print(f"compare.shuffled: {self._exchanged.words}", flush=True)
+        return self.cases[self._exchanged.others[row]].references
 
     def draw(self, entries: Sequence[Entry], *, num_seeds: int | None = None) -> list[list[list[Path]]]:
         """Paths of all pictures, entries x R x S (or fewer seeds), drawn where they are missing."""

@@ -110,6 +110,10 @@ class Record:
         if self._mirror:
             self._mirror.log(step, values, grid, table)
 
+    def rows(self) -> list[dict[str, float]]:
+        """All that was recorded, one row a step with its `step`."""
+        return [json.loads(line) for line in self._path.read_bytes().splitlines()]
+
     def log_folder(self, name: str, kind: Literal["model", "dataset"], files: Sequence[Path]) -> None:
         """Adds files to the W&B run as one artifact; `name` of letters, digits, dashes, underscores and dots."""
         if self._mirror:

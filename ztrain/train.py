@@ -39,7 +39,7 @@ from ztrain.launched import check_environment, start_accelerator
 from ztrain.memory import GIB, Budget, idle_bytes, use_growing_segments
 from ztrain.meter import Meter
 from ztrain.resolve import given
-from ztrain.run import Run, after_step, build, export, recorded, save
+from ztrain.run import Run, advised, after_step, build, export, recorded, save
 from ztrain.sampler import MicroBatches, Mixture
 from ztrain.stats import check_statistics
 from ztrain.strategy import KWARGS
@@ -56,6 +56,8 @@ class Outcome:
     """How a run ended: exported, or stopped by a signal after its last whole checkpoint."""
 
     exported: Path | None = None
+    advice: str = ""
+    """Of an exported run, what its validations say of when to stop; on the main process."""
     signal: int = 0
     checkpoint: Path | None = None
     is_main_process: bool = True
@@ -143,7 +145,7 @@ def _loop(run: Run, order: MicroBatches, interruption: Interruption, vigil: Vigi
     if run.step != t.max_train_steps:
         raise RuntimeError(f"the order ended at step {run.step} of {t.max_train_steps}; nothing is exported")
     vigil.at("exporting", run.step, patient=True)
-    return Outcome(exported=export(run))
+    return Outcome(exported=export(run), advice=advised(run))
 
 
 def _take_step(run: Run, meter: Meter) -> None:
@@ -311,7 +313,7 @@ def report(outcome: Outcome) -> int:
         ended = f"stopped, {saved}; continue with --resume_from_checkpoint latest"
         status = 128 + outcome.signal
     else:
-        ended, status = f"exported: {outcome.exported}", 0
+        ended, status = "\n".join(filter(None, [f"exported: {outcome.exported}", outcome.advice])), 0
     if outcome.is_main_process:
         print(ended, file=sys.stderr if status else sys.stdout)
     return status

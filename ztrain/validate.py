@@ -24,7 +24,7 @@ from ztrain.config import Config
 from ztrain.drawn import save_picture, still_to_draw
 from ztrain.encoders import LatentCodec
 from ztrain.files import read_bytes, remove, whole_folder
-from ztrain.flow import draw_noise, interpolate, sampler_noise, velocity_losses
+from ztrain.flow import SigmaDensity, draw_noise, interpolate, quantile, sampler_noise, velocity_losses
 from ztrain.grid import draw_grid
 from ztrain.images import open_image
 from ztrain.intervals import paired_bootstrap
@@ -39,6 +39,7 @@ from ztrain.together import together
 _EPOCH = 2**32 - 1  # of validation's noise: an epoch that no training reaches
 
 _RESAMPLES = 2000
+_QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 _LARGEST = 1024  # pixels of a side of the originals that are kept beside the previews
 _KEY = "key.json"
 
@@ -56,15 +57,18 @@ def validation_losses(
     config: Config,
     cache: Cache,
     samples: Samples,
+    density: SigmaDensity,
     *,
     equally_often: bool = False,
 ) -> dict[str, float]:
     """`val/loss`, `val/loss_shuffled`, `val/loss_no_reference`, each also `_sigma_<s>`, and `val/image_use`: shuffled
     minus right, with its paired 95 % interval `_low` and `_high` over samples (none for a single one, or where
-    a loss is no number). Means over the held-out samples, the same for any number of processes. equally_often: see
-    strategy.turns."""
-    held_out, others = samples.held_out_pairs(config)
-    sigmas = config.validation.sigmas
+    a loss is no number); `val/other_style`: the share of samples whose shuffled reference is known to be of another
+    style, where the list reads any. Means over the held-out samples, the same for any number of processes. density:
+    what the run draws its sigmas from. equally_often: see strategy.turns."""
+    pairs = samples.held_out_pairs(config)
+    held_out, others = pairs.own, pairs.others
+    sigmas = fixed_sigmas(config, density)
     table = torch.zeros((len(VARIANTS), len(held_out), len(sigmas)), dtype=torch.float64, device=accelerator.device)
     model.eval()
     with together(accelerator):
@@ -88,7 +92,17 @@ def validation_losses(
     if len(held_out) > 1 and bool(table.isfinite().all()):
         use = paired_bootstrap(shuffled, right, resamples=_RESAMPLES)
         values |= {"val/image_use_low": use.low, "val/image_use_high": use.high}
+    if pairs.exchange is not None:
+        values["val/other_style"] = pairs.exchange.share
     return values | {"val/image_use": values["val/loss_shuffled"] - values["val/loss"]}
+
+
+def fixed_sigmas(config: Config, density: SigmaDensity) -> list[float]:
+    """Where the losses are measured, rising under auto; rounded there, as metrics are named after them."""
+    given = config.validation.sigmas
+    if given != "auto":
+        return list(given)
+    return sorted({*(max(round(quantile(density, share), 3), 0.001) for share in _QUANTILES), 1.0})
 
 
 @dataclass(slots=True)

@@ -36,6 +36,25 @@ def build_adapters(configs: list[Any], siglip_dim: int | None = None) -> list[Ad
     return [ADAPTERS[config.kind](config.resolved(siglip_dim)) for config in configs]
 
 
+def as_before(there: list[Any], here: list[Any]) -> list[Any]:
+    """The list `here`, its keys that a run decides when it starts as the adapter of the same kind has them `there`."""
+    told = {config.kind: config.decided({}).model_dump() for config in there}
+    return [config.decided(told.get(config.kind, {})) for config in here]
+
+
+def unlike_lists(there: list[Any], here: list[Any]) -> list[str]:
+    """What keeps weights that were trained as the list `there` from a list that has each of its kinds, and perhaps
+    others; empty: nothing."""
+    own, unlike = {config.kind: config for config in here}, []
+    for config in there:
+        if config.kind in own:
+            words_of = own[config.kind].unlike(config.decided({}))
+            unlike += [f"adapters {config.kind}: {words}" for words in words_of]
+        else:
+            unlike.append(f"{config.kind} is not in adapters {describe_list(here)}")
+    return unlike
+
+
 def describe_list(configs: list[Any]) -> str:
     """The list as people write it: `[siglip, lora]`."""
     return "[" + ", ".join(config.kind for config in configs) + "]"
@@ -47,7 +66,9 @@ __all__ = [
     "AdapterConfig",
     "AdapterFile",
     "AnyAdapterConfig",
+    "as_before",
     "as_saved",
     "build_adapters",
     "describe_list",
+    "unlike_lists",
 ]

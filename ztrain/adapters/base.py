@@ -4,6 +4,7 @@ An experiment is an ordered list of adapters; conditioning flows through it as t
 with a config class (what the YAML says) and an Adapter class, and one line in `ztrain.adapters.ADAPTERS`.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -31,6 +32,8 @@ class AdapterConfig(BaseModel):
     """Whether it changes what the DiT does with a sample that has no reference; else such a sample is the base."""
     meant_before: ClassVar[Mapping[str, Any]] = {}
     """Keys that exports and checkpoints of earlier versions lack, with what those did."""
+    beginnings: ClassVar[frozenset[str]] = frozenset()
+    """Keys that only decide how fresh weights begin or how they are trained, not what trained ones mean."""
 
     kind: str
 
@@ -47,6 +50,20 @@ class AdapterConfig(BaseModel):
     def statistics_path(self) -> str | None:
         """The statistics file that the settings name, if any."""
         return None
+
+    def meaning(self) -> dict[str, Any]:
+        """The settings under which trained weights mean what they do; file names stand for what is in the files."""
+        told = {**self.meant_before, **self.at_work()}
+        return {key: value for key, value in told.items() if key not in self.beginnings}
+
+    def unlike(self, there: "AdapterConfig") -> list[str]:
+        """What keeps weights that were trained under the settings `there`, of the same kind, from these."""
+        before, now = there.meaning(), self.meaning()
+        return [
+            f"{key} is {json.dumps(before[key])} there and {json.dumps(now[key])} here"
+            for key in now
+            if before[key] != now[key]
+        ]
 
     def resolved(self, siglip_dim: int | None) -> "AdapterConfig":
         """With what only the loaded models know filled in: the width of the SigLIP features."""

@@ -31,6 +31,7 @@ _BASE_CHANGING = ("pissa", "olora")
 
 class LoraAdapterConfig(AdapterConfig):
     acts_without_reference: ClassVar[bool] = True
+    beginnings: ClassVar[frozenset[str]] = frozenset({"init", "dropout"})
 
     kind: Literal["lora"] = "lora"
     rank: int = Field(default=32, ge=1, le=MAX_WIDTH)
@@ -49,6 +50,21 @@ class LoraAdapterConfig(AdapterConfig):
     def changes_base(self) -> bool:
         """Whether the initialisation takes something out of the base's weights."""
         return str(self.init).split("_")[0] in _BASE_CHANGING
+
+    def meaning(self) -> dict[str, Any]:
+        return super().meaning() | {"alpha": float(self.rank) if self.alpha is None else self.alpha}
+
+    def unlike(self, there: AdapterConfig) -> list[str]:
+        assert isinstance(there, LoraAdapterConfig)
+        if there.changes_base:
+            return [
+                f"weights of init {there.init} belong to a base that it changed; start from the export instead, a LoRA"
+                f" of rank {2 * there.rank}"
+            ]
+        told = super().unlike(there)
+        if self.changes_base:
+            told.append(f"init {self.init} changes the base, and these weights belong to it as it is; leave init out")
+        return told
 
     @model_validator(mode="after")
     def _plain_expression(self) -> "LoraAdapterConfig":

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -26,6 +26,9 @@ Initialisation = Literal["context_refiner", "random", "statistics_matched", "cap
 
 
 class SiglipConfig(AdapterConfig):
+    # The width is in the weights' shapes.
+    beginnings: ClassVar[frozenset[str]] = frozenset({"feature_dim", "init", "init_seed", "init_file", "init_key_map"})
+
     kind: Literal["siglip"] = "siglip"
     feature_dim: int | None = Field(default=None, ge=1, le=MAX_WIDTH)
     """Width of the SigLIP features: 1152 for siglip2-so400m. None: that of models.siglip."""
@@ -56,6 +59,10 @@ class SiglipConfig(AdapterConfig):
     @property
     def needs_training(self) -> bool:
         return self.init != "checkpoint"
+
+    def meaning(self) -> dict[str, Any]:
+        released = "rows" if self.layout == "one_segment" else "stock"
+        return super().meaning() | {"token_order": self.token_order or released}
 
     def resolved(self, siglip_dim: int | None) -> "SiglipConfig":
         if siglip_dim is None or self.feature_dim == siglip_dim:

@@ -5,10 +5,11 @@ Two questions: which states of the spliced model (the image alone, or image and 
 meet the prompt's own states (replace, concatenate, blend). Formulas and defaults: ../README.md, "The splice".
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,13 @@ class ComposeConfig(AdapterConfig):
     @property
     def statistics_path(self) -> str | None:
         return self.statistics_file
+
+    def meaning(self) -> dict[str, Any]:
+        told = super().meaning()
+        if self.statistics_file is not None:
+            read_statistics(self.statistics_file)
+            told["statistics_file"] = hashlib.sha256(Path(self.statistics_file).read_bytes()).hexdigest()
+        return told
 
     @model_validator(mode="after")
     def _scaling_needs_statistics(self) -> "ComposeConfig":

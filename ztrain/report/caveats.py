@@ -32,6 +32,13 @@ def caveats_of(found: Comparison, answered: Collection[int]) -> list[str]:
     for place in dict.fromkeys([found.best.column, found.best_splice.column, found.baseline]):
         if place is not None and place not in answered and starts_at_reference(column := found.columns[place]):
             said.append(started(f"The pictures of {column.label}", column))
+    if (
+        any(column.sees == "shuffled" for column in found.columns)
+        and len({row.style for row in found.rows} - {None}) < 2
+    ):
+        said.append(
+            "No two styles are named: shuffled references may be of the same style as the own, and then show little."
+        )
     return said
 
 

@@ -46,7 +46,7 @@ def run_charts(run: Run) -> RunCharts:
         gap.append(line_chart("Validation loss by reference", series, x_title=_STEP, note=note))
     if known("val/image_use"):
         gap.append(_image_use(run))
-    drawn |= {"val/image_use_low", "val/image_use_high"}
+    drawn |= {"val/image_use_low", "val/image_use_high", "val/other_style"}
     if any([known(f"{_SIGMA}{place}") for place in range(_SIGMA_BINS)]):
         sigma.append(_loss_by_sigma(run))
     if fixed := sorted({name for name in run.names() if name.startswith("val/loss_sigma_")}):
@@ -106,9 +106,11 @@ def _image_use(run: Run) -> Chart:
     series = Series(
         name="image use", x=x, y=y, low=limits[0][1] if whole else None, high=limits[1][1] if whole else None
     )
-    note = (
-        "Loss with another's reference minus loss with the own; 95 % interval over samples. Above 0: the image is used."
-    )
+    shares = run.series("val/other_style")[1]
+    whose = "a reference of another style" if shares and min(shares) == 1.0 else "another's reference"
+    note = f"Loss with {whose} minus loss with the own; 95 % interval over samples. Above 0: the image is used."
+    if shares and max(shares) == 0.0:
+        note += " The data names no two styles: the other reference may be of the same one, which makes this small."
     return line_chart("Image use", [series], x_title=_STEP, note=note, zero=True)
 
 

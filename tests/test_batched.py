@@ -27,7 +27,7 @@ from ztrain.blocks import use_fast_blocks
 from ztrain.conditioning import Encoded
 from ztrain.encoders import Encoders
 from ztrain.errors import InputError
-from ztrain.flow import SigmaDensity, draw_sigma, draw_sigmas, loss_weight, velocity_losses
+from ztrain.flow import LossWeight, SigmaDensity, draw_sigma, draw_sigmas, velocity_losses
 from ztrain.model import AdaptedDiT
 from ztrain.sample import SampleSettings, sample
 from ztrain.sampler import SampleKey
@@ -187,9 +187,10 @@ def test_losses_are_each_samples_own_in_any_order() -> None:
     generator = torch.Generator().manual_seed(0)
     sides = [(4, 4), (4, 4), (2, 6), (4, 4), (2, 6)]
     velocity, latents, noise = ([torch.randn((16, *s), generator=generator) for s in sides] for _ in range(3))
-    losses = velocity_losses(velocity, latents, noise, SIGMA, "bump")
+    bump = LossWeight("bump")
+    losses = velocity_losses(velocity, latents, noise, SIGMA, bump)
     singles = zip(velocity, latents, noise, strict=True)
-    expected = torch.stack([(v - (n - x)).square().mean() for v, x, n in singles]) * loss_weight(SIGMA, "bump")
+    expected = torch.stack([(v - (n - x)).square().mean() for v, x, n in singles]) * bump(SIGMA)
     assert torch.allclose(losses, expected, rtol=1e-6)
 
 

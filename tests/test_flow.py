@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from ztrain.config import Config
 from ztrain.flow import (
+    LossWeight,
     SigmaDensity,
     draw_dropout,
     draw_noise,
@@ -23,7 +24,7 @@ from ztrain.flow import (
     interpolate,
     keep_prior,
     loss_weight,
-    quantile,
+    quantiles,
     resolution_shift,
     sampler_noise,
     shift_sigma,
@@ -57,7 +58,7 @@ def test_quantiles_are_those_of_the_draws(sampling: Any, shift: float) -> None:
     density = SigmaDensity(sampling, shift, logit_mean=0.3, logit_std=0.8)
     drawn = draw_sigmas(200_000, density, torch.Generator().manual_seed(0))
     for share in (0.003, 0.1, 0.5, 0.9, 0.999):
-        below = float((drawn <= quantile(density, share) + 1e-6).float().mean())
+        below = float((drawn <= quantiles(density, torch.tensor(share)) + 1e-6).float().mean())
         # Five deviations of a share among so many draws, and an entry of the table.
         assert abs(below - share) < 5 * math.sqrt(share * (1 - share) / len(drawn)) + 1e-3 * (
             sampling == "scheduler_table"
@@ -116,12 +117,32 @@ def test_resolution_shift_is_diffusers() -> None:
 
 def test_bump_is_diffsynths_up_to_its_normalisation() -> None:
     sigma = torch.linspace(0, 1, 100001)
-    weight = loss_weight(sigma, "bump")
+    weight = loss_weight("bump", None)(sigma)
     assert weight.mean().item() == pytest.approx(1, abs=1e-4)
+    assert loss_weight("bump", SigmaDensity("uniform")).mean == pytest.approx(LossWeight("bump").mean, abs=1e-8)
     gaussian = torch.exp(-2 * (sigma - 0.5) ** 2)
     expected = gaussian - gaussian.min()
     assert torch.allclose(weight / weight.max(), expected / expected.max(), atol=1e-4)
-    assert loss_weight(sigma, "none").eq(1).all()
+    assert loss_weight("none", None)(sigma).eq(1).all()
+
+
+@pytest.mark.parametrize(
+    "density",
+    [
+        SigmaDensity("uniform", shift=6.0),
+        SigmaDensity("scheduler_table", shift=3.0),
+        SigmaDensity("logit_normal", logit_mean=0.8, logit_std=1.3),
+        SigmaDensity("logit_normal", shift=6.0),
+    ],
+)
+def test_the_mean_weight_of_what_a_run_draws_is_1(density: SigmaDensity) -> None:
+    """So a weight changes what is learned and not how fast: over uniform sigma it would be 0.71 at Base's shift."""
+    drawn = draw_sigmas(200_000, density, torch.Generator().manual_seed(0))
+    assert loss_weight("bump", density)(drawn).mean().item() == pytest.approx(1, abs=0.01)
+    if density == SigmaDensity("uniform", shift=6.0):
+        assert loss_weight("bump", None)(drawn).mean().item() == pytest.approx(0.71, abs=0.01)
+    shares = torch.tensor([0.1, 0.5, 0.9])
+    assert torch.allclose(quantiles(density, shares), drawn.quantile(shares), atol=0.01)
 
 
 def test_draws_depend_on_nothing_but_the_counter() -> None:
@@ -160,10 +181,11 @@ def test_the_prior_is_the_distance_to_the_base_in_its_share() -> None:
         [torch.randn((16, 2 + 2 * i, 4), generator=generator) for i in range(3)] for _ in range(4)
     )
     sigma = torch.tensor([0.2, 0.5, 0.8])
-    losses = velocity_losses(velocity, latents, noise, sigma, "bump")
-    mixed = keep_prior(losses, velocity, base, sigma, torch.tensor([0.0, 0.25, 1.0]), "bump")
+    bump = LossWeight("bump")
+    losses = velocity_losses(velocity, latents, noise, sigma, bump)
+    mixed = keep_prior(losses, velocity, base, sigma, torch.tensor([0.0, 0.25, 1.0]), bump)
     distance = torch.stack([(v - b).square().mean() for v, b in zip(velocity, base, strict=True)])
-    prior = distance * loss_weight(sigma, "bump")
+    prior = distance * bump(sigma)
     expected = torch.stack([losses[0], 0.75 * losses[1] + 0.25 * prior[1], prior[2]])
     assert torch.allclose(mixed, expected, rtol=1e-6)
 

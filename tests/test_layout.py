@@ -84,6 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "plan": {"adapters", "block", "cards", "config", "expected", "footprint", "limits"},
     "prepare": {"cache", "config", "fill", "launched", "samples", "together"},
     "resolve": {"adapters", "config", "yamls"},
+    "optimizer": {"config", "model"},
     "batches": {"cache", "conditioning", "config", "encoders", "flow", "resolve", "sampler", "samples"},
     "checkpoint": {"adapters", "comparison", "config", "tensors", "yamls"},
     "meter": {"interrupt", "sampler", "version"},
@@ -98,8 +99,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     },
     "run": {
         "adapters", "blocks", "cache", "checkpoint", "config", "dit", "encoders", "export", "meter", "model", "models",
-        "batches", "flow", "origin", "prepare", "privacy", "resolve", "sample", "sampler", "samples", "scoring",
-        "stopping", "strategy", "together", "tracking", "tune", "validate", "yamls",
+        "batches", "flow", "optimizer", "origin", "prepare", "privacy", "resolve", "sample", "sampler", "samples",
+        "scoring", "stopping", "strategy", "together", "tracking", "tune", "validate", "yamls",
     },
     "train": {
         "batches", "checkpoint", "conditioning", "config", "entering", "flow", "interrupt", "launched", "memory",

@@ -161,6 +161,7 @@ def test_a_shared_model_is_trained_saved_and_exported_like_a_whole_one(place: Pl
     strategy = of_fsdp2() if kind == "fsdp2" else of_zero(int(kind[-1]), tmp_path)
     more = ("--train.checkpointing_steps", "4", "--validation.preview_steps", "8", "--validation.num_previews", "3")
     more += ("--sample.num_inference_steps", "2", *(() if kind == "zero3" else ("--train.ema_decay", "0.5")))
+    more += ("--adapters.1.learning_rate", "1e-3", "--adapters.0.weight_decay", "0.1")
     half, to = ("--train.train_batch_size", "2"), "--train.max_train_steps"
     alone(place.words(tmp_path / "one", *more, to, "8"))
     said = shared(strategy, 2, place.words(tmp_path / "two", *more, *half, to, "8"))
@@ -175,6 +176,8 @@ def test_a_shared_model_is_trained_saved_and_exported_like_a_whole_one(place: Pl
     shared(strategy, 2, place.words(tmp_path / "two", *more, *half, *latest, to, "12"))
     alone(place.words(tmp_path / "one", *more, *latest, to, "12"))
     assert_same_run(tmp_path / "one", tmp_path / "two")
+    for row in rows(tmp_path / "two")[1:]:
+        assert (row["train/lr"], row["train/lr/siglip"], row["train/lr/lora"]) == (3e-3, 3e-3, 1e-3)
 
 
 @pytest.mark.parametrize("kind", ["fsdp2", "zero3"])

@@ -19,7 +19,8 @@ from ztrain.config import TrainConfig, load_config
 from ztrain.flow import draw_dropout
 from ztrain.interrupt import Interruption
 from ztrain.meter import Meter
-from ztrain.run import build, make_optimizer
+from ztrain.optimizer import make_optimizer, make_schedule
+from ztrain.run import build
 from ztrain.sampler import SampleKey
 from ztrain.train import _take_step
 
@@ -84,25 +85,32 @@ def test_weights_that_a_batch_does_not_use_get_zero_gradients(family: Path, enco
     ("schedule", "expected"),
     [
         ("constant", [1.0, 1.0, 1.0, 1.0]),
-        ("constant_with_warmup", [0.0, 0.5, 1.0, 1.0]),
-        ("linear", [0.0, 0.5, 1.0, 0.5]),
-        ("cosine", [0.0, 0.5, 1.0, 0.5]),
-        ("cosine_with_restarts", [0.0, 0.5, 1.0, 1.0]),
-        ("polynomial", [0.0, 0.5, 1.0, 0.25]),
+        ("constant_with_warmup", [0.1, 0.6, 1.0, 1.0]),
+        ("linear", [0.1, 0.6, 1.0, 0.5]),
+        ("cosine", [0.1, 0.6, 1.0, 0.5]),
+        ("cosine_with_restarts", [0.1, 0.6, 1.0, 1.0]),
+        ("polynomial", [0.1, 0.6, 1.0, 0.25]),
     ],
 )
 def test_schedules_warm_up_and_end_where_they_should(schedule: str, expected: list[float]) -> None:
-    """At steps 0, 5, 10 (end of the warm-up) and 15 (half of what is left): closed forms of diffusers' schedules."""
+    """At steps 0, 5, 10 (end of the warm-up) and 15 (half of what is left): closed forms of diffusers' schedules, whose
+    warm-up would begin with a step at rate 0; a run that began so goes on so. Each group has its own rate."""
     config = TrainConfig(
         lr_scheduler=schedule, lr_warmup_steps=10, max_train_steps=20, learning_rate=2.0, lr_num_cycles=2, lr_power=2.0
     )
-    optimizer, scheduler = make_optimizer(config, [nn.Parameter(torch.ones(2))], torch.device("cpu"))
-    rates = []
-    for _ in range(16):
-        rates.append(scheduler.get_last_lr()[0] / 2.0)
-        optimizer.step()
-        scheduler.step()
-    assert [rates[i] for i in (0, 5, 10, 15)] == pytest.approx(expected, abs=1e-6)
+    for from_zero in (False, True):
+        groups = [{"params": [nn.Parameter(torch.ones(2))], "lr": rate} for rate in (2.0, 6.0)]
+        optimizer = make_optimizer(config, groups, torch.device("cpu"))
+        scheduler = make_schedule(config, optimizer, from_zero=from_zero)
+        rates = []
+        for _ in range(16):
+            rates.append(scheduler.get_last_lr()[0] / 2.0)
+            assert scheduler.get_last_lr()[1] / 6.0 == pytest.approx(rates[-1])
+            optimizer.step()
+            scheduler.step()
+        late = 0.1 if from_zero and schedule != "constant" else 0.0
+        wanted = [expected[0] - late, expected[1] - late, *expected[2:]]
+        assert [rates[i] for i in (0, 5, 10, 15)] == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -31,7 +31,8 @@ from ztrain.errors import InputError
 from ztrain.tensors import read_tensors
 from ztrain.yamls import shorten_home
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Runs whose first checkpoint is of format 1 (`began` in the state) go on as they were: run.py."""
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8})")
@@ -154,13 +155,13 @@ def _state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable ({error}); take an older checkpoint") from error
     version = state.get("format_version") if isinstance(state, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in (1, FORMAT_VERSION):
         raise InputError(f"{path}: checkpoint format {version!r} is not {FORMAT_VERSION}; update ztrain")
     if type(state.get("step")) is not int:
         raise InputError(f"{path}: says no step; take an older checkpoint")
     if isinstance(config := state.get("config"), dict) and isinstance(adapters := config.get("adapters"), list):
         config["adapters"] = [as_saved(settings) for settings in adapters]
-    return state
+    return {"began": 1, **state}
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -303,8 +304,9 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     return inside or {prefix: value}
 
 
-def optimizer_tensors(stored: Mapping[str, Any], names: Sequence[str]) -> tuple[dict[str, Tensor], dict]:
-    """An optimizer's state_dict as `<what>.<parameter>` tensors, and the JSON of the rest; `names`: in its own order.
+def optimizer_tensors(stored: Mapping[int, Any], names: Sequence[str]) -> tuple[dict[str, Tensor], dict]:
+    """An optimizer's state by place as `<what>.<parameter>` tensors, and the JSON of the rest; `names`: in its own
+    order. What it does with groups of weights, config and schedule say.
 
     8-bit optimizers nest their state: `<what>` is then a path with slashes. Tensors that several weights share, as
     their quantisation tables, are copied, because a safetensors file cannot say so.
@@ -312,7 +314,7 @@ def optimizer_tensors(stored: Mapping[str, Any], names: Sequence[str]) -> tuple[
     tensors: dict[str, Any] = {}
     numbers: dict[str, Any] = {}
     seen: set[int] = set()
-    for index, state in stored["state"].items():
+    for index, state in stored.items():
         for what, value in _flattened(state):
             key = f"{what}.{names[index]}"
             if isinstance(value, Tensor):
@@ -320,7 +322,7 @@ def optimizer_tensors(stored: Mapping[str, Any], names: Sequence[str]) -> tuple[
                 seen.add(value.data_ptr())
             else:
                 numbers[key] = value
-    return tensors, {"numbers": numbers, "groups": stored["param_groups"]}
+    return tensors, {"numbers": numbers}
 
 
 def _flattened(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -331,8 +333,8 @@ def _flattened(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield prefix + name, value
 
 
-def optimizer_state(names: Sequence[str], tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `optimizer_tensors`: a state_dict for an optimizer over the same parameters."""
+def optimizer_state(names: Sequence[str], tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> dict[int, Any]:
+    """The inverse of `optimizer_tensors`, for an optimizer over the same parameters."""
     state: dict[int, dict[str, Any]] = {}
     places = {name: index for index, name in enumerate(names)}
     for key, value in {**tensors, **rest["numbers"]}.items():
@@ -344,5 +346,4 @@ def optimizer_state(names: Sequence[str], tensors: Mapping[str, Tensor], rest: d
         for part in path:
             inside = inside.setdefault(part, {})
         inside[last] = value
-    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in rest["groups"]]
-    return {"state": state, "param_groups": groups}
+    return state

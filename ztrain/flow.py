@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 
 SigmaSampling = Literal["uniform", "logit_normal", "scheduler_table"]
-LossWeight = Literal["none", "bump"]
 
 # Streams keep the draws of one sample independent of each other.
 _NOISE_STREAM, _SIGMA_STREAM, _SAMPLER_STREAM, _DROPOUT_STREAM, _STEP_STREAM = 0, 1, 2, 3, 4
 
-# Integral over sigma in [0, 1] of exp(-2 (sigma - 1/2)^2) - exp(-1/2): makes the bump's mean weight 1.
 _BUMP_FLOOR = math.exp(-0.5)
-_BUMP_MEAN = math.sqrt(math.pi / 2) * math.erf(math.sqrt(0.5)) - _BUMP_FLOOR
+_BUMP_MEAN = math.sqrt(math.pi / 2) * math.erf(math.sqrt(0.5)) - _BUMP_FLOOR  # of `_bump` over uniform sigma
+_QUADRATURE = 20_000  # midpoints: the mean of a bump is exact to 1e-7 then
 
 TABLE_SIZE = 1000
 """Entries of the schedulers' training table (num_train_timesteps of every released scheduler_config.json)."""
@@ -126,17 +125,17 @@ def _sigma(shape: tuple[int, ...], density: SigmaDensity, generator: torch.Gener
     return shift_sigma(sigma, density.shift)
 
 
-def quantile(density: SigmaDensity, share: float) -> float:
-    """The sigma below which `share`, in (0, 1), of all draws lie; of the table the smallest entry that is enough."""
-    part = torch.tensor(share, dtype=torch.float64)
+def quantiles(density: SigmaDensity, shares: Tensor) -> Tensor:
+    """The sigmas below which these shares of all draws lie, each in (0, 1); of the table the smallest entries that are
+    enough."""
     match density.sampling:
         case "uniform":
-            sigma = part
+            sigma = shares
         case "logit_normal":
-            sigma = torch.sigmoid(density.logit_mean + density.logit_std * torch.special.ndtri(part))
+            sigma = torch.sigmoid(density.logit_mean + density.logit_std * torch.special.ndtri(shares))
         case "scheduler_table":
-            sigma = (part * TABLE_SIZE).ceil() / TABLE_SIZE
-    return float(shift_sigma(sigma, density.shift))
+            sigma = (shares * TABLE_SIZE).ceil() / TABLE_SIZE
+    return shift_sigma(sigma, density.shift)
 
 
 def draw_dropout(counter: Counter) -> float:
@@ -161,16 +160,33 @@ def interpolate(latents: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor
     return (1 - sigma) * latents + sigma * noise
 
 
-def loss_weight(sigma: Tensor, kind: LossWeight) -> Tensor:
-    """Weight of a sample's squared error, (B,); its mean over uniform sigma is 1 for every kind.
+@dataclass(frozen=True, slots=True)
+class LossWeight:
+    """Weight of a sample's squared error, by its sigma.
 
     bump: a Gaussian around sigma = 1/2, minus its value at the ends, as DiffSynth-Studio trains Z-Image
-    (diffsynth/diffusion/flow_match.py, set_training_weight); normalised in closed form over uniform sigma instead of
-    over the scheduler's shifted table. 0 at sigma 0 and 1, 1.58 in the middle.
+    (diffsynth/diffusion/flow_match.py, set_training_weight); `mean`: what it is divided by. 0 at sigma 0 and 1.
     """
-    if kind == "none":
-        return torch.ones_like(sigma)
-    return (torch.exp(-2 * (sigma - 0.5) ** 2) - _BUMP_FLOOR) / _BUMP_MEAN
+
+    shape: Literal["none", "bump"] = "none"
+    mean: float = _BUMP_MEAN
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        """(B,) for (B,)."""
+        return torch.ones_like(sigma) if self.shape == "none" else _bump(sigma) / self.mean
+
+
+def loss_weight(shape: Literal["none", "bump"], density: SigmaDensity | None) -> LossWeight:
+    """That whose mean is 1 over the density that sigmas are drawn from: then it changes what is learned, and not how
+    fast. None: over uniform sigma, whatever is drawn."""
+    if density is None:
+        return LossWeight(shape)
+    middles = (torch.arange(_QUADRATURE, dtype=torch.float64) + 0.5) / _QUADRATURE
+    return LossWeight(shape, float(_bump(quantiles(density, middles)).mean()))
+
+
+def _bump(sigma: Tensor) -> Tensor:
+    return torch.exp(-2 * (sigma - 0.5) ** 2) - _BUMP_FLOOR
 
 
 def velocity_losses(
@@ -178,7 +194,7 @@ def velocity_losses(
     latents: Sequence[Tensor] | Tensor,
     noise: Sequence[Tensor] | Tensor,
     sigma: Tensor,
-    weight: LossWeight = "none",
+    weight: LossWeight = LossWeight(),
 ) -> Tensor:
     """Weighted mean squared error to `noise - latents` for each sample, (B,), computed in float32.
 
@@ -186,7 +202,7 @@ def velocity_losses(
     """
     errors = _mean_squares(lambda v, x, n: v - (n - x), velocity, latents, noise)
     # A copy that waited would hold up the host until the forward pass is done.
-    return errors * loss_weight(sigma, weight).to(velocity[0].device, non_blocking=True)
+    return errors * weight(sigma).to(velocity[0].device, non_blocking=True)
 
 
 def keep_prior(
@@ -195,7 +211,7 @@ def keep_prior(
     base_velocity: Sequence[Tensor],
     sigma: Tensor,
     share: Tensor,
-    weight: LossWeight = "none",
+    weight: LossWeight = LossWeight(),
 ) -> Tensor:
     """`(1 - share) losses + share prior`, (B,): prior is the weighted error to the base's own velocity.
 
@@ -204,7 +220,7 @@ def keep_prior(
     prior = _mean_squares(lambda v, base: v - base, velocity, base_velocity)
     return torch.lerp(
         losses,
-        prior * loss_weight(sigma, weight).to(losses.device, non_blocking=True),
+        prior * weight(sigma).to(losses.device, non_blocking=True),
         share.to(losses, non_blocking=True),
     )
 

@@ -35,7 +35,7 @@ class Asked(NamedTuple):
     figures: Tensor  # (P, 2 + 3 n) of P processes with n samples each: signal, norm; of samples index, sigma, loss
     ended: Any
     """The step; as `_mark` gives it."""
-    learning_rate: float
+    learning_rates: dict[str, float]
     waited: float
 
 
@@ -99,7 +99,7 @@ class Meter:
         self.forget()
         return self.figures.isfinite().logical_not().any()
 
-    def ask(self, learning_rate: float, grad_norm: Tensor | float | None = None) -> None:
+    def ask(self, learning_rates: dict[str, float], grad_norm: Tensor | float | None = None) -> None:
         """After the optimizer: what was gathered is on its way to the CPU, for `read`. Does not wait.
 
         grad_norm: where it was not known before."""
@@ -111,7 +111,7 @@ class Meter:
             figures[:, 1] = grad_norm
         if figures.is_cuda:
             figures = torch.empty_like(figures, device="cpu", pin_memory=True).copy_(figures, non_blocking=True)
-        self.asked = Asked(figures, self._mark(), learning_rate, self.waited)
+        self.asked = Asked(figures, self._mark(), learning_rates, self.waited)
         self.waited = 0.0
 
     def read(self) -> tuple[dict[str, float], int]:
@@ -124,7 +124,7 @@ class Meter:
         """
         if self.asked is None:
             raise RuntimeError("no step was asked about")
-        (figures, ended, learning_rate, waited), self.asked = self.asked, None
+        (figures, ended, learning_rates, waited), self.asked = self.asked, None
         seconds, self.started = _seconds(self.started, ended), ended
         self.step += 1
         samples = figures[:, 2:].view(len(figures), 3, -1)
@@ -135,7 +135,7 @@ class Meter:
         losses = list(zip(samples[:, 1].flatten().tolist(), samples[:, 2].flatten().tolist(), strict=True))
         # fsum rounds once, whatever the order: the number of processes does not show.
         loss, grad_norm = math.fsum(loss for _, loss in losses) / len(losses), float(figures[0, 1])
-        values = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": learning_rate}
+        values = {"train/loss": loss, "train/grad_norm": grad_norm, **learning_rates}
         bins: dict[int, list[float]] = {}
         for sigma, of_sample in losses:
             bins.setdefault(min(int(sigma * SIGMA_BINS), SIGMA_BINS - 1), []).append(of_sample)

@@ -189,6 +189,11 @@ class AdaptedDiT(nn.Module):
     def _trainable_names(self) -> set[str]:
         return {name for names in self.weights_of for name in names}
 
+    def matrices(self) -> set[str]:
+        """Names of the trained weights of linear layers; all others are norms, biases, magnitudes and pad tokens."""
+        linear = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Linear)}
+        return linear & self._trainable_names()
+
     @torch.no_grad()
     def load_trainable_state(self, state: dict[str, Tensor], source: str) -> None:
         """The inverse of `trainable_state`, after comparing keys and shapes."""

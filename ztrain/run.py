@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
@@ -25,16 +24,17 @@ from ztrain.adapters import build_adapters, describe_list
 from ztrain.batches import read_batch
 from ztrain.blocks import slow_because
 from ztrain.cache import Cache
-from ztrain.config import Config, TrainConfig
+from ztrain.config import Config
 from ztrain.dit import load_transformer
 from ztrain.encoders import LatentCodec, siglip_width
 from ztrain.errors import InputError
 from ztrain.export import save_adapter
 from ztrain.files import write_json, write_text
-from ztrain.flow import SigmaDensity, resolution_shift
+from ztrain.flow import LossWeight, SigmaDensity, loss_weight, resolution_shift
 from ztrain.meter import environment
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype, check_trainable, identity
+from ztrain.optimizer import Group, groups_of, make_optimizer, make_schedule, one_group
 from ztrain.origin import read_origin
 from ztrain.prepare import prepare
 from ztrain.privacy import own_config
@@ -64,11 +64,16 @@ class Run:
     samples: Samples
     model: AdaptedDiT
     wrapped: Any
+    groups: list[Group]
+    """Of the optimizer, in its order."""
     optimizer: Any
     schedule: Any
     ema: EMAModel | None
     identities: dict[str, dict[str, str]]
     density: SigmaDensity
+    weight: LossWeight
+    began: int
+    """Format of the run's first checkpoint: what runs that began earlier do, they go on to do."""
     previews: Previews | None
     scoring: Scoring | None
     origin: dict[str, Any] | None = None
@@ -79,7 +84,16 @@ class Run:
 
     @functools.cached_property
     def trained(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        """By name, in the optimizer's order."""
+        parameters = dict(self.model.named_parameters())
+        return {name: parameters[name] for group in self.groups for name in group.names}
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Of the next step, by metric: of each adapter where they differ."""
+        rates = self.schedule.get_last_lr()
+        told = {f"train/lr/{group.adapter}": rate for group, rate in zip(self.groups, rates, strict=True)}
+        return {"train/lr": rates[0]} | (told if len(set(rates)) > 1 else {})
 
     @property
     def checkpoints(self) -> Path:
@@ -133,38 +147,6 @@ def make_model(config: Config, dit: Any) -> AdaptedDiT:
     return model
 
 
-def make_optimizer(
-    config: TrainConfig, trained: list[nn.Parameter], device: torch.device
-) -> tuple[torch.optim.Optimizer, Any]:
-    """AdamW and its learning-rate schedule, which counts optimizer steps. On a GPU AdamW is one kernel, which can be
-    told on the device not to take a step."""
-    kind: Any = functools.partial(torch.optim.AdamW, fused=True) if device.type == "cuda" else torch.optim.AdamW
-    if config.optimizer == "adamw_8bit":
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            raise InputError(
-                "train.optimizer adamw_8bit needs bitsandbytes: pip install 'ztrain[bitsandbytes]'"
-            ) from error
-        kind = bitsandbytes.optim.AdamW8bit
-    optimizer = kind(
-        trained,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.adam_weight_decay,
-    )
-    schedule = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-        num_cycles=config.lr_num_cycles,
-        power=config.lr_power,
-    )
-    return optimizer, schedule
-
-
 def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoint | None) -> Run:
     """Everything loaded and, where there is a checkpoint, restored from it."""
     check_trainable(config.models)
@@ -189,9 +171,14 @@ def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoi
     known = {"transformer": identity(dit, "transformer"), **cache.identities(kinds)}
     previews, scoring = _watchers(config, accelerator, cache, samples, strategy)
     model = make_model(config, dit)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, schedule = make_optimizer(t, trained, device)
-    say(f"training {sum(p.numel() for p in trained):,} weights of {describe_list(config.adapters)}")
+    parameters = dict(model.named_parameters())
+    began = checkpoint.FORMAT_VERSION if resumed is None else resumed.state["began"]
+    groups = one_group(model, t) if began == 1 else groups_of(model, t)
+    optimizer = make_optimizer(t, [group.of(parameters) for group in groups], device)
+    schedule = make_schedule(t, optimizer, from_zero=began == 1)
+    weight = loss_weight(config.flow.loss_weight, None if began == 1 else density)
+    trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
+    say(f"training {trained:,} weights of {describe_list(config.adapters)}")
     say(describe_dropouts(config))
     if reason := slow_because(dit):
         say(f"blocks run as diffusers wrote them: {reason}")
@@ -204,11 +191,14 @@ def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoi
         samples=samples,
         model=model,
         wrapped=model,
+        groups=groups,
         optimizer=optimizer,
         schedule=schedule,
         ema=None,
         identities=known,
         density=density,
+        weight=weight,
+        began=began,
         previews=previews,
         scoring=scoring,
     )
@@ -355,6 +345,7 @@ def _state(run: Run) -> dict[str, Any]:
         "identities": run.identities,
         "samples": run.samples.digest,
         "global_batch_size": _global_batch_size(run),
+        "began": run.began,
         "sigma_density": asdict(run.density),
         "schedule": run.schedule.state_dict(),
         "ema_steps": run.ema.optimization_step if run.ema is not None else 0,
@@ -393,6 +384,8 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
     )
     run.strategy.load_optimizer(run.optimizer, stored, run.trained)
     run.schedule.load_state_dict(found.state["schedule"])
+    for group, rate in zip(run.schedule.optimizer.param_groups, run.schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
     if run.ema is not None:
         averaged = found.tensors["ema.safetensors"]
         run.ema.shadow_params = [run.strategy.placed(averaged[name], p) for name, p in run.trained.items()]

@@ -79,13 +79,14 @@ class Strategy:
         """A number that the library may have cut, like a gradient's norm."""
         return value
 
-    def optimizer_state(self, optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-        """As `torch.optim.Optimizer.state_dict`, whole; by place in `trained`. All processes call it."""
-        return optimizer.optimizer.state_dict()
+    def optimizer_state(self, optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[int, Any]:
+        """`state` of `torch.optim.Optimizer.state_dict`, whole; by place in `trained`. All processes call it."""
+        return optimizer.optimizer.state_dict()["state"]
 
-    def load_optimizer(self, optimizer: Any, stored: dict[str, Any], trained: Mapping[str, nn.Parameter]) -> None:
+    def load_optimizer(self, optimizer: Any, stored: dict[int, Any], trained: Mapping[str, nn.Parameter]) -> None:
         """The inverse of `optimizer_state`."""
-        optimizer.optimizer.load_state_dict(stored)
+        inner = optimizer.optimizer
+        inner.load_state_dict({"state": stored, "param_groups": inner.state_dict()["param_groups"]})
 
     def placed(self, tensor: Tensor, like: Tensor) -> Tensor:
         """A whole tensor, which all processes have read, as this process holds one like `like`."""
@@ -141,17 +142,16 @@ class Fsdp2(Strategy):
 
         return value.full_tensor() if isinstance(value, DTensor) else value
 
-    def optimizer_state(self, optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-        stored = optimizer.optimizer.state_dict()
-        return {**stored, "state": {place: self.whole(state) for place, state in stored["state"].items()}}
+    def optimizer_state(self, optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[int, Any]:
+        return {place: self.whole(state) for place, state in super().optimizer_state(optimizer, trained).items()}
 
-    def load_optimizer(self, optimizer: Any, stored: dict[str, Any], trained: Mapping[str, nn.Parameter]) -> None:
+    def load_optimizer(self, optimizer: Any, stored: dict[int, Any], trained: Mapping[str, nn.Parameter]) -> None:
         parameters = list(trained.values())
-        state = {
+        placed = {
             place: {what: self.placed(each, parameters[place]) for what, each in values.items()}
-            for place, values in stored["state"].items()
+            for place, values in stored.items()
         }
-        optimizer.optimizer.load_state_dict({**stored, "state": state})
+        super().load_optimizer(optimizer, placed, trained)
 
     def placed(self, tensor: Tensor, like: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor, distribute_tensor
@@ -190,42 +190,42 @@ class Zero(Strategy):
         settings["gradient_clipping"] = config.train.max_grad_norm
         return self.accelerator.prepare(model, optimizer)
 
-    def optimizer_state(self, optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[int, Any]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         inner = _inner(optimizer)
         steps = [state["step"] for state in inner.state.values() if "step" in state]
+        if steps:
+            self._link(optimizer)
         state: dict[int, dict[str, Tensor]] = {}
         for place, parameter in enumerate(trained.values() if steps else ()):
             whole = {what: safe_get_full_optimizer_state(parameter, what) for what in _MOMENTS}
             if self.accelerator.is_main_process:
                 state[place] = {"step": steps[0].cpu(), **{what: each.cpu() for what, each in whole.items()}}
-        groups = [{k: v for k, v in group.items() if k in _SETTINGS} for group in inner.param_groups]
-        groups[0]["params"] = list(range(len(trained)))
-        return {"state": state, "param_groups": groups}
+        return state
 
-    def load_optimizer(self, optimizer: Any, stored: dict[str, Any], trained: Mapping[str, nn.Parameter]) -> None:
+    def load_optimizer(self, optimizer: Any, stored: dict[int, Any], trained: Mapping[str, nn.Parameter]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         inner = _inner(optimizer)
-        for group, saved in zip(inner.param_groups, stored["param_groups"], strict=True):
-            group.update({key: saved[key] for key in _SETTINGS if key in saved})
-        if not stored["state"]:
+        if not stored:
             return
         for flat in self._flat(optimizer):
-            step = stored["state"][0]["step"].clone()
+            step = stored[0]["step"].clone()
             inner.state[flat] = {"step": step, **{what: torch.zeros_like(flat) for what in _MOMENTS}}
         self._link(optimizer)
         for place, parameter in enumerate(trained.values()):
             for what in _MOMENTS:
-                safe_set_full_optimizer_state(parameter, stored["state"][place][what].to(parameter.device), what)
+                safe_set_full_optimizer_state(parameter, stored[place][what].to(parameter.device), what)
 
     def _flat(self, optimizer: Any) -> list[Tensor]:
         """The weights as torch's optimizer has them: this process's part, in one row."""
         return [p for group in _inner(optimizer).param_groups for p in group["params"]]
 
     def _link(self, optimizer: Any) -> None:
-        """Makes DeepSpeed find the moments of each parameter, as it does after its first step."""
+        """Makes DeepSpeed find the moments of each parameter: it looks for all when its first group has been stepped,
+        and those of the others are not there yet."""
+        optimizer.optimizer._hp_optimizer_states_linked = False
         optimizer.optimizer._lazy_init_hp_params_optimizer_state()
 
 
@@ -284,7 +284,6 @@ class Zero3(Zero):
 _BLOCK = "ZImageTransformerBlock"
 _KEPT_WHOLE = 100_000  # DeepSpeed's default
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's
-_SETTINGS = ("lr", "betas", "eps", "weight_decay", "initial_lr")
 
 
 def _with_gradient(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:

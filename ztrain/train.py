@@ -154,7 +154,7 @@ def _take_step(run: Run, meter: Meter) -> None:
     trained = list(run.trained.values())
     if run.strategy.steps_in_backward:
         grad_norm = run.accelerator.clip_grad_norm_(trained, run.config.train.max_grad_norm)
-        meter.ask(run.schedule.get_last_lr()[0], 0.0 if grad_norm is None else grad_norm)
+        meter.ask(run.learning_rates, 0.0 if grad_norm is None else grad_norm)
     else:
         check_first_gradients(run)
         grad_norm = run.strategy.number(run.accelerator.clip_grad_norm_(trained, run.config.train.max_grad_norm))
@@ -165,7 +165,7 @@ def _take_step(run: Run, meter: Meter) -> None:
         elif not bool(bad):
             run.optimizer.step()
         run.optimizer.zero_grad()
-        meter.ask(run.schedule.get_last_lr()[0])
+        meter.ask(run.learning_rates)
     if run.ema is not None:
         run.ema.step(trained)
     run.schedule.step()
@@ -246,12 +246,12 @@ def _micro_step(run: Run, meter: Meter, micro_step: int, batch: Batch) -> None:
     base_velocity = model.base_velocity(noisy, sigma, encoded) if asks_base else None
     # On the device already: DDP and FSDP2 would move it there, and wait for all the work that the device has got.
     velocity = run.wrapped(noisy, moved(sigma, run.accelerator.device), encoded)
-    losses = velocity_losses(velocity, latents, noise, sigma, config.flow.loss_weight)  # (B,)
+    losses = velocity_losses(velocity, latents, noise, sigma, run.weight)  # (B,)
     if base_velocity is not None:
-        losses = keep_prior(losses, velocity, base_velocity, sigma, prior, config.flow.loss_weight)
+        losses = keep_prior(losses, velocity, base_velocity, sigma, prior, run.weight)
     meter.add(batch.keys, sigma, losses)
     if run.strategy.steps_in_backward and run.accelerator.sync_gradients and bool(meter.judge(0.0)):
-        meter.ask(run.schedule.get_last_lr()[0])
+        meter.ask(run.learning_rates)
         meter.read()  # which raises
     run.accelerator.backward(losses.mean())
 

@@ -24,7 +24,7 @@ from ztrain.config import Config
 from ztrain.drawn import save_picture, still_to_draw
 from ztrain.encoders import LatentCodec
 from ztrain.files import read_bytes, remove, whole_folder
-from ztrain.flow import SigmaDensity, draw_noise, interpolate, quantile, sampler_noise, velocity_losses
+from ztrain.flow import SigmaDensity, draw_noise, interpolate, quantiles, sampler_noise, velocity_losses
 from ztrain.grid import draw_grid
 from ztrain.images import open_image
 from ztrain.intervals import paired_bootstrap
@@ -102,7 +102,8 @@ def fixed_sigmas(config: Config, density: SigmaDensity) -> list[float]:
     given = config.validation.sigmas
     if given != "auto":
         return list(given)
-    return sorted({*(max(round(quantile(density, share), 3), 0.001) for share in _QUANTILES), 1.0})
+    found = quantiles(density, torch.tensor(_QUANTILES, dtype=torch.float64)).tolist()
+    return sorted({*(max(round(sigma, 3), 0.001) for sigma in found), 1.0})
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ztrain.conditioning import Conditioning, Encoded
@@ -30,6 +30,8 @@ class AdapterConfig(BaseModel):
     composes_reference: ClassVar[bool] = False
     acts_without_reference: ClassVar[bool] = False
     """Whether it changes what the DiT does with a sample that has no reference; else such a sample is the base."""
+    for_training: ClassVar[frozenset[str]] = frozenset()
+    """Keys that only training reads: no part of what an export means."""
     meant_before: ClassVar[Mapping[str, Any]] = {}
     """Keys that exports and checkpoints of earlier versions lack, with what those did."""
     beginnings: ClassVar[frozenset[str]] = frozenset()
@@ -76,8 +78,19 @@ class AdapterConfig(BaseModel):
 
     def at_work(self) -> dict[str, Any]:
         """What decides the pictures of given weights; without keys that are as they were before there were any."""
-        told = self.model_dump(mode="json")
+        told = self.model_dump(mode="json", exclude=set(self.for_training))
         return {key: value for key, value in told.items() if (key, value) not in self.meant_before.items()}
+
+
+class TrainedConfig(AdapterConfig):
+    """Settings of an adapter that has weights."""
+
+    for_training: ClassVar[frozenset[str]] = frozenset({"learning_rate", "weight_decay"})
+
+    learning_rate: float | None = Field(default=None, gt=0.0)
+    """Of this adapter's weights; None: train.learning_rate. What is trained from scratch takes more than a LoRA."""
+    weight_decay: float | None = Field(default=None, ge=0.0)
+    """Of its matrices; None: train.adam_weight_decay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +137,7 @@ class Adapter(nn.Module, Generic[ConfigT]):
 
     def exported_config(self) -> dict[str, Any]:
         """The settings under which the exported files load again; as trained by default."""
-        return self.config.model_dump(mode="json")
+        return self.config.model_dump(mode="json", exclude=set(self.config.for_training))
 
     def read(self, files: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
         """Weights out of exported files (tensors by file name): the inverse of `export`."""

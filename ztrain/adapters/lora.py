@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ztrain.adapters.base import MAX_WIDTH, Adapter, AdapterConfig, AdapterFile
+from ztrain.adapters.base import MAX_WIDTH, Adapter, AdapterConfig, AdapterFile, TrainedConfig
 from ztrain.errors import InputError
 
 MAIN_LAYERS = r"^layers\.\d+\.(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.w[123])$"
@@ -29,7 +29,7 @@ _OWN_FIELDS = {"r", "lora_alpha", "target_modules", "init_lora_weights", "lora_d
 _BASE_CHANGING = ("pissa", "olora")
 
 
-class LoraAdapterConfig(AdapterConfig):
+class LoraAdapterConfig(TrainedConfig):
     acts_without_reference: ClassVar[bool] = True
     beginnings: ClassVar[frozenset[str]] = frozenset({"init", "dropout"})
 
@@ -163,7 +163,7 @@ class Lora(Adapter[LoraAdapterConfig]):
         return files
 
     def exported_config(self) -> dict[str, Any]:
-        config = self.config.model_dump(mode="json")
+        config = super().exported_config()
         config["alpha"] = float(self.config.rank) if self.config.alpha is None else self.config.alpha
         if self.start:
             # Twice the rank at the same factor on B A: alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA.

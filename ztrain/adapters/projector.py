@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ztrain.adapters.base import MAX_WIDTH
+from ztrain.adapters.base import MAX_WIDTH, TrainedConfig
 from ztrain.adapters.splice import ComposeConfig, ComposingAdapter
 
 
-class ProjectorConfig(ComposeConfig):
+class ProjectorConfig(ComposeConfig, TrainedConfig):
     meant_before: ClassVar[Mapping[str, Any]] = {"correction": "absolute"}
 
     kind: Literal["projector"] = "projector"

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ztrain.adapters.base import MAX_WIDTH, Adapter, AdapterConfig, Reads
+from ztrain.adapters.base import MAX_WIDTH, Adapter, Reads, TrainedConfig
 from ztrain.conditioning import Conditioning, Encoded
 from ztrain.errors import InputError
 from ztrain.quantised import plain_copy
@@ -25,7 +25,7 @@ from ztrain.yamls import PathText
 Initialisation = Literal["context_refiner", "random", "statistics_matched", "cap_embedder_slice", "file", "checkpoint"]
 
 
-class SiglipConfig(AdapterConfig):
+class SiglipConfig(TrainedConfig):
     # The width is in the weights' shapes.
     beginnings: ClassVar[frozenset[str]] = frozenset({"feature_dim", "init", "init_seed", "init_file", "init_key_map"})
 
@@ -124,7 +124,7 @@ class Siglip(Adapter[SiglipConfig]):
         return replace(conditioning, siglip=siglip, siglip_scale=factors, omni=omni)
 
     def exported_config(self) -> dict[str, Any]:
-        config = self.config.model_dump(mode="json")
+        config = super().exported_config()
         if self.config.init != "checkpoint":
             # The exported weights replace what an initialisation made; what stays frozen is context_refiner's copy.
             config |= {"init": "context_refiner", "init_file": None, "init_key_map": {}}

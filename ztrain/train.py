@@ -239,16 +239,19 @@ def _micro_step(run: Run, meter: Meter, micro_step: int, batch: Batch) -> None:
     seed_micro_step(config.seed, micro_step, run.accelerator.process_index)
     noise, sigma = draw_noise(batch.keys, latents), draw_sigma(batch.keys, run.density)  # ..., (B,)
     noisy = [interpolate(x, n, float(s)) for x, n, s in zip(latents, noise, sigma, strict=True)]
-    weight = given(config.train.prior_weight)
-    prior = _prior_shares(encoded.with_reference, weight)  # (B,)
-    # Where processes share the base, either all run it or none.
-    asks_base = weight > 0 if run.strategy.cuts_base else bool(prior.any())
-    base_velocity = model.base_velocity(noisy, sigma, encoded) if asks_base else None
+    prior = _prior_shares(encoded.with_reference, given(config.train.prior_weight))  # (B,)
+    # Where processes share the base, all run it or none, on all samples.
+    rows = [i for i, share in enumerate(prior.tolist()) if share or run.strategy.cuts_base]
+    if not config.train.prior_weight:
+        rows = []
+    base_velocity = model.base_velocity([noisy[i] for i in rows], sigma[rows], encoded.select(rows)) if rows else []
     # On the device already: DDP and FSDP2 would move it there, and wait for all the work that the device has got.
     velocity = run.wrapped(noisy, moved(sigma, run.accelerator.device), encoded)
     losses = velocity_losses(velocity, latents, noise, sigma, run.weight)  # (B,)
-    if base_velocity is not None:
-        losses = keep_prior(losses, velocity, base_velocity, sigma, prior, run.weight)
+    if rows:
+        at, theirs = moved(torch.tensor(rows), losses.device), [velocity[i] for i in rows]
+        kept = keep_prior(losses[at], theirs, base_velocity, sigma[rows], prior[rows], run.weight)
+        losses = losses.index_copy(0, at, kept)
     meter.add(batch.keys, sigma, losses)
     if run.strategy.steps_in_backward and run.accelerator.sync_gradients and bool(meter.judge(0.0)):
         meter.ask(run.learning_rates)

@@ -58,6 +58,19 @@ TRAINING = {
 }
 """Ways to train that the page compares with the lists under their defaults."""
 VARIANTS = {name: LISTS[name] for name in SHIPPED} | TRAINING
+PAIRED = {
+    "[siglip, lora], 4: the base minus neither": (("siglip_lora", "base"), ("siglip_lora", "neither")),
+    "[splice, lora], 4: the base minus neither": (("splice_lora", "base"), ("splice_lora", "neither")),
+    "[siglip, lora], 4, neither: prior 1 minus 0.5": (("siglip_lora", "neither"), ("siglip_lora_prior_0.5", "neither")),
+    "[siglip, lora], 4, neither: prior 1 minus 0": (("siglip_lora", "neither"), ("siglip_lora_prior_0", "neither")),
+    "[splice, lora], 4, neither: prior 1 minus 0": (("splice_lora", "neither"), ("splice_lora_prior_0", "neither")),
+    "[siglip, lora], 4, neither: as it is minus each dropped 0.05": (
+        ("siglip_lora", "neither"),
+        ("siglip_lora_before", "neither"),
+    ),
+    "[siglip], 4, neither: nothing dropped minus each 0.05": (("siglip", "neither"), ("siglip_dropped", "neither")),
+}
+"""Differences of style over the same triplets that the page rests on: run and way, minus run and way."""
 FIGURES = {"style": "style_cosine", "content": "prompt_content", "leak": "leak_above_chance", "clipped": "clipped"}
 
 
@@ -123,6 +136,9 @@ def result_of(laboratory: Laboratory, seeds: Sequence[int]) -> dict[str, Any]:
         }
         for name, of in (runs | {"splice": ["splice-5-text-1"]}).items()
     }
+    style = {
+        (name, way): laboratory.scores(of, way)["style_cosine"] for name, of in runs.items() for way in _ways_of(name)
+    }
     plan = laboratory.plan
     return {
         "machines": laboratory.machines(run for of in runs.values() for run in of),
@@ -130,20 +146,27 @@ def result_of(laboratory: Laboratory, seeds: Sequence[int]) -> dict[str, Any]:
         "triplets": len(clusters.numbers),
         "rows": rows,
         "training": training,
+        "paired": {
+            label: clusters.figure(style[ours], style[theirs], drop_nan=True)
+            for label, (ours, theirs) in PAIRED.items()
+        },
     }
 
 
 def table(result: Mapping[str, Any]) -> str:
     """A result file as the page shows it."""
     heads = ("style, no guidance", *(f"style at 4, negative {name}" for name in NEGATIVES), "content, no guidance",
-             *(f"content at 4, {name}" for name in NEGATIVES), "clipped, no guidance, neither, reference")  # fmt: skip
+             *(f"content at 4, {name}" for name in NEGATIVES), "clipped: no guidance, neither, reference, base")  # fmt: skip
     lines = [f"| | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 1)]
     for row in result["training"].values():
         cells = [cell(row["ways"][way][key]) if way in row["ways"] else ""
                  for key in ("style", "content") for way in WAYS]  # fmt: skip
-        clipped = [f"{row['ways'][way]['clipped']['mean']:.3f}" for way in ("own", "neither", "reference")
-                   if way in row["ways"]]  # fmt: skip
+        clipped = [f"{row['ways'][way]['clipped']['mean']:.3f}" for way in WAYS if way in row["ways"]]
         lines.append(f"| {row['label']} | {' | '.join(cells)} | {' '.join(clipped)} |")
+    lines += ["", "| style, paired | difference |", "|---|---|"]
+    for label, figure in result["paired"].items():
+        mean, low, high = (f"{figure[name]:z.3f}" for name in ("mean", "low", "high"))
+        lines.append(f"| {label} | {mean} [{low}, {high}] |")
     plan = result["plan"]
     told = (
         f"{result['triplets']} held-out triplets, {len(plan['seeds'])} seeds, {plan['steps']} steps of batch"

@@ -60,16 +60,15 @@ license: apache-2.0
 # Adapters of the miniature
 
 One of each kind, trained on painted style folders with `python -m benchmarks.shipped_adapters`: batch {batch}, a cosine
-schedule of {steps} steps. bfloat16. To draw:
+schedule of {steps} steps; where the table names fewer, the machine's time was over before. bfloat16. To draw:
 
 ```bash
 ztrain sample --config configs/<list>.yaml configs/miniature.yaml --adapter ztrain/mini/adapters/<list> \\
   --prompt "two stars on the left" --reference reference.png --out drawing.png
 ```
 
-{count} held-out triplets (contents and styles that were not trained on), 95 % intervals over styles, at the base's own
-guidance, 4, whose negative has neither prompt nor reference. "Shuffled": the same adapter with a reference of another
-style.
+{count} held-out triplets (contents and styles that were not trained on), 95 % intervals over styles, drawn at guidance
+{guidance:g}. "Shuffled": the same adapter with a reference of another style.
 
 """
 
@@ -155,7 +154,13 @@ def result_of(laboratory: Laboratory) -> dict[str, Any]:
             }
     return {
         "machines": laboratory.machines(run for run in runs.values()),
-        "plan": {"steps": plan.steps, "batch": plan.batch, "counts": dict(plan.counts), "seed": plan.seed},
+        "plan": {
+            "steps": plan.steps,
+            "batch": plan.batch,
+            "counts": dict(plan.counts),
+            "seed": plan.seed,
+            "guidance": laboratory.trials.guidance_scale,
+        },
         "triplets": len(clusters.numbers),
         "rows": rows,
     }
@@ -167,7 +172,10 @@ def card(result: Mapping[str, Any]) -> str:
     def cell(figure: Mapping[str, float]) -> str:
         return f"{figure['mean']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
-    head = HEAD.format(steps=result["plan"]["steps"], batch=result["plan"]["batch"], count=result["triplets"])
+    plan = result["plan"]
+    head = HEAD.format(
+        steps=plan["steps"], batch=plan["batch"], count=result["triplets"], guidance=plan.get("guidance", 0)
+    )
     heads = [*COLUMNS, "style, shuffled", "style, no guidance", "steps", "weights"]
     lines = [f"| | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 1)]
     for row in result["rows"].values():

@@ -8,17 +8,19 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks import compare_miniature, diversity_tables, findings, real_drawings
+from benchmarks import compare_miniature, diversity_tables, findings, guidance, real_drawings
 from benchmarks.findings_book import BOOK
 from benchmarks.pages import MARKS, PAGES, RESULTS, ROOT
 
 TABLES: dict[str, Callable[[Any], str]] = dict.fromkeys(BOOK, findings.table) | {
     real_drawings.NAME: real_drawings.table,
+    guidance.NAME: guidance.table,
     "layer_spectrum": compare_miniature.layers_table,
     diversity_tables.NAME: diversity_tables.table,
 }
 COMMANDS = {name: f"python -m benchmarks.findings {name}" for name in BOOK} | {
     real_drawings.NAME: "python -m benchmarks.real_drawings --family",
+    guidance.NAME: "python -m benchmarks.guidance",
     "layer_spectrum": "python -m benchmarks.compare_miniature",
     diversity_tables.NAME: "python -m benchmarks.diversity",
 }

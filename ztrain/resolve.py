@@ -25,9 +25,10 @@ def resolve(config: Config, saved: Mapping[str, Any] | None) -> Config:
     before = saved or {}
     source = f"train, with what is left out as {describe_list(list(config.adapters))} wants it"
     train = _filled(config.train, before.get("train", {}), dropouts_of(config))
-    bare = train["dropout_reference"] + train["dropout_both"] + config.data.text_only_share
-    if config.train.prior_weight is None and saved is None and not bare:
-        train["prior_weight"] = 0.0  # strategies that cut the base would run it for nothing
+    dropped, share = train["dropout_reference"] + train["dropout_both"], config.data.text_only_share
+    if config.train.prior_weight is None and saved is None and (share or not dropped):
+        # Pictures without references are there to be learned; and with none dropped the base would run for nothing.
+        train["prior_weight"] = 0.0
     flow = _filled(config.flow, before.get("flow", {}), {"shift": shift_of(config.flow)})
     earlier = before.get("adapters", [])
     adapters = [

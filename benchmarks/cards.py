@@ -2,10 +2,10 @@
 
     python -m benchmarks.cards [--readme README.md]
 
-In: configs/*_24gb.yaml, ztrain's own plans (ztrain/plan.py), and what was measured: train_real_size_nvidia_h200.json
-and, once it is there, launch_nvidia_h200.json of benchmarks/results. Out: docs/cards.md between its marks; README
-between `<!-- cards -->` and `<!-- /cards -->`. Every cell says whether somebody ran it. A config counts as fitting if
-what it takes with nothing kept leaves SPARE of the card.
+In: configs/*_24gb.yaml with configs/then_1024.yaml, ztrain's own plans (ztrain/plan.py), and what was measured:
+train_real_size_nvidia_h200.json and, once it is there, launch_nvidia_h200.json of benchmarks/results. Out:
+docs/cards.md between its marks; README between `<!-- cards -->` and `<!-- /cards -->`. Every cell says whether somebody
+ran it. A config counts as fitting if what it takes with nothing kept leaves SPARE of the card.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp2", "zero2", "zero3")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Settings beside configs/<list>_24gb.yaml, in the order in which they are tried."""
+    """Settings beside configs/<list>_24gb.yaml and configs/then_1024.yaml, in the order in which they are tried."""
 
     strategy: Strategy
     optimizer: str
@@ -74,6 +75,17 @@ def choices(cards: int) -> Iterator[Choice]:
             for way in ways:
                 if optimizer == "adamw" or way != "fsdp2":
                     yield Choice(way, optimizer, side)
+
+
+@cache
+def config_of(name: str) -> Config:
+    """A list's recipe at 1024 px."""
+    return load_config([ROOT / "configs" / file for file in (f"{name}_24gb.yaml", "then_1024.yaml")])
+
+
+@cache
+def counted_of(name: str) -> Counted:
+    return count(config_of(name))
 
 
 def changed(config: Config, **sections: dict[str, Any]) -> Config:
@@ -129,11 +141,11 @@ def joined(lines: Sequence[str], whole: dict[str, Any]) -> str:
 
 
 LEGEND = (
-    "Each cell: what to set beside `configs/<list>_24gb.yaml` (strategy = the file of `configs/accelerate`; adamw_8bit"
-    " = `--train.optimizer`; px = `--data.resolution`), what a card is then full with (`budget` keeps what fits),"
-    " seconds of a micro-step of one triplet a card. *Computed*: nobody has run it; H200 constants scaled by the card's"
-    " sheet. *Measured*: a whole run; within 24 GiB what torch reserved, else what the driver saw taken, torch's unused"
-    " cache included. `ztrain plan` says the same of any config."
+    "Each cell: what to set beside `configs/<list>_24gb.yaml configs/then_1024.yaml` (strategy = the file of"
+    " `configs/accelerate`; adamw_8bit = `--train.optimizer`; px = `--data.resolution`), what a card is then full with"
+    " (`budget` keeps what fits), seconds of a micro-step of one triplet a card. *Computed*: nobody has run it; H200"
+    " constants scaled by the card's sheet. *Measured*: a whole run; within 24 GiB what torch reserved, else what the"
+    " driver saw taken, torch's unused cache included. `ztrain plan` says the same of any config."
 )
 MORE = "More cards, and each strategy computed and measured: [docs/cards.md](docs/cards.md)."
 
@@ -202,8 +214,7 @@ def fill_readme(path: Path, text: str) -> None:
 
 
 def main(page: Path = PAGE, readme: Path | None = None, results: Path = RESULTS) -> None:
-    configs = {name: load_config([ROOT / "configs" / f"{name}_24gb.yaml"]) for name in LISTS}
-    counted = {name: count(config) for name, config in configs.items()}
+    configs, counted = {name: config_of(name) for name in LISTS}, {name: counted_of(name) for name in LISTS}
     whole = json.loads((results / "train_real_size_nvidia_h200.json").read_text(encoding="utf-8"))
     rows = launched(results)
     lines, ways = table(configs, counted, rows), strategies(configs, counted, rows)

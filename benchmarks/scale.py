@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cards import LISTS, changed, compared, launched, list_name
+from benchmarks.cards import LISTS, changed, compared, config_of, counted_of, launched, list_name
 from benchmarks.pages import ROOT, write_page
 from ztrain.cards import CARDS
-from ztrain.config import Config, load_config
+from ztrain.config import Config
 from ztrain.expected import BUCKET_BYTES, LINK_SHARE, PROMPT_TOKENS, WAITING, Tokens, Traffic, step_seconds, traffic
-from ztrain.footprint import Counted, Cut, count
+from ztrain.footprint import Counted, Cut
 from ztrain.plan import Plan, plan
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "scale.md"
@@ -55,10 +55,9 @@ class Case:
 
     @classmethod
     def of(cls, name: str, side: int) -> "Case":
-        config = load_config([ROOT / "configs" / f"{name}_24gb.yaml"])
         train = {"train_batch_size": BATCHES[side], "gradient_accumulation_steps": 1}
-        config = changed(config, data={"resolution": side}, train=train)
-        return cls(name, config, count(config))
+        config = changed(config_of(name), data={"resolution": side}, train=train)
+        return cls(name, config, counted_of(name))
 
     def on(self, card: str) -> Plan:
         return plan(self.config, strategy="ddp", cards=ALL_CARDS, card=CARDS[card], counted=self.counted)

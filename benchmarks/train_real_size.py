@@ -1,13 +1,14 @@
 """The whole training path at the real size on one GPU, with random weights: cache, steps, validation, previews, resume.
 
-    python -m benchmarks.train_real_size --work out/real --out benchmarks/results [--lists LIST ...] [--again LIST ...]
-        [--smoke]
+    python -m benchmarks.train_real_size --work out/real --out benchmarks/results [--side 512] [--lists LIST ...]
+        [--again LIST ...] [--smoke]
 
 Builds Z-Image, Qwen3-VL's front-end and SigLIP2 at their released sizes (22 GB of random bf16), paints triplets of
-mixed aspects and captions, and runs the project's own commands on configs/*_24gb.yaml: STEPS steps with averaged
-weights, validation and previews before, in the middle and at the end, inside 24 GiB, all counted. Writes
-train_real_size_<gpu>.json: peak memory of whole runs, what was kept, share of step time spent waiting for data, how
-busy the encoders were; rows of lists that are not named stay. What --work has from an earlier call is used again.
+mixed aspects and captions, and runs the project's own commands on configs/*_24gb.yaml and configs/then_1024.yaml
+(--side 512: without the latter): STEPS steps with averaged weights, validation and previews before, in the middle and
+at the end, inside 24 GiB, all counted. Writes train_real_size_<gpu>.json (train_real_size_512_<gpu>.json): peak memory
+of whole runs, what was kept, share of step time spent waiting for data, how busy the encoders were; rows of lists that
+are not named stay. What --work has from an earlier call is used again.
 --again: lists whose second half is run once more, from the checkpoint in the middle, to compare losses. --smoke: the
 tiny family on a CPU, a rehearsal.
 """
@@ -185,22 +186,23 @@ def prepare(work: Path, is_real: bool) -> Path:
     return family if is_real else tiny
 
 
-def places_of(name: str, family: Path, data: Path, cache: Path, is_smoke: bool) -> list[str]:
+def places_of(name: str, family: Path, data: Path, cache: Path, is_smoke: bool, side: int = 1024) -> list[str]:
     """The arguments that say what is trained on what: a list of configs/*_24gb.yaml, models, triplets and cache."""
-    tiny = ["configs/tiny.yaml"] if is_smoke else []
+    overlays = ["configs/then_1024.yaml"] if side == 1024 else []
+    overlays += ["configs/tiny.yaml"] if is_smoke else []
     folders = ("Z-Image", "Qwen3-VL-4B-Instruct", "siglip2-so400m-patch16-naflex")
     places = {role: str(family / f) for role, f in zip(("base", "vision_language", "siglip"), folders, strict=True)}
     return [
-        "--config", f"configs/{name}_24gb.yaml", *tiny,
+        "--config", f"configs/{name}_24gb.yaml", *overlays,
         *(w for role, place in places.items() for w in (f"--models.{role}.pretrained_model_name_or_path", place)),
         "--data.train_data_dir", str(data), "--cache.dir", str(cache),
     ]  # fmt: skip
 
 
-def words_of(name: str, family: Path, work: Path, steps: int, is_smoke: bool) -> list[str]:
+def words_of(name: str, family: Path, work: Path, steps: int, is_smoke: bool, side: int) -> list[str]:
     """The arguments that training a list and filling its cache have in common."""
     return [
-        *places_of(name, family, work / "triplets", work / "cache", is_smoke),
+        *places_of(name, family, work / "triplets", work / "cache", is_smoke, side),
         "--train.gradient_accumulation_steps", "1", "--train.lr_warmup_steps", "0", "--train.logging_steps", "1",
         "--train.ema_decay", "0.999", "--validation.num_samples", "4", "--validation.num_previews", "2",
         "--validation.validation_steps", str(steps // 2), "--validation.preview_steps", str(steps // 2),
@@ -217,6 +219,7 @@ def main() -> None:
     parser.add_argument("--lists", nargs="+", choices=LISTS, default=LISTS)
     parser.add_argument("--again", nargs="*", choices=LISTS, default=("siglip_lora", "projector"))
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--side", type=int, choices=(512, 1024), default=1024)
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     started = time.perf_counter()
@@ -226,7 +229,7 @@ def main() -> None:
     print(f"prepared after {time.perf_counter() - started:.0f} s", flush=True)
 
     for name in options.lists:
-        words = words_of(name, family, work, steps, options.smoke)
+        words = words_of(name, family, work, steps, options.smoke, options.side)
         said, seconds = run("ztrain.cli", "cache", *words)
         print(name, said.strip().splitlines()[-1], f"{seconds:.0f} s", flush=True)
         caching = {"list": name, "said": said.strip().splitlines()[-1], "seconds": round(seconds, 1)}
@@ -257,19 +260,20 @@ def main() -> None:
             whole = [row["train/loss"] for row in metrics if row["step"] > steps // 2]
             row["resume_largest_relative_difference"] = max(abs(a - b) / b for a, b in zip(resumed, whole, strict=True))
         print(json.dumps(row), flush=True)
-        write(options.out, gpu, row, caching)
+        write(options.out, gpu, row, caching, options.side)
     print(f"done after {time.perf_counter() - started:.0f} s")
 
 
-def write(out: Path, gpu: str, row: dict[str, Any], caching: dict[str, Any]) -> None:
+def write(out: Path, gpu: str, row: dict[str, Any], caching: dict[str, Any], side: int) -> None:
     """Puts a list's rows into the file, in the place of earlier ones."""
     out.mkdir(parents=True, exist_ok=True)
     card = re.sub(r"\W+", "_", gpu.lower())
-    path = out / f"train_real_size_{card}.json"
+    size, option = ("", "") if side == 1024 else (f"_{side}", f" --side {side}")
+    path = out / f"train_real_size{size}_{card}.json"
     known = json.loads(path.read_text()) if path.exists() else {"rows": [], "caching": []}
     document = {
-        "command": "python -m benchmarks.train_real_size --work out/real --out benchmarks/results",
-        "what": f"configs/*_24gb.yaml at 1024 px in {BUDGET_GIB:g} GiB, random weights; peak_gib: of whole runs,"
+        "command": f"python -m benchmarks.train_real_size --work out/real --out benchmarks/results{option}",
+        "what": f"configs/*_24gb.yaml at {side} px in {BUDGET_GIB:g} GiB, random weights; peak_gib: of whole runs,"
         " validation and previews in; rows without reserved_gib are older, with every block computed again",
         "machine": {"gpu": gpu, "torch": torch.__version__, "cpus": os.cpu_count()},
         "rows": [other for other in known["rows"] if other["list"] != row["list"]] + [row],

@@ -452,6 +452,7 @@ def test_the_path_with_own_images_and_real_names_runs_as_written(family: Path, t
     hub_cache(family, tmp_path / "hf")
     small = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
     few = {"train": {"max_train_steps": 4, "checkpointing_steps": 2, "gradient_accumulation_steps": 1}}
+    few["data"] = {"reference_variants": 1}
     small = merged({key: value for key, value in small.items() if key != "models"}, few)
     for name, text in named_files(section).items():
         content = yaml.safe_load(text)

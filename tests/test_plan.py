@@ -4,7 +4,6 @@ import json
 import re
 import statistics
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import distributed
 
 from benchmarks import cards as page
+from benchmarks.cards import counted_of
 from ztrain import expected, memory, tune
 from ztrain.adapters import build_adapters
 from ztrain.adapters.lora import LoraAdapterConfig
@@ -25,7 +25,7 @@ from ztrain.dit import load_transformer
 from ztrain.encoders import siglip_width
 from ztrain.errors import InputError
 from ztrain.expected import Tokens, flops, flops_again
-from ztrain.footprint import GIB, LIVE, PERSISTENCE, REDUCE_BUCKET, WRAPPED, Counted, Cut, count, standing
+from ztrain.footprint import GIB, LIVE, PERSISTENCE, REDUCE_BUCKET, WRAPPED, Cut, count, standing
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source
 from ztrain.plan import plan, render, verdict
@@ -50,13 +50,7 @@ def results(name: str) -> dict[str, Any]:
 
 
 def real(name: str, *words: str) -> Config:
-    return load_config([ROOT / "configs" / f"{name}_24gb.yaml"], words)
-
-
-@cache
-def counted_of(name: str) -> Counted:
-    """Of a list at its real size, once for all tests."""
-    return count(real(name))
+    return load_config([ROOT / "configs" / file for file in (f"{name}_24gb.yaml", "then_1024.yaml")], words)
 
 
 def launched(**settings: Any) -> list[dict[str, Any]]:

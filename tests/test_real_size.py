@@ -85,25 +85,28 @@ def test_24gb_configs_fit_by_computation(path: Path) -> None:
 
     Checked against the measured peaks of the DiT's step (benchmarks/results): none may lie above its bound.
     """
-    config = load_config([path])
+    stages = [load_config([path, *overlay]) for overlay in ([], [path.with_name("then_1024.yaml")])]
+    assert [config.data.resolution for config in stages] == [512, 1024]
+    config = stages[1]
     with torch.device("meta"):
         dit = ZImageTransformer2DModel(**REAL_CONFIG)
         base = sum(p.numel() for p in dit.parameters())
         model = AdaptedDiT(dit, build_adapters(config.adapters, 1152))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    moments = 2 if config.train.optimizer == "adamw_8bit" else 8
-    average = 4 if config.train.ema_decay else 0
-    static = 2 * base + trained * (4 + 4 + moments + average)
-    # The longest sequence: a full prompt, the largest reference in the caption, SigLIP2's 256 patches, 1024 x 1024.
-    caption = padded(config.encoders.max_sequence_length + config.encoders.max_reference_pixels // 1024 + 2)
-    tokens = caption + (config.data.resolution // 16) ** 2 + 256
     dim, hidden, blocks = dit.dim, int(dit.dim / 3 * 8), 30 + 2 + 2 + 2
-    inputs = blocks * tokens * dim * 2  # kept by checkpointing, bf16
-    # Of the block that is recomputed: about 24 tensors of the model's width and 5 of the feed-forward's, half of them
-    # with a gradient at the same time.
-    recomputed = tokens * (24 * dim + 5 * hidden) * 2 * 1.5
-    bound = (static + config.train.train_batch_size * (inputs + recomputed)) / 2**30
-    assert bound < 22.5, bound  # leaves 1.5 GiB to CUDA itself and to fragmentation
+    for config in stages:
+        moments = 2 if config.train.optimizer == "adamw_8bit" else 8
+        average = 4 if config.train.ema_decay else 0
+        static = 2 * base + trained * (4 + 4 + moments + average)
+        # The longest sequence: a full prompt, the largest reference in the caption, SigLIP2's 256 patches, the target.
+        caption = padded(config.encoders.max_sequence_length + config.encoders.max_reference_pixels // 1024 + 2)
+        tokens = caption + (config.data.resolution // 16) ** 2 + 256
+        inputs = blocks * tokens * dim * 2  # kept by checkpointing, bf16
+        # Of the block that is recomputed: about 24 tensors of the model's width and 5 of the feed-forward's, half of
+        # them with a gradient at the same time.
+        recomputed = tokens * (24 * dim + 5 * hidden) * 2 * 1.5
+        bound = (static + config.train.train_batch_size * (inputs + recomputed)) / 2**30
+        assert bound < 22.5, bound  # leaves 1.5 GiB to CUDA itself and to fragmentation
     [row] = [row for row in MEASURED["rows"] if f"{row['list']}_24gb" == path.stem]
     assert row["trained"] == trained and row["peak_gib"] < bound
     # Whole runs, with what the bound leaves out: the VAE and its decoding of previews (benchmarks/train_real_size.py).

@@ -1,13 +1,14 @@
-"""docs/scale.md and docs/cards.md: of the code and the committed results; bytes are those that encoders really give."""
+"""docs/scale.md, cards.md and recipes.md: of the code and the committed results; bytes are those that encoders give."""
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import cards, scale
+from benchmarks import cards, recipes, scale
 from benchmarks.pages import MARKS
 from ztrain.cache import Request
 from ztrain.config import load_config
@@ -15,16 +16,16 @@ from ztrain.digests import Known
 from ztrain.errors import InputError
 from ztrain.expected import WAITING
 from ztrain.fill import Encoding
-from ztrain.footprint import count
 from ztrain.images import PictureFile
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_page_is_of_the_code_and_the_committed_results() -> None:
-    page = scale.PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("module", [scale, recipes], ids=["scale", "recipes"])
+def test_the_page_is_of_the_code_and_the_committed_results(module: ModuleType) -> None:
+    page = module.PAGE.read_text(encoding="utf-8")
     between = page.split(MARKS[0])[1].split(MARKS[1])[0].strip()
-    assert between == scale.text(), "run: python -m benchmarks.scale"
+    assert between == module.text(), f"run: python -m {module.__name__}"
 
 
 def test_bytes_of_an_entry_are_those_of_what_encoders_give_in_bf16(tmp_path: Path) -> None:
@@ -44,10 +45,7 @@ def test_bytes_of_an_entry_are_those_of_what_encoders_give_in_bf16(tmp_path: Pat
             "text": encoding.compute(Request(state="text", text="a red boat"), []),
             "reference": encoding.compute(Request(state="reference", pictures=(known,)), [image]),
         }
-    wanted = {
-        name: scale.entry_bytes(load_config([ROOT / "configs" / f"{name}_24gb.yaml"]))
-        for name in ("siglip", "projector")
-    }
+    wanted = {name: scale.entry_bytes(cards.config_of(name)) for name in ("siglip", "projector")}
     states = {state: parts["states"] for state, parts in made.items()}
     kinds = made["reference"]["kinds"]
 
@@ -107,7 +105,7 @@ def test_a_build_is_scaled_from_those_with_pictures_of_their_own_and_one_that_wa
 
 
 def test_the_vae_takes_four_times_as_much_for_four_times_the_pixels_and_some_attention() -> None:
-    config = load_config([ROOT / "configs" / "lora_24gb.yaml"])
+    config = cards.config_of("lora")
     small, large = (scale.encoder_flops(side, config)["latents"] for side in (512, 1024))
     assert 4.0 < large / small < 4.6 and set(scale.encoder_flops(512, config)) == {"latents", "text"}
 
@@ -150,9 +148,8 @@ def test_the_page_of_cards_is_of_the_code_and_the_committed_results(tmp_path: Pa
 
 def test_measured_figures_stand_beside_computed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cards, "LISTS", {"siglip": "`[siglip]`"})
-    config = {"siglip": load_config([ROOT / "configs/siglip_24gb.yaml"])}
+    config, counted = {"siglip": cards.config_of("siglip")}, {"siglip": cards.counted_of("siglip")}
     monkeypatch.setattr(cards, "MACHINES", (("h200", 2), ("h100", 2)))
-    counted = {"siglip": count(config["siglip"])}
     row = {"strategy": "fsdp2", "gpus": 2, "list": "siglip", "ms": 401.2, "peak_gib": 15.43, "used_gib": [17.1, 17.24],
            "keeps": "on", "data": "alike", "accumulation": 1, "is_reference": False}  # fmt: skip
     failed = {key: value for key, value in row.items() if key not in ("ms", "peak_gib")}

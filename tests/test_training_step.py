@@ -116,8 +116,9 @@ def test_schedules_warm_up_and_end_where_they_should(schedule: str, expected: li
 @pytest.mark.parametrize("name", NAMES)
 def test_configs_for_a_24gb_card_train_the_same_lists(name: str) -> None:
     plain, real = (load_config([ROOT / "configs" / f"{file}.yaml"]) for file in (name, f"{name}_24gb"))
-    assert real.adapters == plain.adapters and real.output_dir == plain.output_dir
-    assert real.data.resolution == 1024 and real.train.train_batch_size == 1
+    assert [a.meaning() for a in real.adapters] == [a.meaning() for a in plain.adapters]
+    assert real.output_dir == plain.output_dir
+    assert real.data.resolution == 512 and real.train.train_batch_size == 1
     assert real.train.mixed_precision == "bf16"
     # A budget where a whole run with one has been seen to end.
     rows = json.loads((ROOT / "benchmarks/results/train_real_size_nvidia_h200.json").read_text())["rows"]

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -340,19 +339,22 @@ def _part(found: dict[str, Any], processes: int) -> str:
     return f"{found.get('ready_seconds', found['seconds']):.0f} s{f', {peaks} GB' if peaks else ''}"
 
 
-def builds(document: dict[str, Any], wanted: int = 1_000_000) -> str:
-    """What a build of `wanted` triplets would take, by a square through three with pictures of their own."""
-    done = [row for row in document["rows"] if row["pictures"] == row["triplets"] and "build" in row]
-    counts, seconds = zip(*[(row["triplets"], row["build"]["seconds"]) for row in done[-3:]], strict=True)
-    square, each, fixed = np.polyfit(counts, seconds, 2)
-    straight = fixed + each * wanted
-    return (
-        f"A build of {wanted:,} triplets with pictures of their own is scaled, not measured: {fixed:.0f} s +"
-        f" {each * 1e3:.2f} ms n + {square * 1e9:.0f} ns n², through the three of the table, gives"
-        f" {(straight + square * wanted**2) / 3600:.0f} h, and {straight / 60:.0f} minutes without the square. Most of"
-        " the square was the naming of pictures in `data_tools/triplets.py`, which made a set of all names for each of"
-        " them; it looks a name up since then, and the builds were not measured again."
-    )
+def builds(document: dict[str, Any]) -> str:
+    """What builds of triplets with pictures of their own took, for each triplet, and where."""
+    done = [row for row in document["rows"] if row["pictures"] == row["triplets"] and "seconds" in row.get("build", {})]
+    told = [
+        f"{1e3 * row['build']['seconds'] / row['triplets']:.2f} ms and"
+        f" {row['build']['peak_bytes'][0] / row['triplets'] / 1e3:.1f} KB of the largest process at {row['triplets']:,}"
+        f" ({row['build'].get('where', str(row['build']['workers']) + ' workers')})"
+        for row in done
+        if "failed" not in row["build"]
+    ]
+    stopped = [
+        f" One of {row['triplets']:,} was {row['build']['failed']} ({row['build']['where']})."
+        for row in done
+        if "failed" in row["build"]
+    ]
+    return f"A build of triplets with pictures of their own takes, for each: {'; '.join(told)}.{''.join(stopped)}"
 
 
 def text() -> str:

@@ -73,8 +73,9 @@ class FirstStep:
         model.base_dtype = dtype
 
     def _loss(self) -> Tensor:
-        step = self.step
-        velocity = step.model(step.noisy.to(step.model.base_dtype), step.sigma, step.encoded)
+        step, dtype = self.step, self.step.model.base_dtype
+        text = [states.to(dtype) for states in step.encoded.text]  # as a cache holds them
+        velocity = step.model(step.noisy.to(dtype), step.sigma, replace(step.encoded, text=text))
         return F.mse_loss(velocity.float(), step.target.float())
 
 

@@ -420,7 +420,7 @@ def test_what_cannot_be_compared_is_refused_in_one_sentence(data: Path, tmp_path
         (("--compare.adapters", str(data)), "is no exported adapter"),
         (("--compare.adapters", projector, f"{projector}/../projector"), "twice"),
         (("--compare.adapters", projector, "--sample.scales", "1.0", "0.5"), "sample.scales has 2 numbers for the 1"),
-        (("--compare.num_samples", "1", "--compare.shuffled"), "none can be shuffled"),
+        (("--compare.num_samples", "1", "--compare.shuffled"), "none can be exchanged"),
         (("--judges.truth", str(tmp_path)), "has no judges"),
         (("--compare.presets", str(tmp_path / "empty.yaml")), "seed has no place in it"),
         (("--compare.presets", str(tmp_path / "plain.yaml")), "read no reference"),

@@ -401,7 +401,7 @@ def build_config(rendered: Path) -> dict[str, object]:
     """For data_tools.build: rendered style folders as they are."""
     splits = {"train": "train", "val": "validation"}
     styles = {"contents": str(rendered / "contents.csv"), "splits": splits}
-    return {"sources": [str(rendered / "images")], "label": {"styles": styles}}
+    return {"sources": [str(rendered / "images")], "label": {"styles": styles}, "pair": {"triplets_per_target": 1}}
 
 
 def test_rendered_folders_train_an_adapter(drawn: Path, tmp_path: Path) -> None:

@@ -92,16 +92,21 @@ def test_what_one_process_takes_grows_with_the_triplets() -> None:
     assert host.hashing_hours == pytest.approx(100_000 / 3600)
 
 
-def test_a_build_is_scaled_from_those_with_pictures_of_their_own_and_one_that_was_stopped_is_said_so() -> None:
-    took = {count: 10 + 1e-3 * count + 4e-8 * count**2 for count in (10_000, 30_000, 100_000)}
-    rows = [{"triplets": count, "pictures": count, "build": {"seconds": took[count]}} for count in took]
+def test_builds_are_told_for_each_triplet_and_one_that_was_stopped_is_said_so() -> None:
+    took = {"workers": 16, "seconds": 120.0, "peak_bytes": [1_500_000_000, 1]}
+    elsewhere = {"workers": 2, "seconds": 6000.0, "peak_bytes": [6_000_000_000, 1], "where": "2 cores, beside tests"}
     stopped = {"failed": "not done after 90 seconds", "seconds": 90.0, "peak_bytes": [3_250_000_000, 1]}
-    rows.append({"triplets": 1_000_000, "pictures": 2_000, "build": stopped})
+    rows = [
+        {"triplets": 100_000, "pictures": 100_000, "build": took},
+        {"triplets": 1_000_000, "pictures": 2_000, "build": stopped},
+        {"triplets": 1_000_000, "pictures": 1_000_000, "build": elsewhere},
+    ]
     document = {"machine": {"cpu_cores": 16, "torch": "2"}, "what": "of it", "rows": rows}
     said = scale.builds(document)
-    assert "10 s + 1.00 ms n + 40 ns n²" in said and "gives 11 h, and 17 minutes without the square" in said
-    *_, last = [line for line in scale.starts(document).splitlines() if line.startswith("|")]
-    assert last.endswith("| not done after 90 seconds, 3.25 GB by then |")
+    assert "1.20 ms and 15.0 KB of the largest process at 100,000 (16 workers)" in said
+    assert said.endswith("6.00 ms and 6.0 KB of the largest process at 1,000,000 (2 cores, beside tests).")
+    lines = [line for line in scale.starts(document).splitlines() if line.startswith("|")]
+    assert lines[-2].endswith("| not done after 90 seconds, 3.25 GB by then |")
 
 
 def test_the_vae_takes_four_times_as_much_for_four_times_the_pixels_and_some_attention() -> None:

@@ -50,6 +50,22 @@ def test_a_command_ends_with_the_documented_status_and_leaves_nothing_half_writt
     assert f"| {by_name(number)} | {SIGNALS[number]} | {128 + number} |" in documented
 
 
+def test_a_signal_whose_exception_python_drops_comes_again(capsys: pytest.CaptureFixture[str]) -> None:
+    """As in a destructor, or in what logging does beside a fork."""
+
+    class Deleted:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def work() -> None:
+        Deleted()
+        time.sleep(9)
+
+    began = time.monotonic()
+    assert command(work) == 128 + signal.SIGTERM and time.monotonic() - began < 4
+    assert capsys.readouterr().err == "SIGTERM: stopped; what is finished is kept\n"
+
+
 def test_a_signal_that_was_ignored_stays_ignored(capsys: pytest.CaptureFixture[str]) -> None:
     """As nohup has it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -40,6 +40,7 @@ ENDED = "ended.json"
 """Of a run's folder: {"status": exit status of its last start}; not there while it runs, or when rank 0 was killed."""
 
 _ECHO_SECONDS = 3.0
+_AGAIN_SECONDS = 0.05
 _UNWIND_SECONDS = 5.0  # for a main thread that may be stuck in a collective
 _WRITE_SECONDS = 2.0  # for last words on a disk that may hang
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -97,11 +98,22 @@ class Interruption:
         """Around what comes before the first step: a signal raises Stopped in this process, whatever the others do.
         They `follow` when they hear of it.
 
-        Python runs no handler while the main thread waits in a collective: there a thread ends the process.
+        Python runs no handler while the main thread waits in a collective: there a thread ends the process. And it
+        drops what is raised in a destructor or beside a fork: there the signal comes again.
         """
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         self._raises = True
+        dropped = sys.unraisablehook
+
+        def again(unraisable: Any) -> None:
+            if not (isinstance(unraisable.exc_value, Stopped) and self._raises_here()):
+                dropped(unraisable)
+                return
+            self.received = 0
+            threading.Timer(_AGAIN_SECONDS, self.follow, (unraisable.exc_value.number,)).start()
+
+        sys.unraisablehook = again
         before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         threading.Thread(target=self._end_if_stuck, args=(reading,), daemon=True).start()
         try:
@@ -114,6 +126,7 @@ class Interruption:
             raise
         finally:
             self._raises = False
+            sys.unraisablehook = dropped
             signal.set_wakeup_fd(before)
             os.close(writing)  # which ends the thread
 

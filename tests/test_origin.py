@@ -136,7 +136,9 @@ def test_settings_that_only_say_how_weights_begin_may_differ(family: Path, known
     source = save_adapter(tmp_path / "a", model, config_of(family, before), known, step=3)
     siglip = SIGLIP.model_copy(update={"init": "statistics_matched", "init_seed": 4, "token_order": "rows"})
     wider = SETTINGS.model_copy(update={"max_reference_pixels": 2 * SETTINGS.max_reference_pixels})
-    started(family, known, source, [siglip, LORA.model_copy(update={"alpha": 4.0})], encoders=wider)
+    new, _ = started(family, known, source, [siglip, LORA.model_copy(update={"alpha": 4.0})], encoders=wider)
+    theirs = model.trainable_state()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in new.trainable_state().items())
 
 
 def test_a_correction_that_is_left_out_is_the_sources(

@@ -153,7 +153,28 @@ def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoi
     with together(accelerator):
         origin = read_origin(config) if resumed is None else None
         config = config if origin is None else origin.fitted(config)
-    config = resolve(config, None if resumed is None else resumed.state["config"])
+    run = _load(resolve(config, None if resumed is None else resumed.state["config"]), accelerator, resumed)
+    with together(accelerator):  # while every process holds everything
+        if resumed is not None:
+            _compare(run, resumed)
+            run.model.load_trainable_state(resumed.tensors["trainable.safetensors"], str(resumed.path))
+            run.origin = resumed.state.get("init_from")
+        elif origin is not None:
+            origin.put_into(run.model, run.identities)
+            run.origin = origin.told
+            accelerator.print(f"{describe_list(origin.adapters)} starts from {origin.folder}, step {origin.step}")
+    _hand_over(run)
+    with together(accelerator):
+        if resumed is not None:
+            _restore(run, resumed)
+    for watching in (run.previews, None if run.scoring is None else run.scoring.previews):
+        if watching is not None:
+            watching.render_base(run.model, run.identities["transformer"])
+    return run
+
+
+def _load(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoint | None) -> Run:
+    """What a run of a resolved config consists of, with fresh weights, before processes share any of it."""
     t, device, dtype = config.train, accelerator.device, base_dtype(config.train.mixed_precision)
     strategy, say = strategy_of(accelerator), accelerator.print
     strategy.check(config)
@@ -175,14 +196,12 @@ def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoi
     began = checkpoint.FORMAT_VERSION if resumed is None else resumed.state["began"]
     groups = one_group(model, t) if began == 1 else groups_of(model, t)
     optimizer = make_optimizer(t, [group.of(parameters) for group in groups], device)
-    schedule = make_schedule(t, optimizer, from_zero=began == 1)
-    weight = loss_weight(config.flow.loss_weight, None if began == 1 else density)
     trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
     say(f"training {trained:,} weights of {describe_list(config.adapters)}")
     say(describe_dropouts(config))
     if reason := slow_because(dit):
         say(f"blocks run as diffusers wrote them: {reason}")
-    run = Run(
+    return Run(
         config=config,
         folder=Path(config.output_dir),
         accelerator=accelerator,
@@ -193,42 +212,33 @@ def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoi
         wrapped=model,
         groups=groups,
         optimizer=optimizer,
-        schedule=schedule,
+        schedule=make_schedule(t, optimizer, from_zero=began == 1),
         ema=None,
         identities=known,
         density=density,
-        weight=weight,
+        weight=loss_weight(config.flow.loss_weight, None if began == 1 else density),
         began=began,
         previews=previews,
         scoring=scoring,
     )
-    with together(accelerator):  # while every process holds everything
-        if resumed is not None:
-            _compare(run, resumed)
-            model.load_trainable_state(resumed.tensors["trainable.safetensors"], str(resumed.path))
-            run.origin = resumed.state.get("init_from")
-        elif origin is not None:
-            origin.put_into(model, known)
-            run.origin = origin.told
-            say(f"{describe_list(origin.adapters)} starts from {origin.folder}, step {origin.step}")
-    prepared = functools.partial(tune, run.model, config, cache, samples, say, device=device, strategy=strategy)
+
+
+def _hand_over(run: Run) -> None:
+    """Model and optimizer as the strategy wants them, tuned to the device, and the average of the weights."""
+    config, cache, samples, strategy = run.config, run.cache, run.samples, run.strategy
+    device, say = run.accelerator.device, run.accelerator.print
+    tuned = functools.partial(tune, run.model, config, cache, samples, say, device=device, strategy=strategy)
     if not strategy.cuts_base:
-        prepared()  # before DDP comes, which counts every backward pass
+        tuned()  # before DDP comes, which counts every backward pass
     if strategy.keeps_step and config.reads:
         first = samples.train.samples[0]
-        model.stand_in = read_batch(cache, [first], [SampleKey(0, 0, 0)], config.reads).to(device).encoded
-    run.wrapped, run.optimizer = strategy.prepare(model, optimizer, config)
+        run.model.stand_in = read_batch(cache, [first], [SampleKey(0, 0, 0)], config.reads).to(device).encoded
+    run.wrapped, run.optimizer = strategy.prepare(run.model, run.optimizer, config)
     if strategy.cuts_base and strategy.probes:
-        prepared()
-    if t.ema_decay:
-        run.ema = EMAModel(run.trained.values(), decay=t.ema_decay, foreach=strategy.averages_together)
-    with together(accelerator):
-        if resumed is not None:
-            _restore(run, resumed)
-    for watching in (previews, None if scoring is None else scoring.previews):
-        if watching is not None:
-            watching.render_base(model, known["transformer"])
-    return run
+        tuned()
+    if config.train.ema_decay:
+        decay = config.train.ema_decay
+        run.ema = EMAModel(run.trained.values(), decay=decay, foreach=strategy.averages_together)
 
 
 def _watchers(

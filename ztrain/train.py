@@ -239,11 +239,10 @@ def _micro_step(run: Run, meter: Meter, micro_step: int, batch: Batch) -> None:
     seed_micro_step(config.seed, micro_step, run.accelerator.process_index)
     noise, sigma = draw_noise(batch.keys, latents), draw_sigma(batch.keys, run.density)  # ..., (B,)
     noisy = [interpolate(x, n, float(s)) for x, n, s in zip(latents, noise, sigma, strict=True)]
-    prior = _prior_shares(encoded.with_reference, given(config.train.prior_weight))  # (B,)
+    weight = given(config.train.prior_weight)
+    prior = _prior_shares(encoded.with_reference, weight)  # (B,)
     # Where processes share the base, all run it or none, on all samples.
-    rows = [i for i, share in enumerate(prior.tolist()) if share or run.strategy.cuts_base]
-    if not config.train.prior_weight:
-        rows = []
+    rows = [i for i, share in enumerate(prior.tolist()) if share or (weight and run.strategy.cuts_base)]
     base_velocity = model.base_velocity([noisy[i] for i in rows], sigma[rows], encoded.select(rows)) if rows else []
     # On the device already: DDP and FSDP2 would move it there, and wait for all the work that the device has got.
     velocity = run.wrapped(noisy, moved(sigma, run.accelerator.device), encoded)

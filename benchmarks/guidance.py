@@ -32,7 +32,7 @@ NEGATIVES = ("neither", "reference", "base")
 WAYS: Ways = {"own": {"guidance_scale": 0.0}} | {
     name: {"guidance_scale": GUIDANCE, "negative": name} for name in NEGATIVES
 }
-SHIPPED = ("siglip", "siglip_lora", "projector_fast", "splice_lora", "lora")
+SHIPPED = ("siglip", "siglip_lora", "projector", "splice_lora", "lora")
 """One run of each list that comes with ztrain."""
 _FAST = ("--adapters.0.learning_rate", "3e-3")  # of the miniature's other lists, and of its projector before
 _SHARES = ("dropout_text", "dropout_reference", "dropout_both", "prior_weight")

@@ -77,9 +77,9 @@ STAGE_ONE: dict[str, str] = {
         [diffusers]({_DIFFUSERS}/examples/dreambooth/README_z_image.md). One triplet at a time, because two together
         take {{batch_two}} longer each by computation: less of a block can be kept""",
     "train.max_train_steps": f"""
-        by how long the miniature's lists learned: `[siglip]` went from style 0.41 after 800 steps of 16 to 0.88
-        after 5,992 of 64, `[siglip, lora]` from 0.51 to 0.95, `[projector]` was where it stays after 662, `[splice,
-        lora]` only came to follow the prompt better ([early](findings/adapter_lists.md),
+        by how long the miniature's lists learned: `[siglip]` went from style 0.41 after 800 steps of 16 to 0.71
+        after 4,000 of 64, `[siglip, lora]` from 0.51 to 0.95, `[projector]` stood at 0.46 and 0.47, `[splice, lora]`
+        only came to follow the prompt better ([early](findings/adapter_lists.md),
         [long](../ztrain/mini/adapters/README.md)). `[lora]`: [ai-toolkit]({_AI_JOB}#L73). The most, not the right
         number: see when to stop""",
     "train.gradient_checkpointing": """

@@ -1,20 +1,19 @@
 """Puts what `make demo` measured into the README: its table, its picture, and the result file that both come from.
 
     make demo
-    python benchmarks/demo_figures.py
+    python -m benchmarks.demo_figures
 
 In: out/demo/result.json and out/demo/demo.png. Out: benchmarks/results/demo.json, docs/demo.png with three of the rows,
 and README.md's table between its two marks.
 """
 
 import json
-import re
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.pages import ROOT, write_page
+
 RESULT = ROOT / "benchmarks" / "results" / "demo.json"
 README = ROOT / "README.md"
 MARKS = ("<!-- benchmarks/demo_figures.py writes this -->", "<!-- to here -->")
@@ -56,9 +55,7 @@ def main() -> None:
     RESULT.write_text(text, encoding="utf-8")
     picture = Image.open(made / "demo.png")
     picture.crop((0, 0, picture.width, picture.height // 2 + _HEADER // 2)).save(ROOT / "docs" / "demo.png")
-    page = README.read_text(encoding="utf-8")
-    written = f"{MARKS[0]}\n{table(json.loads(text))}\n{MARKS[1]}"
-    README.write_text(re.sub(f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", written, page, flags=re.S), "utf-8")
+    write_page(README, table(json.loads(text)), MARKS)
 
 
 if __name__ == "__main__":

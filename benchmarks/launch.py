@@ -14,8 +14,7 @@ CPUs.
 
 A row: strategy, gpus, list, keeps (train.gradient_checkpointing), data (alike: squares and captions of one length, so
 that cards differ in speed alone; mixed: aspects and captions of all lengths), accumulation, is_reference (one card, the
-global batch of all), alternates (alternating.py: ms of steps that send, ms_of_cards of those that do not; the losses
-are worth nothing), used_gib (each card, as its driver sees it every 5 s), checkpoint_bytes, said, run_seconds,
+global batch of all), used_gib (each card, as its driver sees it every 5 s), checkpoint_bytes, said, run_seconds,
 weights_of (random weights are others each time they are made: rows of one number are of one machine, too), and the
 figures of launch_rows.py.
 
@@ -43,7 +42,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import alternating
 from benchmarks.launch_rows import (
     LOSS_TOLERANCE,
     Row,
@@ -59,8 +57,6 @@ from benchmarks.train_real_size import ASPECTS, build_shallow_family, places_of,
 
 STEPS = 50
 NUM_TRIPLETS = 24
-WINDOWS = 4
-"""Of alternating.py, of each kind."""
 LONGEST_SECONDS = 300
 """Of one part; it failed if it takes longer."""
 PREPARE_SECONDS = 100
@@ -69,15 +65,13 @@ ON_CPU = "skipped: accelerate cannot run it on CPUs, where it takes DDP in its p
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One run. alternates: of alternating.py in the place of training; seconds: about what it takes on H200s, with the
-    start and compiling."""
+    """One run. seconds: about what it takes on H200s, with the start and compiling."""
 
     strategy: str
     list: str
     keeps: str = "off"
     data: str = "alike"
     is_reference: bool = False
-    alternates: bool = False
     seconds: int = 92
 
     @property
@@ -86,9 +80,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        words = [self.list, self.strategy, self.keeps, self.data]
-        words += ["reference"] * self.is_reference + ["alternating"] * self.alternates
-        return "_".join(words)
+        return "_".join([self.list, self.strategy, self.keeps, self.data] + ["reference"] * self.is_reference)
 
 
 def _alone(name: str, keeps: str = "off", data: str = "alike", is_reference: bool = False) -> Part:
@@ -99,14 +91,12 @@ def _cut(strategy: str, name: str) -> Part:
     return Part(strategy=strategy, list=name, keeps="on", seconds=98)
 
 
-def _ddp(name: str, keeps: str = "off", data: str = "alike", alternates: bool = False) -> Part:
-    return Part(strategy="ddp", list=name, keeps=keeps, data=data, alternates=alternates)
+def _ddp(name: str, keeps: str = "off", data: str = "alike") -> Part:
+    return Part(strategy="ddp", list=name, keeps=keeps, data=data)
 
 
 # The most important first; what stands together runs side by side.
 ORDER: tuple[tuple[Part, ...], ...] = (
-    (_ddp("lora", alternates=True),),
-    (_ddp("siglip", alternates=True),),
     (_alone("lora"),),
     (_ddp("lora"),),
     (_alone("siglip"),),
@@ -236,21 +226,17 @@ class Run(NamedTuple):
 def command_of(run: Run, place: Place) -> list[str]:
     """As the documentation has it, with a port that is free."""
     part = run.part
-    accumulation, steps = place.gpus if part.is_reference else 1, _steps(part, place)
+    accumulation, steps = place.gpus if part.is_reference else 1, place.steps
     return [
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", f"configs/accelerate/{_strategy(part, place)}.yaml",
         "--num_processes", str(1 if part.is_alone else place.gpus), "--main_process_port", "0",
-        "-m", "benchmarks.alternating" if part.alternates else "ztrain.train",
+        "-m", "ztrain.train",
         *words_of(part.list, part.data, place.work, place.family, place.is_smoke),
         "--train.gradient_accumulation_steps", str(accumulation), "--train.gradient_checkpointing", part.keeps,
         "--train.max_train_steps", str(steps), "--train.checkpointing_steps", str(steps),
         "--output_dir", str(place.work / "runs" / run.name),
     ]  # fmt: skip
-
-
-def _steps(part: Part, place: Place) -> int:
-    return alternating.steps_of(WINDOWS) if part.alternates else place.steps
 
 
 def _strategy(part: Part, place: Place) -> str:
@@ -340,8 +326,6 @@ def _finished(run: Run, place: Place, seconds: float, status: int, why: str) -> 
         row["failed"] = why + last_lines(out + err, {str(place.work): "WORK", str(ROOT): "."})
     else:
         row |= figures_of([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
-        if run.part.alternates:
-            row |= json.loads((folder / "alternating.json").read_text())
         files = (folder / "checkpoints").rglob("*")
         row["checkpoint_bytes"] = sum(path.stat().st_size for path in files if path.is_file())
         row["weights"] = weights_of(row["said"])
@@ -356,7 +340,7 @@ def _head(part: Part, place: Place) -> Row:
     told["strategy"] = _strategy(part, place)
     made = place.family / "weights_of"
     told["weights_of"] = made.read_text(encoding="utf-8") if made.is_file() else "tiny"
-    return {"part": part.name, **told, "gpus": gpus, "accumulation": accumulation, "steps": _steps(part, place)}
+    return {"part": part.name, **told, "gpus": gpus, "accumulation": accumulation, "steps": place.steps}
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
@@ -368,18 +352,6 @@ def nvidia(what: str) -> list[str]:
         return []
     command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()
-
-
-def time_all_reduce(counts: Sequence[int], gpus: int, is_smoke: bool) -> dict[str, float]:
-    """Milliseconds, by number of weights."""
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if is_smoke else {}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus),
-               "-m", "benchmarks.all_reduce", *map(str, counts)]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **hidden}, capture_output=True, text=True, timeout=120)
-    if done.returncode:
-        raise SystemExit(f"benchmarks.all_reduce failed:\n{done.stderr[-3000:]}")
-    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
 
 
 class Results:
@@ -405,7 +377,9 @@ class Results:
         """In the place of earlier rows of the same parts; writes the file, and prints what is new."""
         new = {(row["part"], row["weights_of"]) for row in rows}
         rows = replaced(self.rows, rows)
-        self.rows = compared(sorted(rows, key=lambda row: list(PARTS).index(row["part"])), self.all_reduce)
+        order = list(PARTS)  # before them what is no longer measured
+        places = {row["part"]: order.index(row["part"]) if row["part"] in PARTS else -1 for row in rows}
+        self.rows = compared(sorted(rows, key=lambda row: places[row["part"]]), self.all_reduce)
         document = self.head | {"all_reduce_ms": self.all_reduce, "rows": self.rows}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -450,9 +424,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             left += [part.name for part in parts]
         else:
             rows = measure(parts, place)
-            counts = {row["weights"] for row in rows if row["strategy"] == "ddp" and "weights" in row}
-            if new := sorted(count for count in counts if str(count) not in results.all_reduce):
-                results.all_reduce |= time_all_reduce(new, options.gpus, options.smoke)
             results.add(rows)
             left += sorted({part.name for part in parts} - {row["part"] for row in rows})
     print(f"{time.monotonic() - started:.0f} s: {results.path.name} written; not measured: {', '.join(left) or 'none'}")

@@ -7,11 +7,10 @@ failed.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages import ROOT
+from benchmarks.pages import ROOT, write_page
 
 RESULTS = ROOT / "benchmarks" / "results" / "launch_nvidia_h200.json"
 PAGE = ROOT / "docs" / "launch.md"
@@ -76,12 +75,7 @@ def main(page: Path = PAGE, results: Path = RESULTS) -> None:
     for path in (page, results):
         if not path.is_file():
             raise SystemExit(f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name} is not there")
-    text = page.read_text(encoding="utf-8")
-    between = f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}"
-    if not re.search(between, text, flags=re.DOTALL):
-        raise SystemExit(f"{page.name} has no place for the table: put {MARKS[0]} and, below it, {MARKS[1]} there")
-    marked = f"{MARKS[0]}\n{table(json.loads(results.read_text(encoding='utf-8')))}\n{MARKS[1]}"
-    page.write_text(re.sub(between, lambda _: marked, text, count=1, flags=re.DOTALL), encoding="utf-8")
+    write_page(page, table(json.loads(results.read_text(encoding="utf-8"))), MARKS)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,15 @@ def devices(machines: Sequence[Mapping[str, Any]]) -> str:
     return " and ".join(dict.fromkeys(f"{told['device']} (torch {told['torch']})" for told in machines))
 
 
-def write_page(page: Path, table: str) -> None:
-    """Puts a table into a page, where the page is there."""
-    if page.is_file():
-        marked, text = f"{MARKS[0]}\n{table}\n{MARKS[1]}", page.read_text(encoding="utf-8")
-        between = f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}"
-        page.write_text(re.sub(between, lambda _: marked, text, flags=re.DOTALL), encoding="utf-8")
+def write_page(page: Path, table: str, marks: tuple[str, str] = MARKS) -> None:
+    """Puts a table into a page, where the page is there. Raises SystemExit where it has no place for it."""
+    if not page.is_file():
+        return
+    text, between = page.read_text(encoding="utf-8"), f"{re.escape(marks[0])}.*?{re.escape(marks[1])}"
+    if not re.search(between, text, flags=re.DOTALL):
+        raise SystemExit(f"{page.name} has no place for the table: put {marks[0]} and, below it, {marks[1]} there")
+    marked = f"{marks[0]}\n{table}\n{marks[1]}"
+    page.write_text(re.sub(between, lambda _: marked, text, count=1, flags=re.DOTALL), encoding="utf-8")
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:

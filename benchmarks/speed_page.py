@@ -4,7 +4,7 @@
 
 In: step_nvidia_h200.json and step_miniature.json (benchmarks/step.py), train_real_size_nvidia_h200.json
 (benchmarks/train_real_size.py), cost_nvidia_h200.json (benchmarks/cost.py), young_lora_nvidia_h200.json and
-young_lora_cpu.json (benchmarks/young_lora.py), of benchmarks/results. Out: docs/speed.md between its marks,
+young_lora_cpu.json (of commit 8220e83), of benchmarks/results. Out: docs/speed.md between its marks,
 docs/speed.svg, docs/cost.svg.
 """
 

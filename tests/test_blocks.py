@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import step
 from tests.test_batched import Dispatched, gradients, mixed, uniform
 from tests.test_parity import LORA, PROJECTOR, SIGLIP, make_model, noise_like
 from ztrain import block, blocks, layout
@@ -311,3 +313,23 @@ def test_one_compiled_block_keeps_what_it_is_told(family: Path, lengths: tuple[i
     assert 2.9 < kept[Keep.COSTLY] < 3.6, kept
     assert 11.3 < kept[Keep.PRODUCTS] < 13, kept
     assert kept[Keep.EVERYTHING] > kept[Keep.PRODUCTS] + 1, kept
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo asks for it
+def test_one_compiled_function_serves_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five graphs for six blocks: caption and image refiner, the first main block, whose input needs no gradient, the
+    last, and all between. A break in one would be an error."""
+    monkeypatch.setitem(step.TINY.config, "n_layers", 4)
+    torch.compiler.reset()
+    case, cpu = step.CASES["lora_1024_b1_full_recompute"], torch.device("cpu")
+    steps = [step.Step(case, "ztrain_eager", step.TINY, cpu) for _ in range(2)]
+    use_fast_blocks(steps[1].model.dit, backend="eager")
+    counters.clear()
+    true, found = [], []
+    for each, kept in zip(steps, (true, found), strict=True):
+        for parameter in each.trained:
+            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+        each.velocity().square().mean().backward()
+        kept += [parameter.grad for parameter in each.trained]
+    assert counters["stats"]["unique_graphs"] == 5
+    assert distance(found, true) <= 1e-4

@@ -1,7 +1,7 @@
 """Products of matrices with LoRAs, rounded once.
 
 In bfloat16 what a young LoRA adds is less than half of the last bit of what it is added to: where a rounded product and
-it are rounded together, it is lost (benchmarks/young_lora.py). So both are summed before any is: on a CPU the product
+it are rounded together, it is lost (docs/speed.md). So both are summed before any is: on a CPU the product
 is accumulated onto what the LoRA adds; on a GPU it is taken in float32, since cuBLAS rounds a product before it adds
 what lies in its place (seen on an H200, CUDA 13). An operator, because a compiler would copy what is added to.
 

@@ -159,7 +159,7 @@ def _wait() -> None:
 
 
 _ASKED = {"watts": "power.draw.instant", "watts_limit": "power.limit", "mhz": "clocks.sm", "mhz_limit": "clocks.max.sm"}
-_LOAD_SECONDS = 2.0
+LOAD_SECONDS = 2.0
 
 
 def load(run: Callable[[], object], ms: float) -> dict[str, float] | None:
@@ -171,7 +171,7 @@ def load(run: Callable[[], object], ms: float) -> dict[str, float] | None:
     words = [f"--query-gpu={','.join(_ASKED.values())}", "--format=csv,noheader,nounits", "--loop-ms=100"]
     asking = subprocess.Popen(["nvidia-smi", f"--id={card}", *words], stdout=subprocess.PIPE, text=True)
     try:
-        for _ in range(math.ceil(1e3 * _LOAD_SECONDS / ms)):
+        for _ in range(math.ceil(1e3 * LOAD_SECONDS / ms)):
             run()
         torch.cuda.synchronize()
     finally:

@@ -148,6 +148,40 @@ class Tab:
         for kind in ("keyDown", "keyUp"):
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key], **text)
 
+    def choose(self, name: str, value: object) -> None:
+        """In a field of the page, as a hand would."""
+        told = json.dumps(str(value))
+        self.run(f"(() => {{ const one = document.getElementById('{name}'); one.value = {told};"
+                 " one.dispatchEvent(new Event('input', {bubbles: true})) })()")  # fmt: skip
+
+    def reset(self) -> None:
+        """The filters of the page."""
+        self.run("new Promise((done) => { find('filters').reset(); setTimeout(done, 20) })")
+
+    def numbers(self, kind: str) -> list[int]:
+        """Of all rows that are shown, elements of this class, in order, after the last chunk has been asked for."""
+        self.run("(() => { while (!find('more').hidden) find('more').click() })()")
+        return self.run(f"[...document.querySelectorAll('.{kind}')].map((one) => Number(one.dataset.row))")
+
+    def load_images(self) -> int:
+        """How many there are, all of them decoded."""
+        loaded = "Promise.all([...document.images].map((one) => { one.loading = 'eager'; return one.decode() }))"
+        return self.run(f"{loaded}.then((all) => all.length)")
+
+    def broken_policies(self) -> set[str]:
+        """What the page's policy says of a picture from elsewhere, a style, a handler, a script and a request."""
+        self.run("""(() => {
+          window.broken = [];
+          document.addEventListener("securitypolicyviolation", (event) => broken.push(event.effectiveDirective));
+          const picture = "<img src=http://127.0.0.1:9/x><p style='color:red' onclick='1'>";
+          document.body.insertAdjacentHTML("beforeend", picture);
+          const script = document.createElement("script");
+          script.textContent = "document.title = 'owned'";
+          document.body.append(script);
+          return fetch("http://127.0.0.1:9/").catch(() => 0);
+        })()""")
+        return set(self.run("new Promise((done) => setTimeout(() => done(broken), 100))"))
+
     def complaints(self) -> list[Any]:
         """Errors, warnings of the console, broken policies, requests that are not for data or the page itself."""
         found: list[Any] = [event["exceptionDetails"]["text"] for event in self.events("Runtime.exceptionThrown")]

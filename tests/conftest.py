@@ -1,13 +1,17 @@
 """What all tests share: no network, one thread, deterministic kernels and one miniature family on disk."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from tests.chromium import Browser, chromium, find_chromium
 from tests.forge import RUNNING, Forge
 
 # Read once when transformers is imported, which no line above does.
@@ -20,6 +24,14 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
+
+
+gc.disable()  # nothing of what is imported goes again
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # else every collection goes through all that the libraries hold
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,6 +48,39 @@ def forge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forge]:
     yield server
     RUNNING.clear()
     server.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if find_chromium() is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def paintings(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Triplets of painted drawings; runs share the cache beside them."""
+    folder = tmp_path_factory.mktemp("paintings")
+    label = {"styles": {"contents": "contents.csv"}}
+    config = {"sources": ["images"], "label": label, "pair": {"triplets_per_target": 1, "max_triplets_per_split": 24}}
+    build_file = folder / "drawings/build.yaml"
+    for words in (
+        ("ztrain.mini.style_folders", "--out", str(folder / "drawings")),
+        ("data_tools.build", "--config", str(build_file), "--out", str(folder / "triplets")),
+    ):
+        done = forge.run(words, dict(os.environ))
+        assert done.returncode == 0, done.stderr
+        build_file.write_text(yaml.safe_dump(config))
+    return folder / "triplets"
+
+
+@pytest.fixture(scope="session")
+def place(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Triplets and a full cache for runs of the tiny family; who changes the triplets changes them back."""
+    from tests.test_run import Place
+
+    return Place(family, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="session")

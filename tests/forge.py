@@ -35,9 +35,10 @@ ROOT = Path(__file__).parents[1]
 
 
 COMMAND = """#!{python} -IS
-import json, os, socket, sys
-words = ["-m", "ztrain.cli", *sys.argv[1:]] if "{name}" == "ztrain" else sys.argv[1:]
-if words[:1] != ["-m"] or words[1].split(".")[0] not in ("ztrain", "data_tools"):
+import json, os, signal, socket, sys
+own = {{"ztrain": ["-m", "ztrain.cli"], "accelerate": ["-m", "accelerate.commands.launch"]}}
+words = [*own.get("{name}", []), *sys.argv[2 if "{name}" == "accelerate" else 1:]]
+if words[:1] != ["-m"] or words[1].split(".")[0] not in ("ztrain", "data_tools", "accelerate"):
     os.execv("{python}", ["{python}", *words])
 connection = socket.socket(socket.AF_UNIX)
 connection.connect("{socket}")
@@ -45,7 +46,10 @@ request = dict(arguments=words[1:], environment=dict(os.environ), folder=os.getc
 request.update(out=f"/proc/{{os.getpid()}}/fd/1", err=f"/proc/{{os.getpid()}}/fd/2")
 connection.sendall(json.dumps(request).encode() + b"\\n")
 lines = connection.makefile("r")
-pid, status = int(lines.readline()), int(lines.readline())
+pid = int(lines.readline())
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, lambda number, frame: os.kill(pid, number))
+status = int(lines.readline())
 sys.exit(status if status >= 0 else 128 - status)
 """
 
@@ -122,13 +126,13 @@ class Forge:
             return subprocess.CompletedProcess(list(arguments), status, out.read_text(), err.read_text())
 
     def commands(self) -> Path:
-        """A folder for the front of PATH, whose `python -m` and `ztrain` start our programs through the forge; all else
-        that python is asked for is the ordinary one's."""
+        """A folder for the front of PATH, whose `python -m`, `ztrain` and `accelerate launch` start through the forge
+        and pass signals on; all else that python is asked for is the ordinary one's."""
         self.wait_until_ready()
         folder = self.folder / "commands"
         if not folder.exists():
             folder.mkdir()
-            for name in ("python", "ztrain"):
+            for name in ("python", "ztrain", "accelerate"):
                 place = folder / name
                 place.write_text(COMMAND.format(python=sys.executable, socket=self.place, name=name))
                 place.chmod(0o755)
@@ -238,7 +242,7 @@ def become(arguments: Sequence[str], environment: dict[str, str]) -> NoReturn:
             constants.HF_HOME, constants.HF_HUB_CACHE = hub, f"{hub}/hub"
         signal.set_wakeup_fd(-1)
         module, *words = arguments
-        ztrain.interrupt._installed = None  # of a parent that was stopped by signals itself
+        ztrain.interrupt.current = None  # of a parent that was stopped by signals itself
         if module == "ztrain.interrupt":  # as a program it would be a second one of the module
             ztrain.interrupt.end_with_parent()
             module, *words = words
@@ -266,6 +270,7 @@ def become(arguments: Sequence[str], environment: dict[str, str]) -> NoReturn:
 
 
 def serve(place: str) -> None:
+    gc.disable()
     preload()
     others = [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]
     names = {(task / "comm").read_text().strip() for task in others}
@@ -278,8 +283,8 @@ def serve(place: str) -> None:
     listening.bind(place + ".new")
     listening.listen()
     os.rename(place + ".new", place)
-    gc.collect()
     gc.freeze()  # else each child goes through all of the libraries' objects whenever it collects its own
+    gc.enable()
     waiting: dict[int, socket.socket] = {}
     parent = os.getppid()
     while os.getppid() == parent:

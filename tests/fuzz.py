@@ -298,7 +298,7 @@ class Adapters(Target):
 
         folder = path.parent
         if folder.name == "checkpoint":
-            _name_again(folder / checkpoint.MANIFEST, path, lambda file: checkpoint._describe(file))
+            _name_again(folder / checkpoint.MANIFEST, path, lambda file: checkpoint.describe(file))
             checkpoint.read(folder)
         elif folder.parent.name == "cache":
             _index_again(folder, path)

@@ -142,7 +142,7 @@ def test_lists_with_a_lora_halve_the_loss_on_one_triplet(family: Path, encoded: 
     model = make_model(family, LISTS[name])
     with torch.no_grad():
         first = float(loss_of(model, encoded))
-        last = float(loss_of(trained(family, LISTS[name], encoded, steps=100, rate=3e-2), encoded))
+        last = float(loss_of(trained(family, LISTS[name], encoded, steps=50, rate=3e-2), encoded))
     assert last < 0.5 * first, (first, last)
 
 
@@ -155,7 +155,7 @@ def test_loss_falls_by_five_times_its_spread_over_seeds(family: Path, encoded: E
         model = make_model(family, seeded, seed=seed).train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0)
         losses = []
-        for _ in range(60):
+        for _ in range(35):
             loss = loss_of(model, encoded)
             loss.backward()
             optimizer.step()
@@ -409,7 +409,7 @@ def without(document: dict, *path: str) -> bytes:
 def test_a_damaged_document_is_one_sentence_that_names_file_and_key(tmp_path: Path, damage: Any, told: str) -> None:
     shutil.copytree(MINI_ADAPTERS / "siglip_lora", tmp_path / "a")
     path = tmp_path / "a" / CONFIG_FILE
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text()) | {"format_version": 1}  # whose documents have no seal
     path.write_text(json.dumps({**found, "of_a_later_version": 1}))
     assert read_adapter(path.parent).step == found["step"]
     path.write_bytes(damage(found))

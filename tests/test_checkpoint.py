@@ -328,7 +328,7 @@ def test_a_disk_that_fills_at_any_file_of_a_save_leaves_the_earlier_checkpoint(t
     limit = 350 if full_at == MANIFEST else 5000
     with limit_of_files(limit), pytest.raises(InputError) as caught:
         publish(tmp_path, 2, content, {"pad": "x" * 3 * sizes["state.json"]})
-    said = f"step-00000002: cannot write the checkpoint .*it needs [0-9,]+ bytes.*{checkpoint._KEPT}"
+    said = f"step-00000002: cannot write the checkpoint .*it needs [0-9,]+ bytes.*{checkpoint.KEPT}"
     assert re.search(said, str(caught.value)), str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     check(tmp_path / "step-00000001")
@@ -365,7 +365,7 @@ EACH_LIST = [Config.model_validate(CONFIG.model_dump() | {"adapters": [{"kind": 
 
 
 def leaves(config: Config = CONFIG) -> list[str]:
-    return sorted(checkpoint._leaves(config.model_dump(mode="json")))
+    return sorted(checkpoint.leaves_of(config.model_dump(mode="json")))
 
 
 def set_leaf(document: Any, key: str, value: Any) -> None:
@@ -396,7 +396,7 @@ def test_whatever_changes_on_resume_is_either_free_or_refused_with_a_diff(data: 
     """Any of the settings of any list, to anything else."""
     config = data.draw(st.sampled_from(EACH_LIST))
     changed = data.draw(st.sets(st.sampled_from(leaves(config)), min_size=1))
-    now, before, told = checkpoint._leaves(config.model_dump(mode="json")), config.model_dump(mode="json"), []
+    now, before, told = checkpoint.leaves_of(config.model_dump(mode="json")), config.model_dump(mode="json"), []
     for key in sorted(changed):
         was = data.draw(st.none() | st.booleans() | st.integers(2, 9) | st.sampled_from(["on", "another value"]))
         set_leaf(before, key, was)

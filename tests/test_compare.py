@@ -37,7 +37,7 @@ from ztrain.sweep import settings_of, sweep
 from ztrain.train import train
 
 ROWS, SEEDS = 6, 2
-STEPS = ("--sample.num_inference_steps", "2")
+STEPS = ("--sample.num_inference_steps", "2", "--sample.guidance_scale", "0")
 
 
 @pytest.fixture(scope="module")
@@ -113,17 +113,20 @@ def test_a_picture_is_the_one_that_sample_draws(data: Path, compared: tuple[Path
     """Same prompt, reference, list and seed: what a comparison shows is what people get."""
     from ztrain.cli import main
 
-    out, found = compared
-    row = found.rows[3]
-    words = [
-        *("sample", "--config", "configs/splice.yaml", "configs/miniature.yaml", "--prompt", row.prompt),
-        *("--reference", str(out / row.references[0]), "--adapter", str(ADAPTERS / "projector"), *STEPS),
-        *("--seed", str(row.seeds[1]), "--out", str(tmp_path / "one.png"), "--sample.batch_size", "1"),
-    ]
-    assert main(words) == 0
-    ours = pixels(out / found.pictures[column(found, "[projector]")][3][1])
-    theirs = pixels(tmp_path / "one.png")
-    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= 1  # batched sums round otherwise
+    guidance = ("--sample.guidance_scale", "4")
+    one = ("--compare.num_samples", "1", "--compare.adapters", str(ADAPTERS / "projector"), *guidance)
+    guided = compare(settings(data, tmp_path, *one))
+    for out, found, place, more in ((*compared, (3, 1), ()), (tmp_path, guided, (0, 0), guidance)):
+        row = found.rows[place[0]]
+        words = [
+            *("sample", "--config", "configs/splice.yaml", "configs/miniature.yaml", "--prompt", row.prompt),
+            *("--reference", str(out / row.references[0]), "--adapter", str(ADAPTERS / "projector"), *STEPS, *more),
+            *("--seed", str(row.seeds[place[1]]), "--out", str(tmp_path / "one.png"), "--sample.batch_size", "1"),
+        ]
+        assert main(words) == 0
+        ours = pixels(out / found.pictures[column(found, "[projector]")][place[0]][place[1]])
+        theirs = pixels(tmp_path / "one.png")
+        assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= 1  # batched sums round otherwise
 
 
 def test_what_is_drawn_is_kept_and_only_what_is_missing_is_drawn(
@@ -363,12 +366,11 @@ def test_axes_that_do_not_exist_are_named(data: Path, tmp_path: Path) -> None:
 
 
 def test_checkpoints_are_compared_and_the_run_marks_its_best_step(data: Path, tmp_path: Path) -> None:
-    run, unguided = tmp_path / "run", ("--sample.guidance_scale", "0")
+    run = tmp_path / "run"
     words = (
-        *unguided,
         *("--output_dir", str(run), "--train.max_train_steps", "4", "--train.checkpointing_steps", "2"),
         *("--validation.validation_steps", "0", "--validation.preview_steps", "0", "--validation.score_steps", "2"),
-        *("--validation.num_scored", "4", "--adapters.0.rank", "4"),
+        *("--validation.num_scored", "4", "--adapters.0.rank", "4", "--compare.num_samples", "3"),
     )
     config = settings(data, tmp_path / "out", *words, experiment="lora")
     assert train(config).exported is not None
@@ -388,7 +390,7 @@ def test_checkpoints_are_compared_and_the_run_marks_its_best_step(data: Path, tm
 
     found = compare_checkpoints(config, run)
     assert [c.label for c in found.columns] == ["no image", "splice", "step 2", "step 4"]
-    exported = compare(settings(data, tmp_path / "out", *unguided, "--compare.adapters", str(run)))
+    exported = compare(settings(data, tmp_path / "out", "--compare.num_samples", "3", "--compare.adapters", str(run)))
     assert exported.pictures[2] == found.pictures[3], "the last checkpoint is what was exported"
     marked = json.loads((run / "best.json").read_text())
     assert found.best.column is not None

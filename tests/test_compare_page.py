@@ -57,7 +57,7 @@ def prepared(tmp_path: Path) -> Path:
     del small["judges"]
     own = {
         "data": {"train_data_dir": "out/mine"},
-        "sample": {"num_inference_steps": 1},
+        "sample": {"num_inference_steps": 1, "guidance_scale": 0},
         "train": {"max_train_steps": 2, "checkpointing_steps": 1, "train_batch_size": 2},
         "validation": {"validation_steps": 0, "preview_steps": 0},
     }

@@ -27,11 +27,6 @@ TIMEOUT = 6.0  # seconds; no step takes as long, not on a busy machine either
 EACH = ("--train.checkpointing_steps", "1", "--train.max_train_steps", "5")
 
 
-@pytest.fixture(scope="module")
-def place(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(family, tmp_path_factory.mktemp("ends"))
-
-
 class Faulty(Ranks):
     """The processes of one run into `out`, one of which goes wrong."""
 

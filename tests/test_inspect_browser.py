@@ -9,27 +9,18 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from tests.chromium import Browser, Tab, chromium, find_chromium
+from tests.chromium import Browser, Tab, chromium
 from tests.test_inspect import HOSTILE, run, write_data
 from tests.triplets import ROOT
 
 Shown = tuple[Tab, list[dict[str, Any]], Path]
 """A tab, the rows of its data set in order, and its file."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if find_chromium() is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
@@ -52,50 +43,23 @@ def shown(opened: Shown) -> Shown:
     """The same page, as it was at first."""
     opened[0].send("Page.bringToFront")  # hidden tabs wait a second for every timer
     opened[0].run("find('large').close()")
-    reset(opened[0])
+    opened[0].reset()
     return opened
-
-
-def set_filter(tab: Tab, name: str, value: object) -> None:
-    told = json.dumps(str(value))
-    tab.run(f"(() => {{ const one = document.getElementById('{name}'); one.value = {told};"
-            " one.dispatchEvent(new Event('input', {bubbles: true})) })()")  # fmt: skip
-
-
-def cards(tab: Tab) -> list[int]:
-    """Row numbers of all cards in order, after the last chunk has been asked for."""
-    tab.run("(() => { while (!find('more').hidden) find('more').click() })()")
-    return tab.run("[...document.querySelectorAll('.card')].map((card) => Number(card.dataset.row))")
-
-
-def reset(tab: Tab) -> None:
-    tab.run("new Promise((done) => { find('filters').reset(); setTimeout(done, 20) })")
 
 
 def test_the_page_opens_from_disk_and_asks_for_nothing(shown: Shown) -> None:
     tab, rows, path = shown
-    assert sorted(cards(tab)) == list(range(len(rows)))
+    assert sorted(tab.numbers("card")) == list(range(len(rows)))
     assert tab.requests() == [path.resolve().as_uri()]
     assert tab.complaints() == []
-    loaded = "Promise.all([...document.images].map((one) => { one.loading = 'eager'; return one.decode() }))"
-    assert tab.run(f"{loaded}.then((all) => all.length)") >= 2 * len(rows)
+    assert tab.load_images() >= 2 * len(rows)
 
 
 def test_the_policy_stops_what_the_page_would_not_do(browser: Browser, shown: Shown) -> None:
     """And the detector of the other tests sees it."""
     tab = Tab(browser)
     tab.open(shown[2])
-    tab.run("""(() => {
-      window.broken = [];
-      document.addEventListener("securitypolicyviolation", (event) => broken.push(event.effectiveDirective));
-      document.body.insertAdjacentHTML("beforeend", "<img src=http://127.0.0.1:9/x><p style='color:red' onclick='1'>");
-      const script = document.createElement("script");
-      script.textContent = "document.title = 'owned'";
-      document.body.append(script);
-      return fetch("http://127.0.0.1:9/").catch(() => 0);
-    })()""")
-    broken = set(tab.run("new Promise((done) => setTimeout(() => done(broken), 100))"))
-    assert {"img-src", "style-src-attr", "script-src-elem", "connect-src"} <= broken
+    assert {"img-src", "style-src-attr", "script-src-elem", "connect-src"} <= tab.broken_policies()
     assert tab.run("document.title") != "owned"
     assert tab.complaints()
 
@@ -105,35 +69,35 @@ def test_each_filter_shows_the_rows_that_fit(shown: Shown) -> None:
     numbered = list(enumerate(rows))
     for key in ("style", "split", "way"):
         for value in {row.get(key) for row in rows}:
-            set_filter(tab, key, "none" if value is None else f"={value}")
-            assert sorted(cards(tab)) == [i for i, row in numbered if row.get(key) == value], (key, value)
-        reset(tab)
+            tab.choose(key, "none" if value is None else f"={value}")
+            assert sorted(tab.numbers("card")) == [i for i, row in numbered if row.get(key) == value], (key, value)
+        tab.reset()
     for low, high in ((0.25, 0.75), (0.9, ""), ("", 0.1), (0, 1)):
-        set_filter(tab, "low", low)
-        set_filter(tab, "high", high)
+        tab.choose("low", low)
+        tab.choose("high", high)
         least, most = low or 0, 1 if high == "" else high
         fits = [i for i, row in numbered if "copy_score" in row and least <= row["copy_score"] <= most]
-        assert sorted(cards(tab)) == fits, (low, high)
-    reset(tab)
+        assert sorted(tab.numbers("card")) == fits, (low, high)
+    tab.reset()
     for text in ("dog NUMBER 1", "<b>", "שלום", "not there"):
-        set_filter(tab, "text", text)
+        tab.choose("text", text)
         fits = [i for i, row in numbered if text.lower() in row["prompt"].lower()]
-        assert sorted(cards(tab)) == fits, text
+        assert sorted(tab.numbers("card")) == fits, text
         assert tab.run("find('count').textContent") == f"{len(fits)} of {len(rows)} shown"
     assert tab.run("find('nothing').hidden") is False
-    reset(tab)
-    set_filter(tab, "text", "apple")
-    set_filter(tab, "split", "=train")
-    set_filter(tab, "low", 0.5)
+    tab.reset()
+    tab.choose("text", "apple")
+    tab.choose("split", "=train")
+    tab.choose("low", 0.5)
     in_train = [(i, row) for i, row in numbered if "Apple" in row["prompt"] and row["split"] == "train"]
     fits = [i for i, row in in_train if row.get("copy_score", 0) >= 0.5]
-    assert sorted(cards(tab)) == fits and fits
-    reset(tab)
+    assert sorted(tab.numbers("card")) == fits and fits
+    tab.reset()
     tab.run("document.querySelector('[data-style=\"1\"]').click()")
     most = Counter(row["style"] for row in rows).most_common()[1][0]
-    assert {rows[i]["style"] for i in cards(tab)} == {most}
-    reset(tab)
-    assert len(cards(tab)) == len(rows)
+    assert {rows[i]["style"] for i in tab.numbers("card")} == {most}
+    tab.reset()
+    assert len(tab.numbers("card")) == len(rows)
 
 
 def test_sorting_puts_rows_without_a_score_last(shown: Shown) -> None:
@@ -141,20 +105,22 @@ def test_sorting_puts_rows_without_a_score_last(shown: Shown) -> None:
     places = range(len(rows))
     without = [i for i in places if "copy_score" not in rows[i]]
     scored = [i for i in places if "copy_score" in rows[i]]
-    assert cards(tab) == sorted(scored, key=lambda i: -rows[i]["copy_score"]) + without  # the first thing one sees
-    set_filter(tab, "order", "lowest")
-    assert cards(tab) == sorted(scored, key=lambda i: rows[i]["copy_score"]) + without
-    set_filter(tab, "order", "data")
-    assert cards(tab) == list(places)
-    set_filter(tab, "order", "longest")
+    assert (
+        tab.numbers("card") == sorted(scored, key=lambda i: -rows[i]["copy_score"]) + without
+    )  # the first thing one sees
+    tab.choose("order", "lowest")
+    assert tab.numbers("card") == sorted(scored, key=lambda i: rows[i]["copy_score"]) + without
+    tab.choose("order", "data")
+    assert tab.numbers("card") == list(places)
+    tab.choose("order", "longest")
     # The script counts UTF-16 units; these prompts have one for each character.
-    assert cards(tab) == sorted(places, key=lambda i: -len(rows[i]["prompt"]))
+    assert tab.numbers("card") == sorted(places, key=lambda i: -len(rows[i]["prompt"]))
 
 
 def test_the_large_view_is_driven_by_keys(shown: Shown) -> None:
     tab, rows, _ = shown
-    set_filter(tab, "order", "data")
-    set_filter(tab, "split", "=train")
+    tab.choose("order", "data")
+    tab.choose("split", "=train")
 
     def large() -> tuple[str, str]:
         return tab.run("find('words').textContent"), tab.run("find('at').textContent")
@@ -184,8 +150,8 @@ def test_the_large_view_is_driven_by_keys(shown: Shown) -> None:
 
 def test_hostile_text_stays_text(shown: Shown) -> None:
     tab, rows, _ = shown
-    set_filter(tab, "order", "data")
-    cards(tab)
+    tab.choose("order", "data")
+    tab.numbers("card")
     prompts = tab.run("[...document.querySelectorAll('.card .prompt')].map((one) => one.textContent)")
     assert prompts == [row["prompt"] for row in rows]
     assert set(tab.run("[...find('style').options].map((one) => one.textContent)")) >= {"</option><i>"}
@@ -194,7 +160,7 @@ def test_hostile_text_stays_text(shown: Shown) -> None:
     assert tab.run("document.querySelectorAll('b b, .prompt *, td img, td script, svg[onload]').length") == 0
     assert tab.run("document.title") == f"<set> – {len(rows)} triplets"
     assert tab.complaints() == []
-    set_filter(tab, "stage", "=dedup")
+    tab.choose("stage", "=dedup")
     assert tab.run("document.querySelectorAll('#refused-rows tr').length") == 4
 
 
@@ -208,7 +174,7 @@ def test_ten_thousand_triplets_stay_quick(browser: Browser, tmp_path: Path) -> N
     assert time.monotonic() - start < 10  # about 0.5 s
     assert tab.run("document.querySelectorAll('*').length") < 6000  # cards are made as one comes near them
     start = time.monotonic()
-    set_filter(tab, "text", "number 777")
+    tab.choose("text", "number 777")
     found = sum("number 777" in row["prompt"] for row in rows)
     assert tab.run("document.querySelectorAll('.card').length") == found == 11
     assert time.monotonic() - start < 2  # about 0.05 s

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import ztrain.train
+from tests.forge import the_forge
 from tests.test_run import ENVIRONMENT as PLAIN
 from tests.test_run import QUIET, STARTED, Place, _no_process_is_left, losses, processes_of, rows
 from tests.triplets import ROOT
@@ -49,11 +50,6 @@ case $1 in
   show) [[ $2 == hostnames ]] && printf '127.0.0.1\\n127.0.0.2\\n' || echo "JobId=$3 JobState=${STATE:-RUNNING}" ;;
 esac
 """
-
-
-@pytest.fixture(scope="module")
-def place(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(family, tmp_path_factory.mktemp("recipes"))
 
 
 def launch(command: list[str], log: Path, **more: str) -> subprocess.Popen[bytes]:
@@ -94,7 +90,8 @@ def words_of(place: Place, out: Path, *more: str) -> list[str]:
 def test_one_machine_saves_on_a_signal(place: Place, tmp_path: Path, number: signal.Signals, again: bool) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
     command = ["launch/train.sh", "ddp", "2", *words_of(place, out, "--train.max_train_steps")]
-    process = launch([*command, "100000"], log)
+    forged = {} if again else {"PATH": f"{the_forge().commands()}:{PATH}"}
+    process = launch([*command, "100000"], log, **forged)
     wait_for_rows(out, 3, process, log)
     process.send_signal(number)
     assert process.wait(60) == 1 and nobody_left(out), log.read_text()

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import shlex
 import shutil
 import statistics
@@ -19,10 +18,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from benchmarks import demo_figures
 from tests.forge import the_forge
 from tests.test_parity import picture
 from tests.triplets import model_words
-from ztrain.cli import _VERBS, _parser, report_parser
+from ztrain.cli import VERBS, parser_of, report_parser
 from ztrain.comparison import read_comparison
 from ztrain.config import load_config
 from ztrain.demo import Plan
@@ -53,18 +53,6 @@ def run(*command: str, status: int = 0) -> subprocess.CompletedProcess[str]:
     return finished
 
 
-@pytest.fixture(scope="module")
-def paintings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Triplets of painted drawings."""
-    folder = tmp_path_factory.mktemp("paintings")
-    run("ztrain.mini.style_folders", "--out", str(folder / "drawings"))
-    label = {"styles": {"contents": "contents.csv"}}
-    config = {"sources": ["images"], "label": label, "pair": {"triplets_per_target": 1, "max_triplets_per_split": 24}}
-    (folder / "drawings" / "build.yaml").write_text(yaml.safe_dump(config))
-    run("data_tools.build", "--config", str(folder / "drawings" / "build.yaml"), "--out", str(folder / "triplets"))
-    return folder / "triplets"
-
-
 QUIET = ("--validation.validation_steps", "0", "--validation.preview_steps", "0")
 
 
@@ -88,7 +76,8 @@ def shell(folder: Path, script: str, **variables: str) -> subprocess.CompletedPr
     project.mkdir(exist_ok=True)
     for name in ("configs", "launch", ".venv"):
         (project / name).symlink_to(ROOT / name)
-    (folder / "shared").symlink_to(ROOT.parent / "shared")
+    if not (folder / "shared").exists():
+        (folder / "shared").symlink_to(ROOT.parent / "shared")
     environment = {
         **os.environ,
         "PATH": f"{the_forge().commands()}:{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -123,9 +112,10 @@ def test_readme_block_on_real_drawings_runs_as_written(tmp_path: Path) -> None:
     block = re.findall(r"```bash\n(.*?)```", section, re.S)[0]
     activate, commands = block.split("\n", 1)
     assert activate == "source .venv/bin/activate"
+    splits = json.loads((EMOJI / "splits.json").read_text())
+    copy_drawings(tmp_path / "shared/data/emoji_styles", {*splits["train_contents"][::8], *splits["val_contents"][::2]})
     finished = shell(tmp_path, commands)
     project = tmp_path / "project"
-    splits = json.loads((EMOJI / "splits.json").read_text())
     for split, contents in (("train", splits["train_contents"]), ("validation", splits["val_contents"])):
         rows = [
             json.loads(line) for line in (project / "out/emoji" / split / "metadata.jsonl").read_text().splitlines()
@@ -134,6 +124,17 @@ def test_readme_block_on_real_drawings_runs_as_written(tmp_path: Path) -> None:
         assert all(f"/{row['content']}." not in row["reference_file_name"] for row in rows)
     check_run(project / "runs/projector", steps=50)
     check_comparison(project, finished, ["projector"])
+
+
+def copy_drawings(folder: Path, contents: set[str]) -> None:
+    """Of the data set; test_pairing.py builds from all of it."""
+    (folder / "images").mkdir(parents=True)
+    for path in EMOJI.iterdir():
+        if path.name != "images":
+            (folder / path.name).symlink_to(path)
+    for style in (EMOJI / "images").iterdir():
+        chosen = {path.name for path in style.iterdir() if path.stem in contents}
+        shutil.copytree(style, folder / "images" / style.name, ignore=lambda _, names: {*names} - chosen)  # noqa: B023
 
 
 def check_run(folder: Path, steps: int) -> None:
@@ -371,9 +372,8 @@ def test_the_demo_judges_what_it_trains_and_prints_its_picture_last(tmp_path: Pa
 
 
 def test_the_readme_shows_what_the_demo_measured() -> None:
-    figures = runpy.run_path(str(ROOT / "benchmarks" / "demo_figures.py"))
-    result = json.loads(figures["RESULT"].read_text())
-    assert figures["table"](result) in (ROOT / "README.md").read_text()
+    result = json.loads(demo_figures.RESULT.read_text())
+    assert demo_figures.table(result) in (ROOT / "README.md").read_text()
     assert result["beats_splice"] and result["follows_prompt"] and result["triplets"] >= 128
     assert (result["steps"], result["seed"]) == (Plan().steps, Plan().seed), "measure again: the demo's plan is another"
 
@@ -413,9 +413,9 @@ def test_commands_on_a_page_name_what_exists(page: Path, tmp_path: Path) -> None
         elif words[:2] == ["ztrain", "report"]:
             assert report_parser().parse_args(words[2:])
         elif words[0] == "ztrain" or "ztrain.train" in words or recipe:
-            verb = next((v for v in _VERBS if words[1 : 1 + len(v.split())] == v.split()), "train")
+            verb = next((v for v in VERBS if words[1 : 1 + len(v.split())] == v.split()), "train")
             start = words.index("--config")
-            options, overrides = _parser(verb).parse_known_args(words[start:])
+            options, overrides = parser_of(verb).parse_known_args(words[start:])
             files = [tmp_path / file if (tmp_path / file).is_file() else ROOT / file for file in options.config]
             # What a run has written is there when it has run.
             assert load_config([file for file in files if "runs" not in file.parts], overrides)
@@ -452,7 +452,8 @@ def test_the_path_with_own_images_and_real_names_runs_as_written(family: Path, t
     hub_cache(family, tmp_path / "hf")
     small = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
     few = {"train": {"max_train_steps": 4, "checkpointing_steps": 2, "gradient_accumulation_steps": 1}}
-    few["data"] = {"reference_variants": 1}
+    few |= {"data": {"reference_variants": 1}, "compare": {"num_samples": 4}}
+    few |= {"sample": {"num_inference_steps": 2, "guidance_scale": 0.0}, "validation": {"num_samples": 4}}
     small = merged({key: value for key, value in small.items() if key != "models"}, few)
     for name, text in named_files(section).items():
         content = yaml.safe_load(text)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.test_main_path import QUIET, ROOT, losses, paintings
+from tests.test_main_path import QUIET, ROOT, losses
 from tests.test_parity import LORA, SIGMA, encoded, encoders, make_model, noise_like
 from tests.triplets import model_words
 from ztrain.block import Keep
@@ -18,7 +18,7 @@ from ztrain.conditioning import Encoded
 from ztrain.errors import InputError
 from ztrain.memory import GIB, Budget, Line, Sizes
 
-__all__ = ["encoded", "encoders", "paintings"]  # fixtures
+__all__ = ["encoded", "encoders"]  # fixtures
 pytestmark = pytest.mark.usefixtures("forge")
 SIZES = Sizes(
     kept={

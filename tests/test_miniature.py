@@ -26,7 +26,7 @@ COUNT = 24
 
 @pytest.fixture(scope="module")
 def exam() -> Exam:
-    subject = Subject.load(WEIGHTS, 64, 0, torch.device("cpu"), num_inference_steps=8)
+    subject = Subject.load(WEIGHTS, 64, 0, torch.device("cpu"), num_inference_steps=6)
     return Exam(subject, PaintedWorld(), COUNT)
 
 
@@ -81,7 +81,7 @@ def test_the_card_is_what_the_result_files_say() -> None:
     assert card == (WEIGHTS / "README.md").read_text(encoding="utf-8")
     about = json.loads((WEIGHTS / "family.json").read_text(encoding="utf-8"))
     making = Pretraining(WEIGHTS, PaintedWorld(), PAINTED, 0, torch.device("cpu"))
-    assert about == json.loads(making._marker()), "the recipe in the code is another one"
+    assert about == json.loads(making.marker()), "the recipe in the code is another one"
     for path in (ROOT / "benchmarks" / "results" / "miniature").glob("*.json"):
         scorecard = json.loads(path.read_text(encoding="utf-8"))
         assert scorecard["figures"] == family_figures(scorecard), path

@@ -7,7 +7,6 @@ import itertools
 import os
 import re
 import subprocess
-import sys
 from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
@@ -19,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.forge import the_forge
 from ztrain.errors import InputError
 from ztrain.images import open_image
 from ztrain.mini import painter, style_folders
 from ztrain.mini.painter import PaintedWorld, draw_poses, paint
-from ztrain.mini.shapes import KINDS, REACH, _polygon_distance, distance_atlas
+from ztrain.mini.shapes import KINDS, REACH, distance_atlas, polygon_distance
 from ztrain.mini.style_folders import STYLES, paint_many_styles, paint_style_folders, read_name
 from ztrain.mini.world import (
     COUNT_NAMES,
@@ -402,7 +402,7 @@ def around(polygon: np.ndarray, points: np.ndarray) -> np.ndarray:
 def test_polygon_distance_by_brute_force(name: str) -> None:
     corners = np.array(KINDS[name][0].outline)
     points = np.random.default_rng(0).uniform(-1.4, 1.4, (500, 2))
-    found = _polygon_distance(torch.tensor(points), torch.tensor(corners)).numpy()
+    found = polygon_distance(torch.tensor(points), torch.tensor(corners)).numpy()
     share = np.linspace(0, 1, 400)[:, None, None]
     on_edge = (corners + share * (np.roll(corners, -1, 0) - corners)).reshape(-1, 2)
     nearest = np.concatenate(
@@ -416,11 +416,11 @@ def test_polygon_distance_by_brute_force(name: str) -> None:
 
 def test_distances_of_a_circle_and_a_square_are_exact() -> None:
     points = torch.rand(2000, 2, dtype=torch.float64, generator=seeded(0)) * 2.8 - 1.4
-    square = _polygon_distance(points, torch.tensor(KINDS["square"][0].outline, dtype=torch.float64))
+    square = polygon_distance(points, torch.tensor(KINDS["square"][0].outline, dtype=torch.float64))
     beyond = points.abs() - 0.8
     exact = beyond.clamp_min(0).norm(dim=1) + beyond.amax(1).clamp_max(0)
     assert torch.allclose(square, exact, atol=1e-12)
-    circle = _polygon_distance(points, torch.tensor(KINDS["circle"][0].outline, dtype=torch.float64))
+    circle = polygon_distance(points, torch.tensor(KINDS["circle"][0].outline, dtype=torch.float64))
     polygon_error = 0.9 * (1 - np.cos(np.pi / 48))
     assert (circle - (points.norm(dim=1) - 0.9)).abs().max() <= polygon_error + 1e-9
 
@@ -452,8 +452,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "ztrain.mini.style_folders", *map(str, arguments)]
-    return subprocess.run(words, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, timeout=60)
+    return the_forge().run(["ztrain.mini.style_folders", *map(str, arguments)], {**os.environ})
 
 
 @pytest.fixture(scope="module")
@@ -464,6 +463,7 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("forge")
 def test_painting_is_deterministic_and_distinct(painted: Path, tmp_path: Path) -> None:
     done = run("--out", tmp_path / "again", "--size", 32, "--num-contents", NUM_CONTENTS_PAINTED)
     assert done.returncode == 0, done.stderr
@@ -513,6 +513,7 @@ def test_prompts_name_the_content_only(tmp_path: Path) -> None:
     assert Counter(row["split"] for row in rows) == {"train": 150, "val": 30}
 
 
+@pytest.mark.usefixtures("forge")
 def test_painter_refusals(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("")
     with pytest.raises(InputError, match="holds something else"):

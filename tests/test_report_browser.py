@@ -9,7 +9,6 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pytest
 from PIL import Image
 from scipy.stats import binomtest
 
-from tests.chromium import Browser, Tab, chromium, find_chromium
+from tests.chromium import Browser, Tab, chromium
 from tests.comparisons import make_comparison, make_run, make_sweep
 from tests.test_inspect import HOSTILE
 from ztrain.comparison import Comparison
@@ -40,14 +39,6 @@ class Shown:
     tab: Tab
     found: Comparison
     path: Path
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if find_chromium() is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +73,8 @@ def shown(tab_of_report: Shown) -> Shown:
     """The report at 1440 pixels as it was at first."""
     tab_of_report.tab.send("Page.bringToFront")
     tab_of_report.tab.run("find('large').close()")
-    reset(tab_of_report.tab)
+    tab_of_report.tab.reset()
     return tab_of_report
-
-
-def choose(tab: Tab, name: str, value: object) -> None:
-    told = json.dumps(str(value))
-    tab.run(f"(() => {{ const one = document.getElementById('{name}'); one.value = {told};"
-            " one.dispatchEvent(new Event('input', {bubbles: true})) })()")  # fmt: skip
 
 
 def press(tab: Tab, key: str) -> None:
@@ -99,15 +84,6 @@ def press(tab: Tab, key: str) -> None:
     code = ord(key.upper())
     for kind, text in (("keyDown", {"text": key}), ("keyUp", {})):
         tab.send("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **text)
-
-
-def rows_of(tab: Tab) -> list[int]:
-    tab.run("(() => { while (!find('more').hidden) find('more').click() })()")
-    return tab.run("[...document.querySelectorAll('.row')].map((row) => Number(row.dataset.row))")
-
-
-def reset(tab: Tab) -> None:
-    tab.run("new Promise((done) => { find('filters').reset(); setTimeout(done, 20) })")
 
 
 def text(tab: Tab, name: str) -> str:
@@ -129,10 +105,9 @@ def test_pages_open_from_disk_fit_and_ask_for_nothing(
     if name == "blind":
         tab.run("find('begin').click()")
     else:
-        rows_of(tab)
+        tab.numbers("row")
         tab.run("document.querySelectorAll('details').forEach((one) => { one.open = one.id !== 'columns' })")
-    loaded = "Promise.all([...document.images].map((one) => { one.loading = 'eager'; return one.decode() }))"
-    assert tab.run(f"{loaded}.then((all) => all.length)") >= 3
+    assert tab.load_images() >= 3
     assert tab.run("document.documentElement.scrollWidth") == width
     assert tab.requests() == [shown.path.resolve().as_uri()]
     assert tab.complaints() == []
@@ -147,23 +122,13 @@ def test_the_policy_stops_what_the_page_would_not_do(
 ) -> None:
     """And the detector of the other tests sees it."""
     tab = opened(browser, pages["report"]).tab
-    tab.run("""(() => {
-      window.broken = [];
-      document.addEventListener("securitypolicyviolation", (event) => broken.push(event.effectiveDirective));
-      document.body.insertAdjacentHTML("beforeend", "<img src=http://127.0.0.1:9/x><p style='color:red' onclick='1'>");
-      const script = document.createElement("script");
-      script.textContent = "document.title = 'owned'";
-      document.body.append(script);
-      return fetch("http://127.0.0.1:9/").catch(() => 0);
-    })()""")
-    broken = set(tab.run("new Promise((done) => setTimeout(() => done(broken), 100))"))
-    assert {"img-src", "style-src-attr", "script-src-elem", "connect-src"} <= broken
+    assert {"img-src", "style-src-attr", "script-src-elem", "connect-src"} <= tab.broken_policies()
     assert tab.run("document.title") != "owned" and tab.complaints()
 
 
 def test_hostile_texts_stay_text(shown: Shown) -> None:
     tab, found = shown.tab, shown.found
-    assert rows_of(tab) == list(range(12))
+    assert tab.numbers("row") == list(range(12))
     prompts = tab.run("[...document.querySelectorAll('.row .prompt')].map((one) => one.textContent)")
     assert prompts == [row.prompt for row in found.rows]
     labels = tab.run("[...document.querySelectorAll('.row')][0].querySelectorAll('.caption bdi').length")
@@ -180,15 +145,15 @@ def test_hostile_texts_stay_text(shown: Shown) -> None:
 def test_filters_and_orders_show_the_rows_that_fit(shown: Shown) -> None:
     tab, found = shown.tab, shown.found
     for style in ("ember", "orchid"):
-        choose(tab, "style", f"={style}")
-        assert rows_of(tab) == [i for i, row in enumerate(found.rows) if row.style == style]
-    reset(tab)
+        tab.choose("style", f"={style}")
+        assert tab.numbers("row") == [i for i, row in enumerate(found.rows) if row.style == style]
+    tab.reset()
     for words in ("<b>", "שלום", "NUMBER 1", "not there"):
-        choose(tab, "text", words)
+        tab.choose("text", words)
         fits = [i for i, row in enumerate(found.rows) if words.lower() in row.prompt.lower()]
-        assert rows_of(tab) == fits and text(tab, "count") == f"{len(fits)} of 12 rows"
+        assert tab.numbers("row") == fits and text(tab, "count") == f"{len(fits)} of 12 rows"
     assert tab.run("find('nothing').hidden") is False
-    reset(tab)
+    tab.reset()
     style = found.metric("style").values
     copies = found.metric("copy").values
     assert style is not None and copies is not None
@@ -196,26 +161,26 @@ def test_filters_and_orders_show_the_rows_that_fit(shown: Shown) -> None:
     def first(table: Any, column: int, row: int) -> float:
         return table[column][row][0]  # the page begins with the first seed
 
-    choose(tab, "order", "highest")
-    choose(tab, "one", 2)
-    assert rows_of(tab) == sorted(range(12), key=lambda i: -first(style, 2, i))
-    choose(tab, "order", "apart")
-    choose(tab, "one", 5)
-    choose(tab, "other", 2)
-    assert rows_of(tab) == sorted(range(12), key=lambda i: -abs(first(style, 2, i) - first(style, 5, i)))
-    choose(tab, "order", "gain")
-    choose(tab, "metric", 3)
+    tab.choose("order", "highest")
+    tab.choose("one", 2)
+    assert tab.numbers("row") == sorted(range(12), key=lambda i: -first(style, 2, i))
+    tab.choose("order", "apart")
+    tab.choose("one", 5)
+    tab.choose("other", 2)
+    assert tab.numbers("row") == sorted(range(12), key=lambda i: -abs(first(style, 2, i) - first(style, 5, i)))
+    tab.choose("order", "gain")
+    tab.choose("metric", 3)
     told = [i for i in range(12) if i != 4]  # of which no copy score can tell
-    assert rows_of(tab) == [*sorted(told, key=lambda i: -(first(copies, 5, i) - first(copies, 2, i))), 4]
-    choose(tab, "seed", "")
+    assert tab.numbers("row") == [*sorted(told, key=lambda i: -(first(copies, 5, i) - first(copies, 2, i))), 4]
+    tab.choose("seed", "")
     means = {i: [sum(copies[column][i]) / 2 for column in (5, 2)] for i in told}
-    assert rows_of(tab) == [*sorted(told, key=lambda i: -(means[i][0] - means[i][1])), 4]
-    choose(tab, "order", "lowest")
-    assert rows_of(tab) == [*sorted(told, key=lambda i: means[i][0]), 4]
+    assert tab.numbers("row") == [*sorted(told, key=lambda i: -(means[i][0] - means[i][1])), 4]
+    tab.choose("order", "lowest")
+    assert tab.numbers("row") == [*sorted(told, key=lambda i: means[i][0]), 4]
     assert tab.run("document.querySelectorAll('.row .shot').length") == 12 * 7 * 2
-    choose(tab, "one", 0)  # has no copy score: nothing to order by
-    assert rows_of(tab) == list(range(12))
-    reset(tab)
+    tab.choose("one", 0)  # has no copy score: nothing to order by
+    assert tab.numbers("row") == list(range(12))
+    tab.reset()
     assert tab.run("document.querySelectorAll('.row .shot').length") == 12 * 7
     told = tab.run("[...document.querySelectorAll('.row')][2].querySelectorAll('.caption')[5].textContent")
     assert told == f"siglip + lora{first(style, 3, 2):.3f}"
@@ -227,14 +192,14 @@ def test_columns_can_be_left_out(shown: Shown) -> None:
         tab.run(f"find('column-list').querySelector('[value=\"{place}\"]').click()")
     shots = tab.run("[...document.querySelector('.row').querySelectorAll('.shot')].map((one) => one.dataset.at)")
     assert shots == ["1,0,0", "2,0,0", "3,0,0", "5,0,0"]
-    reset(tab)
+    tab.reset()
     assert tab.run("document.querySelectorAll('.row .shot').length") == 12 * 7
 
 
 def test_the_large_view_is_driven_by_keys(shown: Shown) -> None:
     tab, found = shown.tab, shown.found
-    choose(tab, "style", "=ember")
-    rows = rows_of(tab)
+    tab.choose("style", "=ember")
+    rows = tab.numbers("row")
     tab.run("document.querySelector('.shot').focus()")
     press(tab, "Enter")
 
@@ -289,11 +254,11 @@ def test_before_and_after_by_keys_and_by_dragging(shown: Shown) -> None:
     assert left == pytest.approx(3, abs=0.6)  # at the pointer, though a range has a thumb of its own
     press(tab, "ArrowDown")
     assert text(tab, "slide-words") == found.rows[1].prompt and tab.run("find('slide-row').value") == "1"
-    choose(tab, "left", 0)
+    tab.choose("left", 0)
     shown_url = tab.run("find('wipe-left').src === payload.pictures[drawn[0][1][0]].url")
     assert shown_url is True and text(tab, "name-left") == "no image"
-    choose(tab, "slide-row", 0)
-    choose(tab, "left", 1)
+    tab.choose("slide-row", 0)
+    tab.choose("left", 1)
 
 
 def test_tips_give_definitions(shown: Shown) -> None:
@@ -331,10 +296,10 @@ def test_the_map_of_a_sweep_shows_two_axes_at_the_chosen_rest(
     best = found.columns[found.best.column or 0].settings
     assert tab.run(cells) == expected("style", axes[0], axes[1], {axes[2]: best[axes[2]]})
     assert tab.run("find('map').querySelectorAll('td.best').length") == 1
-    choose(tab, "map-x", axes[2])
-    choose(tab, "map-metric", 1)
+    tab.choose("map-x", axes[2])
+    tab.choose("map-metric", 1)
     assert tab.run(cells) == expected("prompt", axes[2], axes[1], {axes[0]: best[axes[0]]})
-    choose(tab, "map-y", axes[2])  # the other gives way
+    tab.choose("map-y", axes[2])  # the other gives way
     assert tab.run("find('map-x').value") == axes[0]
     assert tab.run("document.querySelectorAll('.scores tbody tr:not([hidden])').length") == 14
     tab.run("find('all-lines').click()")
@@ -347,7 +312,7 @@ def test_previews_go_through_the_steps(browser: Browser, pages: dict[str, tuple[
     assert text(tab, "step-name") == "step 300" and tab.run("find('strip').children.length") == 3
     shown = "find('strip').querySelectorAll('img')[1].src === payload.pictures[drawn[{}][0][0]].url"
     assert tab.run(shown.format(5)) is True
-    choose(tab, "step", 1)
+    tab.choose("step", 1)
     assert text(tab, "step-name") == "step 100" and tab.run(shown.format(3)) is True
     tab.run("find('step').focus()")
     press(tab, "ArrowLeft")
@@ -355,7 +320,7 @@ def test_previews_go_through_the_steps(browser: Browser, pages: dict[str, tuple[
     tab.run("find('play').click()")
     assert tab.run("new Promise((done) => setTimeout(() => done(find('step-name').textContent), 900))") == "step 100"
     tab.run("find('play').click()")
-    choose(tab, "step", 3)
+    tab.choose("step", 3)
     tab.run("find('play').click()")  # from the end it starts anew
     assert text(tab, "step-name") == "step 0"
     assert tab.run("document.querySelectorAll('.chart svg').length") >= 9
@@ -387,7 +352,7 @@ def test_a_blind_vote_from_first_to_last(
 ) -> None:
     shown = opened(browser, pages["blind"], width)
     tab, found = shown.tab, shown.found
-    choose(tab, "seeds", "all")
+    tab.choose("seeds", "all")
     assert text(tab, "pairs") == "24 pairs"
     tab.run("find('begin').click()")
     sides = []
@@ -429,11 +394,11 @@ def test_a_vote_goes_on_from_its_file_and_refuses_others(
     browser: Browser, pages: dict[str, tuple[Path, Comparison]]
 ) -> None:
     tab = opened(browser, pages["blind"]).tab
-    choose(tab, "one", 0)
-    choose(tab, "other", 0)
+    tab.choose("one", 0)
+    tab.choose("other", 0)
     assert tab.run("find('begin').disabled") is True
-    choose(tab, "one", 2)
-    choose(tab, "seed", 77)
+    tab.choose("one", 2)
+    tab.choose("seed", 77)
     tab.run("find('begin').click()")
     order = tab.run("state.pairs.map((pair) => [pair.row, pair.swapped])")
     assert sorted(row for row, _ in order) == list(range(12)) and order != sorted(order)
@@ -513,8 +478,8 @@ def test_a_thousand_pictures_open_at_once(browser: Browser, tmp_path: Path) -> N
     while tab.run("document.activeElement.dataset.at") != "0,40,0":  # the row is made when one goes there
         assert time.monotonic() < end, tab.run("document.activeElement.outerHTML")
     start = time.monotonic()
-    choose(tab, "order", "apart")
-    assert len(rows_of(tab)) == len(found.rows)
+    tab.choose("order", "apart")
+    assert len(tab.numbers("row")) == len(found.rows)
     assert time.monotonic() - start < 5  # about 0.2 s
     assert tab.complaints() == []
 

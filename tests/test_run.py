@@ -65,11 +65,6 @@ class Place:
         ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def place(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(family, tmp_path_factory.mktemp("runs"))
-
-
 pytestmark = pytest.mark.usefixtures("forge")
 
 
@@ -262,17 +257,17 @@ def test_processes_are_one_and_a_resume_may_change_their_number(place: Place, tm
     shares = ("--train.dropout_text", "0.2", "--train.dropout_reference", "0.3", "--train.prior_weight", "0.5")
     common = (*QUIET, *forms, *shares)
     to = "--train.max_train_steps"
-    finish(ALONE, place.words(tmp_path / "one", *common, to, "10"))
+    finish(ALONE, place.words(tmp_path / "one", *common, to, "6"))
     half = ("--train.train_batch_size", "2")
-    together(2, place.words(tmp_path / "two", *common, *half, to, "10"))
-    said = together(4, place.words(tmp_path / "four", *common, "--train.train_batch_size", "1", to, "10"))
+    together(2, place.words(tmp_path / "two", *common, *half, to, "6"))
+    said = together(4, place.words(tmp_path / "four", *common, "--train.train_batch_size", "1", to, "6"))
     assert "4 processes share the work by ddp" in said
     one, *more = ([float.fromhex(loss) for loss in losses(tmp_path / name)] for name in ("one", "two", "four"))
-    assert all(other == pytest.approx(one, rel=1e-5) for other in more) and len(set(one)) == 10
+    assert all(other == pytest.approx(one, rel=1e-5) for other in more) and len(set(one)) == 6
     changing = tmp_path / "changing"
-    together(2, place.words(changing, *common, *half, to, "3"))
-    finish(ALONE, place.words(changing, *common, *half, *LATEST, to, "7", "--train.gradient_accumulation_steps", "2"))
-    together(2, place.words(changing, *common, *half, *LATEST, to, "10"))
+    together(2, place.words(changing, *common, *half, to, "2"))
+    finish(ALONE, place.words(changing, *common, *half, *LATEST, to, "4", "--train.gradient_accumulation_steps", "2"))
+    together(2, place.words(changing, *common, *half, *LATEST, to, "6"))
     assert [float.fromhex(loss) for loss in losses(changing)] == pytest.approx(one, rel=1e-5)
     refused = finish(ALONE, place.words(changing, *common, *half, *LATEST, to, "15"), status=2)
     assert "the global batch size: 4 -> 2" in refused.stderr

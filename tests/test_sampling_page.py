@@ -23,7 +23,7 @@ SIZES = {"star.png": (64, 64), "both.png": (64, 64), "coherent.png": (64, 64), "
 
 
 def test_every_command_draws_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a project with the pictures that it names; two steps in place of twelve."""
+    """In a project with the pictures that it names; two steps for twelve, and no guidance unless a line has it."""
     for name in ("configs", "ztrain"):
         (tmp_path / name).symlink_to(ROOT / name)
     for seed, name in enumerate(("reference.png", "other.png", "collage.png")):
@@ -33,7 +33,9 @@ def test_every_command_draws_what_the_page_says(tmp_path: Path, monkeypatch: pyt
              block.replace("\\\n", " ").strip().splitlines()]  # fmt: skip
     for line in lines:
         program, *words = shlex.split(line)
-        assert program == "ztrain" and main([*words, "--sample.num_inference_steps", "2"]) == 0, line
+        few = ["--sample.num_inference_steps", "2"]
+        few += [] if "--sample.guidance_scale" in words else ["--sample.guidance_scale", "0"]
+        assert program == "ztrain" and main([*words, *few]) == 0, line
     assert len(lines) == len(SIZES)
     for name, size in SIZES.items():
         with Image.open(Path("out") / name) as image:

@@ -100,7 +100,7 @@ def test_a_command_that_cannot_unwind_ends_all_the_same(tmp_path: Path) -> None:
         from concurrent.futures import ThreadPoolExecutor
         from ztrain import interrupt
         from ztrain.terminal import command
-        interrupt._UNWIND_SECONDS = 0.3
+        interrupt.UNWIND_SECONDS = 0.3
         def work():
             with ThreadPoolExecutor(1) as pool:
                 pool.submit(time.sleep, 60)

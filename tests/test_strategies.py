@@ -159,22 +159,22 @@ def test_a_shared_model_is_trained_saved_and_exported_like_a_whole_one(place: Pl
     if kind != "fsdp2" and find_spec("deepspeed") is None:
         pytest.skip(NO_DEEPSPEED)
     strategy = of_fsdp2() if kind == "fsdp2" else of_zero(int(kind[-1]), tmp_path)
-    more = ("--train.checkpointing_steps", "4", "--validation.preview_steps", "8", "--validation.num_previews", "3")
+    more = ("--train.checkpointing_steps", "4", "--validation.preview_steps", "4", "--validation.num_previews", "3")
     more += ("--sample.num_inference_steps", "2", *(() if kind == "zero3" else ("--train.ema_decay", "0.5")))
     more += ("--adapters.1.learning_rate", "1e-3", "--adapters.0.weight_decay", "0.1")
     half, to = ("--train.train_batch_size", "2"), "--train.max_train_steps"
-    alone(place.words(tmp_path / "one", *more, to, "8"))
-    said = shared(strategy, 2, place.words(tmp_path / "two", *more, *half, to, "8"))
+    alone(place.words(tmp_path / "one", *more, to, "4"))
+    said = shared(strategy, 2, place.words(tmp_path / "two", *more, *half, to, "4"))
     assert f"processes share the work by {kind}" in said
     assert_same_run(tmp_path / "one", tmp_path / "two")
-    for name in ("base/no_image-2.png", "base/splice-2.png", "step-00000008/2.png"):
+    for name in ("base/no_image-2.png", "base/splice-2.png", "step-00000004/2.png"):
         one, two = (np.asarray(Image.open(tmp_path / run / "samples" / name), np.int16) for run in ("one", "two"))
         assert one.std() > 1 and np.abs(one - two).max() <= 2  # levels of 255
 
     latest = ("--resume_from_checkpoint", "latest")
-    alone(place.words(tmp_path / "two", *more, *half, "--train.gradient_accumulation_steps", "2", *latest, to, "10"))
-    shared(strategy, 2, place.words(tmp_path / "two", *more, *half, *latest, to, "12"))
-    alone(place.words(tmp_path / "one", *more, *latest, to, "12"))
+    alone(place.words(tmp_path / "two", *more, *half, "--train.gradient_accumulation_steps", "2", *latest, to, "5"))
+    shared(strategy, 2, place.words(tmp_path / "two", *more, *half, *latest, to, "6"))
+    alone(place.words(tmp_path / "one", *more, *latest, to, "6"))
     assert_same_run(tmp_path / "one", tmp_path / "two")
     for row in rows(tmp_path / "two")[1:]:
         assert (row["train/lr"], row["train/lr/siglip"], row["train/lr/lora"]) == (3e-3, 3e-3, 1e-3)

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.forge import the_forge
-from tests.test_main_path import QUIET, ROOT, paintings
+from tests.test_main_path import QUIET, ROOT
 from tests.triplets import model_words
 
-__all__ = ["paintings"]  # a fixture
 ORDER = """
 import sys
 from ztrain import train

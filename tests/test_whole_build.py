@@ -59,7 +59,7 @@ def command(folder: Path, out: Path, *more: object) -> list[str]:
 
 @pytest.mark.usefixtures("forge")
 def test_killed_at_random_moments_it_gives_the_bytes_of_an_undisturbed_build(tmp_path: Path) -> None:
-    paint(tmp_path, 60)
+    paint(tmp_path, 40)
     environment = dict(os.environ)
     the_forge().run(["-c", ""], environment)  # its own start is no part of the time
     started = time.monotonic()
@@ -67,7 +67,7 @@ def test_killed_at_random_moments_it_gives_the_bytes_of_an_undisturbed_build(tmp
     assert the_forge().run(whole, environment).returncode == 0
     seconds, chance, out = time.monotonic() - started, random.Random(1), tmp_path / "killed"
     stages = set()
-    for _ in range(5):
+    for _ in range(4):
         begun = ["data_tools.build", *words(tmp_path, out, "--workers", 1)]
         process = the_forge().start(begun, environment, tmp_path / "said", tmp_path / "said")
         time.sleep(seconds * (0.3 + 0.5 * chance.random()))

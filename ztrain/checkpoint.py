@@ -103,28 +103,28 @@ def publish(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(folder).free) < needed:
-            raise InputError(f"{folder}: a checkpoint needs {needed:,} bytes and {free:,} are free; {_KEPT}")
+            raise InputError(f"{folder}: a checkpoint needs {needed:,} bytes and {free:,} are free; {KEPT}")
         with files.new_folder(final) as writing:
             for name, content in tensors.items():
                 save_file({key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}, writing / name)
             _write(writing / STATE, {"format_version": FORMAT_VERSION, "step": step, **state})
-            _write(writing / MANIFEST, {"files": {path.name: _describe(path) for path in sorted(writing.iterdir())}})
+            _write(writing / MANIFEST, {"files": {path.name: describe(path) for path in sorted(writing.iterdir())}})
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{final}: cannot write the checkpoint ({error}; it needs {needed:,} bytes); {_KEPT}"
+            f"{final}: cannot write the checkpoint ({error}; it needs {needed:,} bytes); {KEPT}"
         ) from error
     check(final)
     return final
 
 
-_KEPT = "free some space or mend the folder, then resume: earlier checkpoints are untouched"
+KEPT = "free some space or mend the folder, then resume: earlier checkpoints are untouched"
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -136,7 +136,7 @@ def check(path: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: no whole checkpoint: cannot read {MANIFEST} ({error})") from error
     for name, expected in {STATE: None, **listed}.items():
-        if not (path / name).is_file() or _describe(path / name) != expected:
+        if not (path / name).is_file() or describe(path / name) != expected:
             raise InputError(f"{path / name} is missing or damaged: its SHA-256 is not the one in {MANIFEST}")
 
 
@@ -264,8 +264,8 @@ def frozen_differences(before: dict[str, Any], config: Config) -> list[str]:
     A key that `before`, the saved settings, lacks had not been thought of when that run began: it counts as its
     default.
     """
-    old, new = _leaves(_with_defaults(before, config)), _leaves(config.model_dump(mode="json"))
-    began_with = _leaves(before)
+    old, new = leaves_of(_with_defaults(before, config)), leaves_of(config.model_dump(mode="json"))
+    began_with = leaves_of(before)
     old |= {key: was for key, was in _BEFORE.items() if key not in began_with}
     free = list(FREE_ON_RESUME)
     if config.train.lr_scheduler not in _SCHEDULES_WITHOUT_END:
@@ -293,14 +293,14 @@ def _with_defaults(saved: Any, now: Any) -> Any:
     return filled
 
 
-def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+def leaves_of(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted key; lists count by position, the home folder is ~ (earlier runs wrote it out)."""
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if entries is None:
         return {prefix: shorten_home(value) if isinstance(value, str) else value}
     inside: dict[str, Any] = {}
     for key, entry in entries:
-        inside |= _leaves(entry, f"{prefix}.{key}" if prefix else str(key))
+        inside |= leaves_of(entry, f"{prefix}.{key}" if prefix else str(key))
     return inside or {prefix: value}
 
 

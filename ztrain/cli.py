@@ -130,7 +130,7 @@ def _report(words: Sequence[str]) -> int:
     return command(lambda: make_report(options.place, options.out, blind=options.blind, max_rows=options.max_rows))
 
 
-_VERBS = {
+VERBS = {
     "config show": _config_show,
     "plan": _plan,
     "cache": _cache,
@@ -142,7 +142,7 @@ _VERBS = {
 }
 
 
-def _parser(verb: str) -> argparse.ArgumentParser:
+def parser_of(verb: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"ztrain {verb}", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="+", type=given_path, default=[])
     if verb in ("export", "sample", "stats"):
@@ -183,18 +183,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _mini(words[1:])
     if words[:1] == ["report"]:
         return _report(words[1:])
-    verb = next((name for name in _VERBS if words[: len(name.split())] == name.split()), None)
+    verb = next((name for name in VERBS if words[: len(name.split())] == name.split()), None)
     if verb is None:
         helped = bool(words) and words[0] in ("-h", "--help")
         print(__doc__, file=sys.stdout if helped else sys.stderr)
         return 0 if helped else 2
-    parser = _parser(verb)
+    parser = parser_of(verb)
     if {"-h", "--help"} & set(words):
         print(parser.format_usage())
         return command(lambda: load_config([], ["--help"], parser.prog) and None)
     options, overrides = parser.parse_known_args(words[len(verb.split()) :])
     return command(
-        lambda: _VERBS[verb](load_config(options.config, overrides, parser.prog, list(vars(options))), options) or None
+        lambda: VERBS[verb](load_config(options.config, overrides, parser.prog, list(vars(options))), options) or None
     )
 
 

@@ -68,13 +68,22 @@ class Plan:
     seed: int = 0
     painted: Mapping[str, tuple[int, int]] = field(default_factory=lambda: PAINTED)
     layers: tuple[int, ...] = LAYERS
+    overrides: tuple[str, ...] = ()
+    """Of the experiment, as words of a command line."""
 
     def status(self, succeeded: bool) -> int:
         """Exit status: 1 where the default list, steps and seed do not beat the splice."""
         return 1 if self == Plan() and not succeeded else 0
 
 
-SMOKE = {"train": (6, 4), "val": (3, 2), "test": (4, 2)}
+SMOKE = Plan(
+    painted={"train": (6, 4), "val": (3, 2), "test": (4, 2)},
+    layers=(5,),
+    overrides=(
+        *("--sample.num_inference_steps", "2", "--sample.guidance_scale", "0"),
+        *("--validation.num_samples", "4", "--validation.num_previews", "2"),
+    ),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,9 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=Plan().seed)
     parser.add_argument("--smoke", action="store_true", help="few drawings and settings: shows that everything runs")
     options = parser.parse_args(arguments)
-    plan = Plan(adapters=options.adapters, steps=options.steps, seed=options.seed)
-    if options.smoke:
-        plan = replace(plan, painted=SMOKE, layers=(5,))
+    plan = SMOKE if options.smoke else Plan()
+    plan = replace(plan, adapters=options.adapters, steps=options.steps, seed=options.seed)
     return command(lambda: plan.status(demo(options.out, plan)))
 
 
@@ -113,6 +121,7 @@ def demo(out: Path, plan: Plan) -> bool:
         *("--cache.dir", str(out / "cache")),
         *("--output_dir", str(out / "run")),
         *("--train.max_train_steps", str(plan.steps)),
+        *plan.overrides,
     ]
     config = load_config([Path(file) for file in experiment], overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -41,7 +41,7 @@ ENDED = "ended.json"
 
 _ECHO_SECONDS = 3.0
 _AGAIN_SECONDS = 0.05
-_UNWIND_SECONDS = 5.0  # for a main thread that may be stuck in a collective
+UNWIND_SECONDS = 5.0  # for a main thread that may be stuck in a collective
 _WRITE_SECONDS = 2.0  # for last words on a disk that may hang
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -75,8 +75,8 @@ class Interruption:
         self._outer: Interruption | None = None
 
     def install(self) -> None:
-        global _installed
-        self._outer, _installed = _installed, self
+        global current
+        self._outer, current = current, self
         for number in SIGNALS:
             if (before := signal.getsignal(number)) != signal.SIG_IGN:
                 self._before[number] = signal.SIG_DFL if before is None else before  # None: of a library's own code
@@ -85,10 +85,10 @@ class Interruption:
     def restore(self) -> None:
         """Gives the signals the effect back that they had: nothing is left to save, and whoever hangs must be
         stoppable. An interruption that was installed before this one knows what this one has heard."""
-        global _installed
-        _installed = self._outer
-        if _installed is not None and self.received:
-            _installed.received, _installed._when = self.received, self._when
+        global current
+        current = self._outer
+        if current is not None and self.received:
+            current.received, current._when = self.received, self._when
         for number, before in self._before.items():
             # Above a soft limit of processor time the signal comes again every second.
             signal.signal(number, signal.SIG_IGN if self.received == number == signal.SIGXCPU else before)
@@ -173,7 +173,7 @@ class Interruption:
                 if number[0] not in SIGNALS or not self._raises_here():
                     continue
                 self.leaving = number[0]
-                time.sleep(_UNWIND_SECONDS)
+                time.sleep(UNWIND_SECONDS)
                 if self._raises_here():
                     name = signal.Signals(number[0]).name
                     os.write(2, f"\n{name}: ended without waiting any longer\n".encode())
@@ -182,7 +182,7 @@ class Interruption:
                     os._exit(128 + number[0])
 
     def _raises_here(self) -> bool:
-        return self._raises and _installed is self
+        return self._raises and current is self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received:
@@ -199,12 +199,12 @@ class Interruption:
         os.write(2, f"\n{name}: finishing this step, then saving; Ctrl-C after some seconds stops at once\n".encode())
 
 
-_installed: Interruption | None = None
+current: Interruption | None = None
 
 
 def interruption() -> Interruption | None:
     """The one that is installed in this process."""
-    return _installed
+    return current
 
 
 @contextmanager
@@ -302,7 +302,7 @@ def leave_group(status: int) -> int:
 def unheard_by_children() -> Iterator[None]:
     """Around the start of worker processes, which call `work_for_parent`: a signal of a terminal, or of a batch system
     to all of a job, is this process's to answer, which then ends them. It hears of one when all are started."""
-    with _installed.later() if _installed is not None else nullcontext():
+    with current.later() if current is not None else nullcontext():
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which children inherit
         try:
             yield

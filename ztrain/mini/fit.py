@@ -19,7 +19,7 @@ from ztrain.files import whole_file
 from ztrain.mini.muon import StackedMuon
 from ztrain.tensors import open_tensors
 
-_LINES = 40  # printed in a stage
+LINES = 40  # printed in a stage
 _WARMUP_AGAIN = 100  # steps after which the moments of a resumed run mean something again
 _BLOCK = re.compile(r"^\d+\.\w*(?:layers|refiner|blocks)\.\d+\.")  # in the names of `weights`: module, list, block
 
@@ -89,10 +89,10 @@ def fit(
         optimizer
         for index, share in enumerate(shares or [1.0] * len(modules))
         if (own := {key: weight for key, weight in weights.items() if key.startswith(f"{index}.")})
-        for optimizer in _optimizers(plan, share, own, on_gpu)
+        for optimizer in make_optimizers(plan, share, own, on_gpu)
     ]
     schedules = [LambdaLR(optimizer, lambda step: _rate(begin + step, begin, plan)) for optimizer in optimizers]
-    every = max(1, plan.steps // _LINES)
+    every = max(1, plan.steps // LINES)
     started, total, count = time.perf_counter(), torch.zeros((), device=device), 0
     for step in range(begin, plan.steps):
         with mixed_precision(device):
@@ -120,7 +120,7 @@ def fit(
     return Fitted(steps=plan.steps, samples=plan.steps * plan.batch_size, begun_at=begin, seconds=seconds, loss=mean)
 
 
-def _optimizers(
+def make_optimizers(
     plan: Plan, share: float, weights: dict[str, nn.Parameter], on_gpu: bool
 ) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for the matrices within numbered blocks (as layers.0) where the plan has a rate for them."""

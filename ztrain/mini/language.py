@@ -159,7 +159,7 @@ def train_vision_language(
     reader = PictureReader(model, tokenizer, visual_side(gallery.images.shape[-1], min_pixels))
     lessons = _Lessons(reader, text_encoder, gallery, *picture_turns(gallery, tokenizer, reader.num_visual))
     fitted = []
-    with _equal_lengths_attention(inner.visual):
+    with equal_lengths_attention(inner.visual):
         for name, plan, parts, shares, phase in (
             ("vision", front_end, [inner.visual], [1.0], 0),
             ("vision and language", together, [inner.visual, inner.language_model], [_VISION_SHARE, 1.0], 1),
@@ -226,7 +226,7 @@ def describe(
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     said: list[str] = []
     for rows in torch.arange(len(gallery), device=gallery.device).split(512):
-        with _equal_lengths_attention(model.model.visual):
+        with equal_lengths_attention(model.model.visual):
             seen = reader.look(gallery.pixels(rows))
         ids = start.expand(len(rows), -1)
         for _ in range(max_new_tokens):
@@ -240,7 +240,7 @@ def describe(
 
 
 @contextmanager
-def _equal_lengths_attention(visual: Any) -> Iterator[None]:
+def equal_lengths_attention(visual: Any) -> Iterator[None]:
     """Attention over pictures of equal size as one batch, where transformers would call it once for each picture."""
     # Only names that contain flash are handed the lengths instead of being looped.
     AttentionInterface.register("ztrain_equal_lengths_flash", _attend_equal_lengths)

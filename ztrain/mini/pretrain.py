@@ -204,7 +204,7 @@ class Pretraining:
 
     def finish(self) -> Path:
         """Writes the family and its judges to <out>/family in bfloat16; every stage must be done."""
-        return write_whole(self.out / "family", self._write, self._marker())
+        return write_whole(self.out / "family", self._write, self.marker())
 
     def _write(self, folder: Path) -> None:
         family = Parts(
@@ -226,7 +226,7 @@ class Pretraining:
             del report["made_from"]  # family.json says it
         (folder / "recipe.json").write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
 
-    def _marker(self) -> str:
+    def marker(self) -> str:
         return json.dumps({stage: self._made_from(stage) for stage in STAGES}, indent=2) + "\n"
 
     def _made_from(self, stage: str) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def distance_atlas() -> Tensor:
     for kind, parts in enumerate(KINDS.values()):
         covered = torch.full((len(points),), _FAR)
         for part in reversed(parts):
-            distance = _polygon_distance(points, torch.tensor(part.outline, dtype=torch.float32))
+            distance = polygon_distance(points, torch.tensor(part.outline, dtype=torch.float32))
             if part.tone:
                 visible = torch.maximum(distance, -covered)
                 atlas[kind, part.tone] = torch.minimum(atlas[kind, part.tone], visible)
@@ -125,7 +125,7 @@ def distance_atlas() -> Tensor:
     return atlas.view(len(KINDS), 3, _SIDE, _SIDE)
 
 
-def _polygon_distance(points: Tensor, corners: Tensor) -> Tensor:
+def polygon_distance(points: Tensor, corners: Tensor) -> Tensor:
     """Signed distance of points (P, 2) to a closed polygon (C, 2), negative inside (even-odd rule)."""
     following = corners.roll(-1, 0)
     keep = (following - corners).square().sum(1) > 0  # closed outlines repeat their first corner

@@ -65,12 +65,12 @@ def train_siglip(model: Siglip2Model, tokenizer: Qwen2Tokenizer, gallery: Galler
     with torch.no_grad():
         model.logit_scale.fill_(2.3)  # log 10 and -10: the start of SigLIP (arXiv 2303.15343, section 3.2)
         model.logit_bias.fill_(-10.0)
-    with training(model, local), _equal_shapes(model.vision_model.embeddings):
+    with training(model, local), equal_shapes(model.vision_model.embeddings):
         return fit("siglip", [model, local], loss, plan, gallery.device)
 
 
 @contextmanager
-def _equal_shapes(embeddings: Any) -> Iterator[None]:
+def equal_shapes(embeddings: Any) -> Iterator[None]:
     """Resizes the table of positions once for a batch of equal grids, where transformers does it for each picture."""
     resize = embeddings.resize_positional_embeddings
     embeddings.resize_positional_embeddings = lambda table, shapes, max_length: resize(table, shapes[:1], max_length)

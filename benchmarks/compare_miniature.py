@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.pages import PAGES, RESULTS, ROOT, save_sheet, write_page
 from data_tools.build import main as build
 from ztrain.compare import SHEET_NAME, compare
@@ -26,10 +24,9 @@ from ztrain.config import Config, load_config
 from ztrain.errors import InputError
 from ztrain.grid import draw_grid
 from ztrain.images import open_image
-from ztrain.judging import Score
 from ztrain.mini.style_folders import paint_many_styles
 from ztrain.mini.trials import ADAPTERS
-from ztrain.ranking import Groups, metric_of
+from ztrain.ranking import ranked
 from ztrain.report.page import make_report
 from ztrain.sweep import BEST_NAME, sweep
 
@@ -143,10 +140,8 @@ def above_most_style(found: Comparison) -> dict[str, Any]:
     splices = [i for i, column in enumerate(found.columns) if column.role == "splice"]
     means = {i: style.means[i] for i in splices}
     most = max(splices, key=lambda i: means[i].mean if means[i] else -1.0)  # type: ignore[union-attr]
-    values = torch.tensor(style.values, dtype=torch.float64).mean(2)  # (C, R)
-    groups = Groups([row.prompt_group for row in found.rows], [row.reference_group for row in found.rows])
-    score = Score(name="", title="", definition="", low=None, high=None, direction="higher", values=values[..., None])
-    differences = metric_of(score, most, groups).differences
+    clusters = [row.prompt_group for row in found.rows], [row.reference_group for row in found.rows]
+    differences = ranked(style, most, clusters).differences
     return {
         "of": found.columns[most].label,
         "differences": [None if each is None else each.model_dump(mode="json") for each in differences],

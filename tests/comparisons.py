@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from tests.triplets import ROOT
-from ztrain.comparison import Choice, Column, Comparison, Difference, Interval, Metric, Model, Row, write_comparison
+from ztrain.comparison import Choice, Column, Comparison, Difference, Metric, Model, Row, write_comparison
 from ztrain.config import TrackingConfig, load_config
+from ztrain.intervals import Interval
 from ztrain.tracking import Record
 from ztrain.yamls import dump_yaml
 

@@ -18,20 +18,21 @@ from data_tools.build import main as build
 from tests.triplets import full_disk
 from ztrain.cache import Cache
 from ztrain.compare import _keep_given, compare, compare_checkpoints
-from ztrain.comparison import FILE_NAME, Choice, Comparison, Difference, pictures_of, read_best, read_comparison
+from ztrain.comparison import FILE_NAME, Choice, Comparison, Difference, Metric, pictures_of, read_best, read_comparison
 from ztrain.config import Config, JudgesConfig, ModelConfig, load_config
 from ztrain.digests import Known
 from ztrain.drawn import save_picture
 from ztrain.encoders import TextEncoder
 from ztrain.errors import InputError
+from ztrain.exchange import Case, exchange
 from ztrain.images import PictureFile
-from ztrain.intervals import two_way
-from ztrain.judging import Score, Verdicts
-from ztrain.lineup import Case, entries_of, exchanged, read_cases
+from ztrain.intervals import interval
+from ztrain.judging import Verdicts
+from ztrain.lineup import entries_of, read_cases
 from ztrain.mini.style_folders import paint_many_styles
 from ztrain.mini.trials import ADAPTERS
 from ztrain.models import Source
-from ztrain.ranking import Groups, choose, metric_of
+from ztrain.ranking import choose, ranked
 from ztrain.studio import Shot, Studio
 from ztrain.sweep import settings_of, sweep
 from ztrain.train import train
@@ -150,25 +151,26 @@ def test_what_is_drawn_is_kept_and_only_what_is_missing_is_drawn(
     assert not set(pictures_of(other)) & {name for of in first.pictures for row in of for name in row}
 
 
-def test_shuffled_references_are_of_another_style_each_once(data: Path, compared: tuple[Path, Comparison]) -> None:
+def test_shuffled_references_are_of_another_style_each_once(
+    data: Path, compared: tuple[Path, Comparison], tmp_path: Path
+) -> None:
     config = two_lists(data, compared[0])
     cases, lost = read_cases(config, Cache(config).digests)
     assert lost == 0
-    given = [cases[other].references for other in exchanged(cases, config.seed).others]
+    given = [cases[other].references for other in exchange(cases, config.seed, "rows", "").others]
     of = {case.look: case.columns["style"] for case in cases}
     looks = [tuple(known.digest for known in references) for references in given]
     assert all(of[look] != case.columns["style"] for look, case in zip(looks, cases, strict=True))
     assert sorted(looks) == sorted(case.look for case in cases)
     for style in ("one", None):
         alike = [replace(case, columns={"style": style}) for case in cases]
-        found = exchanged(alike, 0)
+        found = exchange(alike, 0, "rows", "")
         assert all(cases[other].look != case.look for other, case in zip(found.others, cases, strict=True))
         assert found.share == 0 and "are of the same style or of one that the data does not say" in found.words
     one_look = [replace(case, references=cases[0].references) for case in cases]
-    with pytest.raises(
-        InputError, match="all .* rows have the same references, so none can be exchanged; compare more"
-    ):
-        exchanged(one_look, 0)
+    studio = Studio(config, one_look, tmp_path, Cache(config))
+    with pytest.raises(InputError, match="all .* rows have the same references, so none can be .*; compare more"):
+        studio.references(replace(entries_of(config)[1], is_shuffled=True), 0)
 
 
 def test_prompts_are_crossed_with_pictures(data: Path, tmp_path: Path) -> None:
@@ -202,7 +204,7 @@ def test_plain_pictures_of_two_shapes_are_two(tmp_path: Path) -> None:
     for name, size in (("wide", (96, 64)), ("tall", (64, 96))):
         Image.new("RGB", size, "white").save(tmp_path / f"{name}.png")
         known.append(Known(PictureFile(tmp_path / f"{name}.png"), name, *size))
-    kept = _keep_given([Case(prompt="a", references=tuple(known), target=None, where="")], tmp_path)
+    kept = _keep_given([Case(prompt="a", references=tuple(known), where="")], tmp_path)
     assert len(set(kept.values())) == 2 and all((tmp_path / name).is_file() for name in kept.values())
 
 
@@ -231,25 +233,29 @@ def test_differences_are_paired_to_the_best_splice(compared: tuple[Path, Compari
     assert metric.values is not None and metric.differences[splice] is None
     values = torch.tensor(metric.values, dtype=torch.float64).mean(2)
     groups = [row.prompt_group for row in found.rows], [row.reference_group for row in found.rows]
-    expected = two_way(values[projector] - values[splice], *groups, resamples=2000)
+    expected = interval(values[projector] - values[splice], groups, resamples=2000)
     told = metric.differences[projector]
     assert told is not None and (told.mean, told.low, told.high) == (expected.mean, expected.low, expected.high)
+
+
+def metric_of(values: torch.Tensor, direction: str = "higher", name: str = "x", **more: float | None) -> Metric:
+    told = {"low": None, "high": None} | more
+    return Metric(name=name, title=name, definition="", direction=direction, values=values.tolist(), **told)
 
 
 def sheet_of(styles: list[float], kept: list[float] | None, chance: float = 0.2) -> Verdicts:
     """Scores of four rows and two seeds: column 0 is text alone."""
 
-    def score(name: str, values: list[float]) -> Score:
+    def score(name: str, values: list[float]) -> Metric:
         table = torch.tensor(values, dtype=torch.float64)[:, None, None].expand(-1, 4, 2)
-        return Score(name=name, title=name, definition="", low=-1.0, high=1.0, direction="higher", chance=chance,
-                     values=table)  # fmt: skip
+        return metric_of(table, name=name, low=-1.0, high=1.0, chance=chance)
 
     scores = [score("style", styles)] + ([] if kept is None else [score("prompt", kept)])
     return Verdicts(scores, "style", None if kept is None else "prompt", [])
 
 
 def test_the_best_has_most_style_among_those_that_keep_the_prompt() -> None:
-    labels, groups = ["none", "a", "b", "c"], Groups(range(4), range(4))
+    labels, groups = ["none", "a", "b", "c"], (range(4), range(4))
 
     def best(verdicts: Verdicts, candidates: list[int], keep: float = 0.95) -> Choice:
         return choose(verdicts, candidates, 0, keep, labels, groups)
@@ -268,12 +274,11 @@ def test_the_best_has_most_style_among_those_that_keep_the_prompt() -> None:
         blind = best(sheet_of([0, 0.4, 0.5], near), [1, 2])
         assert blind.column == 2 and "near chance" in blind.rule
     unsure = sheet_of([0, 0.4, 0.5], [0.25, 0.25, 0.1])
-    prompt = unsure.scores[1].values
-    assert prompt is not None
-    unsure.scores[1] = replace(unsure.scores[1], values=prompt + torch.tensor([-0.2, 0.2, -0.1, 0.1])[:, None])
+    apart = torch.tensor(unsure.scores[1].values) + torch.tensor([-0.2, 0.2, -0.1, 0.1])[:, None]
+    unsure.scores[1] = unsure.scores[1].model_copy(update={"values": apart.tolist()})
     assert "near chance" in best(unsure, [1, 2]).rule  # above it by less than the interval
     unknown = sheet_of([0, 0.4, 0.5], [0.9, 0.9, 0.9])
-    unknown.scores[1] = replace(unknown.scores[1], chance=None)
+    unknown.scores[1] = unknown.scores[1].model_copy(update={"chance": None})
     assert "cannot be told" in best(unknown, [1, 2]).rule
 
 
@@ -285,15 +290,13 @@ def test_verdicts_need_an_interval_without_zero_and_a_direction() -> None:
     values[1, 5] = torch.nan
 
     def verdicts(direction: str) -> list[Difference | None]:
-        score = Score(name="x", title="x", definition="", low=None, high=None, direction=direction, values=values)
-        return metric_of(score, 0, Groups(range(12), range(12))).differences
+        return ranked(metric_of(values, direction), 0, (range(12), range(12))).differences
 
     assert [d and d.verdict for d in verdicts("higher")] == [None, "better", "undecided"]
     assert [d and d.verdict for d in verdicts("lower")] == [None, "worse", "undecided"]
     assert [d and d.verdict for d in verdicts("neither")] == [None, "none", "none"]
     assert verdicts("higher")[1].count == 11
-    one = Score(name="x", title="x", definition="", low=None, high=None, direction="higher", values=values[:, :1])
-    alone = metric_of(one, 0, Groups([0], [0])).differences[1]
+    alone = ranked(metric_of(values[:, :1]), 0, ([0], [0])).differences[1]
     assert alone is not None and (alone.low, alone.verdict) == (None, "none")
 
 

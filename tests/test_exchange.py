@@ -1,19 +1,25 @@
 """Whose reference a row is shown in the place of its own: of another style wherever there is one."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ztrain.digests import Known
 from ztrain.errors import InputError
-from ztrain.exchange import Exchange, exchange
+from ztrain.exchange import Case, Exchange, exchange
+from ztrain.images import PictureFile
 
 Rows = list[tuple[str | None, tuple[str, ...]]]
 
 
 def exchanged(rows: Rows, seed: int = 0) -> Exchange:
-    return exchange([style for style, _ in rows], [look for _, look in rows], seed, "rows", "add some")
+    looks = [tuple(Known(PictureFile(Path("a.png")), digest, 1, 1) for digest in look) for _, look in rows]
+    styles = [{"style": style} for style, _ in rows]
+    cases = [Case(prompt="", references=r, where="", columns=c) for r, c in zip(looks, styles, strict=True)]
+    return exchange(cases, seed, "rows", "add some")
 
 
 @st.composite

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,9 +12,9 @@ from tests.test_features import TINY, csd, csd_weights, tiny_siglip
 from ztrain.config import JudgesConfig, ModelConfig
 from ztrain.digests import Known
 from ztrain.errors import InputError
+from ztrain.exchange import Case
 from ztrain.images import PictureFile, open_image
 from ztrain.judging import Judging, Sheet, Verdicts
-from ztrain.lineup import Case
 
 ROWS, SEEDS = 9, 2
 
@@ -80,7 +81,7 @@ def verdicts(judging: Judging, sheet: Sheet) -> Verdicts:
 def values(verdicts: Verdicts, name: str) -> torch.Tensor:
     [found] = [score.values for score in verdicts.scores if score.name == name]
     assert found is not None
-    return found.float()
+    return torch.from_numpy(np.array(found, dtype=np.float32))  # None as NaN
 
 
 def test_every_tower_gives_its_own_likeness(judging: Judging, verdicts: Verdicts, sheet: Sheet) -> None:
@@ -122,8 +123,8 @@ def test_copies_seeds_and_drift(verdicts: Verdicts) -> None:
     assert drift[1, :, 0].abs().max() == 0  # the bare pictures are text alone's
     assert values(verdicts, "change")[0].abs().max() == 0 < values(verdicts, "change")[1].min()
     assert values(verdicts, "palette_error")[1].abs().max() < 1e-5 < values(verdicts, "palette_error")[0].min()
-    [kid] = [score.of_columns for score in verdicts.scores if score.name == "kid"]
-    assert len(kid) == 2 and all(isinstance(value, float) for value in kid)
+    [kid] = [score.means for score in verdicts.scores if score.name == "kid"]
+    assert len(kid) == 2 and all(mean is not None and mean.count == 1 for mean in kid)
 
 
 def test_what_cannot_be_scored_is_said(judges: JudgesConfig, sheet: Sheet) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ztrain.errors import InputError
-from ztrain.intervals import paired_bootstrap
+from ztrain.intervals import difference, interval
 from ztrain.metrics import (
     cmmd,
     copy_score,
@@ -42,7 +42,7 @@ def uniform(seed: int, *shape: int) -> Tensor:
 @pytest.mark.parametrize(
     ("error", "complaint", "call"),
     [
-        (ValueError, "infinite", lambda: paired_bootstrap(*[torch.tensor([1.0, math.inf])] * 2, drop_nan=True)),
+        (ValueError, "infinite", lambda: difference(*[torch.tensor([1.0, math.inf])] * 2)),
         (ValueError, "of the same triplets", lambda: correct(torch.zeros(2).long(), torch.zeros(3).long())),
         (ValueError, "whole numbers", lambda: correct(torch.zeros(2), torch.zeros(2).long())),
         (ValueError, "k 4", lambda: topk_correct(torch.zeros(2, 3), torch.zeros(2).long(), 4)),
@@ -306,9 +306,8 @@ def test_a_copier_leaks_and_who_ignores_the_reference_does_not() -> None:
     reference, prompt, guess = classes
     copied = leak(reference, reference, prompt)
     assert copied.nanmean() == 1
-    obedient = paired_bootstrap(
-        leak(prompt, reference, prompt), leak_by_chance(prompt, reference, prompt), drop_nan=True, resamples=200
-    )
+    above = difference(leak(prompt, reference, prompt), leak_by_chance(prompt, reference, prompt))
+    obedient = interval(above, drop_nan=True, resamples=200)
     assert (obedient.mean, obedient.count) == (0, int((reference != prompt).sum()))
     ignorer = torch.where(torch.from_numpy(generator.random(20_000) < 0.4), guess, prompt)
     scored, chance = leak(ignorer, reference, prompt), leak_by_chance(ignorer, reference, prompt)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ztrain.features import Tower
-from ztrain.intervals import paired_two_way
+from ztrain.intervals import difference, interval
 from ztrain.metrics import cmmd, copy_score, cosine, diversity, kid, palette_error
 from ztrain.mini.gallery import Gallery
 from ztrain.mini.judges import load_style_judge
@@ -68,7 +68,7 @@ def test_pictures_of_one_style_are_more_alike_than_of_two(looked: Looked, judge:
     same, other = (cosine(vectors[rows], vectors[REFERENCES]) for rows in (SAME, OTHER))
     assert (same > other).float().mean() >= 0.95
     contents = [looked.contents[i] for i in SAME.tolist()]
-    assert paired_two_way(same, other, contents, list(range(STYLES))).low > {"judge": 0.8, "siglip": 0.3}[judge]
+    assert interval(difference(same, other), [contents, list(range(STYLES))]).low > {"judge": 0.8, "siglip": 0.3}[judge]
 
 
 def test_palettes_of_one_style_are_nearer_than_of_two(looked: Looked) -> None:
@@ -84,7 +84,7 @@ def test_pictures_obey_their_own_captions(looked: Looked) -> None:
         texts = looked.tower.texts(captions)
         own, others = cosine(vectors, texts), cosine(vectors, texts.roll(OF_A_STYLE + 1, dims=0))
         assert (own > others).float().mean() >= share
-        assert paired_two_way(own, others, looked.contents, gallery.styles).low > 0.2
+        assert interval(difference(own, others), [looked.contents, gallery.styles]).low > 0.2
 
 
 @pytest.mark.parametrize("judge", [*JUDGES, "palette"])
@@ -104,11 +104,11 @@ def test_shuffled_pairs_show_no_difference(looked: Looked, judge: str) -> None:
         ignorant, given, shuffled = (torch.randperm(STYLES, generator=generator) for _ in range(3))
         own, others = table[ignorant, given], table[ignorant, shuffled]
         prompts = [contents[i] for i in ignorant.tolist()]
-        interval = paired_two_way(own, others, prompts, given, resamples=400)
-        held += interval.low <= 0 <= interval.high
+        found = interval(difference(own, others), [prompts, given], resamples=400)
+        held += found.low <= 0 <= found.high
     assert 0.91 <= held / 200 <= 0.99
     styles = torch.arange(STYLES)
-    assert paired_two_way(table.diagonal(), table[styles, styles.roll(5)], contents, styles).low > 0
+    assert interval(difference(table.diagonal(), table[styles, styles.roll(5)]), [contents, styles]).low > 0
 
 
 def zoomed(pictures: Tensor, cut: int) -> Tensor:

@@ -22,12 +22,12 @@ from ztrain.comparison import (
     Column,
     Comparison,
     Difference,
-    Interval,
     Metric,
     write_best,
     write_comparison,
 )
 from ztrain.errors import InputError
+from ztrain.intervals import Interval
 from ztrain.report.caveats import caveats_of
 from ztrain.report.charts import (
     Box,

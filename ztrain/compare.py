@@ -26,16 +26,18 @@ from ztrain.config import Config
 from ztrain.digests import digest_bytes
 from ztrain.drawn import save_picture, still_to_draw
 from ztrain.errors import InputError
+from ztrain.exchange import Case, style_of
 from ztrain.export import quoted, read_adapter
 from ztrain.files import as_text, read_bytes, workspace
 from ztrain.from_checkpoint import export_checkpoint
 from ztrain.grid import draw_grid
 from ztrain.images import Picture, PictureFile, open_image
+from ztrain.intervals import grouped
 from ztrain.judging import Judging, Sheet, Verdicts, check_judges
-from ztrain.lineup import Case, Entry, check_entries, entries_of, exported_entries, names_of, read_cases
+from ztrain.lineup import Entry, check_entries, entries_of, exported_entries, names_of, read_cases
 from ztrain.models import public_name
 from ztrain.privacy import public_config, public_text
-from ztrain.ranking import Groups, choose, grouped, metric_of
+from ztrain.ranking import choose, ranked
 from ztrain.rows import parse_object
 from ztrain.studio import Studio
 from ztrain.tars import PACK_MANIFEST_NAME
@@ -151,7 +153,7 @@ def _keep_given(cases: Sequence[Case], folder: Path) -> dict[str, str]:
     """References and targets as pictures of the comparison, by their own names; copied again where they are damaged."""
     pictures: dict[str, Picture] = {}
     for case in cases:
-        pictures |= {known.picture.name: known.picture for known in case.references}
+        pictures |= {known.name: known for known in case.references}
         pictures |= {case.target.name: case.target} if case.target else {}
     kept = {}
     for name, picture in pictures.items():
@@ -176,16 +178,14 @@ def _record(
     seconds: float,
 ) -> Comparison:
     cases, entries = studio.cases, plan.entries
-    prompts = grouped([case.prompt for case in cases])
-    references = grouped([case.look for case in cases])
+    clusters = prompts, references = grouped(c.prompt for c in cases), grouped(c.look for c in cases)
     labels, keep = [public_text(entry.label) for entry in entries], config.compare.keep_adherence
     splices = [place for place, entry in enumerate(entries) if entry.role == "splice"]
-    groups = Groups(prompts, references)
-    best_splice = choose(verdicts, from_noise(entries, splices), 0, keep, labels, groups)
+    best_splice = choose(verdicts, from_noise(entries, splices), 0, keep, labels, clusters)
     # Where none keeps the prompt, the first is still what everybody has for free.
     baseline = best_splice.column if best_splice.column is not None else next(iter(splices), None)
     candidates = [place for place, entry in enumerate(entries) if entry.role in plan.candidates]
-    best = choose(verdicts, from_noise(entries, candidates), 0, keep, labels, groups)
+    best = choose(verdicts, from_noise(entries, candidates), 0, keep, labels, clusters)
     return Comparison(
         ztrain_version=VERSION,
         kind=plan.kind,
@@ -197,15 +197,15 @@ def _record(
                 prompt_group=prompts[i],
                 reference_group=references[i],
                 where=_without_folder(case.where, config),
-                references=[given[known.picture.name] for known in case.references],
+                references=[given[known.name] for known in case.references],
                 target=given[case.target.name] if case.target else None,
-                style=None if case.columns.get("style") is None else public_text(str(case.columns["style"])),
+                style=None if (style := style_of(case.columns)) is None else public_text(style),
                 seeds=studio.seeds(i),
             )
             for i, case in enumerate(cases)
         ],
         pictures=[[[p.relative_to(plan.folder).as_posix() for p in row] for row in column] for column in drawn],
-        metrics=[metric_of(score, baseline, groups) for score in verdicts.scores],
+        metrics=[ranked(score, baseline, clusters) for score in verdicts.scores],
         baseline=baseline,
         style=verdicts.style,
         adherence=verdicts.adherence,

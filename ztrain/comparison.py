@@ -16,6 +16,7 @@ import pydantic
 
 from ztrain.errors import InputError
 from ztrain.files import read_bytes, write_json, write_text
+from ztrain.intervals import Interval
 from ztrain.rows import parse_object
 from ztrain.yamls import describe_errors
 
@@ -90,15 +91,6 @@ class Model(_Part):
     """Hash of its weights."""
 
 
-class Interval(_Part):
-    """A mean over `count` rows, and its 95 % interval; without one where fewer than two prompts or references are."""
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
-    count: int
-
-
 class Difference(Interval):
     """Paired, over the same rows."""
 
@@ -122,9 +114,9 @@ class Metric(_Part):
     """What pictures get with another row's prompt or reference."""
     values: list[list[list[float | None]]] | None = None
     """C x R x S, null where a picture cannot tell; None: a score of whole columns."""
-    means: list[Interval | None]
-    """C: None where the column cannot be scored."""
-    differences: list[Difference | None]
+    means: list[Interval | None] = []
+    """C: over rows, None where the column cannot be scored; empty until ranking.py has filled both."""
+    differences: list[Difference | None] = []
     """C: to the baseline, whose own is None."""
 
 

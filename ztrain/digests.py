@@ -22,13 +22,25 @@ from ztrain.store import read_parquet, write_parquet
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A picture with the digest of its bytes and its upright size in pixels; or a part of one, with the part's size."""
+    """A picture with the digest of its bytes and its upright size in pixels; or a part of one, with the part's size.
+    Itself an images.Picture: the whole one."""
 
     picture: Picture
     digest: str
     width: int
     height: int
     part: Part | None = None
+
+    @property
+    def name(self) -> str:
+        return self.picture.name
+
+    @property
+    def stamp(self) -> str:
+        return self.picture.stamp
+
+    def read(self) -> bytes:
+        return self.picture.read()
 
     @property
     def identity(self) -> str | list[str | int]:
@@ -38,7 +50,7 @@ class Known:
     @property
     def label(self) -> str:
         """What messages call it, without the path of this machine."""
-        name, part = Path(self.picture.name).name, self.part
+        name, part = Path(self.name).name, self.part
         if part is None:
             return name
         turned = ", mirrored" if part.mirrored else ""

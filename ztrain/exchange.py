@@ -1,19 +1,36 @@
-"""Who is shown whose reference, where the right one is exchanged to see what it matters: validation and comparisons.
+"""Cases, and which of them is shown whose references, where validation and comparisons exchange the right ones.
 
-In: each row's style, where the data says it, and its references. Out: for each row another one, of another style
-wherever two styles are known. A reference of the same style is nearly as good as the right one, so that an exchange
+In: cases, with their styles where the data says them. Out: for each another one, of another style wherever two styles
+are known. A reference of the same style is nearly as good as the right one, so that an exchange
 among rows of one style shows next to nothing.
 """
 
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from ztrain.digests import Known
 from ztrain.errors import InputError
+from ztrain.images import Picture
 
-Look = tuple[str, ...]
-"""The digests of a row's references."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A prompt, and the references in whose style it is drawn."""
+
+    prompt: str
+    references: tuple[Known, ...]
+    target: Picture | None = None
+    where: str
+    """What messages call it."""
+    columns: Mapping[str, object] = field(default_factory=dict)
+    """The row's further keys: style, content."""
+
+    @property
+    def look(self) -> tuple[str, ...]:
+        """Equal for cases with the same references."""
+        return tuple(known.digest for known in self.references)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +57,14 @@ def style_of(columns: Mapping[str, object]) -> str | None:
     return None if (style := columns.get("style")) is None else str(style)
 
 
-def exchange(styles: Sequence[str | None], looks: Sequence[Look], seed: int, what: str, mend: str) -> Exchange:
-    """Another row for each, a function of the rows and the seed alone.
+def exchange(cases: Sequence[Case], seed: int, what: str, mend: str) -> Exchange:
+    """Another row for each, a function of styles, references and the seed alone.
 
     Of another style with other references; else with other references. All are given away once where every style is
     known and none (where fewer than two are known: no reference) has more than half of the rows. Raises InputError
     where all have the same references; `what` the rows are and how to `mend` it are its words.
     """
+    styles, looks = [style_of(case.columns) for case in cases], [case.look for case in cases]
     if len(set(looks)) < 2:
         raise InputError(f"all {len(looks)} {what} have the same references, so none can be exchanged; {mend}")
     names = len({style for style in styles if style is not None}) > 1

@@ -1,8 +1,8 @@
 """What the judges say of pictures: every score of every picture of a comparison, with its meaning.
 
-In: rows, the pictures of each column, and the models of `judges`. Out: `Score`s: tables of columns x rows x seeds, NaN
-where a picture cannot tell. A score whose judge is missing is left out; which ones and why is said in `missing`. Each
-picture is opened once, and only what the scores need of it is kept.
+In: rows, the pictures of each column, and the models of `judges`. Out: `Metric`s with their tables of columns x rows
+x seeds, without means over them. A score whose judge is missing is left out; which ones and why is said in `missing`.
+Each picture is opened once, and only what the scores need of it is kept.
 
 Legend: C columns, R rows, S seeds, D dimensions of an embedding.
 """
@@ -19,12 +19,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ztrain.comparison import Direction, Model
+from ztrain.comparison import Metric, Model
 from ztrain.config import JudgesConfig
 from ztrain.errors import InputError
+from ztrain.exchange import Case
 from ztrain.features import Tower, check_tower
 from ztrain.images import Picture, open_image
-from ztrain.lineup import Case
+from ztrain.intervals import Interval
 from ztrain.metrics import cmmd, copy_score, diversity, high_frequency_energy, kid, palette_error
 from ztrain.models import Source
 
@@ -35,6 +36,7 @@ _SIDE = 64
 """Pixels to which pictures are brought for the scores that need no model: enough for structure and colours, and many
 pictures fit into memory. Detail is measured at full size."""
 _TITLES = {"style": "Style descriptor", "siglip": "SigLIP", "dino": "DINOv2"}
+Table = list[list[list[float | None]]]
 _LEAST_FOR_SETS = 8  # pictures on each side below which a distance of distributions says nothing
 
 
@@ -61,35 +63,22 @@ class Sheet:
 
     @property
     def every(self) -> list[Picture]:
-        given = [p for case in self.cases for p in (*(k.picture for k in case.references), case.target) if p]
+        given = [p for case in self.cases for p in (*case.references, case.target) if p]
         return [*given, *self.drawn, *(picture for of_column in self.bare.values() for picture in of_column)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """One score with its meaning: `values` (C, R, S), or `of_columns` C numbers where only a set can be scored."""
-
-    name: str
-    title: str
-    definition: str
-    low: float | None
-    high: float | None
-    direction: Direction
-    model: Model | None = None
-    chance: float | None = None
-    values: Tensor | None = None
-    of_columns: list[float | None] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class Verdicts:
     """All scores of a sheet. style, adherence: names of the two that stand for likeness and for obedience."""
 
-    scores: list[Score]
+    scores: list[Metric]
     style: str | None
     adherence: str | None
     missing: list[str]
     """Sentences: what was not scored, and what it needs."""
+
+    def metric(self, name: str | None) -> Metric | None:
+        return next((metric for metric in self.scores if metric.name == name), None)
 
 
 def _truth(family: Path, device: torch.device) -> "PaintedTruth":
@@ -199,27 +188,27 @@ class Judging:
             found.missing.append("likeness to the reference: needs judges.style, judges.siglip or judges.dino")
         return found
 
-    def _table(self, sheet: Sheet, of_column: Callable[[Sequence[Sequence[Picture]]], Tensor]) -> Tensor:
-        """(C, R, S) of a function that gives (R, S) of a column."""
-        return torch.stack([of_column(column).double() for column in sheet.pictures])
+    def _table(self, sheet: Sheet, of_column: Callable[[Sequence[Sequence[Picture]]], Tensor]) -> Table:
+        """C x R x S of a function that gives (R, S) of a column."""
+        return _listed(torch.stack([of_column(column) for column in sheet.pictures]))
 
-    def _of_seeds(self, sheet: Sheet, of_pictures: Callable[[list[Picture]], Tensor]) -> Tensor:
-        """(C, R, S) of a function that gives (R,) of one picture for each row."""
+    def _of_seeds(self, sheet: Sheet, of_pictures: Callable[[list[Picture]], Tensor]) -> Table:
+        """C x R x S of a function that gives (R,) of one picture for each row."""
 
         def of_column(column: Sequence[Sequence[Picture]]) -> Tensor:
             return torch.stack([of_pictures(list(seed)) for seed in zip(*column, strict=True)], dim=1)
 
         return self._table(sheet, of_column)
 
-    def _likeness(self, sheet: Sheet, role: str) -> Score:
-        wanted = [self.vectors(role, [known.picture for known in case.references]) for case in sheet.cases]
+    def _likeness(self, sheet: Sheet, role: str) -> Metric:
+        wanted = [self.vectors(role, case.references) for case in sheet.cases]
 
         def likeness(pictures: list[Picture]) -> Tensor:
             seen = self.vectors(role, pictures)  # (R, D)
             return torch.stack([(own @ vector).mean() for own, vector in zip(wanted, seen, strict=True)])
 
         what = "style" if role == "style" else "look and content together"
-        return Score(
+        return Metric(
             name=f"{role}_likeness",
             title=f"{_TITLES[role]} likeness",
             definition=f"Cosine of the picture's vector to its reference's (mean over several): {what}.",
@@ -230,7 +219,7 @@ class Judging:
             values=self._of_seeds(sheet, likeness),
         )
 
-    def _adherence(self, sheet: Sheet) -> Score | str:
+    def _adherence(self, sheet: Sheet) -> Metric | str:
         tower = self.towers.get("siglip")
         if tower is None or not tower.reads_text:
             return "adherence: needs judges.siglip with a text tower"
@@ -240,7 +229,7 @@ class Judging:
         chance = None
         if sheet.plain is not None:
             chance = _chance(self._cosines(sheet.pictures[sheet.plain], texts), [c.prompt for c in sheet.cases])
-        return Score(
+        return Metric(
             name="adherence",
             title="Prompt adherence",
             definition="Cosine of the picture's vector to its prompt's.",
@@ -256,13 +245,12 @@ class Judging:
         """(R, R), of each row's pictures, averaged over seeds, and each prompt."""
         return torch.stack([self.vectors("siglip", row).mean(0) for row in column]) @ texts.T
 
-    def _copies(self, sheet: Sheet) -> Score | str:
+    def _copies(self, sheet: Sheet) -> Metric | str:
         if len({case.look for case in sheet.cases}) < 2:
             return "copy score: needs rows with different references"
         most = max(len(case.references) for case in sheet.cases)
         shown = [
-            self.small([case.references[min(k, len(case.references) - 1)].picture for case in sheet.cases])
-            for k in range(most)
+            self.small([case.references[min(k, len(case.references) - 1)] for case in sheet.cases]) for k in range(most)
         ]
 
         def copied(pictures: list[Picture]) -> Tensor:
@@ -273,7 +261,7 @@ class Judging:
         has_targets = len(targets) == len(sheet.cases)
         shared = copied(targets) if has_targets else torch.zeros(len(sheet.cases))
         than = ", minus what the true picture shares with it: 0 = as the target" if has_targets else ": 0 = not at all"
-        return Score(
+        return Metric(
             name="copy",
             title="Copy score",
             definition=(
@@ -286,7 +274,7 @@ class Judging:
             values=self._of_seeds(sheet, lambda pictures: copied(pictures) - shared),
         )
 
-    def _diversity(self, sheet: Sheet) -> Score | str:
+    def _diversity(self, sheet: Sheet) -> Metric | str:
         seeds = len(sheet.pictures[0][0])
         role = self.first_of("dino", "siglip", "style")
         if seeds < 2:
@@ -301,7 +289,7 @@ class Judging:
             return diversity(vectors)[:, None].expand(-1, seeds)
 
         what = "vectors" if role else "pixels, at 64 x 64 and without their mean,"
-        return Score(
+        return Metric(
             name="diversity",
             title="Diversity over seeds",
             definition=f"1 - mean cosine between the {what} of a row's seeds: 0 = all alike.",
@@ -312,14 +300,14 @@ class Judging:
             values=self._table(sheet, spread),
         )
 
-    def _drift(self, sheet: Sheet) -> Score | str:
+    def _drift(self, sheet: Sheet) -> Metric | str:
         if not sheet.bare or sheet.plain is None:
             return "drift: needs a trained list, and compare.drift"
         base = self.small([row[0] for row in sheet.pictures[sheet.plain]])
         values = torch.full((len(sheet.pictures), len(sheet.cases), len(sheet.pictures[0][0])), torch.nan).double()
         for place, pictures in sheet.bare.items():
             values[place, :, 0] = (self.small(pictures) - base).abs().mean((1, 2, 3)).double() * 255
-        return Score(
+        return Metric(
             name="drift",
             title="Drift without reference",
             definition=(
@@ -329,10 +317,10 @@ class Judging:
             low=0.0,
             high=255.0,
             direction="lower",
-            values=values,
+            values=_listed(values),
         )
 
-    def _change(self, sheet: Sheet) -> Score | str:
+    def _change(self, sheet: Sheet) -> Metric | str:
         if sheet.plain is None:
             return "change: needs the column without image"
         base = [self.small(list(seed)) for seed in zip(*sheet.pictures[sheet.plain], strict=True)]
@@ -341,7 +329,7 @@ class Judging:
             drawn = [self.small(list(seed)) for seed in zip(*column, strict=True)]
             return torch.stack([(a - b).abs().mean((1, 2, 3)) * 255 for a, b in zip(drawn, base, strict=True)], dim=1)
 
-        return Score(
+        return Metric(
             name="change",
             title="Change by the image",
             definition=(
@@ -354,9 +342,9 @@ class Judging:
             values=self._table(sheet, changed),
         )
 
-    def _palette(self, sheet: Sheet) -> Score:
-        shown = self.spots([case.references[0].picture for case in sheet.cases])
-        return Score(
+    def _palette(self, sheet: Sheet) -> Metric:
+        shown = self.spots([case.references[0] for case in sheet.cases])
+        return Metric(
             name="palette_error",
             title="Palette error",
             definition="Sliced Wasserstein distance of the colours to the first reference's in CIELAB, in Delta E.",
@@ -366,9 +354,9 @@ class Judging:
             values=self._of_seeds(sheet, lambda pictures: palette_error(self.spots(pictures), shown)),
         )
 
-    def _details(self, sheet: Sheet) -> Score:
+    def _details(self, sheet: Sheet) -> Metric:
         targets = [case.target for case in sheet.cases if case.target is not None]
-        return Score(
+        return Metric(
             name="artefacts",
             title="Artefact energy",
             definition=(
@@ -382,7 +370,7 @@ class Judging:
             values=self._of_seeds(sheet, self.detail),
         )
 
-    def _sets(self, sheet: Sheet, missing: list[str]) -> Iterator[Score]:
+    def _sets(self, sheet: Sheet, missing: list[str]) -> Iterator[Metric]:
         """Distances between what a column draws and the targets, as distributions."""
         targets = list({case.target.name: case.target for case in sheet.cases if case.target is not None}.values())
         role_of_kid, role_of_cmmd = self.first_of("dino", "siglip", "style"), self.first_of("siglip", "dino", "style")
@@ -395,7 +383,7 @@ class Judging:
         ):
             true = self.vectors(role, targets)
             drawn = [self.vectors(role, [p for row in column for p in row]) for column in sheet.pictures]
-            yield Score(
+            yield Metric(
                 name=name,
                 title=name.upper(),
                 definition=f"{about} 0 = one distribution; compare only over as many pictures.",
@@ -403,10 +391,10 @@ class Judging:
                 high=None,
                 direction="lower",
                 model=self.model(role),
-                of_columns=[float(measure(vectors, true)) for vectors in drawn],
+                means=[Interval(mean=float(measure(vectors, true)), count=1) for vectors in drawn],
             )
 
-    def _truth_scores(self, sheet: Sheet) -> Iterator[Score]:
+    def _truth_scores(self, sheet: Sheet) -> Iterator[Metric]:
         """What the judges of a painted world know."""
         assert self.truth is not None
         if any(case.target is None for case in sheet.cases):
@@ -423,7 +411,7 @@ class Judging:
             if told.of_prompt and not sheet.has_prompts:
                 continue
             values = torch.stack([torch.stack([one[told.figure] for one in column], 1) for column in scored])
-            yield Score(
+            yield Metric(
                 name=told.name,
                 title=told.title,
                 definition=told.definition,
@@ -432,8 +420,13 @@ class Judging:
                 direction=told.direction,
                 model=Model(name=self.truth.name, weights=self.truth.weights),
                 chance=chance if told.name == "truth_content" else None,
-                values=values.double().cpu(),
+                values=_listed(values),
             )
+
+
+def _listed(values: Tensor) -> Table:
+    """Of (C, R, S), with NaN where a picture cannot tell."""
+    return [[[None if v != v else v for v in row] for row in column] for column in values.double().tolist()]
 
 
 def _kid(drawn: Tensor, true: Tensor) -> float:

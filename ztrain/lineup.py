@@ -17,7 +17,7 @@ from ztrain.config import Config, EncodersConfig, SampleConfig, list_reads
 from ztrain.data import read_triplets
 from ztrain.digests import Digests, Known
 from ztrain.errors import InputError
-from ztrain.exchange import Exchange, exchange, style_of
+from ztrain.exchange import Case
 from ztrain.export import CONFIG_FILE, ExportedAdapter, read_adapter
 from ztrain.files import read_text
 from ztrain.images import Picture, PictureFile, check_reference
@@ -27,23 +27,6 @@ from ztrain.stats import check_statistics
 from ztrain.yamls import load_yaml, parse
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """A row: what is asked for, and in the look of what."""
-
-    prompt: str
-    references: tuple[Known, ...]
-    target: Picture | None
-    where: str
-    columns: Mapping[str, object] = field(default_factory=dict)
-    """What else the data set says: style, content."""
-
-    @property
-    def look(self) -> tuple[str, ...]:
-        """Equal for rows with the same references."""
-        return tuple(known.digest for known in self.references)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +112,7 @@ def _crossed(prompts: Path, folder: Path, config: Config, digests: Digests) -> l
     pairs = spread(list(itertools.product(asked, files)), config.compare.num_samples)
     known = _known([PictureFile(file) for _, file in pairs], config, digests)
     return [
-        Case(prompt=prompt, references=(reference,), target=None, where=f"{prompts.name} with {file.name}")
+        Case(prompt=prompt, references=(reference,), where=f"{prompts.name} with {file.name}")
         for (prompt, file), reference in zip(pairs, known, strict=True)
     ]
 
@@ -142,18 +125,11 @@ def _known(pictures: Sequence[Picture], config: Config, digests: Digests) -> lis
             raise known
         check_reference(
             (known.width, known.height),
-            known.picture.name,
+            known.name,
             min_side=config.data.reference_min_side,
             max_aspect=config.data.reference_max_aspect,
         )
     return [known for known in found if isinstance(known, Known)]
-
-
-def exchanged(cases: Sequence[Case], seed: int) -> Exchange:
-    """For each row another one, whose references it is shown. Raises InputError where all are alike."""
-    styles = [style_of(case.columns) for case in cases]
-    mend = "compare more, or leave out compare.shuffled"
-    return exchange(styles, [case.look for case in cases], seed, "rows", mend)
 
 
 # Columns

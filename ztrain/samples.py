@@ -9,7 +9,7 @@ A training sample may have several captions, and several variants of its referen
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ztrain.data import read_triplets
 from ztrain.digests import Known
 from ztrain.encoders import assemble
 from ztrain.errors import InputError
-from ztrain.exchange import Exchange, exchange, style_of
+from ztrain.exchange import Case, Exchange, exchange
 from ztrain.files import as_text, write_text
 from ztrain.images import (
     Bucket,
@@ -43,21 +43,15 @@ _ONE = Variants()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One triplet, ready to be asked for its states."""
+class Sample(Case):
+    """A case with its target in a bucket, ready to be asked for its states."""
 
-    prompt: str
     captions: tuple[str, ...] = ()
     """Others that training takes in place of the prompt, by turns."""
-    references: tuple[Known, ...]
     variants: Variants = _ONE
     """By which training takes parts of the references in their place, by turns."""
     target: Known
     bucket: Bucket
-    where: str
-    """What messages call it."""
-    columns: Mapping[str, object] = field(default_factory=dict)
-    """The row's further keys, for judges; training reads the style, where it is balanced."""
     style: str | None = None
     """Where styles are balanced."""
 
@@ -159,10 +153,8 @@ class Samples:
         held_out = self.held_out(config.validation.num_samples)
         if not config.reads:
             return Pairs(held_out, held_out, None)
-        looks = [tuple(known.digest for known in sample.references) for sample in held_out]
         mend = "add others to the validation split, or set validation.validation_steps to 0"
-        styles = [style_of(sample.columns) for sample in held_out]
-        found = exchange(styles, looks, config.seed, "validation triplets", mend)
+        found = exchange(held_out, config.seed, "validation triplets", mend)
         others = [
             replace(sample, references=held_out[other].references)
             for sample, other in zip(held_out, found.others, strict=True)

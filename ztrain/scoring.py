@@ -18,10 +18,8 @@ from ztrain.config import Config
 from ztrain.errors import InputError
 from ztrain.images import PictureFile
 from ztrain.judging import Judging, Sheet
-from ztrain.lineup import Case
 from ztrain.model import AdaptedDiT
-from ztrain.ranking import Groups, Standing, grouped, metric_of, pick, stand
-from ztrain.samples import Sample
+from ztrain.ranking import Standing, pick, ranked, stand
 from ztrain.together import together
 from ztrain.validate import Previews
 
@@ -66,23 +64,22 @@ class Scoring:
         columns = [self.previews.base("no_image"), self.previews.base("splice"), drawn]
         rows = self.previews.rows
         sheet = Sheet(
-            cases=[_case(row) for row in rows],
+            cases=rows,
             pictures=[[[PictureFile(path)] for path in column] for column in columns],
             plain=_PLAIN,
         )
         verdicts = judging.score(sheet)
-        groups = Groups(grouped([row.prompt for row in rows]), grouped([case.look for case in sheet.cases]))
+        clusters = [row.prompt for row in rows], [row.look for row in rows]
         values: dict[str, float] = {}
-        for score in verdicts.scores:
-            metric = metric_of(score, _SPLICE, groups)
+        for metric in (ranked(score, _SPLICE, clusters) for score in verdicts.scores):
             mean, above = metric.means[_OURS], metric.differences[_OURS]
-            values |= {f"score/{score.name}": mean.mean} if mean is not None else {}
-            if score.name == verdicts.style and above is not None:
-                values[f"score/{score.name}_above_splice"] = above.mean
-                if above.low is not None and above.high is not None:
-                    values |= {f"score/{score.name}_above_splice_low": above.low}
-                    values |= {f"score/{score.name}_above_splice_high": above.high}
-        standing = stand(verdicts, _PLAIN, self.config.compare.keep_adherence, groups)
+            values |= {f"score/{metric.name}": mean.mean} if mean is not None else {}
+            if metric.name == verdicts.style and above is not None:
+                values[f"score/{metric.name}_above_splice"] = above.mean
+                if limits := above.limits:
+                    values |= {f"score/{metric.name}_above_splice_low": limits[0]}
+                    values |= {f"score/{metric.name}_above_splice_high": limits[1]}
+        standing = stand(verdicts, _PLAIN, self.config.compare.keep_adherence, clusters)
         self._mark(standing, step)
         return values
 
@@ -118,9 +115,3 @@ class Scoring:
         if sample["shift"] is None:
             del sample["shift"]
         return digest_json([rows, judges, sample | self.previews.settings.later, compare])
-
-
-def _case(row: Sample) -> Case:
-    return Case(
-        prompt=row.prompt, references=row.references, target=row.target.picture, where=row.where, columns=row.columns
-    )

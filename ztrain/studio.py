@@ -27,11 +27,11 @@ from ztrain.dit import load_transformer
 from ztrain.drawn import save_picture, still_to_draw
 from ztrain.encoders import Encoders, LatentCodec
 from ztrain.errors import InputError
-from ztrain.exchange import Exchange
+from ztrain.exchange import Case, Exchange, exchange
 from ztrain.export import Identities, adapt, check_identity, encoder_identities
 from ztrain.flow import sampler_noise
 from ztrain.images import Bucket, fit_target, open_image
-from ztrain.lineup import Case, Entry, exchanged
+from ztrain.lineup import Entry
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype, identity
 from ztrain.sample import SampleSettings, released_or, sample
@@ -88,7 +88,8 @@ class Studio:
         if not entry.is_shuffled:
             return self.cases[row].references
         if self._exchanged is None:
-            self._exchanged = exchanged(self.cases, self.config.seed)
+            mend = "compare more, or leave out compare.shuffled"
+            self._exchanged = exchange(self.cases, self.config.seed, "rows", mend)
             if self._exchanged.words:
                 print(f"compare.shuffled: {self._exchanged.words}", flush=True)
         return self.cases[self._exchanged.others[row]].references
@@ -196,7 +197,7 @@ class Studio:
 
     def _start(self, codec: LatentCodec, shot: Shot) -> Tensor:
         """The reference, cut to the shape of the output."""
-        image = open_image(self.references(shot.entry, shot.row)[0].picture)
+        image = open_image(self.references(shot.entry, shot.row)[0])
         return codec.encode(fit_target(image, Bucket(*self.size(shot.entry))))
 
     # States
@@ -218,7 +219,7 @@ class Studio:
         encoders = Encoders.load(self.config, reads, self.dtype, self.device)
         encoded = {}
         for key, shot in wanted.items():
-            pictures = [open_image(known.picture) for known in self.references(shot.entry, shot.row)]
+            pictures = [open_image(known) for known in self.references(shot.entry, shot.row)]
             entry, prompt = shot.entry, self.cases[shot.row].prompt
             settings: EncodersConfig = entry.encoders
             states = encoders.encode(

@@ -27,7 +27,7 @@ from ztrain.files import read_bytes, remove, whole_folder
 from ztrain.flow import SigmaDensity, draw_noise, interpolate, quantiles, sampler_noise, velocity_losses
 from ztrain.grid import draw_grid
 from ztrain.images import open_image
-from ztrain.intervals import paired_bootstrap
+from ztrain.intervals import interval
 from ztrain.model import AdaptedDiT
 from ztrain.models import base_defaults
 from ztrain.sample import SampleSettings, released_or, sample
@@ -90,8 +90,8 @@ def validation_losses(
         values |= {f"val/{name}_sigma_{sigma:g}": float(table[v, :, place].mean()) for v, name in enumerate(VARIANTS)}
     right, shuffled = (table[VARIANTS.index(name)].mean(1) for name in ("loss", "loss_shuffled"))
     if len(held_out) > 1 and bool(table.isfinite().all()):
-        use = paired_bootstrap(shuffled, right, resamples=_RESAMPLES)
-        values |= {"val/image_use_low": use.low, "val/image_use_high": use.high}
+        if limits := interval(shuffled - right, resamples=_RESAMPLES).limits:
+            values |= {"val/image_use_low": limits[0], "val/image_use_high": limits[1]}
     if pairs.exchange is not None:
         values["val/other_style"] = pairs.exchange.share
     return values | {"val/image_use": values["val/loss_shuffled"] - values["val/loss"]}

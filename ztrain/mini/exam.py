@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ztrain.errors import InputError
-from ztrain.intervals import bootstrap, paired_bootstrap
+from ztrain.intervals import difference, interval
 from ztrain.metrics import correct, cosine, high_frequency_energy, leak, leak_by_chance, retrieval_at_1
 from ztrain.mini.gallery import Gallery, Split, World
 from ztrain.mini.judges import STYLE_JUDGES, load_content_judge, load_style_judge
@@ -60,15 +60,10 @@ class Clusters:
         """The mean of scores, or of their paired difference to others, with its interval; `count` counts pictures."""
         # Of one cluster alone no interval can be told: then it is one over pictures, and says so.
         alone = self.count < 2
-        groups = None if alone else self.numbers
-        interval = (
-            bootstrap(ours, groups=groups, drop_nan=drop_nan, resamples=_RESAMPLES)
-            if theirs is None
-            else paired_bootstrap(ours, theirs, groups=groups, drop_nan=drop_nan, resamples=_RESAMPLES)
-        )
-        if alone:
-            return {**interval.to_json(), "groups": interval.count, "groups_of": "pictures"}
-        return {**interval.to_json(), "groups": self.count, "groups_of": self.of}
+        values = ours if theirs is None else difference(ours, theirs)
+        found = interval(values, [] if alone else [self.numbers], drop_nan=drop_nan, resamples=_RESAMPLES)
+        groups, of = (found.count, "pictures") if alone else (self.count, self.of)
+        return {**found.model_dump(), "groups": groups, "groups_of": of}
 
 
 # Who judges

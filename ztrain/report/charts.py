@@ -7,7 +7,7 @@ overlap, a front of the best. Two widths are made where one would be unreadable 
 import math
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 _GLYPH = 6.3  # pixels of a usual letter at the 11.5 px of labels
 _LABEL = 15.0  # height of a label
@@ -42,7 +42,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dot:
-    """A point with its error bars and, where there is room, its label."""
+    """A point with its error bars and, where there is room, its label: in the units of the axes until it is drawn."""
 
     x: float
     y: float
@@ -54,6 +54,7 @@ class Dot:
     ringed: bool = False
     tip: str = ""
     label: str = ""
+    labelled: bool = True
     label_at: tuple[float, float, str] | None = None
     """x, y of the base line, and text-anchor."""
     leader: bool = False
@@ -105,22 +106,6 @@ class Series:
     shape: str = "line"
     named: bool = True
     """Whether the legend has it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """A dot in the units of the axes."""
-
-    label: str
-    x: float
-    y: float
-    across: tuple[float, float] | None = None
-    down: tuple[float, float] | None = None
-    tone: str = "c0"
-    hollow: bool = False
-    ringed: bool = False
-    tip: str = ""
-    labelled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +250,7 @@ def thin_out(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], lis
 # --- dots -------------------------------------------------------------------------------------------------------------
 
 
-def scatter(points: Sequence[Point], front: Sequence[tuple[float, float]], *, x_title: str, y_title: str,
+def scatter(points: Sequence[Dot], front: Sequence[tuple[float, float]], *, x_title: str, y_title: str,
             wide: bool) -> Chart:  # fmt: skip
     """Dots with error bars and labels, and a front through the given places."""
     width, height = (900.0, 470.0) if wide else (372.0, 400.0)
@@ -278,9 +263,9 @@ def scatter(points: Sequence[Point], front: Sequence[tuple[float, float]], *, x_
     texts = [shorten(p.label, longest) if p.labelled else "" for p in points]
     labels = place_labels(places, texts, frame)
     dots = [
-        Dot(
-            x=x, y=y, across=_ends(p.across, x_scale), down=_ends(p.down, y_scale), tone=p.tone, hollow=p.hollow,
-            ringed=p.ringed, tip=p.tip, label=text if at else "", label_at=at and at[:3], leader=bool(at and at[3]),
+        replace(
+            p, x=x, y=y, across=_ends(p.across, x_scale), down=_ends(p.down, y_scale), label=text if at else "",
+            label_at=at and at[:3], leader=bool(at and at[3]),
         )
         for p, (x, y), text, at in zip(points, places, texts, labels, strict=True)
     ]  # fmt: skip

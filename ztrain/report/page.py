@@ -11,12 +11,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ztrain.comparison import FILE_NAME, Comparison, Interval, Metric, read_comparison
+from ztrain.comparison import FILE_NAME, Comparison, Metric, read_comparison
 from ztrain.errors import InputError
 from ztrain.images import PictureFile
 from ztrain.pages import Thumbnails, check_out, render, write_page
 from ztrain.report.caveats import caveats_of
-from ztrain.report.charts import Chart, Point, bar_chart, front_of, scatter
+from ztrain.report.charts import Chart, Dot, bar_chart, front_of, scatter
 from ztrain.report.curves import axis_charts, run_charts, step_charts
 from ztrain.report.runs import Run, as_comparison, is_run, read_run
 from ztrain.report.words import (
@@ -31,6 +31,7 @@ from ztrain.report.words import (
     tags_of,
     written,
 )
+from ztrain.sampler import spread
 
 MAKER = "ztrain.report"
 """Whose pages are replaced."""
@@ -96,25 +97,18 @@ def _read(place: Path) -> _Place:
             f"{place}: holds neither {FILE_NAME} of a comparison nor metrics.jsonl of a run; give one of those"
         )
     per_step = max(len(run.prompts), 1)
-    kept = _spread(len(run.steps), max(MAX_PICTURES // per_step - 4, 2))
+    kept = spread(run.steps, max(MAX_PICTURES // per_step - 4, 2))
     warnings = list(run.warnings)
     if len(kept) < len(run.steps):
         warnings.append(f"Previews of {len(kept)} of {len(run.steps)} steps are shown, spread evenly.")
-    return _Place(folder, as_comparison(run, [run.steps[i] for i in kept]), run, warnings)
-
-
-def _spread(total: int, most: int) -> list[int]:
-    """At most `most` places of `total`, evenly, the first and the last among them."""
-    if total <= most:
-        return list(range(total))
-    return sorted({round(i * (total - 1) / max(most - 1, 1)) for i in range(most)})
+    return _Place(folder, as_comparison(run, kept), run, warnings)
 
 
 def _chosen_rows(found: Comparison, max_rows: int | None) -> list[int]:
     seeds = max((len(row.seeds) for row in found.rows), default=1)
     most_given = max((len(row.references) for row in found.rows), default=0) + 1
     fitting = max(MAX_PICTURES // (len(found.columns) * seeds + most_given), 1)
-    return _spread(len(found.rows), fitting if max_rows is None else max_rows)
+    return spread(range(len(found.rows)), fitting if max_rows is None else max_rows)
 
 
 # --- for the page's script --------------------------------------------------------------------------------------------
@@ -229,10 +223,6 @@ def _of_step(found: Comparison) -> list[bool]:
     return [column.role == "checkpoint" for column in judged] or [False]
 
 
-def _limits(found: Interval) -> tuple[float, float] | None:
-    return None if found.low is None or found.high is None else (found.low, found.high)
-
-
 def _front(found: Comparison) -> dict[str, Any] | None:
     """The scatter of style against adherence in two widths, and who is on the front."""
     if found.style is None or found.adherence is None:
@@ -251,8 +241,8 @@ def _front(found: Comparison) -> dict[str, Any] | None:
         )
         labelled = len(known) <= _LABELLED or place in talked_about or column.role == "none"
         points.append(
-            Point(
-                label=column.label, x=x.mean, y=y.mean, across=_limits(x), down=_limits(y), tone=column.role,
+            Dot(
+                label=column.label, x=x.mean, y=y.mean, across=x.limits, down=y.limits, tone=column.role,
                 hollow=column.role == "control", ringed=place == found.best.column, tip=tip, labelled=labelled,
             )
         )  # fmt: skip
@@ -287,7 +277,7 @@ def _gaps(found: Comparison) -> list[Chart]:
         without = _control(found, parent, "none")
         ways.append(("no reference", plain if without is None else without, "none"))
         bars = [
-            (name, mean.mean, _limits(mean), tone, number(mean.mean, digits))
+            (name, mean.mean, mean.limits, tone, number(mean.mean, digits))
             for name, place, tone in ways
             if place is not None and (mean := style.means[place]) is not None
         ]

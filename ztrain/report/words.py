@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ztrain.comparison import Column, Comparison, Difference, Interval, Metric, Model
+from ztrain.comparison import Column, Comparison, Difference, Metric, Model
+from ztrain.intervals import Interval
 from ztrain.report.caveats import splices_of, started, starts_at_reference
 
 ARROWS = {"higher": "↑", "lower": "↓", "neither": "·"}
@@ -79,7 +80,7 @@ class Line:
 def digits_of(metric: Metric) -> int:
     """Digits behind the point: two significant ones of the usual interval's half width, else of the means."""
     known = [mean for mean in metric.means if mean is not None]
-    widths = [mean.high - mean.low for mean in known if mean.low is not None and mean.high is not None]
+    widths = [limits[1] - limits[0] for mean in known if (limits := mean.limits)]
     scale = statistics.median(widths) / 2 if widths else max((abs(mean.mean) for mean in known), default=1.0) / 10
     if scale <= 0:
         return _DIGITS
@@ -103,9 +104,8 @@ def interval(found: Interval, digits: int, *, signed: bool = False) -> str:
 
 
 def limits_of(found: Interval, digits: int, *, signed: bool = False) -> str:
-    if found.low is None or found.high is None:
-        return ""
-    return f"[{number(found.low, digits, signed=signed)},\N{NO-BREAK SPACE}{number(found.high, digits, signed=signed)}]"
+    limits = [number(limit, digits, signed=signed) for limit in found.limits or ()]
+    return f"[{limits[0]},\N{NO-BREAK SPACE}{limits[1]}]" if limits else ""
 
 
 def written(value: object) -> str:
@@ -341,8 +341,8 @@ def _cell(found: Comparison, metric: Metric, place: int, span: tuple[float, floa
         return None
     digits = digits_of(metric)
     bar = None
-    if mean.low is not None and mean.high is not None:
-        bar = (_percent(mean.low, span), _percent(mean.mean, span), _percent(mean.high, span))
+    if limits := mean.limits:
+        bar = (_percent(limits[0], span), _percent(mean.mean, span), _percent(limits[1], span))
     # A score of a whole column counts no rows.
     over = "" if metric.values is None else f", over {_rows(mean.count)}"
     tip = [f"{found.columns[place].label}, {metric.title}: {interval(mean, digits)}{over}"]

@@ -281,7 +281,7 @@ def default_workers() -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Where and by whom a step is run, which decides none of its rows."""
+    """How a step is run, which decides none of its rows."""
 
     engine: Literal["local", "ray"] = "local"
     """local: processes of this machine. ray: Ray Data, on a cluster that shares the folders."""

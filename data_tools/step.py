@@ -79,6 +79,11 @@ def read_words(
     return tyro.cli(kind, args=arguments, prog=f"data_tools.{step}", description=description, registry=_REGISTRY)
 
 
+def _does(step: Callable[..., Table]) -> str:
+    """The first sentence of its docstring."""
+    return (step.__doc__ or "").partition(". ")[0] + "."
+
+
 def main_of_options(
     step: Callable[..., Table], rules: type[RulesT], say: Summary[RulesT], *, is_stage: bool = True
 ) -> Main:
@@ -87,7 +92,7 @@ def main_of_options(
 
     @program
     def main(arguments: Sequence[str] | None) -> str:
-        options = read_words(kind, arguments, step.__name__, step.__doc__)
+        options = read_words(kind, arguments, step.__name__, _does(step))
         source = Table.open(options.table)
         table = step(source, options.rules, options.out, options.run if is_stage else Run())
         return f"{table.folder}: {say(table, options.rules, source)}"
@@ -100,7 +105,7 @@ def main_of_section(step: Callable[..., Table], rules: type[RulesT], say: Callab
 
     @program
     def main(arguments: Sequence[str] | None) -> str:
-        options, name = read_words(_Section, arguments, step.__name__, step.__doc__), step.__name__
+        options, name = read_words(_Section, arguments, step.__name__, _does(step)), step.__name__
         section = load_yaml(options.config).get(name)
         parsed = parse(rules, {} if section is None else section, f"{options.config}: {name}")
         table = step(Table.open(options.table), parsed, options.out, Run(folder=options.config.parent))

@@ -29,6 +29,7 @@ from ztrain.mini.trials import ADAPTERS
 from ztrain.ranking import ranked
 from ztrain.report.page import make_report
 from ztrain.sweep import BEST_NAME, sweep
+from ztrain.terminal import program
 
 LISTS, LAYERS = RESULTS.parent / "compare_miniature.json", RESULTS / "layer_spectrum.json"
 PAGE, SPECTRUM = ROOT / "docs" / "compare.md", PAGES / "layer_spectrum.md"
@@ -46,22 +47,18 @@ pair: {triplets_per_target: 1, max_copy_score: 1.0}
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.compare_miniature", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/compare_miniature"))
     parser.add_argument("--rows", type=int, default=STYLES, help="fewer shows that everything runs")
     parser.add_argument("--pages", action="store_true", help="write pages from the committed results only")
     options = parser.parse_args(arguments)
-    try:
-        if not options.pages:
-            measure(options.out, options.rows)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not options.pages:
+        measure(options.out, options.rows)
     if options.pages or options.rows == STYLES:
         write_page(PAGE, lists_table(json.loads(LISTS.read_text(encoding="utf-8"))))
         write_page(SPECTRUM, layers_table(json.loads(LAYERS.read_text(encoding="utf-8"))))
-    return 0
 
 
 def measure(out: Path, rows: int) -> None:

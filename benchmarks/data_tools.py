@@ -27,7 +27,9 @@ from PIL import Image
 
 from benchmarks import embeddings, planted_copies
 from benchmarks.laboratory import machine
-from data_tools.scan import Command, ScanRules, scan
+from data_tools.scan import ScanRules, check_refused, scan
+from data_tools.sources import list_sources
+from data_tools.stages import Run
 
 RESULTS = Path(__file__).parent / "results"
 PHOTOS = Path(__file__).parents[2] / "shared/data/photos"
@@ -105,15 +107,9 @@ def _decode_all(folder: Path) -> None:
 
 def _scan(folder: Path, measures: list[Any]) -> None:
     out = folder.with_name(f"{folder.name}_scan")
-    scan(
-        Command(
-            sources=[str(folder)],
-            out=out,
-            rules=ScanRules(measures=frozenset(measures)),
-            workers=WORKERS,
-            max_refused_share=0.0,
-        )
-    )
+    run, rules = Run(workers=WORKERS), ScanRules(measures=frozenset(measures))
+    table = scan(list_sources([str(folder)], out / "listing", run.folder), rules, out, run)
+    check_refused(table, 0.0)
     shutil.rmtree(out)
 
 

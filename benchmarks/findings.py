@@ -22,15 +22,16 @@ from benchmarks.findings_book import BOOK, DROPOUTS, LISTS, PROJECTED, UNTRAINED
 from benchmarks.laboratory import Laboratory
 from benchmarks.pages import PAGES, RESULTS, cell, devices, write_page
 from benchmarks.state_gaps import mean_gaps, state_gaps
-from ztrain.errors import InputError
 from ztrain.mini.trials import Method
+from ztrain.terminal import program
 
 PLAN = Plan(counts={"train": (512, 8), "test": (128, 2)}, steps=800, batch=16)
 SMOKE = Plan(counts={"train": (6, 4), "test": (6, 2)}, steps=3, batch=4)
 TIMED_STEPS = 40
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.findings", description=__doc__)
     parser.add_argument("pages", nargs="*", metavar="PAGE", help=f"of {', '.join(BOOK)}; all if none is named")
     parser.add_argument("--out", type=Path, default=Path("out/findings"))
@@ -44,14 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = options.pages or list(BOOK)
     plan, places = (SMOKE, (options.out, options.out)) if options.smoke else (PLAN, (RESULTS, PAGES))
     laboratory = Laboratory(options.out, plan, options.jobs, WAYS)
-    try:
-        seconds = measure(laboratory, names, range(options.seeds), places[0] / "seconds_per_step.json")
-        for name in names if not options.measure else ():
-            write(laboratory, name, range(options.seeds), seconds, *places)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    seconds = measure(laboratory, names, range(options.seeds), places[0] / "seconds_per_step.json")
+    for name in names if not options.measure else ():
+        write(laboratory, name, range(options.seeds), seconds, *places)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from benchmarks.drawings import Plan, Variant
 from benchmarks.findings_book import LISTS, UNTRAINED
 from benchmarks.laboratory import Laboratory, Ways
 from benchmarks.pages import PAGES, RESULTS, cell, devices, write_page
-from ztrain.errors import InputError
+from ztrain.terminal import program
 
 NAME = "guidance"
 PLAN = Plan(counts={"train": (512, 8), "test": (128, 2)}, steps=800, batch=16)
@@ -85,7 +85,8 @@ PAIRED = {
 FIGURES = {"style": "style_cosine", "content": "prompt_content", "leak": "leak_above_chance", "clipped": "clipped"}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.guidance", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/guidance"))
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side")
@@ -95,14 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     plan, places = (SMOKE, (options.out, options.out)) if options.smoke else (PLAN, (RESULTS, PAGES))
     laboratory = Laboratory(options.out, plan, options.jobs, WAYS)
-    try:
-        measure(laboratory, range(options.seeds))
-        if not options.measure:
-            write(laboratory, range(options.seeds), *places)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    measure(laboratory, range(options.seeds))
+    if not options.measure:
+        write(laboratory, range(options.seeds), *places)
 
 
 def _ways_of(name: str) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ from ztrain.mini.family import BASE, MARKER, SIGLIP, VISION_LANGUAGE
 from ztrain.mini.folders import FolderWorld
 from ztrain.mini.gallery import Split
 from ztrain.mini.trials import Method, Truth, as_found, find_best_splice, splice_settings
+from ztrain.terminal import program
 
 NAME = "real_drawings"
 DATA, SIZE = Path("../shared/data/emoji_styles"), 128
@@ -161,7 +162,8 @@ class RealDrawings:
         return self.world.pictures.captions[row]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(prog=f"benchmarks.{NAME}", description=__doc__)
     parser.add_argument("--family", type=Path, required=True, help="as `ztrain mini pretrain --data` finished it")
     parser.add_argument("--data", type=Path, default=DATA, help="the style folders that it was pretrained on")
@@ -171,18 +173,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--measure", action="store_true", help="write no page; it can be written from OUT/scores")
     parser.add_argument("--smoke", action="store_true", help="shows that everything runs")
     options = parser.parse_args(arguments)
-    try:
-        drawings = RealDrawings(options.family, options.data, options.left_out)
-        plan = SMOKE if options.smoke else PLAN
-        laboratory = Laboratory(options.out, plan, options.jobs, WAYS, drawings, SHOWN)
-        settings = (LAYERS[-1:], STRENGTHS[-1:]) if options.smoke else (LAYERS, STRENGTHS)
-        variants = measure(laboratory, drawings.left_out, *settings)
-        if not options.measure:
-            write(laboratory, variants, *((options.out, options.out) if options.smoke else (RESULTS, PAGES)))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    drawings = RealDrawings(options.family, options.data, options.left_out)
+    plan = SMOKE if options.smoke else PLAN
+    laboratory = Laboratory(options.out, plan, options.jobs, WAYS, drawings, SHOWN)
+    settings = (LAYERS[-1:], STRENGTHS[-1:]) if options.smoke else (LAYERS, STRENGTHS)
+    variants = measure(laboratory, drawings.left_out, *settings)
+    if not options.measure:
+        write(laboratory, variants, *((options.out, options.out) if options.smoke else (RESULTS, PAGES)))
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

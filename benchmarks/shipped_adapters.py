@@ -18,10 +18,10 @@ from typing import Any
 from benchmarks.drawings import Plan, Variant
 from benchmarks.laboratory import Laboratory, Ways
 from ztrain.adapters.lora import COMFYUI_FILE
-from ztrain.errors import InputError
 from ztrain.export import CONFIG_FILE, sealed
 from ztrain.mini.exam import RETRIEVAL_POOL
 from ztrain.mini.trials import ADAPTERS, Method, splice_settings
+from ztrain.terminal import program
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "shipped_adapters.json"
@@ -73,7 +73,8 @@ ztrain sample --config configs/<list>.yaml configs/miniature.yaml --adapter ztra
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.shipped_adapters", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/shipped"))
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
@@ -85,15 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     plan = SMOKE if options.smoke else PLAN
     laboratory = Laboratory(options.out, plan, options.jobs, WAYS, as_far_as_trained=options.as_far_as_trained)
-    try:
-        measure(laboratory)
-        if not options.measure:
-            places = (options.out / "adapters", options.out / RESULT.name) if options.smoke else (ADAPTERS, RESULT)
-            collect(laboratory, *places)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    measure(laboratory)
+    if not options.measure:
+        places = (options.out / "adapters", options.out / RESULT.name) if options.smoke else (ADAPTERS, RESULT)
+        collect(laboratory, *places)
 
 
 def measure(laboratory: Laboratory) -> None:

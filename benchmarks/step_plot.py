@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from ztrain.errors import InputError
+from ztrain.terminal import program
 
 COLOURS = {"diffusers": "#E69F00", "diffusers_compiled": "#D55E00", "ztrain_eager": "#56B4E9", "ztrain": "#0072B2"}
 """Okabe and Ito's, told apart by colour-blind eyes: a hue for whose blocks, the darker where they are compiled."""
@@ -32,17 +33,13 @@ SETTINGS: Any = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.step_plot", description=__doc__)
     parser.add_argument("result", type=Path, metavar="RESULT.json", help="what benchmarks.step wrote")
     path: Path = parser.parse_args(arguments).result
-    try:
-        draw(path.with_suffix(".svg"), read(path))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    draw(path.with_suffix(".svg"), read(path))
     print(f"wrote {path.with_suffix('.svg')}")
-    return 0
 
 
 def read(path: Path) -> dict[str, Any]:

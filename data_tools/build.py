@@ -8,32 +8,33 @@ the tables of the steps: a build that was stopped, or whose config has changed, 
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import pyarrow.compute as compute
 import tyro
+from pydantic import BaseModel
 
-from data_tools import scan
 from data_tools.caption import caption
 from data_tools.config import BuildConfig, read_config
 from data_tools.dedup import dedup
 from data_tools.embed import embed
-from data_tools.filter import Filter, FilterRules
+from data_tools.filter import FilterRules, filter
 from data_tools.label import label
-from data_tools.pack import check_free, from_table, pack
+from data_tools.pack import check_free, from_table, pack, summary
 from data_tools.pair import pair
-from data_tools.sources import LISTED
+from data_tools.scan import check_refused, scan
+from data_tools.sources import LISTED, list_sources, passed_by
 from data_tools.split import split
-from data_tools.stages import ENGINES, Table, run_stage
-from data_tools.step import read_words
+from data_tools.stages import ENGINES, Run, Table
+from data_tools.step import Step, read_words
 from data_tools.triplets import LEFT_OUT_NAME
 from ztrain.errors import InputError
 from ztrain.files import given_path
 from ztrain.overrides import lay_over
-from ztrain.terminal import command
+from ztrain.terminal import program
 from ztrain.yamls import parse
 
 _NAMED = 10  # pictures and folders that are passed by, in what a build prints
@@ -52,23 +53,24 @@ class Command:
     """Folder of the steps' tables; None: <out>.work. It may be deleted at any time."""
     rows_per_shard: int = 512
     """Pictures in a shard of the scan, about; changes no result. Millions of pictures want 10,000."""
-    engine: Literal["local", "ray"] = "local"
-    """local: processes of this machine. ray: Ray Data, on a cluster that shares the folders."""
-    workers: int | None = None
-    """Processes or actors; None takes as many as there are cores, and one where a model is held."""
+    run: tyro.conf.OmitArgPrefixes[Run] = Run()
 
 
 def build(command: Command) -> dict[str, int]:
     """Run the whole build; returns triplets per output split. Raises InputError."""
-    folder, out = command.config.parent, command.out.resolve()
-    config = command.build.at(folder)
+    run, out = command.run, command.out.resolve()
+    config = command.build.at(run.folder)
     work = command.work or out.with_name(f"{out.name}.work")
-    _check_places(config.sources, folder, out)
-    tables = config.label.tables(folder)  # what is wrong with them is better known before hours of scanning
-    table = _look(command, config, work)
-    table = _tell(label(table, config.label, folder, work / "label"))
-    table = _tell(split(table, config.split, work / "split"))
-    table = _tell(pair(table, config.pair, work / "pair"))
+    _check_places(config.sources, run.folder, out)
+    tables = config.label.tables(run.folder)  # what is wrong with them is better known before hours of scanning
+    table = list_sources(config.sources, work / "scan/listing", run.folder, command.rows_per_shard, config.links)
+    table = scan(table, config.scan, work / "scan", run)
+    check_refused(table, config.max_refused_share)
+    _print_rows(table)
+    _print_passed_by(table)
+    for name, step, rules in steps(config):
+        table = step(table, rules, work / name, run)
+        _print_rows(table)
     given = from_table(table, config.told(), tables)
     triplets = pack(given, config.pack, out)
     for name, count in given.about["counts"].items():
@@ -76,6 +78,24 @@ def build(command: Command) -> dict[str, int]:
             print(f"note: {name.replace('_', ' ')}: {count}", file=sys.stderr)
     print(f"what was left out, and why: {out / LEFT_OUT_NAME}", file=sys.stderr)
     return triplets
+
+
+def steps(config: BuildConfig) -> Iterator[tuple[str, Step[Any], BaseModel]]:
+    """All that is done with scanned pictures, in order: the folder of a step's table, the step, and its rules."""
+    limits = config.filter
+    if limits != FilterRules() and not limits.has_scores:
+        yield "filter", filter, limits
+    for column in config.embed:
+        yield f"embed-{column.column}", embed, column
+    if limits.has_scores:  # which embed has just made
+        yield "filter", filter, limits
+    if (copies := config.copies()) is not None:
+        yield "dedup", dedup, copies
+    for settings in config.caption:
+        yield f"caption-{settings.column}", caption, settings
+    yield "label", label, config.label
+    yield "split", split, config.split
+    yield "pair", pair, config.pair
 
 
 def _check_places(sources: Sequence[str], folder: Path, out: Path) -> None:
@@ -88,42 +108,13 @@ def _check_places(sources: Sequence[str], folder: Path, out: Path) -> None:
             raise InputError(f"{out}: lies inside {searched}; choose another --out")
 
 
-def _look(command: Command, config: BuildConfig, work: Path) -> Table:
-    """The steps that look at pictures: scan, filter, embed, dedup, caption."""
-    engine = ENGINES[command.engine]
-    table = scan.scan(
-        scan.Command(
-            sources=config.sources,
-            out=work / "scan",
-            rules=config.scan,
-            max_refused_share=config.max_refused_share,
-            rows_per_shard=command.rows_per_shard,
-            engine=command.engine,
-            workers=command.workers,
-            folder=command.config.parent,
-            links=config.links,
-        )
-    )
-    _tell(table)
-    _tell_passed_by(table)
-    rules, workers = config.filter, command.workers
-    if rules != FilterRules() and not rules.has_scores:
-        table = _tell(run_stage(Filter(rules), table, work / "filter", engine=engine, workers=workers))
-    for column in config.embed:
-        table = _tell(embed(table, column, work / f"embed-{column.column}", engine=engine, workers=workers or 1))
-    if rules.has_scores:  # which embed has just made
-        table = _tell(run_stage(Filter(rules), table, work / "filter", engine=engine, workers=workers))
-    if (copies := config.copies()) is not None:
-        table = _tell(dedup(table, copies, work / "dedup"))
-    for settings in config.caption:
-        of_column = work / f"caption-{settings.column}"
-        table = _tell(caption(table, settings, of_column, engine=engine, workers=workers or 1))
-    return table
+def _print_rows(table: Table) -> None:
+    print(f"{table.folder.name}: {sum(table.lengths())} rows", file=sys.stderr)
 
 
-def _tell_passed_by(table: Table) -> None:
+def _print_passed_by(table: Table) -> None:
     """What the listing has passed by: all of it by kind, the first by name."""
-    if said := scan.passed_by(table):
+    if said := passed_by(table):
         print(f"note: ignored: {said}", file=sys.stderr)
     rows = table.read(["name", "refused", "refused_by"])
     named = rows.filter(compute.equal(rows["refused_by"], LISTED))
@@ -131,12 +122,6 @@ def _tell_passed_by(table: Table) -> None:
         print(f"  {row['name']}: {row['refused']}", file=sys.stderr)
     if named.num_rows > _NAMED:
         print(f"  and {named.num_rows - _NAMED} more, in {LEFT_OUT_NAME}", file=sys.stderr)
-
-
-def _tell(table: Table) -> Table:
-    rows = sum(table.lengths())
-    print(f"{table.folder.name}: {rows} rows", file=sys.stderr)
-    return table
 
 
 def read_command(arguments: Sequence[str]) -> Command:
@@ -155,18 +140,16 @@ def read_command(arguments: Sequence[str]) -> Command:
     if overrides:
         settings = lay_over(BuildConfig, config.model_dump(mode="json"), overrides, list(vars(options)))
         config = parse(BuildConfig, settings, "command line")
-    return Command(build=config, **{name: value for name, value in vars(options).items() if value is not None})
+    words = {name: value for name, value in vars(options).items() if value is not None}
+    of_run = {name: words.pop(name) for name in ("engine", "workers") if name in words}
+    return Command(build=config, run=Run(folder=options.config.parent, **of_run), **words)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@program
+def main(arguments: Sequence[str] | None) -> str:
     """Exit status: 0 built or up to date, 2 something the user can mend."""
-
-    def work() -> str:
-        given = read_command(sys.argv[1:] if arguments is None else arguments)
-        triplets = build(given)
-        return f"{given.out}: " + ", ".join(f"{split} {count}" for split, count in triplets.items())
-
-    return command(work)
+    command = read_command(sys.argv[1:] if arguments is None else arguments)
+    return summary(command.out, build(command))
 
 
 if __name__ == "__main__":

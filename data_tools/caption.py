@@ -14,23 +14,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.compute as compute
 import pydantic
-import tyro
 from PIL import Image
 
 from data_tools.asking import MODELS, Model, read_template
-from data_tools.output import digest_of, fingerprint
+from data_tools.model_stage import ModelStage
+from data_tools.output import check_share, digest_of, fingerprint
 from data_tools.replies import Reply, judge
-from data_tools.sources import Reader
-from data_tools.stages import ENGINES, Batch, Engine, Table, run_here, run_stage
-from data_tools.step import read_words
+from data_tools.stages import Row, Run, Table, run_stage
+from data_tools.step import main_of_options
 from ztrain.errors import InputError
-from ztrain.images import decode_image
-from ztrain.terminal import command
 from ztrain.yamls import PathText
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
@@ -100,51 +97,35 @@ def shrink(image: Image.Image, max_pixels: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-class Caption:
-    """Stage: holds a model, and captions pictures in batches."""
+class Caption(ModelStage):
+    """Stage: captions of pictures."""
 
     name: ClassVar[str] = "caption"
     rules: ClassVar[int] = 1
 
     def __init__(self, config: CaptionRules, location: Path, roots: Mapping[str, Path], batch_size: int) -> None:
-        """location: folder of the model; batch_size: pictures at a time, which changes rounding."""
-        self.config, self.location, self.batch_size = config, location, batch_size
-        self.reader = Reader(roots)
+        super().__init__(location, roots, batch_size)
+        self.config, self.about = config, config.model_dump(mode="json")
         self.adds = pa.schema([(name, pa.string()) for name in column_names(config.column)])
-        self._loaded: Model | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_loaded": None}  # it travels without the model
+    def load(self) -> Model:
+        config, kind = self.config, MODELS[self.config.backend]
+        return kind(self.location, config.model, config.question, precision=config.precision,
+                    max_new_tokens=config.max_new_tokens)  # fmt: skip
 
-    def __call__(self, batch: Batch) -> dict[str, Sequence[Any]]:
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        told = [tuple(row.get(name) for name in self.adds.names) for row in rows]  # as they are
-        asked = [i for i, row in enumerate(rows) if self._is_asked(row)]
-        for start in range(0, len(asked), self.batch_size):
-            places = asked[start : start + self.batch_size]
-            for place, reply in zip(places, self._ask([rows[i] for i in places]), strict=True):
-                text, fault = judge(reply, self.config.max_words)
-                told[place] = text, self.config.author if text is not None else None, fault
-        columns = zip(self.adds.names, zip(*told, strict=True), strict=True) if told else ()
-        return {**batch, **dict.fromkeys(self.adds.names, ()), **dict(columns)}
-
-    def _is_asked(self, row: Mapping[str, Any]) -> bool:
+    def shows(self, row: Row) -> bool:
         if row["refused"] is not None or row.get("copy_of") is not None:
             return False
         return self.config.replace or not row.get(self.config.column)
 
-    def _ask(self, rows: Sequence[Mapping[str, Any]]) -> list[Reply]:
-        images = [decode_image(self.reader.read_same(row), row["name"]) for row in rows]
-        if self._loaded is None:
-            config = self.config
-            self._loaded = MODELS[config.backend](
-                self.location,
-                config.model,
-                config.question,
-                precision=config.precision,
-                max_new_tokens=config.max_new_tokens,
-            )
-        return self._loaded.ask([shrink(image, self.config.max_pixels) for image in images])
+    def without(self, row: Row) -> Row:
+        return {name: row.get(name) for name in self.adds.names}
+
+    def ask(self, images: Sequence[Image.Image]) -> list[Row]:
+        replies: list[Reply] = self.model.ask([shrink(image, self.config.max_pixels) for image in images])
+        judged = [judge(reply, self.config.max_words) for reply in replies]
+        cells = [(text, None if text is None else self.config.author, fault) for text, fault in judged]
+        return [dict(zip(self.adds.names, each, strict=True)) for each in cells]
 
 
 def column_names(column: str) -> tuple[str, str, str]:
@@ -152,25 +133,9 @@ def column_names(column: str) -> tuple[str, str, str]:
     return column, f"{column}_from", f"{column}_fault"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """Caption every picture of a table that has no caption yet."""
-
-    table: Path
-    """Table of data_tools.scan, or of a stage behind it; with data_tools.dedup before it, copies are left out."""
-    out: Path
-    """Folder of the table to make. One that is there is gone on with."""
-    settings: tyro.conf.OmitArgPrefixes[CaptionSettings]
-    engine: Literal["local", "ray"] = "local"
-    """local: processes of this machine. ray: Ray Data, with actors that hold the model."""
-    workers: int = 1
-    """Processes or actors, each with a model of its own."""
-
-
-def caption(
-    source: Table, settings: CaptionSettings, out: Path, *, engine: Engine = run_here, workers: int = 1
-) -> Table:
-    """Raises InputError, also where too many replies are at fault; the table is whole then too."""
+def caption(source: Table, settings: CaptionSettings, out: Path, run: Run) -> Table:
+    """Caption every picture of a table that has no caption yet. Raises InputError, also where too many replies are at
+    fault; the table is whole then too."""
     from ztrain.models import Source, public_name
 
     column = settings.column
@@ -186,23 +151,18 @@ def caption(
     rules = CaptionRules(**shared, template=template, question=question, model=name, weights=weights)
     stage = Caption(rules, location, source.roots, settings.batch_size)
     facts = {"captions": {**source.facts.get("captions", {}), column: rules.model_dump()}}
-    table = run_stage(stage, source, out, engine=engine, workers=workers, facts=facts)
+    table = run_stage(stage, source, out, run, workers=1, facts=facts)
     check_faults(table, column, settings.max_fault_share)
     return table
 
 
 def check_faults(table: Table, column: str, max_share: float) -> None:
     """Raises InputError where more than `max_share` (0..1) of the replies is at fault."""
-    counts, why = count(table, column), column_names(column)[2]
-    faulted = counts.faults.total()
-    if faulted > max_share * (faulted + counts.captioned):
-        rows = table.read(["name", why])
-        first = "".join(f"\n  {row['name']}: {row[why]}"
-                        for row in rows.filter(compute.is_valid(rows[why])).slice(0, 10).to_pylist())  # fmt: skip
-        raise InputError(
-            f"{faulted} of {faulted + counts.captioned} replies are at fault, more than max_fault_share {max_share:g}"
-            f" allows; look at them, change --template, --model or a limit, or raise it:{first}"
-        )
+    why = column_names(column)[2]
+    faults = [f"{row['name']}: {row[why]}" for row in table.read(["name", why]).to_pylist() if row[why] is not None]
+    limit, total = ("max_fault_share", max_share), len(faults) + count(table, column).captioned
+    advice = "look at them, change --template, --model or a limit"
+    check_share(faults, total, limit, "replies are at fault", advice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,20 +190,14 @@ def count(table: Table, column: str) -> Counts:
     return Counts(captioned, with_text - captioned, kinds, len(texts) - with_text - kinds.total())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 something the user can mend."""
+def _say(table: Table, settings: CaptionSettings, source: Table) -> str:
+    found = count(table, settings.column)
+    kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(found.faults.items()))
+    faults = f"{found.faults.total()} at fault" + (f": {kinds}" if kinds else "")
+    return f"{found.captioned} captioned, {found.kept} kept, {found.left_out} left out, {faults}"
 
-    def work() -> str:
-        asked = read_words(Command, arguments, "caption")
-        source, engine = Table.open(asked.table), ENGINES[asked.engine]
-        table = caption(source, asked.settings, asked.out, engine=engine, workers=asked.workers)
-        found = count(table, asked.settings.column)
-        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(found.faults.items()))
-        return (f"{table.folder}: {found.captioned} captioned, {found.kept} kept, {found.left_out} left out,"
-                f" {found.faults.total()} at fault" + (f": {kinds}" if kinds else ""))  # fmt: skip
 
-    return command(work)
-
+main = main_of_options(caption, CaptionSettings, _say)
 
 if __name__ == "__main__":
     sys.exit(main())

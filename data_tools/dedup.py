@@ -14,23 +14,20 @@ without a caption takes over that of its first copy with one (`caption_from`).
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pydantic
-import tyro
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from data_tools import likeness
 from data_tools.names import style_of
-from data_tools.stages import Table, attach
-from data_tools.step import read_words
+from data_tools.stages import Run, Table, attach
+from data_tools.step import main_of_options
 from ztrain.errors import InputError
-from ztrain.terminal import command
 
 
 class DedupRules(pydantic.BaseModel):
@@ -64,8 +61,8 @@ EQUAL_KEPT, ALIKE_KEPT = "equal_pictures_of_other_folders_kept", "near_copies_of
 _RULES = 3
 
 
-def dedup(source: Table, rules: DedupRules, out: Path) -> Table:
-    """Raises InputError."""
+def dedup(source: Table, rules: DedupRules, out: Path, run: Run) -> Table:
+    """Find copies and say which picture stands for each cluster of them. Raises InputError."""
     columns = ["source", "name", "refused", "digest", "pixels", "width", "height", "bytes", "likeness"]
     rows = source.read([*columns, "caption", "caption_from"])
     usable = np.flatnonzero(rows["refused"].is_null().to_numpy())
@@ -171,31 +168,15 @@ def _meaning(source: Table, rules: DedupRules, usable: np.ndarray, keys: Sequenc
     return meaning
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """Find copies and say which picture stands for each cluster of them."""
-
-    table: Path
-    """Table of data_tools.scan or data_tools.filter."""
-    out: Path
-    """Folder of the table to make."""
-    rules: tyro.conf.OmitArgPrefixes[DedupRules] = DedupRules()
+def _say(table: Table, rules: DedupRules, source: Table) -> str:
+    copies = [way for way in table.read(["copy_by"])["copy_by"].to_pylist() if way]
+    ways = ", ".join(f"{copies.count(way)} by {way}" for way in ("bytes", "pixels", "likeness"))
+    counts = table.facts["counts"]
+    kept = [f"; {name.replace('_', ' ')}: {counts[name]}" for name in (EQUAL_KEPT, ALIKE_KEPT) if name in counts]
+    return f"{len(copies)} copies ({ways}){''.join(kept)}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 something the user can mend."""
-
-    def work() -> str:
-        asked = read_words(Command, arguments, "dedup")
-        table = dedup(Table.open(asked.table), asked.rules, asked.out)
-        copies = [way for way in table.read(["copy_by"])["copy_by"].to_pylist() if way]
-        told = ", ".join(f"{copies.count(way)} by {way}" for way in ("bytes", "pixels", "likeness"))
-        kept = "".join(f"; {name.replace('_', ' ')}: {table.facts['counts'][name]}"
-                       for name in (EQUAL_KEPT, ALIKE_KEPT) if name in table.facts["counts"])  # fmt: skip
-        return f"{table.folder}: {len(copies)} copies ({told}){kept}"
-
-    return command(work)
-
+main = main_of_options(dedup, DedupRules, _say, is_stage=False)
 
 if __name__ == "__main__":
     sys.exit(main())

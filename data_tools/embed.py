@@ -9,96 +9,18 @@ Refused pictures get none. The model is loaded once by each worker.
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 import pydantic
-import tyro
+from PIL import Image
 
-from data_tools.sources import Reader
-from data_tools.stages import ENGINES, Batch, Engine, Table, run_here, run_stage
-from data_tools.step import read_words
-from ztrain.images import decode_image
-from ztrain.terminal import command
+from data_tools.model_stage import ModelStage
+from data_tools.stages import Row, Run, Table, run_stage
+from data_tools.step import main_of_options
 from ztrain.yamls import PathText
-
-
-class EmbedRules(pydantic.BaseModel):
-    """Which numbers a picture gets."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    model: str
-    """Name, without the path of this machine."""
-    weights: str
-    """Hash of the model's files."""
-    column: str = pydantic.Field(default="embedding", min_length=1)
-    """Name of the column."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the model."""
-    text: str | None = None
-    """What pictures are compared with; None: they get their vectors."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """A model, and what pictures are compared with: (D,) unit vector in float32, or None."""
-
-    tower: Any
-    text: Any
-
-
-class Embed:
-    """Stage: holds a model, and embeds pictures in batches."""
-
-    name: ClassVar[str] = "embed"
-    rules: ClassVar[int] = 2
-
-    def __init__(self, config: EmbedRules, location: Path, roots: Mapping[str, Path], batch_size: int) -> None:
-        """location: folder of the model; batch_size: pictures at a time, which changes rounding at most."""
-        self.config, self.location, self.batch_size = config, location, batch_size
-        self.reader = Reader(roots)
-        self.adds = pa.schema([(config.column, pa.float32() if config.text else pa.list_(pa.float16()))])
-        self._loaded: _Loaded | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_loaded": None}  # it travels without the model
-
-    def __call__(self, batch: Batch) -> dict[str, Sequence[Any]]:
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        usable = [i for i, row in enumerate(rows) if row["refused"] is None]
-        vectors: list[Any] = [None] * len(rows)
-        for start in range(0, len(usable), self.batch_size):
-            places = usable[start : start + self.batch_size]
-            for place, vector in zip(places, self._embed([rows[i] for i in places]), strict=True):
-                vectors[place] = vector
-        return {**batch, self.config.column: vectors}
-
-    def _embed(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """(n, D) float16, of unit length; or (n,) float32, cosines with the text."""
-        loaded = self._load()
-        pictures = [decode_image(self.reader.read_same(row), row["name"]) for row in rows]
-        vectors = loaded.tower.images(pictures, self.batch_size)
-        found = vectors if loaded.text is None else vectors @ loaded.text
-        values: np.ndarray = found.numpy()
-        return values.astype(np.float16) if loaded.text is None else values
-
-    def _load(self) -> _Loaded:
-        if self._loaded is None:
-            import torch
-
-            from ztrain.features import Tower  # here: other steps need not wait for torch
-            from ztrain.models import Source
-
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            dtype = getattr(torch, self.config.precision)
-            tower = Tower.load(Source(str(self.location)), dtype, device, name=self.config.model)
-            text = None if self.config.text is None else tower.texts([self.config.text])[0]
-            self._loaded = _Loaded(tower, text)
-        return self._loaded
 
 
 class EmbedSettings(pydantic.BaseModel):
@@ -120,49 +42,67 @@ class EmbedSettings(pydantic.BaseModel):
     """For models that read text too: the column is the cosine of picture and text, -1 to 1, instead of the vector."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """Give every picture of a table an embedding."""
+class Embed(ModelStage):
+    """Stage: vectors of pictures, or how near they are to a text."""
 
-    table: Path
-    """Table of data_tools.scan, or of a stage behind it."""
-    out: Path
-    """Folder of the table to make. One that is there is gone on with."""
-    settings: tyro.conf.OmitArgPrefixes[EmbedSettings]
-    engine: Literal["local", "ray"] = "local"
-    """local: processes of this machine. ray: Ray Data, with actors that hold the model."""
-    workers: int = 1
-    """Processes or actors, each with a model of its own."""
+    name: ClassVar[str] = "embed"
+    rules: ClassVar[int] = 2
+
+    def __init__(
+        self, settings: EmbedSettings, model: str, weights: str, location: Path, roots: Mapping[str, Path]
+    ) -> None:
+        """model: its name, without the path of this machine; weights: hash of its files."""
+        super().__init__(location, roots, settings.batch_size)
+        self.column, self.precision, self.text = settings.column, settings.precision, settings.text
+        kept = settings.model_dump(include={"column", "precision", "text"})
+        self.about: dict[str, Any] = {"model": model, "weights": weights, **kept}
+        self.adds = pa.schema([(self.column, pa.float32() if self.text else pa.list_(pa.float16()))])
+
+    def load(self) -> tuple[Any, Any]:
+        """The model, and what pictures are compared with: (D,) unit vector in float32, or None."""
+        import torch
+
+        from ztrain.features import Tower  # here: other steps need not wait for torch
+        from ztrain.models import Source
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = getattr(torch, self.precision)
+        tower = Tower.load(Source(str(self.location)), dtype, device, name=self.about["model"])
+        return tower, None if self.text is None else tower.texts([self.text])[0]
+
+    def shows(self, row: Row) -> bool:
+        return row["refused"] is None
+
+    def without(self, row: Row) -> Row:
+        return {self.column: None}
+
+    def ask(self, images: Sequence[Image.Image]) -> list[Row]:
+        """float16 vectors of unit length; or float32 cosines with the text."""
+        tower, text = self.model
+        vectors = tower.images(images, self.batch_size)
+        values = vectors.numpy().astype(np.float16) if text is None else (vectors @ text).numpy()
+        return [{self.column: value} for value in values]
 
 
-def embed(source: Table, settings: EmbedSettings, out: Path, *, engine: Engine = run_here, workers: int = 1) -> Table:
-    """Raises InputError."""
+def embed(source: Table, settings: EmbedSettings, out: Path, run: Run) -> Table:
+    """Give every picture of a table an embedding. Raises InputError."""
     from ztrain.features import FILES, digest
     from ztrain.models import Source, public_name
 
     model = Source(settings.model, settings.revision)
     model.require("config.json", what="a vision model")
-    kept = settings.model_dump(include={"column", "precision", "text"})
-    rules = EmbedRules(model=public_name(settings.model), weights=digest(model), **kept)
-    stage = Embed(rules, model.local(*FILES), source.roots, settings.batch_size)
-    told = rules.model_dump() | {"revision": settings.revision}
-    facts = {"embeddings": {**source.facts.get("embeddings", {}), settings.column: told}}
-    return run_stage(stage, source, out, engine=engine, workers=workers, facts=facts)
+    stage = Embed(settings, public_name(settings.model), digest(model), model.local(*FILES), source.roots)
+    made = stage.about | {"revision": settings.revision}
+    facts = {"embeddings": {**source.facts.get("embeddings", {}), settings.column: made}}
+    return run_stage(stage, source, out, run, workers=1, facts=facts)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 something the user can mend."""
+def _say(table: Table, settings: EmbedSettings, source: Table) -> str:
+    values = table.read([settings.column])[settings.column]
+    return f"{len(values) - values.null_count} pictures have {settings.column!r}"
 
-    def work() -> str:
-        asked = read_words(Command, arguments, "embed")
-        source, engine = Table.open(asked.table), ENGINES[asked.engine]
-        table = embed(source, asked.settings, asked.out, engine=engine, workers=asked.workers)
-        column = asked.settings.column
-        values = table.read([column])[column]
-        return f"{table.folder}: {len(values) - values.null_count} pictures have {column!r}"
 
-    return command(work)
-
+main = main_of_options(embed, EmbedSettings, _say)
 
 if __name__ == "__main__":
     sys.exit(main())

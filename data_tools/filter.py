@@ -8,18 +8,15 @@ everything passes: the numbers are there for people to look at first.
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import pyarrow as pa
 import pydantic
-import tyro
 
-from data_tools.stages import ENGINES, Batch, Table, run_stage
-from data_tools.step import read_words
+from data_tools.stages import Row, Run, Table, run_stage
+from data_tools.step import main_of_options
 from ztrain.errors import InputError
-from ztrain.terminal import command
 
 
 class FilterRules(pydantic.BaseModel):
@@ -77,42 +74,27 @@ class Filter:
     adds = pa.schema([("refused", pa.string()), ("refused_by", pa.string())])
 
     def __init__(self, config: FilterRules) -> None:
-        self.config = config
+        self.config, self.about = config, config.model_dump(mode="json")
 
-    def __call__(self, batch: Batch) -> dict[str, Sequence[Any]]:
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        refused = [row["refused"] if row["refused"] is not None else self.config.fault(row) for row in rows]
-        whose = [row["refused_by"] or (why and self.name) for row, why in zip(rows, refused, strict=True)]
-        return {**batch, "refused": refused, "refused_by": whose}
+    def __call__(self, rows: Sequence[Row]) -> Sequence[Row]:
+        return [self._apply(row) for row in rows]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """Refuse pictures that do not meet limits."""
-
-    table: Path
-    """Table of data_tools.scan."""
-    out: Path
-    """Folder of the table to make."""
-    rules: tyro.conf.OmitArgPrefixes[FilterRules] = FilterRules()
-    engine: Literal["local", "ray"] = "local"
-    """local: processes of this machine. ray: Ray Data."""
-    workers: int | None = None
-    """Processes or actors; None takes as many as there are cores."""
+    def _apply(self, row: Row) -> Row:
+        refused = row["refused"] if row["refused"] is not None else self.config.fault(row)
+        return {"refused": refused, "refused_by": row["refused_by"] or (refused and self.name)}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 something the user can mend."""
+def filter(source: Table, rules: FilterRules, out: Path, run: Run) -> Table:
+    """Refuse pictures that do not meet limits. Raises InputError where what is limited was not measured."""
+    return run_stage(Filter(rules), source, out, run)
 
-    def work() -> str:
-        asked = read_words(Command, arguments, "filter")
-        source = Table.open(asked.table)
-        table = run_stage(Filter(asked.rules), source, asked.out, engine=ENGINES[asked.engine], workers=asked.workers)
-        left = table.read(["refused"])["refused"].null_count
-        return f"{table.folder}: {left} of {source.read(['refused'])['refused'].null_count} pictures are left"
 
-    return command(work)
+def _say(table: Table, rules: FilterRules, source: Table) -> str:
+    left, all_ = (each.read(["refused"])["refused"].null_count for each in (table, source))
+    return f"{left} of {all_} pictures are left"
 
+
+main = main_of_options(filter, FilterRules, _say)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -68,7 +68,9 @@ class PairTable(pydantic.BaseModel):
         for where, reason in rejected.items():
             line = f"{path.name}:{where.rpartition(':')[2]}"
             told.leave_out("rows_rejected", line, "label", reason.removeprefix(f"{where}: "))
-        check_share(rejected, len(items) + len(rejected), self.max_reject_share, "rows")
+        limit = "max_reject_share", self.max_reject_share
+        what = "rows {} cannot be used"
+        check_share(list(rejected.values()), len(items) + len(rejected), limit, what, "mend or remove them")
         if not items:
             raise InputError(f"{path}: no row is left; give the table at least one usable pair")
         some = any(item.split is not None for item in items)

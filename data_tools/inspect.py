@@ -33,7 +33,7 @@ from data_tools.survey import (
 from ztrain.errors import InputError
 from ztrain.images import Picture
 from ztrain.pages import Thumbnails, check_out, render, write_page
-from ztrain.terminal import command
+from ztrain.terminal import program
 
 MAKER = "ztrain.data_tools.inspect"
 """Whose pages are replaced."""
@@ -163,21 +163,18 @@ def _warnings(data: DataSet, splits: Sequence[str]) -> list[str]:
     return wrong
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@program
+def main(arguments: Sequence[str] | None) -> str:
     """Exit status: 0 written, 2 something the user can mend."""
-
-    def work() -> str:
-        asked = read_words(Command, arguments, "inspect")
-        if asked.max_triplets < 1 or asked.max_refused < 0 or not 32 <= asked.thumbnail_side <= 1024:
-            raise InputError("max_triplets must be at least 1, max_refused at least 0, thumbnail_side 32 to 1024")
-        check_out(asked.out, MAKER)
-        page, counts = make_page(asked)
-        write_page(page, asked.out)
-        if counts["lost"]:
-            print(f"note: {counts['lost']} rows or pictures cannot be read or used; the page says why", file=sys.stderr)
-        return f"{asked.out}: {counts['shown']} of {counts['rows']} triplets, {len(page) / 2**20:.1f} MiB"
-
-    return command(work)
+    options = read_words(Command, arguments, "inspect")
+    if options.max_triplets < 1 or options.max_refused < 0 or not 32 <= options.thumbnail_side <= 1024:
+        raise InputError("max_triplets must be at least 1, max_refused at least 0, thumbnail_side 32 to 1024")
+    check_out(options.out, MAKER)
+    page, counts = make_page(options)
+    write_page(page, options.out)
+    if counts["lost"]:
+        print(f"note: {counts['lost']} rows or pictures cannot be read or used; the page says why", file=sys.stderr)
+    return f"{options.out}: {counts['shown']} of {counts['rows']} triplets, {len(page) / 2**20:.1f} MiB"
 
 
 if __name__ == "__main__":

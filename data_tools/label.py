@@ -7,7 +7,7 @@ for data_tools.split. Copies (`copy_of`) are left out of groups; pictures that s
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Protocol
 
@@ -18,9 +18,9 @@ from data_tools.given import BeforeAfter, PairTable
 from data_tools.groups import Alone, Clips, StyleClusters, StyleFolders
 from data_tools.output import digest_of
 from data_tools.pictures import Lines, Pictures, Told
-from data_tools.stages import Table
-from data_tools.step import Command, run_step
-from data_tools.triplets import ITEMS, PROMPTS, Item, item_rows, write_rows
+from data_tools.stages import Run, Table
+from data_tools.step import main_of_section
+from data_tools.triplets import PROMPTS, Item, write_rows
 from ztrain.errors import InputError
 
 _RULES = 2
@@ -78,9 +78,9 @@ class LabelRules(pydantic.BaseModel):
         return [path for way in self.ways() for path in way.tables(folder)]
 
 
-def label(source: Table, rules: LabelRules, folder: Path, out: Path) -> Table:
-    """`folder`: what tables are relative to. Raises InputError."""
-    digests = [digest_of(path) for path in rules.tables(folder)]
+def label(source: Table, rules: LabelRules, out: Path, run: Run) -> Table:
+    """Say what each picture is there for. Raises InputError."""
+    digests = [digest_of(path) for path in rules.tables(run.folder)]
     pictures = Pictures.read(source, rules.keep_copies, rules.captions, rules.further_captions or ())
     told = Told()
     for what, lost in (("passed_by", pictures.passed_by), ("pictures_refused", pictures.refused)):
@@ -88,7 +88,7 @@ def label(source: Table, rules: LabelRules, folder: Path, out: Path) -> Table:
             told.leave_out(what, key, stage, reason)
     if not pictures.usable:
         raise InputError(f"{source.folder}: no picture is left; lower the limits before it")
-    items = [item for way in rules.ways() for item in way.items(pictures, folder, told)]
+    items = [item for way in rules.ways() for item in way.items(pictures, run.folder, told)]
     if not items:
         raise InputError(f"{source.folder}: no picture fits the section label; look at its folders and names")
     told.counts["further_captions"] = sum(len(item.more.get(PROMPTS, ())) for item in items)
@@ -100,24 +100,16 @@ def label(source: Table, rules: LabelRules, folder: Path, out: Path) -> Table:
     count = len(pictures.usable) + len(pictures.refused)
     authors = pictures.column("caption_from") if "caption_from" in source.columns else []
     by_model = sum(author is not None and not author.startswith(GIVEN) for author in authors)
-    facts = {"counts": {"pictures": count, **source.facts.get("counts", {}), "captions_by_a_model": by_model,
-                        **told.counts}}  # fmt: skip
-    about = (_RULES, rules.model_dump(mode="json"), digests)
-    return write_rows(item_rows(items), ITEMS, out, source, name="label", about=about, left_out=told.left_out,
-                      facts=facts)  # fmt: skip
+    counts = {"pictures": count, **source.facts.get("counts", {}), "captions_by_a_model": by_model, **told.counts}
+    about = "label", (_RULES, rules.model_dump(mode="json"), digests)
+    return write_rows(Item, items, out, source, about, told.left_out, counts)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 something the user can mend."""
+def _say(table: Table) -> str:
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in table.facts["counts"].items())
 
-    def make(table: Table, rules: LabelRules, command: Command) -> Table:
-        return label(table, rules, command.config.parent, command.out)
 
-    def say(table: Table) -> str:
-        return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in table.facts["counts"].items())
-
-    return run_step("label", LabelRules, make, say, arguments)
-
+main = main_of_section(label, LabelRules, _say)
 
 if __name__ == "__main__":
     sys.exit(main())

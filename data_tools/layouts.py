@@ -34,6 +34,8 @@ class Known:
     digest: str
     size: int
     """In bytes."""
+    path: Path | None = None
+    """The file that is this picture, where there is one to link."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,8 @@ class Content:
     splits: Mapping[str, Sequence[Triplet]]
     known: Mapping[str, Known]
     """Of each picture by its name."""
-    place: Callable[[Picture], Path | None]
-    """The file that is this picture, where there is one to link."""
+    link: bool
+    """Whether pictures that are files are linked."""
     max_shard_bytes: int
 
 
@@ -93,7 +95,7 @@ def write_folder(folder: Path, content: Content) -> Files:
         for name, picture in tqdm(pictures.items(), desc=f"writing {split}", unit="picture", disable=None):
             place = folder / split / PurePosixPath(name)
             place.parent.mkdir(parents=True, exist_ok=True)
-            _put(picture, place, content.place(picture))
+            _put(picture, place, content.known[name].path if content.link else None)
         lines = "".join(json.dumps(_row(row, several), ensure_ascii=False) + "\n" for row in of_split)
         path = folder / split / MANIFEST_NAME
         path.write_text(lines, encoding="utf-8")
@@ -138,17 +140,28 @@ def safe_webdataset() -> ModuleType:
 def write_tars(folder: Path, content: Content) -> Files:
     """`<split>-000000.tar`, ..."""
     webdataset = safe_webdataset()
+
+    def write(path: Path, triplets: Sequence[Triplet]) -> None:
+        # A file, since the safe mode opens no paths; fixed times and owners, for equal bytes.
+        with path.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
+            for triplet in triplets:
+                tar.write(_members(triplet))
+
+    return _write_shards(folder, content, "{split}-{number:06d}.tar", write)
+
+
+def _write_shards(
+    folder: Path, content: Content, pattern: str, write: Callable[[Path, Sequence[Triplet]], None]
+) -> Files:
+    """pattern: of a file's name, with its split, its number, and the count of the split's shards."""
     files: Files = {}
     for split, of_split in content.splits.items():
         files[split] = {}
         shards = list(_cut(of_split, content.known, content.max_shard_bytes))
         for number, triplets in enumerate(tqdm(shards, desc=f"packing {split}", unit="shard", disable=None)):
-            path = folder / f"{split}-{number:06d}.tar"
-            # A file, since the safe mode opens no paths; fixed times and owners, for equal bytes.
-            with path.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
-                for triplet in triplets:
-                    tar.write(_members(triplet))
-            files[split][path.name] = {"samples": len(triplets), "bytes": path.stat().st_size}
+            name = pattern.format(split=split, number=number, count=len(shards))
+            write(folder / name, triplets)
+            files[split][name] = {"samples": len(triplets), "bytes": (folder / name).stat().st_size}
     return files
 
 
@@ -175,18 +188,14 @@ def write_tables(folder: Path, content: Content) -> Files:
     features = _features([triplet for of_split in content.splits.values() for triplet in of_split])
     schema, several = features.arrow_schema, not isinstance(features.get("reference"), datasets.Image)
     (folder / "data").mkdir()
-    files: Files = {}
-    for split, of_split in content.splits.items():
-        files[split] = {}
-        shards = list(_cut(of_split, content.known, content.max_shard_bytes))
-        for number, triplets in enumerate(tqdm(shards, desc=f"packing {split}", unit="shard", disable=None)):
-            path = folder / f"data/{split}-{number:05d}-of-{len(shards):05d}.parquet"
-            with arrow_file(path, "w") as file, pq.ParquetWriter(file, schema) as writer:
-                for rows in _cut(triplets, content.known, _BYTES_PER_GROUP, _ROWS_PER_GROUP):
-                    cells = [_cells(triplet, several=several) for triplet in rows]
-                    writer.write_table(pa.Table.from_pylist(cells, schema=schema))
-            files[split][f"data/{path.name}"] = {"samples": len(triplets), "bytes": path.stat().st_size}
-    return files
+
+    def write(path: Path, triplets: Sequence[Triplet]) -> None:
+        with arrow_file(path, "w") as file, pq.ParquetWriter(file, schema) as writer:
+            for rows in _cut(triplets, content.known, _BYTES_PER_GROUP, _ROWS_PER_GROUP):
+                cells = [_cells(triplet, several=several) for triplet in rows]
+                writer.write_table(pa.Table.from_pylist(cells, schema=schema))
+
+    return _write_shards(folder, content, "data/{split}-{number:05d}-of-{count:05d}.parquet", write)
 
 
 def _features(triplets: Sequence[Triplet]) -> "datasets.Features":

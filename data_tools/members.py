@@ -10,7 +10,7 @@ is unpacked; an earlier one is `<name>#1`, `<name>#2`, ... and refused. A hard l
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,14 +28,15 @@ _READ = READ | {_BY_NAME}
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A picture of an archive, or what is called like one."""
+    """A file of an archive, or what should be one."""
 
     name: str
+    """As it is unpacked: `./a` is `a`."""
     offset: int
     """Of its first byte in the archive."""
     size: int
     """In bytes."""
-    fault: str
+    fault: str = ""
     """Why it cannot be used; empty where it can."""
     is_passed: bool = False
     """Whether it is of a format that is not read, and counts as no picture."""
@@ -43,19 +44,11 @@ class Member:
     """As data_tools.captions takes them."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """A member that is a file, or should be."""
-
-    name: str
-    """As it is unpacked: `./a` is `a`."""
-    offset: int
-    size: int
-    fault: str
-
-
 def list_members(path: Path, ignored: Counter[str]) -> Iterator[Member]:
-    """In order; `ignored` counts what is no picture, by kind. Raises InputError, also at the end of a damaged tar."""
+    """Pictures and what is called like one, in order, each by a name of its own.
+
+    `ignored` counts what is no picture, by kind. Raises InputError, also at the end of a damaged tar.
+    """
     archive = index_tar(path)
     entries = _entries(archive, ignored)
     last = {entry.name: entry for entry in entries}
@@ -76,15 +69,15 @@ def list_members(path: Path, ignored: Counter[str]) -> Iterator[Member]:
                 fault = "stands again later in the archive, and unpacking it gives what stands last"
             if format not in _READ:
                 ignored[f"{format or 'unknown'} pictures"] += 1
-                yield Member(name, entry.offset, entry.size, not_read(format), is_passed=True)
+                yield replace(entry, name=name, fault=not_read(format), is_passed=True)
                 continue
             beside = () if fault else tuple(_text(file, last[text]) for text in texts.get(entry.name, ()))
-            yield Member(name, entry.offset, entry.size, fault, texts=beside)
+            yield replace(entry, name=name, fault=fault, texts=beside)
     if archive.damage:
         raise InputError(f"{path}: {archive.damage}; what stands behind is lost")
 
 
-def _format(file: BinaryIO, entry: _Entry) -> str | None:
+def _format(file: BinaryIO, entry: Member) -> str | None:
     """As `sniff` names it, _BY_NAME where the name is enough, "" for what is called a picture and is none; None for
     what is no picture."""
     kind = kind_of(entry.name)
@@ -97,7 +90,7 @@ def _format(file: BinaryIO, entry: _Entry) -> str | None:
     return "" if format is None and kind in CALLED_PICTURES else format
 
 
-def _text(file: BinaryIO, entry: _Entry) -> tuple[str, bytes | InputError]:
+def _text(file: BinaryIO, entry: Member) -> tuple[str, bytes | InputError]:
     whose, limit = f"sidecar {kind_of(entry.name)}", LIMITS["json" if kind_of(entry.name) == ".json" else "caption"]
     if entry.size > limit:
         return whose, InputError(f"has {entry.size:,} bytes, more than the {limit:,} of a caption; shorten it")
@@ -105,10 +98,10 @@ def _text(file: BinaryIO, entry: _Entry) -> tuple[str, bytes | InputError]:
     return whose, file.read(entry.size)
 
 
-def _entries(archive: Archive, ignored: Counter[str]) -> list[_Entry]:
+def _entries(archive: Archive, ignored: Counter[str]) -> list[Member]:
     """In order, without hidden ones; hard links lie where the file lies that they name."""
-    entries: list[_Entry] = []
-    so_far: dict[str, _Entry] = {}
+    entries: list[Member] = []
+    so_far: dict[str, Member] = {}
     for member in archive.members:
         name, offset, size, fault = _plain(member.name), member.offset_data, member.size, ""
         if member.islnk() and (meant := so_far.get(_plain(member.linkname))):
@@ -119,7 +112,7 @@ def _entries(archive: Archive, ignored: Counter[str]) -> list[_Entry]:
             fault = "is stored with holes (sparse) in the archive; pack it as a plain file"
         elif not member.isreg():
             fault = "is no file in the archive; pack the picture itself"
-        so_far[name] = _Entry(name, offset, size, fault)
+        so_far[name] = Member(name, offset, size, fault)
         if META_MEMBER.match(name):
             ignored["__NAME__, no sample to WebDataset"] += 1
         elif any(part.startswith(".") and part != ".." for part in name.split("/")):

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import pyarrow as pa
+from pydantic import BeforeValidator, PlainSerializer
 
 from ztrain.errors import InputError
 from ztrain.files import read_bytes
@@ -16,6 +17,15 @@ EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avi
 """Of files that count as pictures whatever is in them, in small letters; others count where their bytes say so."""
 CALLED_PICTURES = EXTENSIONS | {".heic", ".heif", ".hif", ".tga", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".exr"}
 """Of files that are named where they turn out to be none."""
+
+
+Value = TypeVar("Value")
+SortedSet: TypeAlias = Annotated[
+    frozenset[Value],
+    BeforeValidator(lambda given: frozenset(given) if isinstance(given, list | tuple) else given),
+    PlainSerializer(sorted),
+]
+"""A set in a config: a list in YAML, and in order in what is written, so that equal ones have equal hashes."""
 
 
 def arrow_file(path: Path, mode: Literal["r", "w"] = "r") -> pa.OSFile:
@@ -34,14 +44,16 @@ def fingerprint(*inputs: Any) -> str:
     return hashlib.blake2b(json.dumps(inputs).encode(), digest_size=16).hexdigest()
 
 
-def check_share(rejected: Mapping[str, str], total: int, max_share: float, what: str) -> None:
-    """Raises InputError with the first ten reasons where more than `max_share` (0..1) of `total` is rejected."""
-    share = len(rejected) / total if total else 0.0
-    if share > max_share:
-        first = "".join(f"\n  {reason}" for reason in list(rejected.values())[:10])
+def check_share(lost: Sequence[str], total: int, limit: tuple[str, float], what: str, advice: str) -> None:
+    """Raises InputError with the first ten reasons where more of `total` is lost than a share allows.
+
+    lost: reasons; limit: name and value (0..1) of the share; what: is lost, with {} for the share itself.
+    """
+    if len(lost) > limit[1] * total:
+        share, first = f"({len(lost) / total:.2%})", "".join(f"\n  {reason}" for reason in lost[:10])
         raise InputError(
-            f"{len(rejected)} of {total} {what} ({share:.2%}) cannot be used, more than max_reject_share "
-            f"{max_share:g} allows; mend or remove them, or raise it:{first}"
+            f"{len(lost)} of {total} {what.format(share)}, more than {limit[0]} {limit[1]:g} allows; {advice}, or raise"
+            f" it:{first}"
         )
 
 

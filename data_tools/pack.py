@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
@@ -38,7 +38,7 @@ from ztrain.files import read_bytes, read_text, whole_folder
 from ztrain.images import Picture
 from ztrain.rows import Triplet
 from ztrain.tars import FORMAT_VERSION, PACK_MANIFEST_NAME
-from ztrain.terminal import command
+from ztrain.terminal import program
 
 SUMS_NAME, CARD_NAME = "SHA256SUMS", "README.md"
 _RULES = 3  # part of the fingerprint: raise it when the same inputs come to give other files
@@ -76,8 +76,6 @@ class Input:
     """Triplets with all that is to be said of them."""
 
     splits: Mapping[str, Sequence[Triplet]]
-    known: Callable[[Picture], Known]
-    place: Callable[[Picture], Path | None]
     licences: Sequence[Path]
     left_out: str = ""
     """Lines of JSON."""
@@ -91,7 +89,7 @@ def pack(given: Input, rules: PackRules, out: Path, *, allow_reference_is_target
     every = [picture for of_split in given.splits.values() for triplet in of_split for picture in pictures_of(triplet)]
     for picture in tqdm(every, desc="reading", unit="picture", disable=None):
         if picture.name not in known:
-            known[picture.name] = given.known(picture)
+            known[picture.name] = _known(picture)
     if not allow_reference_is_target:
         _check_references(given.splits, known)
     licences = _name_licences(given.licences)
@@ -120,8 +118,7 @@ def pack(given: Input, rules: PackRules, out: Path, *, allow_reference_is_target
         "passed_by": {row["name"]: row["reason"] for row in passed_by[:_NAMED]},
         "licences": list(licences),
     }
-    place = given.place if rules.link else _nowhere
-    content = Content(given.splits, known, place, rules.max_shard_mib << 20)
+    content = Content(given.splits, known, rules.link, rules.max_shard_mib << 20)
     with whole_folder(out) as building:
         files = LAYOUTS[rules.format](building, content)
         for name, path in licences.items():
@@ -156,8 +153,12 @@ def _check_references(splits: Mapping[str, Sequence[Triplet]], known: Mapping[st
         )
 
 
-def _nowhere(picture: Picture) -> Path | None:
-    return None
+def _known(picture: Picture) -> Known:
+    """What was scanned, else by reading it."""
+    if isinstance(picture, TablePicture):
+        return Known(picture.stamp, picture.size if picture.size >= 0 else len(read(picture)), picture.path)
+    data = read(picture)
+    return Known(xxhash.xxh3_128_hexdigest(data), len(data))
 
 
 def _finish(folder: Path, manifest: dict[str, Any], files: Files) -> None:
@@ -234,31 +235,19 @@ def _check_files(out: Path, manifest: dict[str, Any]) -> None:
 def from_table(table: Table, config: Mapping[str, Any], tables: Iterable[Path] = ()) -> Input:
     """Of a table of data_tools.pair. config: what the manifest says of it; tables: more files with licences beside."""
     left_out = "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in read_left_out(table))
-    splits = as_triplets(table)  # first: it refuses tables of anything else
+    pairings = read_pairings(table)  # first: it refuses tables of anything else
     counts = {name: count for name, count in table.facts["counts"].items() if count}
     return Input(
-        splits=splits,
-        known=_known_in_table,
-        place=_place_in_table,
+        splits=as_triplets(pairings, table),
         licences=find_licences([*(path.parent for path in tables), *table.roots.values()]),
         left_out=left_out,
         about={
             "counts": counts,
             "ignored": dict(table.facts.get("ignored", {})),
-            "shared": shared(read_pairings(table)),
+            "shared": shared(pairings),
             "config": dict(config),
         },  # fmt: skip
     )
-
-
-def _known_in_table(picture: Picture) -> Known:
-    assert isinstance(picture, TablePicture)
-    return Known(picture.stamp, picture.size if picture.size >= 0 else len(read(picture)))
-
-
-def _place_in_table(picture: Picture) -> Path | None:
-    assert isinstance(picture, TablePicture)
-    return picture.path
 
 
 def from_folder(data: Path, text_only: bool) -> Input:
@@ -281,13 +270,7 @@ def from_folder(data: Path, text_only: bool) -> Input:
         pass  # somebody's own folder has none
     except (OSError, ValueError) as error:
         raise InputError(f"{data / PACK_MANIFEST_NAME}: not a manifest of data_tools ({error}); remove it") from error
-    return Input(splits=splits, known=_known_by_reading, place=_nowhere, licences=licences,
-                 left_out=left_out, about=about)  # fmt: skip
-
-
-def _known_by_reading(picture: Picture) -> Known:
-    data = read(picture)
-    return Known(xxhash.xxh3_128_hexdigest(data), len(data))
+    return Input(splits=splits, licences=licences, left_out=left_out, about=about)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,26 +288,27 @@ class Command:
     """Take triplets whose target is among their references; training has data.allow_reference_is_target."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@program
+def main(arguments: Sequence[str] | None) -> str:
     """Exit status: 0 packed or up to date, 2 something the user can mend."""
+    options = read_words(Command, arguments, "pack")
+    data, out, is_table = options.data, options.out, (options.data / TABLE_NAME).exists()
+    if options.text_only and is_table or options.rules.format == "imagefolder" and not is_table:
+        raise InputError(
+            f"{data}: imagefolder is made of a table of data_tools.pair, and text_only of a folder; choose"
+            " --format webdataset or parquet for a folder"
+        )
+    check_free(out)
+    if data.resolve() in out.resolve().parents:
+        raise InputError(f"{out}: lies inside {data}; choose another --out")
+    given = from_table(Table.open(data), {}) if is_table else from_folder(data, options.text_only)
+    allowed = options.allow_reference_is_target
+    return summary(out, pack(given, options.rules, out.resolve(), allow_reference_is_target=allowed))
 
-    def work() -> str:
-        asked = read_words(Command, arguments, "pack")
-        is_table = (asked.data / TABLE_NAME).exists()
-        if asked.text_only and is_table or asked.rules.format == "imagefolder" and not is_table:
-            raise InputError(
-                f"{asked.data}: imagefolder is made of a table of data_tools.pair, and text_only of a folder; choose"
-                " --format webdataset or parquet for a folder"
-            )
-        check_free(asked.out)
-        if asked.data.resolve() in asked.out.resolve().parents:
-            raise InputError(f"{asked.out}: lies inside {asked.data}; choose another --out")
-        given = from_table(Table.open(asked.data), {}) if is_table else from_folder(asked.data, asked.text_only)
-        allowed = asked.allow_reference_is_target
-        triplets = pack(given, asked.rules, asked.out.resolve(), allow_reference_is_target=allowed)
-        return f"{asked.out}: " + ", ".join(f"{split} {count}" for split, count in triplets.items())
 
-    return command(work)
+def summary(out: Path, triplets: Mapping[str, int]) -> str:
+    """Triplets of each split, for people."""
+    return f"{out}: " + ", ".join(f"{split} {count}" for split, count in triplets.items())
 
 
 if __name__ == "__main__":

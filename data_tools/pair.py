@@ -22,20 +22,9 @@ import pydantic
 
 from data_tools import likeness
 from data_tools.pictures import Told
-from data_tools.stages import Table
-from data_tools.step import Command, count_splits, run_step
-from data_tools.triplets import (
-    PAIRINGS,
-    Cut,
-    Item,
-    Pairing,
-    Reference,
-    Scanned,
-    pairing_rows,
-    read_items,
-    read_left_out,
-    write_rows,
-)
+from data_tools.stages import Run, Table
+from data_tools.step import count_splits, main_of_section
+from data_tools.triplets import Cut, Item, Pairing, Reference, Scanned, read_items, read_left_out, write_rows
 from ztrain.errors import InputError
 from ztrain.images import (
     IMAGE_MULTIPLE,
@@ -111,8 +100,8 @@ class PairRules(pydantic.BaseModel):
         return sides
 
 
-def pair(source: Table, rules: PairRules, out: Path) -> Table:
-    """Raises InputError for a split that comes out empty."""
+def pair(source: Table, rules: PairRules, out: Path, run: Run) -> Table:
+    """Find references for each target. Raises InputError for a split that comes out empty."""
     told = Told(left_out=read_left_out(source))
     items = read_items(source)
     splits = make_pairings(items, rules, told)
@@ -125,10 +114,8 @@ def pair(source: Table, rules: PairRules, out: Path) -> Table:
     for picture in {one.key: one for item in items for one in (item.picture, *(item.references or ()))}.values():
         if picture.key not in met:
             told.leave_out("pictures_in_no_triplet", picture.key, "pair", "neither target nor reference of any triplet")
-    facts = {"counts": {**source.facts["counts"], **told.counts}}
-    about = (_RULES, rules.model_dump(mode="json"))
-    return write_rows(pairing_rows(pairings), PAIRINGS, out, source, name="pair", about=about, left_out=told.left_out,
-                      facts=facts)  # fmt: skip
+    about = "pair", (_RULES, rules.model_dump(mode="json"))
+    return write_rows(Pairing, pairings, out, source, about, told.left_out, {**source.facts["counts"], **told.counts})
 
 
 def make_pairings(items: Sequence[Item], rules: PairRules, told: Told) -> dict[str, list[Pairing]]:
@@ -379,14 +366,7 @@ class _LeastUsed:
         self._taken = []
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 something the user can mend."""
-
-    def make(table: Table, rules: PairRules, command: Command) -> Table:
-        return pair(table, rules, command.out)
-
-    return run_step("pair", PairRules, make, count_splits, arguments)
-
+main = main_of_section(pair, PairRules, count_splits)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -26,11 +26,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools.diffusion import Batch, Pipeline, RenderSettings
+from data_tools.output import check_share
 from data_tools.step import read_words
 from data_tools.style_tables import Content, Style, as_csv, read_contents, read_styles
 from ztrain.errors import InputError
 from ztrain.files import cannot_write, publish, read_bytes, workspace
-from ztrain.terminal import command
+from ztrain.terminal import program
 from ztrain.yamls import describe_errors
 
 REPORT_NAME = "render.json"
@@ -211,17 +212,18 @@ def render(command: Command) -> dict[str, Any]:
         batches = job.missing(command.batch_size, shard)
         made_with = {"batch_size": command.batch_size, "device": pipeline.device,
                      **{name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}}  # fmt: skip
-        blank = job.record(scratch, made_with if batches else None)["counts"]["blank"]
+        num_blank = job.record(scratch, made_with if batches else None)["counts"]["blank"]
         number = sum(len(batch.contents) for batch in batches)
         with tqdm(total=number, desc="render", unit="picture", disable=None) as bar:
             for is_blank in draw_batches(batches, job, pipeline, scratch):
                 bar.update()
-                blank += is_blank
-                if blank > max_blank:  # more pictures cannot mend that
+                num_blank += is_blank
+                if num_blank > max_blank:  # more pictures cannot mend that
                     break
         report = job.record(scratch)
-    if len(report["blank"]) > max_blank:
-        raise InputError(describe_blank(report, command.max_blank_share))
+    blank, limit = [f"{name}: {why}" for name, why in report["blank"].items()], command.max_blank_share
+    total, what = len(job.styles) * len(job.contents), "pictures {} came out blank"
+    check_share(blank, total, ("--max-blank-share", limit), what, "change prompts or settings")
     return report
 
 
@@ -269,28 +271,15 @@ def to_pixels(image: np.ndarray) -> np.ndarray:
     return pixels
 
 
-def describe_blank(report: Mapping[str, Any], max_share: float) -> str:
-    """What to say where more is blank than is put up with."""
-    blank, total = report["blank"], report["counts"]["styles"] * report["counts"]["contents"]
-    first = "".join(f"\n  {name}: {why}" for name, why in list(blank.items())[:10])
-    return (
-        f"{len(blank)} of {total} pictures ({len(blank) / total:.2%}) came out blank, more than --max-blank-share"
-        f" {max_share:g} allows; change prompts or settings, or raise it:{first}"
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+@program
+def main(arguments: Sequence[str] | None) -> str:
     """Exit status: 0 done, 2 something the user can mend."""
-
-    def work() -> str:
-        asked = read_words(Command, arguments, "render")
-        try:
-            counts = render(asked)["counts"]
-        except pydantic.ValidationError as error:
-            raise InputError(describe_errors(error, source="command line", model=RenderSettings)) from error
-        return f"{asked.out}: " + ", ".join(f"{number} {name}" for name, number in counts.items())
-
-    return command(work)
+    options = read_words(Command, arguments, "render")
+    try:
+        counts = render(options)["counts"]
+    except pydantic.ValidationError as error:
+        raise InputError(describe_errors(error, source="command line", model=RenderSettings)) from error
+    return f"{options.out}: " + ", ".join(f"{number} {name}" for name, number in counts.items())
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ Transparency is laid on white, and orientation, profiles and depths are applied,
 """
 
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,14 +22,14 @@ import xxhash
 from PIL import Image
 
 from data_tools import likeness, quality
-from data_tools.sources import LISTED, Reader, list_pictures, resolve
-from data_tools.stages import ENGINES, Batch, Table, run_stage
+from data_tools.output import SortedSet, check_share
+from data_tools.sources import LISTED, Reader, list_sources, passed_by
+from data_tools.stages import Row, Run, Table, run_stage
 from data_tools.step import read_words
-from data_tools.walk import CONTAINERS, Links
+from data_tools.walk import Links
 from ztrain.errors import InputError
-from ztrain.files import expand
-from ztrain.images import READ, decode_image
-from ztrain.terminal import command
+from ztrain.images import decode_image
+from ztrain.terminal import program
 
 
 class ScanRules(pydantic.BaseModel):
@@ -42,17 +41,8 @@ class ScanRules(pydantic.BaseModel):
     """Smallest short side in pixels, upright; 1 takes all."""
     max_aspect: float = pydantic.Field(default=4.0, ge=1)
     """Largest long side / short side: panoramas lose most of themselves in any crop."""
-    measures: frozenset[Literal["quality", "likeness"]] = frozenset({"quality", "likeness"})
+    measures: SortedSet[Literal["quality", "likeness"]] = frozenset({"quality", "likeness"})
     """Columns that need the pixels besides their hash: for data_tools.filter, for data_tools.dedup."""
-
-    @pydantic.field_validator("measures", mode="before")
-    @classmethod
-    def _from_list(cls, measures: object) -> object:
-        return frozenset(measures) if isinstance(measures, list | tuple) else measures
-
-    @pydantic.field_serializer("measures")
-    def _in_order(self, measures: frozenset[str]) -> list[str]:
-        return sorted(measures)
 
 
 MEASURED = pa.schema(
@@ -80,19 +70,18 @@ class Scan:
 
     def __init__(self, config: ScanRules, roots: Mapping[str, Path]) -> None:
         self.config, self.reader = config, Reader(roots)
+        self.about = config.model_dump(mode="json")
 
-    def __call__(self, batch: Batch) -> dict[str, Sequence[Any]]:
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        found = [self._scan(row) for row in rows]
-        return {name: batch[name] for name in batch} | {name: [each[name] for each in found] for name in MEASURED.names}
+    def __call__(self, rows: Sequence[Row]) -> Sequence[Row]:
+        return [self._scan(row) for row in rows]
 
-    def _scan(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _scan(self, row: Row) -> dict[str, Any]:
         if row["refused"] is not None:
             return _NOTHING | {"refused": row["refused"], "refused_by": row["refused_by"] or self.name}
         found = self._measure(row)
         return found if found["refused"] is None else found | {"refused_by": self.name}
 
-    def _measure(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _measure(self, row: Row) -> dict[str, Any]:
         found: dict[str, Any] = dict(_NOTHING)
         try:
             data = self.reader.read(row)
@@ -141,37 +130,16 @@ class Command:
     """Fails where a larger share of the pictures is refused: 0 on the first, 1 never."""
     rows_per_shard: int = 512
     """Pictures in a shard, about: what is done again after an interruption. Millions of pictures want 10,000."""
-    engine: Literal["local", "ray"] = "local"
-    """local: processes of this machine. ray: Ray Data, on a cluster that shares the folders."""
-    workers: int | None = None
-    """Processes or actors; None takes as many as there are cores."""
+    run: tyro.conf.OmitArgPrefixes[Run] = Run()
     links: Links = "inside"
     """Which links are followed: those that lead to something inside the sources, or all."""
-    folder: tyro.conf.Suppress[Path] = field(default=Path("."))
-    """What relative sources are relative to."""
 
 
-def scan(command: Command) -> Table:
-    """Lists and measures. Raises InputError, also where too many pictures are refused; the table is whole then too."""
-    if command.rows_per_shard < 1:
-        raise InputError(f"rows_per_shard {command.rows_per_shard} must be at least 1")
-    roots = resolve([expand(source) for source in command.sources], command.folder)
-    listing = list_pictures(roots, command.out / "listing", command.rows_per_shard, command.links)
-    if not listing.shards or listing.read(["refused_by"])["refused_by"].null_count == 0:
-        kinds = ", ".join((*sorted(READ), *CONTAINERS))
-        told = f"; ignored: {said}" if (said := passed_by(listing)) else ""
-        raise InputError(f"{', '.join(roots)}: no picture there; these are read: {kinds}{told}")
-    stage = Scan(command.rules, roots)
-    table = run_stage(stage, listing, command.out, engine=ENGINES[command.engine], workers=command.workers)
-    table = _count_left_out(table)
-    check_refused(table, command.max_refused_share)
-    return table
-
-
-def _count_left_out(table: Table) -> Table:
-    """The table with the number of pictures that lack damaged metadata among its facts."""
+def scan(source: Table, rules: ScanRules, out: Path, run: Run) -> Table:
+    """Measures listed pictures. Raises InputError."""
+    table = run_stage(Scan(rules, source.roots), source, out, run)
     column = table.read(["read_without"])["read_without"]
-    counts = {**table.facts.get("counts", {}), "read_without_damaged_metadata": len(column) - column.null_count}
+    counts = {**table.facts["counts"], "read_without_damaged_metadata": len(column) - column.null_count}
     table = replace(table, facts={**table.facts, "counts": {name: count for name, count in counts.items() if count}})
     table.close()
     return table
@@ -181,13 +149,9 @@ def check_refused(table: Table, max_share: float) -> None:
     """Raises InputError where more than `max_share` (0..1) of the rows is refused."""
     rows = table.read(["name", "refused", "refused_by"])
     rows = rows.filter(compute.not_equal(rows["refused_by"].fill_null(""), LISTED))
-    refused = rows.filter(compute.is_valid(rows["refused"]))
-    if refused.num_rows > max_share * rows.num_rows:
-        first = "".join(f"\n  {row['name']}: {row['refused']}" for row in refused.slice(0, 10).to_pylist())
-        raise InputError(
-            f"{refused.num_rows} of {rows.num_rows} pictures ({refused.num_rows / rows.num_rows:.2%}) are refused, more"
-            f" than max_refused_share {max_share:g} allows; mend or remove them, or raise it:{first}"
-        )
+    refused = [f"{row['name']}: {row['refused']}" for row in rows.to_pylist() if row["refused"] is not None]
+    limit, what = ("max_refused_share", max_share), "pictures {} are refused"
+    check_share(refused, rows.num_rows, limit, what, "mend or remove them")
 
 
 def summary(table: Table) -> str:
@@ -199,19 +163,15 @@ def summary(table: Table) -> str:
     return f"{refused_by.null_count} pictures, {count} refused{counts}{ignored}"
 
 
-def passed_by(table: Table) -> str:
-    """What the listing has passed by, by kind; empty for nothing."""
-    return ", ".join(f"{number} {kind}" for kind, number in Counter(table.facts["ignored"]).most_common())
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+@program
+def main(arguments: Sequence[str] | None) -> str:
     """Exit status: 0 done, 2 something the user can mend."""
-
-    def work() -> str:
-        table = scan(read_words(Command, arguments, "scan"))
-        return f"{table.folder}: {summary(table)}"
-
-    return command(work)
+    options = read_words(Command, arguments, "scan")
+    listing = list_sources(options.sources, options.out / "listing", options.run.folder, options.rows_per_shard,
+                           options.links)  # fmt: skip
+    table = scan(listing, options.rules, options.out, options.run)
+    check_refused(table, options.max_refused_share)
+    return f"{table.folder}: {summary(table)}"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Source and name are one row's alone. Folders: data_tools.walk; tars: data_tools.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from data_tools.stages import Table, scratch_folder, write_shard
 from data_tools.walk import CONTAINERS, File, Found, Links, Passed, Walk
 from ztrain.errors import InputError
 from ztrain.files import LIMITS, check_regular, expand, read_bytes
+from ztrain.images import READ
 
 LISTING = pa.schema(
     [
@@ -86,6 +88,26 @@ def _download(location: str, revision: str | None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"hub:{location}: cannot be had ({reason}); check id, revision, network and login") from error
+
+
+def list_sources(
+    places: Iterable[str], out: Path, folder: Path, rows_per_shard: int = 512, links: Links = "inside"
+) -> Table:
+    """The pictures of all places, as `list_pictures` lists them. Raises InputError where there is none."""
+    if rows_per_shard < 1:
+        raise InputError(f"rows_per_shard {rows_per_shard} must be at least 1")
+    roots = resolve(map(expand, places), folder)
+    listing = list_pictures(roots, out, rows_per_shard, links)
+    if not listing.shards or listing.read(["refused_by"])["refused_by"].null_count == 0:
+        kinds = ", ".join((*sorted(READ), *CONTAINERS))
+        told = f"; ignored: {said}" if (said := passed_by(listing)) else ""
+        raise InputError(f"{', '.join(roots)}: no picture there; these are read: {kinds}{told}")
+    return listing
+
+
+def passed_by(table: Table) -> str:
+    """What the listing has passed by, by kind; empty for nothing."""
+    return ", ".join(f"{number} {kind}" for kind, number in Counter(table.facts["ignored"]).most_common())
 
 
 def list_pictures(roots: Mapping[str, Path], out: Path, rows_per_shard: int, links: Links = "inside") -> Table:

@@ -21,11 +21,11 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from data_tools.groups import check_splits
-from data_tools.output import fingerprint
+from data_tools.output import SortedSet, fingerprint
 from data_tools.pictures import Told
-from data_tools.stages import Table
-from data_tools.step import Command, count_splits, run_step
-from data_tools.triplets import ITEMS, Item, Pairing, item_rows, read_items, read_left_out, write_rows
+from data_tools.stages import Run, Table
+from data_tools.step import count_splits, main_of_section
+from data_tools.triplets import Item, Pairing, read_items, read_left_out, write_rows
 from ztrain.errors import InputError
 from ztrain.forms import folded
 
@@ -40,7 +40,7 @@ class SplitRules(pydantic.BaseModel):
 
     shares: dict[str, float] = {"train": 0.95, "validation": 0.05}
     """Split -> share of the items that have none yet; they are divided by the shares' sum."""
-    apart: frozenset[Tie] = frozenset({"copies", "content"})
+    apart: SortedSet[Tie] = frozenset({"copies", "content"})
     """copies: of one picture, itself among them. content: what is drawn, or the clip. style: for a validation of styles
     that training has never seen. Empty: nothing is kept apart, and the report says what is shared."""
     seed: int = pydantic.Field(default=0, ge=0)
@@ -57,24 +57,13 @@ class SplitRules(pydantic.BaseModel):
             raise ValueError("needs at least one split")
         return shares
 
-    @pydantic.field_validator("apart", mode="before")
-    @classmethod
-    def _from_list(cls, apart: object) -> object:
-        return frozenset(apart) if isinstance(apart, list | tuple) else apart
 
-    @pydantic.field_serializer("apart")
-    def _in_order(self, apart: frozenset[str]) -> list[str]:
-        return sorted(apart)
-
-
-def split(source: Table, rules: SplitRules, out: Path) -> Table:
-    """Raises InputError where no split can be made."""
+def split(source: Table, rules: SplitRules, out: Path, run: Run) -> Table:
+    """Give each item its split. Raises InputError where no split can be made."""
     told = Told(left_out=read_left_out(source))
     items = assign(read_items(source), rules, told)
-    facts = {"counts": {**source.facts["counts"], **told.counts}}
-    about = (_RULES, rules.model_dump(mode="json"))
-    return write_rows(item_rows(items), ITEMS, out, source, name="split", about=about, left_out=told.left_out,
-                      facts=facts)  # fmt: skip
+    about = "split", (_RULES, rules.model_dump(mode="json"))
+    return write_rows(Item, items, out, source, about, told.left_out, {**source.facts["counts"], **told.counts})
 
 
 def assign(items: Sequence[Item], rules: SplitRules, told: Told) -> list[Item]:
@@ -252,14 +241,7 @@ def _contents(columns: Mapping[str, object]) -> Iterator[object]:
     yield from several if isinstance(several, list) else ()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 something the user can mend."""
-
-    def make(table: Table, rules: SplitRules, command: Command) -> Table:
-        return split(table, rules, command.out)
-
-    return run_step("split", SplitRules, make, count_splits, arguments)
-
+main = main_of_section(split, SplitRules, count_splits)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,26 +1,26 @@
 """Steps of a build over tables of any length: the same stage alone, on all cores or on a cluster, with the same bytes.
 
-A stage is a picklable callable: batch of columns in, batch of columns out. A table is a folder of Parquet shards and
-`table.json`. Each shard that comes out is named by the one that went in and by all that decides the stage, and appears
-whole or not at all: what an interrupted run has made stays, and the next one makes only what is missing.
+A stage is a picklable callable: rows in, the columns that it adds to each of them out. A table is a folder of Parquet
+shards and `table.json`. Each shard that comes out is named by the one that went in and by all that decides the stage,
+and appears whole or not at all: what an interrupted run has made stays, and the next one makes only what is missing.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pydantic
+import tyro
 from tqdm import tqdm
 
 from data_tools.output import arrow_file, fingerprint
@@ -30,8 +30,7 @@ from ztrain.interrupt import Stopped, unheard_by_children, work_for_parent
 
 TABLE_NAME = "table.json"
 _SHARD = re.compile(r"[0-9a-f]{32}")
-Batch: TypeAlias = Mapping[str, Sequence[Any]]
-"""Columns of equal length."""
+Row: TypeAlias = Mapping[str, Any]
 
 
 class Stage(Protocol):
@@ -46,11 +45,11 @@ class Stage(Protocol):
         """Columns that it gives, in the place of those of the same name."""
 
     @property
-    def config(self) -> pydantic.BaseModel:
-        """All that decides what it makes of a row."""
+    def about(self) -> Mapping[str, Any]:
+        """All that decides what it makes of a row, as JSON holds it."""
 
-    def __call__(self, batch: Batch) -> dict[str, Sequence[Any]]:
-        """All columns of the rows, those that it adds among them."""
+    def __call__(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The columns that it adds, of each row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +96,13 @@ class Table:
     def lengths(self) -> list[int]:
         """Rows of each shard. Raises InputError for a damaged one."""
         return [read_metadata(self.path(shard)).num_rows for shard in self.shards]
+
+    def derived(self, out: Path, shards: Iterable[str], facts: Mapping[str, Any]) -> "Table":
+        """A table that is made of this one; facts: beside its own. Raises InputError where one would be written over
+        the other."""
+        if out.resolve() == self.folder.resolve():
+            raise InputError(f"{out}: holds the table that is read; choose another --out")
+        return Table(out, tuple(shards), self.roots, {**self.facts, **facts})
 
     def close(self) -> None:
         """Writes the list of shards, and removes those of earlier inputs, nothing else."""
@@ -163,7 +169,7 @@ def write_shard(rows: pa.Table, path: Path, scratch: Path) -> None:
 
 def identity(stage: Stage) -> str:
     """Hash of all that decides what a stage makes of a row."""
-    return fingerprint(stage.name, stage.rules, stage.config.model_dump(mode="json"))
+    return fingerprint(stage.name, stage.rules, stage.about)
 
 
 # --- engines ----------------------------------------------------------------------------------------------------------
@@ -184,13 +190,12 @@ Engine: TypeAlias = Callable[[Stage, Sequence[Task], int], Iterator[int]]
 
 def make_shard(stage: Stage, task: Task) -> int:
     """Returns the number of rows that went in."""
-    rows = read_shard(task.source)
-    made = stage({name: column.to_pylist() for name, column in zip(rows.column_names, rows.columns, strict=True)})
-    kept = [known for known in rows.schema if known.name not in stage.adds.names]
-    schema = pa.schema([*kept, *stage.adds])
-    write_shard(pa.table({name: pa.array(made[name], schema.field(name).type) for name in schema.names}, schema),
-                task.target, task.scratch)  # fmt: skip
-    return rows.num_rows
+    table = read_shard(task.source)
+    schema = pa.schema([*(known for known in table.schema if known.name not in stage.adds.names), *stage.adds])
+    rows = table.to_pylist()
+    made = [row | dict(added) for row, added in zip(rows, stage(rows), strict=True)]
+    write_shard(pa.Table.from_pylist(made, schema), task.target, task.scratch)
+    return table.num_rows
 
 
 _held: list[Stage] = []  # of a worker process: the stage with the models that it has loaded
@@ -274,26 +279,30 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_apart(source: Table, out: Path) -> None:
-    """Raises InputError where a table would be written over the one that it is made of."""
-    if out.resolve() == source.folder.resolve():
-        raise InputError(f"{out}: holds the table that is read; choose another --out")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """How a step is run, which decides none of its rows."""
+
+    engine: Literal["local", "ray"] = "local"
+    """local: processes of this machine. ray: Ray Data, on a cluster that shares the folders."""
+    workers: int | None = None
+    """Processes or actors; None takes as many as there are cores, and one where a model is held."""
+    folder: tyro.conf.Suppress[Path] = Path(".")
+    """What relative paths of the rules are relative to."""
 
 
 def run_stage(
-    stage: Stage, source: Table, out: Path, *, engine: Engine = run_here, workers: int | None = None,
-    facts: Mapping[str, Any] | None = None,
-) -> Table:  # fmt: skip
+    stage: Stage, source: Table, out: Path, run: Run, *, workers: int | None = None, facts: Mapping[str, Any] = {}
+) -> Table:
     """The table that a stage makes of `source`, in the folder `out`; shards that are there already are kept.
 
-    facts: beside those of `source`. Raises InputError; what was finished before it stays.
+    workers: where `run` says nothing, None for the number of cores; facts: beside those of `source`. Raises InputError;
+    what was finished before it stays.
     """
-    if workers is not None and workers < 1:
-        raise InputError(f"workers {workers} must be at least 1")
-    check_apart(source, out)
-    about = identity(stage)
-    names = {shard: hashlib.blake2b(f"{shard} {about}".encode(), digest_size=16).hexdigest() for shard in source.shards}
-    table = Table(out, tuple(names.values()), source.roots, {**source.facts, **(facts or {})})
+    if run.workers is not None and run.workers < 1:
+        raise InputError(f"workers {run.workers} must be at least 1")
+    names = _names(source, identity(stage))
+    table = source.derived(out, names.values(), facts)
     with scratch_folder(out) as scratch:
         missing = [
             Task(source.path(shard), table.path(name), scratch)
@@ -303,21 +312,24 @@ def run_stage(
         rows = {task: read_metadata(task.source).num_rows for task in missing}
         missing.sort(key=lambda task: -rows[task])  # the largest first: at the end no worker waits long for another
         with tqdm(total=sum(rows.values()), desc=stage.name, unit="row", disable=None) as bar:
-            for done in engine(stage, missing, workers or default_workers()):
+            for done in ENGINES[run.engine](stage, missing, run.workers or workers or default_workers()):
                 bar.update(done)
     table.close()
     return table
 
 
+def _names(source: Table, about: str) -> dict[str, str]:
+    """Shard -> the one that is made of it; about: hash of all else that decides it."""
+    return {shard: hashlib.blake2b(f"{shard} {about}".encode(), digest_size=16).hexdigest() for shard in source.shards}
+
+
 def attach(
-    source: Table, out: Path, columns: pa.Table, *, name: str, about: Any, facts: Mapping[str, Any] | None = None
+    source: Table, out: Path, columns: pa.Table, *, name: str, about: Any, facts: Mapping[str, Any] = {}
 ) -> Table:
     """The table `source` with further columns that all of its rows decide, as one table in the order of its rows;
     facts: beside those of `source`."""
-    check_apart(source, out)
-    given = fingerprint(name, about, source.shards)
-    names = {shard: hashlib.blake2b(f"{shard} {given}".encode(), digest_size=16).hexdigest() for shard in source.shards}
-    table, start = Table(out, tuple(names.values()), source.roots, {**source.facts, **(facts or {})}), 0
+    names, start = _names(source, fingerprint(name, about, source.shards)), 0
+    table = source.derived(out, names.values(), facts)
     with scratch_folder(out) as scratch:
         for shard, made in names.items():
             rows = read_shard(source.path(shard))

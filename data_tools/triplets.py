@@ -9,18 +9,18 @@ import builtins
 import io
 import json
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import pyarrow as pa
 from PIL import Image
+from pydantic import BeforeValidator, TypeAdapter
 
 from data_tools.output import EXTENSIONS, fingerprint
 from data_tools.sources import Reader
-from data_tools.stages import Table, check_apart, scratch_folder, write_shard
+from data_tools.stages import Table, scratch_folder, write_shard
 from ztrain.errors import InputError
 from ztrain.files import read_text, write_text
 from ztrain.forms import folded
@@ -50,6 +50,8 @@ _PICTURE = pa.struct(
     ]
 )
 PICTURE_COLUMNS = tuple(_PICTURE.names)
+Columns: TypeAlias = Annotated[dict[str, Any], BeforeValidator(json.loads)]
+"""Further columns of a row, which others may not have; in a table they are JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,11 @@ class Scanned:
     def key(self) -> str:
         """What tables and messages call it."""
         return f"{self.source}/{self.name}"
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """As a table of data_tools.dedup holds it."""
+        return {name: getattr(self, name) for name in PICTURE_COLUMNS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +127,7 @@ class Item:
     """Where somebody has named them."""
     max_copy_score: float | None = None
     """A reference that is more like the target than this is none; None leaves that to data_tools.pair."""
-    more: dict[str, Any] = field(default_factory=dict)
+    more: Columns = field(default_factory=dict)
     """Further columns, which travel to the triplet."""
 
 
@@ -132,7 +139,7 @@ class Pairing:
     target: Scanned
     references: tuple[Reference, ...]
     prompt: str
-    columns: dict[str, Any]
+    columns: Columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,61 +175,40 @@ PAIRINGS = pa.schema(
 )
 
 
-def item_rows(items: Iterable[Item]) -> Iterable[dict[str, Any]]:
-    """As ITEMS holds them."""
-    return ({**asdict(item), "more": json.dumps(item.more, ensure_ascii=False)} for item in items)
+_SCHEMAS = {Item: ITEMS, Pairing: PAIRINGS}
+_READ_ITEMS, _READ_PAIRINGS = TypeAdapter(list[Item]), TypeAdapter(list[Pairing])
 
 
 def read_items(table: Table) -> list[Item]:
     """Raises InputError for a table of something else."""
-    items = []
-    for row in table.read(ITEMS.names).to_pylist():
-        values = {name: row[name] for name in ITEMS.names}
-        named = row["references"]
-        items.append(Item(**values | {
-            "picture": Scanned(**row["picture"]),
-            "gap": None if row["gap"] is None else tuple(row["gap"]),
-            "references": None if named is None else tuple(Scanned(**each) for each in named),
-            "more": json.loads(row["more"]),
-        }))  # fmt: skip
-    return items
-
-
-def pairing_rows(pairings: Iterable[Pairing]) -> Iterable[dict[str, Any]]:
-    """As PAIRINGS holds them."""
-    return ({**asdict(each), "columns": json.dumps(each.columns, ensure_ascii=False)} for each in pairings)
+    return _READ_ITEMS.validate_python(table.read(ITEMS.names).to_pylist())
 
 
 def read_pairings(table: Table) -> dict[str, list[Pairing]]:
     """Split -> its pairings in order. Raises InputError for a table of something else."""
     splits: dict[str, list[Pairing]] = {}
-    for row in table.read(PAIRINGS.names).to_pylist():
-        references = tuple(
-            Reference(Scanned(**each["picture"]), each["cut"] and Cut(**each["cut"])) for each in row["references"]
-        )
-        columns = json.loads(row["columns"])
-        found = Pairing(split=row["split"], target=Scanned(**row["target"]), references=references,
-                        prompt=row["prompt"], columns=columns)  # fmt: skip
-        splits.setdefault(found.split, []).append(found)
+    for each in _READ_PAIRINGS.validate_python(table.read(PAIRINGS.names).to_pylist()):
+        splits.setdefault(each.split, []).append(each)
     return splits
 
 
 def write_rows(
-    rows: Iterable[dict[str, Any]], schema: pa.Schema, out: Path, source: Table, *, name: str, about: Any,
-    left_out: Sequence[LeftOut], facts: Mapping[str, Any],
+    kind: type[Item] | type[Pairing], rows: Sequence[Item] | Sequence[Pairing], out: Path, source: Table, about: Any,
+    left_out: Sequence[LeftOut], counts: Mapping[str, int],
 ) -> Table:  # fmt: skip
-    """A table that all rows of `source` decide, with the list of what was left out; `about`: what else decides it."""
-    check_apart(source, out)
-    given = fingerprint(name, about, source.shards)
-    shards: list[str] = []
-    every = iter(rows)
+    """A table that all rows of `source` decide, with the list of what was left out; about: what else decides it."""
+    schema = _SCHEMAS[kind]
+    further = schema.names[-1]
+    given = fingerprint(*about, source.shards)
+    starts = range(0, len(rows), _ROWS_PER_SHARD)
+    table = source.derived(out, [fingerprint(given, number) for number in range(len(starts))], {"counts": counts})
     with scratch_folder(out) as scratch:
-        while waiting := list(islice(every, _ROWS_PER_SHARD)):
-            shards.append(fingerprint(given, len(shards)))
-            write_shard(pa.Table.from_pylist(waiting, schema), out / f"{shards[-1]}.parquet", scratch)
+        for shard, start in zip(table.shards, starts, strict=True):
+            some = [asdict(row) for row in rows[start : start + _ROWS_PER_SHARD]]
+            some = [row | {further: json.dumps(row[further], ensure_ascii=False)} for row in some]
+            write_shard(pa.Table.from_pylist(some, schema), table.path(shard), scratch)
         lines = "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in left_out)
         write_text(out / LEFT_OUT_NAME, lines)
-    table = Table(out, tuple(shards), source.roots, {**source.facts, **facts})
     table.close()
     return table
 
@@ -264,12 +250,12 @@ class TablePicture:
     def path(self) -> Path | None:
         """The file that is the picture, where there is one."""
         picture = self.reference.picture
-        return self.reader.path(asdict(picture)) if picture.offset < 0 and not self.reference.cut else None
+        return self.reader.path(picture.row) if picture.offset < 0 and not self.reference.cut else None
 
     def read(self) -> bytes:
         """Raises InputError where it is other than when it was scanned, OSError where it is gone."""
         picture, cut = self.reference.picture, self.reference.cut
-        data = self.reader.read_same({name: getattr(picture, name) for name in PICTURE_COLUMNS})
+        data = self.reader.read_same(picture.row)
         if cut is None:
             return data
         part = decode_image(data, picture.key).crop((cut.left, cut.top, cut.right, cut.bottom))
@@ -280,9 +266,9 @@ class TablePicture:
         return file.getvalue()
 
 
-def as_triplets(table: Table) -> dict[str, list[Triplet]]:
+def as_triplets(pairings: Mapping[str, Sequence[Pairing]], table: Table) -> dict[str, list[Triplet]]:
     """Split -> triplets whose pictures have the names that they get in a data set. Raises InputError."""
-    pairings, reader = read_pairings(table), Reader(table.roots)
+    reader = Reader(table.roots)
     pictures = {each for split in pairings.values() for one in split
                 for each in (Reference(one.target), *one.references)}  # fmt: skip
     names = _Names(reader, several=len({each.picture.source for each in pictures}) > 1)
@@ -353,6 +339,6 @@ def _is_portable(path: PurePosixPath) -> bool:
 
 def _extension(reader: Reader, picture: Scanned) -> str:
     """Of a picture without a file name, by its first bytes."""
-    data = reader.read_same({each.name: getattr(picture, each.name) for each in fields(picture)})
+    data = reader.read_same(picture.row)
     kind = (sniff(data[:HEAD], picture.name) or "img").lower()
     return {"jpeg": ".jpg", "heif": ".heic"}.get(kind, f".{kind}")

@@ -12,8 +12,9 @@ import pytest
 
 from data_tools import inspect, pack
 from data_tools.build import main as build
+from data_tools.groups import StyleFolders
 from data_tools.label import LabelRules, label
-from data_tools.stages import Table, attach
+from data_tools.stages import Run, Table, attach
 from tests.triplets import picture
 from ztrain.data import read_triplets
 from ztrain.images import open_image
@@ -199,5 +200,5 @@ def test_words_that_are_given_and_words_of_a_model_are_counted(tmp_path: Path) -
     for row in columns[2:3]:
         row |= {"caption": "by a model", "caption_from": "Some-VL@main, template content 12345678"}
     told = attach(scanned, tmp_path / "captioned", pa.Table.from_pylist(columns), name="caption", about=1)
-    counts = label(told, LabelRules.model_validate({"styles": {}}), tmp_path, tmp_path / "labels").facts["counts"]
+    counts = label(told, LabelRules(styles=StyleFolders()), tmp_path / "labels", Run()).facts["counts"]
     assert (counts["captions_given"], counts["captions_by_a_model"]) == (2, 1)

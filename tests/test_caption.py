@@ -197,10 +197,10 @@ def test_a_stage_travels_without_its_model(mixed: Path) -> None:
     source = Table.open(mixed)
     rules = caption.CaptionRules(model="m", weights="w", template="t", question=CONTENT, precision="float32")
     stage = caption.Caption(rules, MODEL, source.roots, 2)
-    batch = source.read().to_pydict()
-    said = stage(batch)
+    rows = source.read().to_pylist()
+    said = stage(rows)
     assert stage._loaded is not None
-    assert len(packed := pickle.dumps(stage)) < 10_000 and pickle.loads(packed)(batch) == said
+    assert len(packed := pickle.dumps(stage)) < 10_000 and pickle.loads(packed)(rows) == said
 
 
 @pytest.mark.parametrize(

@@ -225,19 +225,8 @@ def test_a_text_gives_scores_and_filter_goes_by_them(tmp_path: Path, capsys: pyt
     left = Table.open(tmp_path / "few").read().to_pylist()
     assert sum(row["refused"] is None for row in left) == 6
     assert {row["refused_by"] for row in left} == {None, "filter"}
-    run(
-        filter,
-        "--table",
-        tmp_path / "scan",
-        "--max-scores",
-        "blurry",
-        1,
-        "--out",
-        tmp_path / "x",
-        "--workers",
-        1,
-        status=2,
-    )
+    words = ("--table", tmp_path / "scan", "--max-scores", "blurry", 1, "--out", tmp_path / "x", "--workers", 1)
+    run(filter, *words, status=2)
     assert "has no number 'blurry'" in capsys.readouterr().err
 
 

@@ -27,7 +27,7 @@ from data_tools.pair import PairRules, TargetRules, make_pairings
 from data_tools.pictures import Told
 from data_tools.sources import Reader
 from data_tools.split import SplitRules, assign
-from data_tools.stages import Table, attach
+from data_tools.stages import Run, Table, attach
 from data_tools.triplets import Cut, Item, Pairing, Reference, Scanned, _Names, read_items
 from tests.test_build import EMOJI, ROOT
 from tests.triplets import picture
@@ -499,7 +499,7 @@ def test_lines_of_a_caption_are_one_prompt_or_several(tmp_path: Path) -> None:
     rules = LabelRules(
         styles=StyleFolders(caption_column="none"), further_captions=["caption", "short"], captions="all"
     )
-    items = read_items(label_table(table, rules, tmp_path, tmp_path / "label"))
+    items = read_items(label_table(table, rules, tmp_path / "label", Run(folder=tmp_path)))
     assert [(item.prompt, item.more.get("prompts")) for item in items] == [
         ("blue blocks", ["a wall"]), ("red", ["of clay", "clay"]), ("blocks 2", None)
     ]  # fmt: skip

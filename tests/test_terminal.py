@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ztrain.errors import InputError
-from ztrain.terminal import command, guarded, printable
+from ztrain.terminal import command, guarded, printable, program
 
 HOSTILE = "\x1b]0;PWN\x07\x1b[2J\x1b[31m\u202egnp\r\x9b1m\ud800\u2066"
 
@@ -68,6 +68,6 @@ def test_a_terminal_keeps_the_colours_and_bars_of_programs(monkeypatch: pytest.M
 
 def test_exit_status_and_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(lambda: "done") == 0 and capsys.readouterr().out == "done\n"
-    assert command(lambda: 3) == 3 and command(lambda: None) == 0
+    assert command(lambda: 3) == 3 and command(lambda: None) == 0 and program(len)(["a", "b"]) == 2
     with pytest.raises(ZeroDivisionError):  # a defect keeps its traceback
         command(lambda: 1 // 0)

@@ -4,10 +4,11 @@ Names of files, keys of tables, members of tars and words of models come with fo
 control characters in them; what a program prints shows them as escapes instead.
 """
 
+import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -89,3 +90,14 @@ def command(work: Callable[[], object]) -> int:
             print(f"error: {printable(sentence(error))}", file=sys.stderr)
             return 2
     return outcome if isinstance(outcome, int) else 0
+
+
+def program(work: Callable[[Sequence[str] | None], object]) -> Callable[..., int]:
+    """`work`, which takes the words of a command line (None: those of this process), as a program's main: it runs by
+    `command` and returns the exit status."""
+
+    @functools.wraps(work)
+    def main(arguments: Sequence[str] | None = None) -> int:
+        return command(lambda: work(arguments))
+
+    return main

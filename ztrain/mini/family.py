@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -44,7 +44,7 @@ from ztrain.mini.parts import (
     build_vae,
     build_vision_language,
 )
-from ztrain.terminal import command
+from ztrain.terminal import program
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -210,19 +210,16 @@ def _marker(seed: int, sizes: FamilySizes) -> str:
     return json.dumps({"version": FAMILY_VERSION, "seed": seed, "sizes": asdict(sizes)}, indent=2) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Builds the family where the command line says; returns the exit status."""
+@program
+def main(arguments: Sequence[str] | None) -> str:
+    """Builds the family where the command line says."""
     parser = argparse.ArgumentParser(description="Build the tiny random Z-Image family.")
     parser.add_argument("--out", type=given_path, required=True, help="folder to create; left alone if complete")
     out = parser.parse_args(arguments).out
-
-    def work() -> str:
-        if is_complete(out):
-            return f"{out} holds a complete family of version {FAMILY_VERSION} already"
-        build_family(out)
-        return f"built the Z-Image family in {out}"
-
-    return command(work)
+    if is_complete(out):
+        return f"{out} holds a complete family of version {FAMILY_VERSION} already"
+    build_family(out)
+    return f"built the Z-Image family in {out}"
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from ztrain.mini.world import (
     name_content,
     pick,
 )
-from ztrain.terminal import command
+from ztrain.terminal import program
 
 _MOST_PICTURES = len(KIND_NAMES) - 2  # a style holds out one or two kinds of objects
 
@@ -212,7 +212,8 @@ def _save(folder: Path, styles: Sequence[str], drawings: Sequence[Drawing], pict
             publish(scratch / path.name, path)
 
 
-def main() -> int:
+@program
+def main(arguments: Sequence[str] | None) -> str:
     """Exit status: 0 painted, 2 something the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m ztrain.mini.style_folders", description="Paint style folders.")
     parser.add_argument("--out", type=given_path, required=True, help="folder to paint into")
@@ -222,13 +223,9 @@ def main() -> int:
         ("--num-contents", 48, "pictures per style"),
     ):
         parser.add_argument(name, type=int, default=default, help=f"{text} (default: {default})")
-    given = parser.parse_args()
-
-    def work() -> str:
-        paint_style_folders(given.out, seed=given.seed, size=given.size, num_contents=given.num_contents)
-        return f"{given.out}: {given.num_contents} contents in {len(STYLES)} styles"
-
-    return command(work)
+    options = parser.parse_args(arguments)
+    paint_style_folders(options.out, seed=options.seed, size=options.size, num_contents=options.num_contents)
+    return f"{options.out}: {options.num_contents} contents in {len(STYLES)} styles"
 
 
 if __name__ == "__main__":

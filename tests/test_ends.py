@@ -18,7 +18,8 @@ import pytest
 from tests.ranks import Ranks
 from tests.test_run import ENVIRONMENT, LATEST, QUIET, STARTED, Place, _no_process_is_left, losses, rows
 from ztrain import checkpoint
-from ztrain.vigil import STATUS, Stand, Vigil, describe
+from ztrain.interrupt import Interruption
+from ztrain.vigil import STATUS, Heartbeat, Watchdog, describe
 
 pytestmark = pytest.mark.usefixtures("forge", "_no_process_is_left")
 __all__ = ["_no_process_is_left"]
@@ -102,7 +103,7 @@ def test_a_rank_that_hangs_ends_the_job_by_name(
     [pytest.param(2, 1, id="2"), pytest.param(4, 0, id="4, with the store", marks=pytest.mark.slow)],
 )
 def test_a_rank_that_is_killed_ends_the_job(place: Place, tmp_path: Path, count: int, rank: int) -> None:
-    """gloo tells the others that somebody is gone, the vigil who; not where the store went with it: a launcher does."""
+    """gloo says that somebody is gone, the watchdog who; not where the store went with it: then a launcher does."""
     ranks = Faulty(place, tmp_path, count, "killed", rank, *QUIET, *EACH)
     statuses = ranks.statuses()
     assert statuses.pop(rank) == -signal.SIGKILL and set(statuses) == {1}, ranks.text()
@@ -189,7 +190,7 @@ def test_a_signal_before_the_first_step_ends_all_at_once(
 
 def test_a_patient_task_moves_with_what_it_writes_or_maps(tmp_path: Path) -> None:
     """Else a save of many files, or weights that safetensors maps, would count as a hang."""
-    vigil, path = Vigil(None, 0, 1, 600.0), tmp_path / "file"
+    watchdog, path = Watchdog(600.0, Interruption()), tmp_path / "file"
     path.write_bytes(bytes(2**16))
     written, mapped = os.open(path, os.O_RDWR), tmp_path / "mapped"
     mapped.write_bytes(bytes(2**24))
@@ -206,14 +207,14 @@ def test_a_patient_task_moves_with_what_it_writes_or_maps(tmp_path: Path) -> Non
         "works": lambda: sum(range(1000)),
         "maps": lambda: pages[2**23],
     }
-    vigil.at("saving", patient=True)
+    watchdog.mark("saving", patient=True)
     idle: list[float] = []
 
     def look() -> None:
         for _ in acts:
             asked.acquire()
             time.sleep(0.05)  # the main thread stands at the same line each time
-            idle.append(vigil._idle())
+            idle.append(watchdog.idle())
 
     asked = threading.Semaphore(0)
     looker = threading.Thread(target=look)
@@ -227,27 +228,27 @@ def test_a_patient_task_moves_with_what_it_writes_or_maps(tmp_path: Path) -> Non
     assert moved == ["begins", "writes", "reads", "maps"]
 
 
-def stand(rank: int, moves: int, doing: str = "computing", frame: str = "wait (a.py:1)") -> Stand:
-    return Stand(rank, "node", moves, 7, doing, 60.0, frame, 1)
+def beat(rank: int, marks: int, doing: str = "computing", line: str = "wait (a.py:1)") -> Heartbeat:
+    return Heartbeat(rank, "node", 1.0, marks, doing, 7, line, idle=60.0)
 
 
 def test_the_sentence_says_what_can_be_known() -> None:
-    waited = dict.fromkeys(range(64), 60.0)
-    behind = [stand(3, 20, "reading data"), stand(9, 20, "reading data")]
-    ahead = [stand(rank, 21) for rank in range(64) if rank not in (3, 9)]
-    said = describe([*ahead, *behind], behind, [], waited)
+    behind = [beat(3, 20, "reading data"), beat(9, 20, "reading data")]
+    ahead = [beat(rank, 21) for rank in range(64) if rank not in (3, 9)]
+    said = describe([*ahead, *behind], 60.0)
     assert said.startswith("step 7: rank 3 (node, in wait (a.py:1)), rank 9 (node, in wait (a.py:1)) have been reading")
-    alike = [stand(0, 20), stand(1, 20, frame="read (b.py:2)")]
-    said = describe(alike, alike, [], waited)
-    assert (
-        "which of them hangs cannot be told: rank 0 (node, in wait (a.py:1)); rank 1 (node, in read (b.py:2))" in said
+    assert not describe([*ahead, *behind], 61.0)
+    said = describe([beat(0, 20), beat(1, 20, line="read (b.py:2)")], 60.0)
+    assert "hangs cannot be told: rank 0 (node, in wait (a.py:1)); rank 1 (node, in read (b.py:2))" in said
+    assert len(describe(ahead[:60], 60.0)) < 600  # not all of them are listed
+    assert "from rank 5 (?), last told starting: stopped or gone" in describe(
+        [*ahead, Heartbeat(5, age=60, idle=60)], 60
     )
-    assert len(describe(ahead[:60], ahead[:60], [], waited)) < 600  # not all of them are listed
 
 
 def test_to_say_where_one_stands_costs_next_to_nothing() -> None:
-    vigil, count = Vigil(None, 0, 1, 600.0), 20_000
+    watchdog, count = Watchdog(600.0, Interruption()), 20_000
     started = time.process_time()
     for step in range(count):
-        vigil.at("computing", step)
+        watchdog.mark("computing", step)
     assert (time.process_time() - started) / count < 20e-6  # 0.2 us on a quiet machine

@@ -61,7 +61,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
         "tensors", "version", "images", "aspects", "yamls",
     },
     "privacy": {"models"},
-    "tracking": {"config", "privacy"},
+    "tracking": {"config", "wandb_mirror"},
+    "wandb_mirror": {"config", "privacy"},
     "store": set(),
     "digests": {"images", "store"},
     "cache": {
@@ -71,7 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "exchange": {"digests", "images"},
     "stopping": set(),
     "samples": {"cache", "config", "data", "digests", "encoders", "exchange", "images", "layout", "rows", "sampler"},
-    "vigil": set(),
+    "vigil": {"interrupt"},
     "together": {"interrupt"},
     "tokens": {
         "adapters", "cache", "conditioning", "config", "dit", "encoders", "images", "layout", "samples",

@@ -26,12 +26,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ztrain import tracking
+from tests.forge import the_forge
+from ztrain import wandb_mirror
 from ztrain.config import Config, TrackingConfig
 from ztrain.errors import InputError
 from ztrain.privacy import public_config, public_text
 from ztrain.tracking import Record
 
+pytestmark = pytest.mark.usefixtures("forge")
 ROOT = Path(__file__).resolve().parent.parent
 WANDB_KEY = "c0ffee0123456789" * 2 + "deadbeef"
 SECRETS = {"hub_token": "CANARY-in-config", "HF_TOKEN": "hf_CANARYcanaryCANARY", "WANDB_API_KEY": WANDB_KEY}
@@ -185,16 +187,20 @@ SLACK = 15.0
 # --- a training process -----------------------------------------------------------------------------------------------
 
 CHILD = """
-import json, os, sys, time
+import atexit, json, os, sys, threading, time
 from pathlib import Path
+from ztrain import wandb_mirror
 from ztrain.config import TrackingConfig
 from ztrain.errors import InputError
 from ztrain.tracking import Record
 scope = dict(globals(), folder=Path("run"))
-for line in sys.stdin:
+wandb_mirror.FLUSH_SECONDS = 0.2
+for line in open("statements"):
     began = time.monotonic()
     exec(json.loads(line), scope)
     print(time.monotonic() - began, flush=True)
+threading._shutdown()  # as at the end of every program but those of the forge
+atexit._run_exitfuncs()
 """
 
 
@@ -215,26 +221,20 @@ class Training:
 
     def __init__(self, cwd: Path, server: str) -> None:
         self.cwd, self.folder, self.environment = cwd, cwd / "run", environment_in(cwd, server)
-        with open(cwd / "stderr", "ab") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", CHILD],
-                cwd=cwd,
-                env=self.environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-            )
+        for pipe in ("statements", "answers"):
+            (cwd / pipe).unlink(missing_ok=True)
+            os.mkfifo(cwd / pipe)
+        self.process = the_forge().start(["-c", CHILD], self.environment, cwd / "answers", cwd / "stderr", cwd)
+        self.answers = open(cwd / "answers")
+        self.statements = os.fdopen(os.open(cwd / "statements", os.O_RDWR), "w")  # which waits for no reader
 
     def tell(self, statements: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(statements) + "\n")
-        self.process.stdin.flush()
+        self.statements.write(json.dumps(statements) + "\n")
+        self.statements.flush()
 
     def answer(self) -> float:
         """Seconds that the statements took."""
-        assert self.process.stdout is not None
-        seconds = self.process.stdout.readline()
+        seconds = self.answers.readline()
         assert seconds, self.said
         return float(seconds)
 
@@ -255,10 +255,10 @@ class Training:
     def end(self) -> float:
         """Seconds until the process was gone, after close()."""
         began = time.monotonic()
-        self.process.communicate(timeout=60)
-        seconds = time.monotonic() - began
-        assert self.process.returncode == 0, self.said
-        return seconds
+        self.statements.close()
+        assert self.process.wait(60) == 0, self.said
+        self.answers.close()
+        return time.monotonic() - began
 
     @property
     def said(self) -> str:
@@ -293,12 +293,8 @@ def wait_for(happened: Callable[[], Any], seconds: float) -> None:
 
 def gone(processes: list[psutil.Process], seconds: float) -> bool:
     """Whether all have ended; a zombie only waits for a parent that is not ours."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if all(not process.is_running() or process.status() == psutil.STATUS_ZOMBIE for process in processes):
-            return True
-        time.sleep(0.05)
-    return False
+    wait_for(lambda: all(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in processes), seconds)
+    return True
 
 
 def mirrored(history: list[dict[str, Any]]) -> dict[tuple[int, int], dict[str, float]]:
@@ -425,11 +421,13 @@ def test_online_it_follows_while_training_and_a_resume_continues_it(tmp_path: Pa
     wait_for(lambda: "View run" in (first.folder / "wandb" / "upload.log").read_text(), 5)
     first.do("record.log(10, {'loss': 10 / 8})")
     assert f"W&B: {server.url}/me/p/runs/" in first.said
-    time.sleep(3)  # wandb writes its file every two seconds
+    time.sleep(1)  # until wandb has written its file
     family = first.family
     assert len(family) == 3, "wandb-core, and the uploader with its own"
     first.process.kill()
-    first.process.communicate()
+    first.process.wait()
+    first.answers.close()
+    first.statements.close()
     assert gone(family, 10), "a killed training leaves nobody behind"
 
     with open(first.folder / "metrics.jsonl", "ab") as file:
@@ -478,7 +476,8 @@ RARER = {
     "refuses while closing": ("401", "late 401", "well"),
 }
 LET_IN = ("comes back", "lets in", "lets in late", "refuses while closing")
-CLOSING = 8  # seconds that close() waits for servers that take nothing
+PATIENT = (*LET_IN, "refuses")
+CLOSING = 4  # seconds that close() waits for servers that take nothing
 
 
 @pytest.mark.parametrize("plans", [OUTAGES, pytest.param(RARER, marks=pytest.mark.slow)], ids=["down", "rarer"])
@@ -486,7 +485,7 @@ def test_no_outage_holds_up_or_loses_anything(
     tmp_path: Path, serve: Any, plans: dict[str, tuple[str, str, str]]
 ) -> None:
     """All at once, because each may take the time of close(): 28 s, and here less where nothing can arrive."""
-    assert tracking._CLOSE_SECONDS == 28
+    assert wandb_mirror.CLOSE_SECONDS == 28
     servers = {name: serve(plan[0] if plan[0] != "dead" else "well") for name, plan in plans.items()}
     runs = {name: Training(tmp_path / name, server.url) for name, server in servers.items()}
 
@@ -499,12 +498,12 @@ def test_no_outage_holds_up_or_loses_anything(
 
     switch(0)
     for run in runs.values():
-        run.do("import wandb, ztrain.tracking as tracking")
+        run.do("import wandb")
     for name, run in runs.items():
-        changed = ["_SILENT_SECONDS = 1"] if name == "hangs" else []
-        changed += ["_RETRY_SECONDS = 0"] if name in ("lets in", "refuses while closing") else []
-        changed += [f"_CLOSE_SECONDS = {CLOSING}"] if name not in LET_IN else []
-        run.do("; ".join(f"tracking.{what}" for what in changed) or "pass")
+        changed = ["SILENT_SECONDS = 1"] if name == "hangs" else []
+        changed += ["RETRY_SECONDS = 0"] if name in ("lets in", "refuses while closing") else []
+        changed += [f"CLOSE_SECONDS = {CLOSING}"] if name not in PATIENT else []
+        run.do("; ".join(f"wandb_mirror.{what}" for what in changed) or "pass")
     started = {name: run.start() for name, run in runs.items()}
     for run in runs.values():
         run.do("record.log(0, {'loss': 1.0})")
@@ -517,7 +516,7 @@ def test_no_outage_holds_up_or_loses_anything(
         ("refuses while closing", lambda s: s.held.is_set()),
     ):
         if name in plans:
-            wait_for(lambda: runs[name].do("record._mirror._follow()") and happened(servers[name]), 30)  # noqa: B023
+            wait_for(lambda: runs[name].do("record.mirror.follow()") and happened(servers[name]), 30)  # noqa: B023
     for run in runs.values():
         run.do("record.log(199, {'loss': 0.0})")
     switch(2)
@@ -528,7 +527,7 @@ def test_no_outage_holds_up_or_loses_anything(
     ended = {name: run.end() for name, run in runs.items()}
 
     assert max(started.values()) < 20 and max(spent.values()) < 5
-    limits = {name: tracking._CLOSE_SECONDS if name in LET_IN else CLOSING for name in plans}
+    limits = {name: wandb_mirror.CLOSE_SECONDS if name in PATIENT else CLOSING for name in plans}
     assert all(closed[name] < limit + 2 for name, limit in limits.items()), closed
     assert max(ended.values()) < SLACK, ended
     assert not [path for server in servers.values() for path, _ in server.bodies if "otel" in path], "telemetry"
@@ -538,7 +537,7 @@ def test_no_outage_holds_up_or_loses_anything(
         complete = name in LET_IN
         assert f"the upload is {'' if complete else 'not '}complete" in run.said, name
     if refused := runs.get("refuses"):
-        assert closed["refuses"] < CLOSING - 2, "what is refused is not waited for"
+        assert closed["refuses"] < wandb_mirror.CLOSE_SECONDS - 10, "what is refused is not waited for"
         assert "returned error 401" in refused.said and "\x1b" not in refused.said
     if silent := runs.get("hangs"):
         assert silent.said.count("W&B: the server does not answer; ") == 1
@@ -557,47 +556,48 @@ def test_without_a_key_nobody_is_asked_for_one(tmp_path: Path, serve: Any) -> No
     """On a terminal, where wandb would ask."""
     server, (terminal, inside) = serve(), pty.openpty()
     script = """if True:
-        import time
+        import os, psutil, time
         from pathlib import Path
         from ztrain.config import TrackingConfig
         from ztrain.tracking import Record
+        os.dup2(os.open(os.ttyname(1), os.O_RDWR), 0)
         record = Record(Path("run"), TrackingConfig(report_to="wandb"), {}, resumed_step=None)
-        while "ERROR" not in Path("run/wandb/upload.log").read_text():
-            time.sleep(0.1)
-        time.sleep(2)
+        while any("python" in child.name() and child.status() != "zombie" for child in psutil.Process().children()):
+            time.sleep(0.1)  # the uploader
         for step in range(3):
             record.log(step, {"loss": 1.0})
         record.close(failed=False)"""
+    tty = Path(os.ttyname(inside))
     environment = environment_in(tmp_path, server.url, key="")
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, stdin=inside, stdout=inside, stderr=inside
-    )
-    os.close(inside)
-    assert process.wait(60) == 0
+    assert the_forge().start(["-c", script], environment, tty, tty, tmp_path).wait(60) == 0
     said = os.read(terminal, 65536).decode()
     os.close(terminal)
+    os.close(inside)
     assert said.count("W&B: the upload stopped (No API key configured. Use `wandb login` to log in.)") == 1
     assert "W&B: the upload is not complete (No API key" in said and len(said.splitlines()) == 2
     assert not server.bodies
 
 
-@pytest.mark.parametrize("signal", ["SIGKILL", "SIGSTOP"])
-def test_a_wandb_that_dies_or_hangs_takes_only_the_mirror_along(tmp_path: Path, serve: Any, signal: str) -> None:
-    server = serve()
-    training = Training(tmp_path, server.url)
-    training.start()
-    training.do("for step in range(10): record.log(step, {'loss': 1.0})")
-    time.sleep(3)
-    family = training.family
-    [core] = [p for p in psutil.Process(training.process.pid).children() if p.name() == "wandb-core"]
-    core.send_signal(getattr(signals, signal))
-    seconds = training.do("for step in range(10, 100): record.log(step, {'loss': 1.0})")
-    assert seconds < 5 and training.do("record.close(failed=False)") < 25 and training.end() < SLACK
-    assert gone(family, 5)
-    assert [row["step"] for row in training.rows] == list(range(100))
-    assert training.said.count("wandb failed") == 1 and "the upload is not complete" in training.said
-    training.sync(server.url)
-    assert recorded(training.rows[:10]).items() <= mirrored(*server.history.values()).items()
+def test_a_wandb_that_dies_or_hangs_takes_only_the_mirror_along(tmp_path: Path, serve: Any) -> None:
+    server = {signal: serve() for signal in (signals.SIGKILL, signals.SIGSTOP)}
+    runs = {signal: Training(tmp_path / signal.name, server[signal].url) for signal in server}
+    for run in runs.values():
+        run.do("wandb_mirror.LOCAL_SECONDS = 2")
+        run.start()
+        run.do("for step in range(10): record.log(step, {'loss': 1.0})")
+    time.sleep(1)  # until wandb has written its file
+    families = {signal: run.family for signal, run in runs.items()}
+    for signal, run in runs.items():
+        [core] = [p for p in psutil.Process(run.process.pid).children() if p.name() == "wandb-core"]
+        core.send_signal(signal)
+        assert run.do("for step in range(10, 100): record.log(step, {'loss': 1.0})") < 5
+        run.tell("record.close(failed=False)")
+    for signal, run in runs.items():
+        assert run.answer() < 25 and run.end() < SLACK and gone(families[signal], 5)
+        assert [row["step"] for row in run.rows] == list(range(100))
+        assert run.said.count("wandb failed") == 1 and "the upload is not complete" in run.said
+        run.sync(server[signal].url)
+        assert recorded(run.rows[:10]).items() <= mirrored(*server[signal].history.values()).items()
 
 
 def test_what_wandb_refuses_is_said_before_anything_is_trained(tmp_path: Path) -> None:
@@ -689,22 +689,20 @@ def test_damage_before_the_end_is_not_guessed_at(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_sentence_and_never_half_a_row(tmp_path: Path) -> None:
-    script = """if True:
-        import resource, sys
-        from pathlib import Path
-        from ztrain.config import TrackingConfig
-        from ztrain.errors import InputError
-        from ztrain.tracking import Record
-        record = Record(Path("run"), TrackingConfig(), {}, resumed_step=None)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (110, 110))
+    training = Training(tmp_path, "http://127.0.0.1:9")
+    training.do("""if True:
+        import resource
+        record = Record(folder, TrackingConfig(), {}, resumed_step=None)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (110, -1))
         try:
             for step in range(100):
                 record.log(step, {"loss": 1.0})
         except InputError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
             record.close(failed=True)
-            sys.exit(f"{step} {error}")"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    step, _, sentence = done.stderr.strip().partition(" ")
+            print(step, error, file=sys.stderr)""")
+    training.end()
+    step, _, sentence = training.said.strip().partition(" ")
     assert sentence == (
         "cannot keep the record in run/metrics.jsonl: File too large; make room there, then resume from the last"
         " checkpoint"

@@ -66,8 +66,8 @@ class Interruption:
         """Number of the signal, 0 for none."""
         self.leaving = 0
         """The signal by which this process leaves before its first step, 0 for none. Known as soon as it comes, also
-        while the main thread is stuck: the vigil tells the others."""
-        self.last_words: Callable[[int], None] | None = None
+        while the main thread is stuck: the watchdog tells the others."""
+        self.on_abort: Callable[[int], object] = int
         """Called with the exit status where the main thread cannot unwind."""
         self._when = 0.0
         self._raises = self._agrees = self._waits = False
@@ -94,9 +94,9 @@ class Interruption:
             signal.signal(number, signal.SIG_IGN if self.received == number == signal.SIGXCPU else before)
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def at_once(self, ending: Callable[[], int] = int) -> Iterator[None]:
         """Around what comes before the first step: a signal raises Stopped in this process, whatever the others do.
-        They `follow` when they hear of it.
+        They `follow` when they hear of it. `ending`: the exit status of a process that has left, 0 for none.
 
         Python runs no handler while the main thread waits in a collective: there a thread ends the process. And it
         drops what is raised in a destructor or beside a fork: there the signal comes again.
@@ -118,11 +118,11 @@ class Interruption:
         threading.Thread(target=self._end_if_stuck, args=(reading,), daemon=True).start()
         try:
             if self.received:
-                raise Stopped(self.received)
+                self._leave(self.received)
             yield
-        except Exception:  # of a collective that the others, who were told as well, have left
-            if self.received:
-                raise Stopped(self.received) from None
+        except Exception:  # of a collective that others have left by a signal, which need not come here at that time
+            if number := self.received or max(ending() - 128, 0):
+                self._leave(number)
             raise
         finally:
             self._raises = False
@@ -132,12 +132,10 @@ class Interruption:
 
     def follow(self, number: int) -> None:
         """Another process leaves by this signal before its first step: as if it had come here too. From any thread."""
-        main = threading.main_thread().ident
-        if self._raises and main is not None:
-            signal.pthread_kill(main, number)  # which also wakes it
+        if self._raises:
+            signal.pthread_kill(threading.main_thread().ident or 0, number)  # which also wakes it
 
-    def leave(self, number: int) -> NoReturn:
-        """The main thread's end by a signal that another process left by."""
+    def _leave(self, number: int) -> NoReturn:
         self.leaving = number
         raise Stopped(number)
 
@@ -160,7 +158,7 @@ class Interruption:
         finally:
             self._waits = False
         if self._raises and self.received:
-            self.leave(self.received)
+            self._leave(self.received)
 
     @property
     def asks(self) -> int:
@@ -177,8 +175,7 @@ class Interruption:
                 if self._raises_here():
                     name = signal.Signals(number[0]).name
                     os.write(2, f"\n{name}: ended without waiting any longer\n".encode())
-                    if self.last_words is not None:
-                        self.last_words(128 + number[0])
+                    self.on_abort(128 + number[0])
                     os._exit(128 + number[0])
 
     def _raises_here(self) -> bool:
@@ -193,7 +190,7 @@ class Interruption:
         self.received, self._when = number, time.monotonic()
         if self._raises:
             if not self._waits:
-                self.leave(number)
+                self._leave(number)
             return
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: finishing this step, then saving; Ctrl-C after some seconds stops at once\n".encode())
@@ -235,13 +232,14 @@ class Ending:
 
     def write_at_last(self, status: int) -> None:
         """For a process whose main thread hangs: in 2 s or not at all, as the disk may be what hangs."""
-        writer = threading.Thread(target=self._try_to_write, args=(status,), daemon=True)
+
+        def write() -> None:
+            with suppress(InputError):  # the process ends anyway, with its own last words
+                self.write(status)
+
+        writer = threading.Thread(target=write, daemon=True)
         writer.start()
         writer.join(_WRITE_SECONDS)
-
-    def _try_to_write(self, status: int) -> None:
-        with suppress(InputError):  # the process ends anyway, with its own last words
-            self.write(status)
 
 
 @contextmanager

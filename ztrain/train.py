@@ -46,7 +46,7 @@ from ztrain.strategy import KWARGS
 from ztrain.terminal import command
 from ztrain.together import together
 from ztrain.tokens import token_counts
-from ztrain.vigil import Vigil, met, watched
+from ztrain.vigil import Watchdog
 
 _COLLECTIVE_TIMEOUT = timedelta(days=30)  # vigil.py ends what hangs, and knows whether anybody still moves
 
@@ -68,18 +68,20 @@ def train(config: Config) -> Outcome:
     t = config.train
     check_statistics(config.adapters, config.encoders)
     check_environment(t, os.environ)
-    interruption, timeout = Interruption(), 60 * t.hang_timeout_minutes
+    interruption = Interruption()
+    watchdog = Watchdog(60 * t.hang_timeout_minutes, interruption)
     interruption.install()
     try:
-        with interruption.at_once(), met(timeout):
-            accelerator = start_accelerator(
-                gradient_accumulation_steps=t.gradient_accumulation_steps,
-                kwargs_handlers=[KWARGS, InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
-            )
-        with watched(accelerator.process_index, accelerator.num_processes, timeout, interruption) as vigil:
-            outcome = _train(config, accelerator, interruption, vigil)
+        with watchdog.watching():
+            with interruption.at_once():
+                accelerator = start_accelerator(
+                    gradient_accumulation_steps=t.gradient_accumulation_steps,
+                    kwargs_handlers=[KWARGS, InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
+                )
+            watchdog.join(accelerator.process_index, accelerator.num_processes)
+            outcome = _train(config, accelerator, interruption, watchdog)
             interruption.restore()
-            vigil.at("ending")
+            watchdog.mark("ending")
             # DDP first, its process group after: in another order, or left to Python's end, gloo now and then hangs or
             # aborts.
             accelerator.free_memory()
@@ -90,15 +92,14 @@ def train(config: Config) -> Outcome:
         interruption.restore()
 
 
-def _train(config: Config, accelerator: Accelerator, interruption: Interruption, vigil: Vigil) -> Outcome:
+def _train(config: Config, accelerator: Accelerator, interruption: Interruption, watchdog: Watchdog) -> Outcome:
     t, folder = config.train, Path(config.output_dir)
     with ExitStack() as held:
-        with interruption.at_once():
-            vigil.at("loading and filling the cache", patient=True)
+        with interruption.at_once(watchdog.ending):
+            watchdog.mark("loading and filling the cache", patient=True)
             resumed = enter_folder(config, accelerator, held)
             ended = held.enter_context(ending(folder, MENDABLE, writes=accelerator.is_main_process))
-            vigil.last_words = interruption.last_words = ended.write_at_last
-            held.enter_context(vigil.alike())
+            interruption.on_abort = ended.write_at_last
             run = build(config, accelerator, resumed)
             order = MicroBatches(
                 mixture=_mixture(run),
@@ -111,25 +112,27 @@ def _train(config: Config, accelerator: Accelerator, interruption: Interruption,
                 last=t.max_train_steps * t.gradient_accumulation_steps,
             )
             held.enter_context(recorded(run, resumed))
-        outcome = _loop(run, order, interruption, vigil)
+        outcome = _loop(run, order, interruption, watchdog)
         ended.status = 128 + outcome.signal if outcome.signal else 0
     return outcome
 
 
-def _loop(run: Run, order: MicroBatches, interruption: Interruption, vigil: Vigil) -> Outcome:
+def _loop(run: Run, order: MicroBatches, interruption: Interruption, watchdog: Watchdog) -> Outcome:
     config, accelerator, t = run.config, run.accelerator, run.config.train
     loader = Loader(config, run.cache, run.samples.trained, order)
     with Meter(run.step, t.max_train_steps, t.logging_steps, accelerator, interruption) as meter:
-        if run.step == 0 and (stop := _look(run, {}, interruption, vigil)):
+        if run.step == 0 and (stop := _look(run, {}, interruption, watchdog)):
             return Outcome(signal=stop)
         begun: list[tuple[int, Batch]] = []  # micro-steps since the optimizer's last step
-        for micro_step, batch in enumerate(vigil.reading(meter.timed(loader), run), start=order.first):
+        watchdog.mark("reading data", run.step + 1)
+        for micro_step, batch in enumerate(meter.timed(loader), start=order.first):
+            watchdog.mark("computing", run.step + 1)
             begun.append((micro_step, batch.to(accelerator.device)))
             with accelerator.accumulate(run.wrapped):
                 _add_gradients(run, meter, begun)
                 # Not sooner: the device computes these gradients while the step before them is looked at.
-                if meter.asked is not None and (stop := _finish_step(run, meter, interruption, vigil)):
-                    vigil.at("saving", run.step, patient=True)
+                if meter.asked is not None and (stop := _finish_step(run, meter, interruption, watchdog)):
+                    watchdog.mark("saving", run.step, patient=True)
                     return Outcome(signal=stop, checkpoint=save(run))
                 if accelerator.sync_gradients:
                     _take_step(run, meter)
@@ -137,14 +140,15 @@ def _loop(run: Run, order: MicroBatches, interruption: Interruption, vigil: Vigi
             if accelerator.sync_gradients:
                 run.step += 1
                 if run.is_looked_at() or run.strategy.steps_in_backward:
-                    stop = _finish_step(run, meter, interruption, vigil)
-                    vigil.at("saving", run.step, patient=True)
+                    stop = _finish_step(run, meter, interruption, watchdog)
+                    watchdog.mark("saving", run.step, patient=True)
                     saved = save(run) if stop or run.is_saved() else None
                     if stop:
                         return Outcome(signal=stop, checkpoint=saved)
+            watchdog.mark("reading data", run.step + 1)
     if run.step != t.max_train_steps:
         raise RuntimeError(f"the order ended at step {run.step} of {t.max_train_steps}; nothing is exported")
-    vigil.at("exporting", run.step, patient=True)
+    watchdog.mark("exporting", run.step, patient=True)
     return Outcome(exported=export(run), advice=advised(run))
 
 
@@ -171,19 +175,19 @@ def _take_step(run: Run, meter: Meter) -> None:
     run.schedule.step()
 
 
-def _finish_step(run: Run, meter: Meter, interruption: Interruption, vigil: Vigil) -> int:
+def _finish_step(run: Run, meter: Meter, interruption: Interruption, watchdog: Watchdog) -> int:
     """What follows the step that the run stands at; the signal on which all stop, or 0."""
-    vigil.at("finishing", run.step)
+    watchdog.mark("finishing", run.step)
     values, stop = meter.read()
     if run.ema is not None:
         values["ema/decay"] = run.ema.get_decay(run.ema.optimization_step)
-    return _look(run, values, interruption, vigil) or stop
+    return _look(run, values, interruption, watchdog) or stop
 
 
-def _look(run: Run, values: dict[str, float], interruption: Interruption, vigil: Vigil) -> int:
+def _look(run: Run, values: dict[str, float], interruption: Interruption, watchdog: Watchdog) -> int:
     """`after_step`, which a signal cuts short on all processes; that signal, or 0."""
     if run.is_looked_at():
-        vigil.at("validating", run.step, patient=True)
+        watchdog.mark("validating", run.step, patient=True)
     try:
         with interruption.agreed():
             after_step(run, values)

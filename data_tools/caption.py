@@ -28,16 +28,14 @@ from data_tools.replies import Reply, judge
 from data_tools.stages import Row, Run, Table, run_stage
 from data_tools.step import main_of_options
 from ztrain.errors import InputError
-from ztrain.yamls import PathText
+from ztrain.yamls import PathText, Strict
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 """Of a repository: weights, settings, chat template, vocabulary in any of its forms."""
 
 
-class Asking(pydantic.BaseModel):
+class Asking(Strict):
     """How pictures are asked about."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""

@@ -19,13 +19,11 @@ from data_tools.pair import PairRules
 from data_tools.scan import ScanRules
 from data_tools.split import SplitRules
 from data_tools.walk import Links
-from ztrain.yamls import PathText, load_yaml, parse
+from ztrain.yamls import PathText, Strict, load_yaml, parse
 
 
-class BuildConfig(pydantic.BaseModel):
+class BuildConfig(Strict):
     """What a build makes of which pictures. Paths are relative to the config file."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
     sources: Annotated[list[PathText], pydantic.Field(min_length=1)]
     """Folders, tars, Parquet files, hub:owner/name@revision."""

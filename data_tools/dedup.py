@@ -28,12 +28,11 @@ from data_tools.names import style_of
 from data_tools.stages import Run, Table, attach
 from data_tools.step import main_of_options
 from ztrain.errors import InputError
+from ztrain.yamls import Strict
 
 
-class DedupRules(pydantic.BaseModel):
+class DedupRules(Strict):
     """What counts as a copy."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
     mirrored: bool = False
     """Whether a picture's mirror image is a copy of it."""

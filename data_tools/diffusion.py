@@ -30,16 +30,15 @@ from ztrain.models import (
     read_json,
     require_loaded,
 )
+from ztrain.yamls import Strict
 
 _ADAPTER = "style"  # what the pipeline calls the LoRA of the style in hand
 _WEIGHT_KINDS = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja"})
 _Number = TypeVar("_Number", int, float)
 
 
-class RenderSettings(pydantic.BaseModel):
+class RenderSettings(Strict, allow_inf_nan=False):
     """What decides all pictures beside their style and content."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     pipeline: str
     """Name, without the path of this machine."""

@@ -20,13 +20,11 @@ from PIL import Image
 from data_tools.model_stage import ModelStage
 from data_tools.stages import Row, Run, Table, run_stage
 from data_tools.step import main_of_options
-from ztrain.yamls import PathText
+from ztrain.yamls import PathText, Strict
 
 
-class EmbedSettings(pydantic.BaseModel):
+class EmbedSettings(Strict):
     """Which model, and what its column is called."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
     model: PathText
     """Folder or Hub id of a vision model with its image processor."""

@@ -17,12 +17,11 @@ import pydantic
 from data_tools.stages import Row, Run, Table, run_stage
 from data_tools.step import main_of_options
 from ztrain.errors import InputError
+from ztrain.yamls import Strict
 
 
-class FilterRules(pydantic.BaseModel):
+class FilterRules(Strict):
     """Limits; None sets none. See data_tools.quality for what the numbers mean."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
     min_pixels: Annotated[int, pydantic.Field(ge=1)] | None = None
     """Width times height."""

@@ -19,19 +19,17 @@ from ztrain.csvs import Row, read_table
 from ztrain.errors import InputError
 from ztrain.forms import Matches, matched, one_form
 from ztrain.rows import check_text
-from ztrain.yamls import PathText
+from ztrain.yamls import PathText, Strict
 
 _NEEDED, _SPLIT = ("reference", "target", "prompt"), "split"
 _RESERVED = ("way", "copy_score")
 
 
-class PairTable(pydantic.BaseModel):
+class PairTable(Strict):
     """A table with one row per triplet: reference (several joined by "|"), target, prompt and perhaps split; CSV, or
     JSONL with the same keys (several references as a list). Paths may have the backslashes of Windows. Further columns
     travel with the row. Where no row names a split, data_tools.split divides them; where some do, the others are for
     train."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
     table: PathText
     """.csv, .tsv or .jsonl, relative to the config file. Pictures are named as in their source, or source/name."""
@@ -104,10 +102,8 @@ class PairTable(pydantic.BaseModel):
                     max_copy_score=self.max_copy_score)  # fmt: skip
 
 
-class BeforeAfter(pydantic.BaseModel):
+class BeforeAfter(Strict):
     """Two folders with pictures of the same names: what an edit was made of, and what came of it."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
     before: str = "before"
     """Folder of the references, as names in a source begin."""

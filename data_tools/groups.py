@@ -19,12 +19,10 @@ from data_tools.triplets import Item, Scanned
 from ztrain.csvs import cell, read_rows
 from ztrain.errors import InputError
 from ztrain.forms import matched, one_form
-from ztrain.yamls import PathText
+from ztrain.yamls import PathText, Strict
 
 
-class _Way(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class _Way(Strict):
     def tables(self, folder: Path) -> list[Path]:
         """Files that say more than the pictures, read and checked. Raises InputError."""
         return []

@@ -22,6 +22,7 @@ from data_tools.stages import Run, Table
 from data_tools.step import main_of_section
 from data_tools.triplets import PROMPTS, Item, write_rows
 from ztrain.errors import InputError
+from ztrain.yamls import Strict
 
 _RULES = 2
 _NO_WAYS = ("keep_copies", "captions", "further_captions")
@@ -37,10 +38,8 @@ class Way(Protocol):
         """Raises InputError."""
 
 
-class LabelRules(pydantic.BaseModel):
+class LabelRules(Strict):
     """Ways of labelling; each that is given adds its items."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
     styles: StyleFolders | None = None
     clusters: StyleClusters | None = None

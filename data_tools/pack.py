@@ -39,6 +39,7 @@ from ztrain.images import Picture
 from ztrain.rows import Triplet
 from ztrain.tars import FORMAT_VERSION, PACK_MANIFEST_NAME
 from ztrain.terminal import program
+from ztrain.yamls import Strict
 
 SUMS_NAME, CARD_NAME = "SHA256SUMS", "README.md"
 _RULES = 3  # part of the fingerprint: raise it when the same inputs come to give other files
@@ -46,10 +47,8 @@ _NAMED = 100  # pictures and folders that were passed by, in a manifest; left_ou
 _LICENCES = ("LICENSES.md", "LICENSE.md", "LICENSE.txt", "LICENSE")
 
 
-class PackRules(pydantic.BaseModel):
+class PackRules(Strict):
     """What the data set is written as."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
     format: Literal["imagefolder", "webdataset", "parquet"] = "imagefolder"
     """imagefolder: pictures and metadata.jsonl. webdataset: tars of <key>.json, .reference.<n>.<ext> and .target.<ext>.

@@ -34,6 +34,7 @@ from ztrain.images import (
     pick_bucket,
     target_buckets,
 )
+from ztrain.yamls import Strict
 
 _RULES = 2
 _AT_A_TIME = 1024
@@ -41,10 +42,8 @@ _Found = tuple[Item, Sequence[Scanned], dict[str, Any]]
 """A target, its references, and columns that these add."""
 
 
-class TargetRules(pydantic.BaseModel):
+class TargetRules(Strict):
     """What training will ask of targets, by the keys that the section `data` of its config has."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
     resolution: int = pydantic.Field(ge=32, multiple_of=IMAGE_MULTIPLE)
     """Side in pixels of a square target."""
@@ -57,10 +56,8 @@ class TargetRules(pydantic.BaseModel):
     """How many times its own width and height a target may be enlarged."""
 
 
-class PairRules(pydantic.BaseModel):
+class PairRules(Strict):
     """How many triplets, and of what."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
     references_per_triplet: int = pydantic.Field(default=1, ge=1)
     """Reference pictures in each triplet of a group, all of them different. A target whose group has fewer is left out

@@ -30,12 +30,11 @@ from data_tools.walk import Links
 from ztrain.errors import InputError
 from ztrain.images import decode_image
 from ztrain.terminal import program
+from ztrain.yamls import Strict
 
 
-class ScanRules(pydantic.BaseModel):
+class ScanRules(Strict):
     """What a picture must be to be used at all."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
     min_side: int = pydantic.Field(default=64, ge=1)
     """Smallest short side in pixels, upright; 1 takes all."""

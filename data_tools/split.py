@@ -28,15 +28,14 @@ from data_tools.step import count_splits, main_of_section
 from data_tools.triplets import Item, Pairing, read_items, read_left_out, write_rows
 from ztrain.errors import InputError
 from ztrain.forms import folded
+from ztrain.yamls import Strict
 
 _RULES = 1
 Tie = Literal["copies", "content", "style"]
 
 
-class SplitRules(pydantic.BaseModel):
+class SplitRules(Strict):
     """How large splits are, and what no two of them share."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
     shares: dict[str, float] = {"train": 0.95, "validation": 0.05}
     """Split -> share of the items that have none yet; they are divided by the shares' sum."""

@@ -23,7 +23,7 @@ from ztrain.files import read_bytes
 from ztrain.images import Picture, image_size, read_picture
 from ztrain.rows import Triplet, listed, parse_object
 from ztrain.tars import PACK_MANIFEST_NAME
-from ztrain.yamls import describe_errors
+from ztrain.yamls import Strict, describe_errors
 
 SUREST_SHARE = 0.1
 """Of the chosen rows: those with the highest copy scores of all."""
@@ -36,10 +36,8 @@ _SPLITS = (  # in the order of ztrain.data
 )
 
 
-class Manifest(pydantic.BaseModel):
+class Manifest(Strict, extra="ignore"):
     """What the page shows of `manifest.json`; its other keys are none of its business."""
-
-    model_config = pydantic.ConfigDict(extra="ignore", strict=True, frozen=True)
 
     fingerprint: str | None = None
     """Of all that decides the data set."""
@@ -55,10 +53,8 @@ class Manifest(pydantic.BaseModel):
     """Names of files."""
 
 
-class RefusedFile(pydantic.BaseModel):
+class RefusedFile(Strict, extra="ignore"):
     """A row of `left_out.jsonl`, or something that cannot be read now."""
-
-    model_config = pydantic.ConfigDict(extra="ignore", strict=True, frozen=True)
 
     name: str
     """Of the file, as its stage calls it."""

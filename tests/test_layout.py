@@ -111,7 +111,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "from_checkpoint": {"checkpoint", "config", "dit", "export", "models", "resolve", "run"},
     "origin": {"adapters", "checkpoint", "config", "export", "model", "models", "yamls"},
     "grid": set(),
-    "intervals": set(),
+    "intervals": {"yamls"},
     "features": {"encoders", "models", "tensors"},
     "comparison": {"intervals", "rows", "yamls"},
     "lineup": {

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
 
 from ztrain import checkpoint
 from ztrain.aspects import output_size
@@ -42,7 +41,7 @@ from ztrain.rows import parse_object
 from ztrain.studio import Studio
 from ztrain.tars import PACK_MANIFEST_NAME
 from ztrain.version import VERSION
-from ztrain.yamls import dump_yaml, parse
+from ztrain.yamls import Strict, dump_yaml, parse
 
 SHEET_NAME = "compare.png"
 _ROWS_SHOWN = 16  # of the sheet; the report shows all
@@ -285,10 +284,9 @@ def _conditions(config: Config, studio: Studio, verdicts: Verdicts) -> dict[str,
     return found
 
 
-class _Manifest(BaseModel):
+class _Manifest(Strict, extra="ignore"):
     """What is shown of a data set's manifest; it holds more."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
     fingerprint: str | None = None
     triplets: dict[str, int] | None = None
     licences: list[str] | None = None

@@ -18,7 +18,7 @@ from ztrain.errors import InputError
 from ztrain.files import read_bytes, write_json, write_text
 from ztrain.intervals import Interval
 from ztrain.rows import parse_object
-from ztrain.yamls import describe_errors
+from ztrain.yamls import Strict, describe_errors
 
 FILE_NAME = "comparison.json"
 BEST_NAME = "best.json"
@@ -34,11 +34,7 @@ Verdict = Literal["better", "worse", "undecided", "none"]
 Role = Literal["none", "splice", "adapter", "control", "checkpoint", "setting"]
 
 
-class _Part(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Column(_Part):
+class Column(Strict):
     """A list of adapters and how it was sampled."""
 
     name: str
@@ -64,7 +60,7 @@ class Column(_Part):
     """That were trained."""
 
 
-class Row(_Part):
+class Row(Strict):
     """A prompt with its references."""
 
     prompt: str
@@ -82,7 +78,7 @@ class Row(_Part):
     """S numbers: `ztrain sample --seed` starts from the same noise."""
 
 
-class Model(_Part):
+class Model(Strict):
     """Who judged."""
 
     name: str
@@ -98,7 +94,7 @@ class Difference(Interval):
     """By the metric's direction, where the interval excludes 0; none: it has no direction, or no interval."""
 
 
-class Metric(_Part):
+class Metric(Strict):
     """One score of every picture (or of a whole column), with what it means."""
 
     name: str
@@ -120,7 +116,7 @@ class Metric(_Part):
     """C: to the baseline, whose own is None."""
 
 
-class Choice(_Part):
+class Choice(Strict):
     """The best column, by a rule that was fixed before."""
 
     column: int | None
@@ -131,7 +127,7 @@ class Choice(_Part):
     """A sentence: what it has, or why there is none."""
 
 
-class Comparison(_Part):
+class Comparison(Strict):
     """All of it."""
 
     format_version: Literal[1] = 1

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ztrain.adapters import AnyAdapterConfig, describe_list
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.images import IMAGE_MULTIPLE, SmallTargets
 from ztrain.overrides import lay_over
-from ztrain.yamls import PathText, load_yaml, merge, parse
+from ztrain.yamls import PathText, Strict, load_yaml, merge, parse
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+class _Section(Strict, allow_inf_nan=False):
+    """Of a config: no number in it is infinite."""
 
 
 class ModelConfig(_Section):

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -42,7 +41,7 @@ from ztrain.sample import Picture, released_or, sample_all
 from ztrain.tensors import read_tensors
 from ztrain.version import VERSION
 from ztrain.vision_language import SplicedModel
-from ztrain.yamls import parse
+from ztrain.yamls import Strict, parse
 
 CONFIG_FILE = "adapter_config.json"
 CARD_FILE = "README.md"
@@ -216,10 +215,8 @@ def _model_card(config: Config, document: dict[str, Any]) -> str:
     )
 
 
-class _Part(BaseModel):
+class _Part(Strict, extra="allow"):
     """What a reader needs; a later version may write more."""
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
 
 class _Hashes(_Part):

@@ -15,11 +15,11 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
 from ztrain.errors import InputError
+from ztrain.yamls import Strict
 
 Groups: TypeAlias = Tensor | Sequence[Hashable]
 """One name or number for each triplet; equal ones are resampled together."""
@@ -27,11 +27,9 @@ Groups: TypeAlias = Tensor | Sequence[Hashable]
 _DRAWS_AT_ONCE = 1 << 22  # resampled entries held at a time: 32 MiB of indices
 
 
-class Interval(BaseModel):
+class Interval(Strict):
     """A mean over `count` triplets (those that could tell) and its interval; `low` and `high` are None where there are
     too few triplets or groups for one."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     mean: float
     low: float | None = None

@@ -47,6 +47,12 @@ _MAX_VALUE_LENGTH = 80
 ModelT = TypeVar("ModelT", bound=pydantic.BaseModel)
 
 
+class Strict(pydantic.BaseModel):
+    """Settings, or a document: keys are known, values have their fields' own types, and nothing changes later."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
 class _Document:
     """One document as plain values, made event by event, so that nothing is built beyond the limits.
 

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from ztrain.conditioning import Conditioning, Encoded
+from ztrain.yamls import Strict
 
 Reads = frozenset[str]
 """Names of the `Encoded` states that an adapter reads besides the text: reference, fused, siglip, omni."""
@@ -22,10 +23,8 @@ MAX_WIDTH = 65_536
 """Of any matrix that settings ask for: a number from a hostile file must not take all memory."""
 
 
-class AdapterConfig(BaseModel):
+class AdapterConfig(Strict):
     """Settings of one adapter. `composes_reference`: it decides how text and reference states become one caption."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     composes_reference: ClassVar[bool] = False
     acts_without_reference: ClassVar[bool] = False

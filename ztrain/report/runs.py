@@ -21,7 +21,7 @@ from ztrain.files import read_bytes
 from ztrain.privacy import public_config, public_text
 from ztrain.rows import parse_object
 from ztrain.version import VERSION
-from ztrain.yamls import describe_errors, dump_yaml, load_yaml
+from ztrain.yamls import Strict, describe_errors, dump_yaml, load_yaml
 
 METRICS = "metrics.jsonl"
 _BASE = {"no_image": ("no image", "none"), "splice": ("splice", "splice")}
@@ -31,10 +31,8 @@ _KEY = "key.json"
 Scalar = bool | int | float | str | None
 
 
-class _Part(pydantic.BaseModel):
+class _Part(Strict, extra="allow"):
     """What a report reads of a run's config.yaml, whatever version wrote it; the rest is only shown."""
-
-    model_config = pydantic.ConfigDict(extra="allow", strict=True, frozen=True)
 
 
 class _Base(_Part):

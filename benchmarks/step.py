@@ -47,9 +47,8 @@ from ztrain.blocks import slow_because, use_fast_blocks, use_stock_blocks
 from ztrain.conditioning import IMAGE, Encoded, TokenStates
 from ztrain.dit import PATCH, REAL_CONFIG, Keeping
 from ztrain.graphs import Replays
-from ztrain.memory import Budget, Sizes, available_bytes, measure, use_growing_segments
+from ztrain.memory import REPLAYED_TOKENS, Budget, Sizes, available_bytes, measure, use_growing_segments
 from ztrain.model import AdaptedDiT
-from ztrain.tune import REPLAYED_TOKENS
 
 _CARD_GIB = 24.0
 RESULTS = Path(__file__).parent / "results"

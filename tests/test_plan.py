@@ -13,7 +13,7 @@ from torch import distributed
 
 from benchmarks import cards as page
 from benchmarks.cards import counted_of
-from ztrain import expected, memory, tune
+from ztrain import expected
 from ztrain.adapters import build_adapters
 from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.splice import SpliceConfig
@@ -21,15 +21,15 @@ from ztrain.block import Keep
 from ztrain.cards import CARDS
 from ztrain.cli import main
 from ztrain.config import Config, load_config
-from ztrain.dit import load_transformer
+from ztrain.dit import BLOCK, load_transformer
 from ztrain.encoders import siglip_width
 from ztrain.errors import InputError
 from ztrain.expected import Tokens, flops, flops_again
-from ztrain.footprint import GIB, LIVE, PERSISTENCE, REDUCE_BUCKET, WRAPPED, Cut, count, standing
+from ztrain.footprint import LIVE, PERSISTENCE, REDUCE_BUCKET, Cut, count, standing
+from ztrain.memory import BUCKET_MIB, GIB, RESERVE
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source
 from ztrain.plan import plan, render, verdict
-from ztrain.strategy import KWARGS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -127,7 +127,7 @@ def test_bytes_are_those_of_a_built_model_and_of_fsdp2_itself(name: str, four_ra
     assert parts("zero3", 4)["frozen base"] == whole[False]
 
     mesh = init_device_mesh("cpu", (4,))
-    for module in [module for module in model.modules() if type(module).__name__ == WRAPPED]:
+    for module in [module for module in model.modules() if type(module).__name__ == BLOCK]:
         fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     local = {wants: 0 for wants in (False, True)}
@@ -174,7 +174,7 @@ def test_the_constants_are_those_of_the_committed_results() -> None:
         told.setdefault(kind, []).append(everything / width)
         for name, value in {"nothing": nothing, "costly": costly, "products": products}.items():
             told.setdefault(name, []).append(value / width)
-        told.setdefault("other", []).append(24 * (1 - expected.NOT_PLANNED) - there - may)
+        told.setdefault("other", []).append(24 * (1 - RESERVE) - there - may)
     mean = {name: statistics.mean(values) for name, values in told.items()}
     for keep in Keep:
         assert expected.WIDTHS[keep] == pytest.approx(mean[keep.name.lower()], abs=0.01)
@@ -194,12 +194,6 @@ def test_the_constants_are_those_of_the_committed_results() -> None:
     assert 1 - elsewhere / sum(kernels.values()) == pytest.approx(expected.BOUND_BY_MEMORY, abs=0.001)
     stepping = rows["siglip_1024_b1_24gib"]["kernels"]["optimizer"] / 1e3 / 358_358_144
     assert pytest.approx(stepping, rel=0.01) == expected.OPTIMIZER
-
-
-def test_the_constants_of_a_run_are_those_of_its_modules() -> None:
-    assert expected.REPLAYED_TOKENS == tune.REPLAYED_TOKENS
-    assert (expected.NOT_PLANNED, expected.IDLE) == (memory._RESERVE, tune._IDLE)
-    assert KWARGS.bucket_cap_mb * 2**20 == expected.BUCKET_BYTES
 
 
 # --- against what was measured ----------------------------------------------------------------------------------------
@@ -335,7 +329,7 @@ def test_what_is_sent_and_what_hides_it() -> None:
     )
     assert siglip.sent_gb == pytest.approx(4 * 358_358_144 / 1e9)
     assert lora.sent_gb == pytest.approx(4 * 70_041_600 / 1e9)
-    for made, last_gb in ((siglip, siglip.sent_gb), (lora, KWARGS.bucket_cap_mb * 2**20 / 1e9)):
+    for made, last_gb in ((siglip, siglip.sent_gb), (lora, BUCKET_MIB * 2**20 / 1e9)):
         assert made.step == pytest.approx(made.computing + waiting + last_gb / (450 * expected.LINK_SHARE))
     assert ("NCCL", expected.COLLECTIVES_GIB) in [(name, gib) for name, gib, _ in lora.parts]
     assert "NCCL" not in [name for name, _, _ in plan(real("lora"), counted=counted_of("lora")).parts]

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ztrain.adapters import AnyAdapterConfig, describe_list
 from ztrain.adapters.splice import SpliceConfig
-from ztrain.images import IMAGE_MULTIPLE, SmallTargets
+from ztrain.images import IMAGE_MULTIPLE, SmallTargets, check_reference
 from ztrain.overrides import lay_over
 from ztrain.yamls import PathText, Strict, load_yaml, merge, parse
 
@@ -126,6 +126,15 @@ class DataConfig(_Section):
         if self.reference_mirror and self.reference_variants == 1:
             raise ValueError("reference_mirror true needs reference_variants of at least 2, as only parts are mirrored")
         return self
+
+    @property
+    def square_tokens(self) -> int:
+        """Of a square target."""
+        return (self.resolution // IMAGE_MULTIPLE) ** 2
+
+    def check_reference(self, size: tuple[int, int], name: str) -> None:
+        """Of (width, height). Raises InputError, starting with `name`, for one that carries no look."""
+        check_reference(size, name, min_side=self.reference_min_side, max_aspect=self.reference_max_aspect)
 
 
 class CacheConfig(_Section):

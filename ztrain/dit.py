@@ -31,6 +31,8 @@ PATCH = 2  # all_patch_size of the released transformer/config.json
 REAL_CONFIG: dict[str, Any] = {"axes_lens": [1536, 512, 512]}
 """Constructor arguments of the released transformer that differ from diffusers' defaults (Z-Image/src/config)."""
 
+BLOCK = "ZImageTransformerBlock"
+"""The class of all its blocks, which FSDP2 gathers one by one (configs/accelerate/fsdp2.yaml)."""
 
 Samples: TypeAlias = Sequence[Tensor] | Tensor
 """B x (C, H, W): a list, whose sizes may differ, or one tensor (B, C, H, W)."""

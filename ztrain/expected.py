@@ -15,7 +15,7 @@ from ztrain.cards import CARDS, Card
 from ztrain.config import Config
 from ztrain.footprint import REDUCE_BUCKET, Counted, Cut, Strategy, Weight, base_bytes, in_main
 from ztrain.layout import padded
-from ztrain.memory import GIB, Budget, Line, Sizes
+from ztrain.memory import BUCKET_MIB, GIB, IDLE, REPLAYED_TOKENS, RESERVE, Budget, Line, Sizes
 
 RATE = 487.5382e12
 """FLOP/s of a step with everything kept: rate_tflops of cost_nvidia_h200.json."""
@@ -47,13 +47,6 @@ WAITING: dict[Strategy, float] = {"one_gpu": 0.0, "ddp": 0.003, "fsdp2": 0.044, 
 exposed_ms in the rows that send by turns, less the sums that nothing hides; the others: ms with nothing kept less what
 is computed here; means of [lora] and [siglip]. zero3, whose blocks are not compiled, waits for its host: of [siglip],
 since [lora]'s steps took 666 to 973 ms in three calls. On all other cards, and on more of them, as much: assumed."""
-BUCKET_BYTES = 50 * 2**20
-"""Of DDP's sums: bucket_cap_mb of ztrain.strategy.KWARGS."""
-REPLAYED_TOKENS = 2560
-"""ztrain.tune.REPLAYED_TOKENS: a batch of fewer runs as a CUDA graph on one card, which takes its memory twice."""
-NOT_PLANNED, IDLE = 0.015, 0.15
-"""Shares that are left: ztrain.memory's _RESERVE of a card, ztrain.tune's _IDLE of what activations may take, where
-there are several processes."""
 PROMPT_TOKENS = 128
 """Of a prompt with its chat turn: assumed, as in benchmarks/step.py; the most is encoders.max_sequence_length."""
 SIGLIP_TOKENS = 256
@@ -80,7 +73,7 @@ class Tokens:
         """A square target, a prompt of PROMPT_TOKENS, one reference of the largest size where the list reads it."""
         reference = config.encoders.max_reference_pixels // 1024 + 2 if config.reads & {"reference", "fused"} else 0
         siglip = SIGLIP_TOKENS if "siglip" in config.reads else 0
-        return cls(padded((config.data.resolution // 16) ** 2), padded(PROMPT_TOKENS + reference), siglip)
+        return cls(padded(config.data.square_tokens), padded(PROMPT_TOKENS + reference), siglip)
 
 
 def sizes(counted: Counted, config: Config) -> Sizes:
@@ -186,7 +179,9 @@ def traffic(counted: Counted, config: Config, cut: Cut) -> Traffic:
         case "one_gpu":
             return Traffic(0.0, 0.0)
         case "ddp":
-            return Traffic(2 * share * trained / steps, 2 * share * (outside + min(in_main, BUCKET_BYTES)) / steps)
+            return Traffic(
+                2 * share * trained / steps, 2 * share * (outside + min(in_main, 2**20 * BUCKET_MIB)) / steps
+            )
         case "zero2":
             gathered = share * trained / steps
             return Traffic(share * trained + gathered, share * (outside + min(in_main, 4 * REDUCE_BUCKET)) + gathered)
@@ -203,7 +198,7 @@ def step_seconds(computing: float, sent: Traffic, link_gb_s: float, waiting: flo
 
 def available_bytes(gib: float, standing: float) -> float:
     """For activations, on a card of so many GiB with so many bytes standing on it."""
-    return gib * GIB * (1 - NOT_PLANNED) - OTHER_GIB * GIB - standing
+    return gib * GIB * (1 - RESERVE) - OTHER_GIB * GIB - standing
 
 
 STRATEGIES: dict[Strategy, str] = {

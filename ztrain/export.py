@@ -34,7 +34,7 @@ from ztrain.config import (
 from ztrain.encoders import Encoders, LatentCodec, SiglipEncoder, TextEncoder
 from ztrain.errors import InputError
 from ztrain.files import cannot_write, new_folder, read_bytes
-from ztrain.images import Bucket, as_rgb, check_reference, fit_target
+from ztrain.images import Bucket, as_rgb, fit_target
 from ztrain.model import AdaptedDiT
 from ztrain.models import QUANTISED, BaseDefaults, Source, defaults_for, identity, public_name, read_json
 from ztrain.sample import Picture, released_or, sample_all
@@ -436,10 +436,8 @@ class AdaptedPipeline:
 def _references(given: Image.Image | Sequence[Image.Image] | None) -> list[Image.Image]:
     """Pictures in memory as training prepares those of files."""
     images = [as_rgb(image) for image in ([given] if isinstance(given, Image.Image) else given or [])]
-    limits = DataConfig()
     for image in images:
-        min_side, max_aspect = limits.reference_min_side, limits.reference_max_aspect
-        check_reference(image.size, "the given reference", min_side=min_side, max_aspect=max_aspect)
+        DataConfig().check_reference(image.size, "the given reference")
     return images
 
 

@@ -13,20 +13,18 @@ import torch
 
 from ztrain.adapters import build_adapters, describe_list
 from ztrain.config import Config
-from ztrain.dit import REAL_CONFIG
+from ztrain.dit import BLOCK, REAL_CONFIG
 from ztrain.encoders import siglip_width
 from ztrain.errors import InputError
+from ztrain.memory import MOMENTS_BYTES
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, explained, read_json
 
-GIB = 2**30
 Strategy = Literal["one_gpu", "ddp", "fsdp2", "zero2", "zero3"]
 Known = Literal["counted", "from measured constants", "by the library's rule"]
 
 SIGLIP_WIDTH = 1152
 """Of google/siglip2-so400m-patch16-naflex (zimage_facts.md 1.1), where models.siglip is not a folder here."""
-WRAPPED = "ZImageTransformerBlock"
-"""The class that FSDP2 puts together one by one (configs/accelerate/fsdp2.yaml)."""
 REDUCE_BUCKET = 20_000_000
 """Numbers; reduce_bucket_size of configs/deepspeed/*.json. ZeRO makes it whole, however little is trained, and with
 overlap_comm ZeRO-2 makes two (deepspeed/runtime/zero/stage_1_and_2.py, backward: ipg_buffer)."""
@@ -35,7 +33,6 @@ PERSISTENCE = 14_000_000
 LIVE = 400_000_000
 """Numbers that ZeRO-3 may hold put together at a time: stage3_max_live_parameters of configs/deepspeed/zero3.json. A
 block has 181 million: one is computed while the next comes."""
-_MOMENTS = {"adamw": 8, "adamw_8bit": 2}  # bytes for each trained number
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +110,7 @@ def count(config: Config) -> Counted:
 
 
 def _weights(model: AdaptedDiT) -> Sequence[Weight]:
-    blocks = [name for name, module in model.named_modules() if type(module).__name__ == WRAPPED]
+    blocks = [name for name, module in model.named_modules() if type(module).__name__ == BLOCK]
 
     def holder(name: str) -> str:
         return next((block for block in blocks if name.startswith(f"{block}.")), "")
@@ -169,7 +166,7 @@ def standing(counted: Counted, config: Config, cut: Cut) -> list[Part]:
         Part("frozen base", of_base * sum(cut.base(w) for w in frozen), "counted"),
         Part("trained weights", held + (4 * states if is_zero else 0), "counted"),
         Part("gradients", 4 * states, "counted"),
-        Part("optimizer moments", _MOMENTS[config.train.optimizer] * states, "counted"),
+        Part("optimizer moments", MOMENTS_BYTES[config.train.optimizer] * states, "counted"),
         Part("moving average", held if config.train.ema_decay else 0, "counted"),
         Part("put together or on the way", _working(counted, cut, of_base), "by the library's rule"),
     ]

@@ -20,7 +20,7 @@ from ztrain.errors import InputError
 from ztrain.exchange import Case
 from ztrain.export import CONFIG_FILE, ExportedAdapter, read_adapter
 from ztrain.files import read_text
-from ztrain.images import Picture, PictureFile, check_reference
+from ztrain.images import Picture, PictureFile
 from ztrain.rows import check_text
 from ztrain.sampler import spread
 from ztrain.stats import check_statistics
@@ -123,12 +123,7 @@ def _known(pictures: Sequence[Picture], config: Config, digests: Digests) -> lis
     for known in found:
         if isinstance(known, InputError):
             raise known
-        check_reference(
-            (known.width, known.height),
-            known.name,
-            min_side=config.data.reference_min_side,
-            max_aspect=config.data.reference_max_aspect,
-        )
+        config.data.check_reference((known.width, known.height), known.name)
     return [known for known in found if isinstance(known, Known)]
 
 

@@ -18,8 +18,18 @@ from ztrain.block import Keep
 from ztrain.errors import InputError
 
 GIB = 2**30
-_RESERVE = 0.015
+RESERVE = 0.015
 """Share of the budget that is never planned with: what the allocator cannot use between tensors of mixed sizes."""
+IDLE = 0.15
+"""Of what activations may take, where a step cannot be computed again with less kept, because other processes would
+wait: memory that lies idle between tensors. An H200 lost 0.125 of it where a run of mixed sizes had 9.9 GiB."""
+REPLAYED_TOKENS = 2560
+"""Of a batch: about where an H200 takes as long for a step as its host. One of fewer runs as a CUDA graph on one card,
+which takes its memory twice."""
+MOMENTS_BYTES = {"adamw": 8, "adamw_8bit": 2}
+"""Of each trained number, by optimizer."""
+BUCKET_MIB = 50
+"""Of gradients that DDP sums at a time."""
 _MEASURED = 6
 """Blocks that keep more than nothing while it is measured what they keep."""
 _WITHHELD = 0.04
@@ -181,7 +191,7 @@ def available_bytes(device: torch.device, budget_gib: float | None, pending: int
                 f" are free on {device}; lower it, or leave it out to take what is there"
             )
         torch.cuda.set_per_process_memory_fraction(whole / total, device.index or torch.cuda.current_device())
-    return whole * (1 - _RESERVE) - allocated - pending
+    return whole * (1 - RESERVE) - allocated - pending
 
 
 def idle_bytes(device: torch.device) -> float:

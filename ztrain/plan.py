@@ -28,8 +28,9 @@ from ztrain.expected import (
     step_seconds,
     traffic,
 )
-from ztrain.footprint import GIB, Counted, Cut, Part, Strategy, count, standing
+from ztrain.footprint import Counted, Cut, Part, Strategy, count, standing
 from ztrain.limits import refusal
+from ztrain.memory import GIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

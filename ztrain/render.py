@@ -33,8 +33,8 @@ from ztrain.encoders import Encoders, LatentCodec, check_weights
 from ztrain.errors import InputError
 from ztrain.export import ExportedAdapter, Identities, adapt, check_identity, encoder_identities, read_adapter
 from ztrain.files import append_line, as_text
-from ztrain.grid import draw_grid
-from ztrain.images import Bucket, check_reference, fit_target, open_image
+from ztrain.grid import CELL, draw_grid
+from ztrain.images import Bucket, fit_target, open_image
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype, identity
 from ztrain.sample import Picture, SampleSettings, released_or, sample_all
@@ -43,7 +43,6 @@ from ztrain.version import VERSION
 
 SHEET, NOTES = "sheet.png", "pictures.jsonl"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_CELL = 192  # pixels of a sheet's cells
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,9 +194,7 @@ def _references(config: Config, order: Order, adapters: Sequence[Any]) -> list[I
         check_weights(order.weights, len(order.references))
     images = [open_image(path) for path in order.references]
     for image, path in zip(images, order.references, strict=True):
-        check_reference(
-            image.size, str(path), min_side=config.data.reference_min_side, max_aspect=config.data.reference_max_aspect
-        )
+        config.data.check_reference(image.size, str(path))
     if images and not list_reads(adapters):
         print(f"{describe_list(list(adapters))} reads no reference: --reference changes nothing", flush=True)
     return images
@@ -321,7 +318,7 @@ def _draw_sheet(order: Order, planned: Sequence[Planned]) -> None:
     rows: dict[tuple[int, str], list[Image.Image]] = {}
     for each in planned:
         with Image.open(each.path) as picture:
-            picture.thumbnail((_CELL, _CELL), Image.Resampling.LANCZOS)
+            picture.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
             rows.setdefault((each.prompt, each.shape), []).append(picture.copy())
     labels = [f"seed {seed}" for seed in dict.fromkeys(each.seed for each in planned)]
     captions = [f"{shape.replace('x', ':')}  {order.prompts[prompt]}" for prompt, shape in rows]

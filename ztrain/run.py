@@ -127,7 +127,7 @@ def sigma_density(config: Config, scheduler_shift: float) -> SigmaDensity:
         case "scheduler":
             shift = scheduler_shift
         case "resolution":
-            shift = resolution_shift((config.data.resolution // 16) ** 2)
+            shift = resolution_shift(config.data.square_tokens)
         case number:
             shift = float(number)
     return SigmaDensity(flow.sigma_sampling, shift, flow.logit_mean, flow.logit_std)

@@ -26,7 +26,6 @@ from ztrain.files import as_text, write_text
 from ztrain.images import (
     Bucket,
     Variants,
-    check_reference,
     describe_small,
     enlargement,
     pick_bucket,
@@ -250,12 +249,7 @@ def _sample(
             raise known
         whole.append(known)
     for known in whole[1:]:
-        check_reference(
-            (known.width, known.height),
-            known.picture.name,
-            min_side=data.reference_min_side,
-            max_aspect=data.reference_max_aspect,
-        )
+        data.check_reference((known.width, known.height), known.picture.name)
     picture = whole[0]
     if not data.allow_reference_is_target and picture.digest in {known.digest for known in whole[1:]}:
         raise InputError(

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from ztrain.blocks import use_fast_blocks
 from ztrain.config import Config
+from ztrain.dit import BLOCK
 from ztrain.errors import InputError
 from ztrain.limits import refusal
+from ztrain.memory import BUCKET_MIB
 from ztrain.model import AdaptedDiT
 from ztrain.together import agree
 
-KWARGS = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=50)
+KWARGS = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MIB)
 """For the Accelerator. Gradients are DDP's buckets: four bytes less for each trained number. Those of SigLIP modules
 and projectors come at the end of the backward pass, all at once: few large buckets are sooner sent than many small
 ones. A LoRA's come all along; nothing is left to hide its last bucket, which is to be small."""
@@ -112,8 +114,7 @@ class Fsdp2(Strategy):
         wrong = {
             "fsdp_offload_params true": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
             "fsdp_activation_checkpointing true": plugin.activation_checkpointing,
-            f"another fsdp_transformer_layer_cls_to_wrap than {_BLOCK}": plugin.transformer_cls_names_to_wrap
-            != [_BLOCK],
+            f"another fsdp_transformer_layer_cls_to_wrap than {BLOCK}": plugin.transformer_cls_names_to_wrap != [BLOCK],
         }
         for setting, is_set in wrong.items():
             if is_set:
@@ -281,7 +282,6 @@ class Zero3(Zero):
         """It finds them by itself."""
 
 
-_BLOCK = "ZImageTransformerBlock"
 _KEPT_WHOLE = 100_000  # DeepSpeed's default
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's
 

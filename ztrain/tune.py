@@ -23,7 +23,7 @@ from ztrain.errors import InputError
 from ztrain.flow import velocity_losses
 from ztrain.graphs import Replays
 from ztrain.images import IMAGE_MULTIPLE
-from ztrain.memory import GIB, Budget, available_bytes, measure
+from ztrain.memory import GIB, IDLE, MOMENTS_BYTES, REPLAYED_TOKENS, Budget, available_bytes, measure
 from ztrain.model import AdaptedDiT
 from ztrain.sampler import SampleKey
 from ztrain.samples import Samples
@@ -32,12 +32,6 @@ from ztrain.strategy import Strategy
 _SIDES = (1 / 4, 1 / 2)
 """Of the largest target's sides, for a batch of one; a larger batch has as many tokens in all."""
 _TOKENS = 4096  # of a picture of 1024 x 1024
-REPLAYED_TOKENS = 2560
-"""Of a batch: about where an H200 takes as long for a step as its host."""
-_IDLE = 0.15
-"""Of what activations may take, where a step cannot be computed again with less kept, because other processes would
-wait: memory that lies idle between tensors. An H200 lost 0.125 of it where a run of mixed sizes had 9.9 GiB."""
-_MOMENTS_BYTES = {"adamw": 8, "adamw_8bit": 2}  # of each trained number
 
 
 @dataclass(slots=True)
@@ -128,7 +122,7 @@ def tune(
                 raise InputError("train.compile on: the blocks could not be compiled; auto goes on without")
         if measures:
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            pending = trained * (4 + _MOMENTS_BYTES[t.optimizer]) // (num_processes if strategy.cuts_base else 1)
+            pending = trained * (4 + MOMENTS_BYTES[t.optimizer]) // (num_processes if strategy.cuts_base else 1)
             available = available_bytes(device, config.memory.budget_gib, pending)
             try:
                 sizes = measure(probe.keeping, len(model.dit.layers), device)
@@ -141,7 +135,7 @@ def tune(
                 ) from error
             probe.clear()
             if num_processes > 1:
-                available *= 1 - _IDLE
+                available *= 1 - IDLE
             fast = reads_real(model.dit) and slow_because(model.dit) is None
             if (
                 fast

@@ -21,6 +21,7 @@ from ztrain.compare import _keep_given, compare, compare_checkpoints
 from ztrain.comparison import FILE_NAME, Choice, Comparison, Difference, Metric, pictures_of, read_best, read_comparison
 from ztrain.config import Config, JudgesConfig, ModelConfig, load_config
 from ztrain.digests import Known
+from ztrain.dit import load_transformer
 from ztrain.drawn import save_picture
 from ztrain.encoders import TextEncoder
 from ztrain.errors import InputError
@@ -368,7 +369,9 @@ def test_axes_that_do_not_exist_are_named(data: Path, tmp_path: Path) -> None:
 # Runs
 
 
-def test_checkpoints_are_compared_and_the_run_marks_its_best_step(data: Path, tmp_path: Path) -> None:
+def test_checkpoints_are_compared_and_the_run_marks_its_best_step(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     words = (
         *("--output_dir", str(run), "--train.max_train_steps", "4", "--train.checkpointing_steps", "2"),
@@ -391,6 +394,9 @@ def test_checkpoints_are_compared_and_the_run_marks_its_best_step(data: Path, tm
     following = json.loads((tmp_path / "next" / "best.json").read_text())["steps"]
     assert list(following) == ["0", "1"] and following["0"] == best["steps"]["4"]  # where the source stood
 
+    bases = [load_transformer(Source.of(config.models.base), torch.float32, "cpu") for _ in range(2)]
+    monkeypatch.setattr("ztrain.from_checkpoint.load_transformer", None)  # no export loads the base
+    monkeypatch.setattr("ztrain.studio.load_transformer", lambda *_: bases.pop())  # all columns, drift
     found = compare_checkpoints(config, run)
     assert [c.label for c in found.columns] == ["no image", "splice", "step 2", "step 4"]
     exported = compare(settings(data, tmp_path / "out", "--compare.num_samples", "3", "--compare.adapters", str(run)))

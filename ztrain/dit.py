@@ -23,7 +23,7 @@ from ztrain.block import Keep, Seen
 from ztrain.blocks import run
 from ztrain.errors import InputError
 from ztrain.layout import MULTIPLE, Grid, Layouts, Rows, Sequencing, padded
-from ztrain.models import Source, explained, load_part, read_json, require_loaded
+from ztrain.models import Source, explained, load_part, map_weights, read_json, require_loaded
 from ztrain.quantised import read_gguf, unpack_rest, unpacked
 
 PATCH = 2  # all_patch_size of the released transformer/config.json
@@ -64,6 +64,21 @@ class Execution:
     run: Callable[..., Tensor] = run
 
 
+def empty_transformer(settings: dict[str, Any], name: str) -> Any:
+    """A transformer of these settings on the meta device: names and shapes. Raises InputError, starting with `name`."""
+    from diffusers import ZImageTransformer2DModel
+
+    with explained(name), torch.device("meta"):
+        return ZImageTransformer2DModel.from_config(settings)
+
+
+def mapped_transformer(source: Source) -> Any:
+    """The transformer of a Z-Image repository on its files, of which nothing is read before it is looked at."""
+    source.require("transformer/config.json", what="a Z-Image model")
+    dit = empty_transformer(read_json(source.file("transformer/config.json")), source.location)
+    return map_weights(dit, source, "transformer")
+
+
 def load_transformer(source: Source, dtype: torch.dtype, device: torch.device | str, file: str | None = None) -> Any:
     """The frozen transformer of a Z-Image repository, in eval mode; with `file` its weights are those of a GGUF."""
     from diffusers import ZImageTransformer2DModel
@@ -86,8 +101,7 @@ def _load_quantised(source: Source, file: Path, dtype: torch.dtype, device: torc
     source.require("transformer/config.json", what="a Z-Image model")
     weights = read_gguf(file)
     config = source.file("transformer/config.json")
-    with explained(source.location), torch.device("meta"):
-        expected = ZImageTransformer2DModel.from_config(read_json(config)).state_dict()
+    expected = empty_transformer(read_json(config), source.location).state_dict()
     for name in expected.keys() & weights.keys():
         if name.endswith("pad_token"):  # some writers drop their leading axis of 1
             weights[name] = unpacked(weights[name], dtype).view(-1, expected[name].shape[-1])

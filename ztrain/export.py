@@ -342,11 +342,16 @@ def another_model(folder: Path, role: str, expected: Mapping[str, str], found: M
 
 
 def adapt(dit: Any, exported: ExportedAdapter) -> AdaptedDiT:
-    """The transformer with the exported adapters and their weights; every key on either side is used."""
+    """The transformer with the exported adapters and their weights."""
     model = AdaptedDiT(dit, build_adapters(exported.adapters))
+    load_weights(model, exported)
+    return model.eval()
+
+
+def load_weights(model: AdaptedDiT, exported: ExportedAdapter) -> None:
+    """Into a model with the same list; every key on either side is used. Raises InputError."""
     for index, adapter in enumerate(model.adapters):
         model.load_adapter_weights(index, adapter.read(exported.files), str(exported.folder))
-    return model.eval()
 
 
 class AdaptedPipeline:

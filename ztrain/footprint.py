@@ -13,12 +13,12 @@ import torch
 
 from ztrain.adapters import build_adapters, describe_list
 from ztrain.config import Config
-from ztrain.dit import BLOCK, REAL_CONFIG
+from ztrain.dit import BLOCK, REAL_CONFIG, empty_transformer
 from ztrain.encoders import siglip_width
 from ztrain.errors import InputError
 from ztrain.memory import MOMENTS_BYTES
 from ztrain.model import AdaptedDiT
-from ztrain.models import Source, explained, read_json
+from ztrain.models import Source, read_json
 
 Strategy = Literal["one_gpu", "ddp", "fsdp2", "zero2", "zero3"]
 Known = Literal["counted", "from measured constants", "by the library's rule"]
@@ -88,8 +88,6 @@ def in_main(weight: Weight) -> bool:
 def count(config: Config) -> Counted:
     """The real size, or that of models.base where its folder is here. Raises InputError for a list that trains
     nothing."""
-    from diffusers import ZImageTransformer2DModel
-
     source, origin, settings = Source.of(config.models.base), "the released Z-Image", dict(REAL_CONFIG)
     if source.folder is not None:
         source.require("transformer/config.json", what="a Z-Image model")
@@ -98,9 +96,7 @@ def count(config: Config) -> Counted:
     siglip = Source.of(config.models.siglip)
     width = siglip_width(siglip) if siglip.folder is not None and "siglip" in config.reads else SIGLIP_WIDTH
     with torch.device("meta"):
-        with explained(origin):
-            dit = ZImageTransformer2DModel.from_config(settings)
-        model = AdaptedDiT(dit, build_adapters(config.adapters, width))
+        model = AdaptedDiT(empty_transformer(settings, origin), build_adapters(config.adapters, width))
     weights = tuple(_weights(model))
     if not any(weight.is_trained for weight in weights):
         raise InputError(

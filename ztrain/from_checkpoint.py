@@ -1,14 +1,17 @@
 """`ztrain export`: the adapter as it stood at a checkpoint, for runs that were cut off or were better before their end.
 
-In: the configuration of the run and one of its checkpoints. Out: what the run itself exports at its last step.
+In: the configuration of the run and one of its checkpoints. Out: what the run itself exports at its last step. The base
+is only compared with the run's, unless an adapter took something out of it.
 """
 
 import json
 from pathlib import Path
 
+import torch
+
 from ztrain import checkpoint
 from ztrain.config import Config
-from ztrain.dit import load_transformer
+from ztrain.dit import load_transformer, mapped_transformer
 from ztrain.errors import InputError
 from ztrain.export import save_adapter
 from ztrain.models import Source, base_dtype, check_trainable, identity
@@ -32,13 +35,20 @@ def export_checkpoint(config: Config, path: Path, out: Path) -> Path:
         for words in checkpoint.frozen_differences(found.state["config"], config)
         if words.startswith(tuple(f"{key}{end}" for key in _DECIDING for end in (".", ":")))
     ]
-    dit = load_transformer(Source.of(config.models.base), base_dtype(config.train.mixed_precision), "cpu")
+    base = Source.of(config.models.base)
+    dit = mapped_transformer(base)
     known, here = found.state["identities"], identity(dit, "transformer")
     if known["transformer"] != here:
         changed.append(f"the transformer: {json.dumps(known['transformer'])} -> {json.dumps(here)}")
     if changed:
         raise InputError(f"{path}: this is not the configuration of its run: {'; '.join(changed)}")
-    model = make_model(config, dit)
+    if any(adapter.changes_base for adapter in config.adapters):
+        dit = load_transformer(base, base_dtype(config.train.mixed_precision), "cpu")
+    else:
+        dit.to("meta")
+    with torch.device(dit.device):
+        model = make_model(config, dit)
     weights = found.tensors.get("ema.safetensors", found.tensors["trainable.safetensors"])
-    model.load_trainable_state(weights, str(path))
-    return save_adapter(out, model, config, known, step=found.step, origin=found.state.get("init_from"))
+    model.load_trainable_state(weights, str(path))  # compares names and shapes
+    origin = found.state.get("init_from")
+    return save_adapter(out, model, config, known, step=found.step, state=weights, origin=origin)

@@ -28,7 +28,7 @@ from ztrain.drawn import save_picture, still_to_draw
 from ztrain.encoders import Encoders, LatentCodec
 from ztrain.errors import InputError
 from ztrain.exchange import Case, Exchange, exchange
-from ztrain.export import Identities, adapt, check_identity, encoder_identities
+from ztrain.export import Identities, check_identity, encoder_identities, load_weights
 from ztrain.flow import sampler_noise
 from ztrain.images import Bucket, fit_target, open_image
 from ztrain.lineup import Entry
@@ -59,6 +59,11 @@ def _batches(every: Iterable[Shot], missing: frozenset[Path]) -> list[list[Shot]
     sizes = [(shots, shots[0].entry.sample.batch_size) for shots in of_entries.values()]
     batches = [shots[start : start + size] for shots, size in sizes for start in range(0, len(shots), size)]
     return [batch for batch in batches if any(shot.path in missing for shot in batch)]
+
+
+def _trained_list(entry: Entry) -> str:
+    """What its weights mean; empty where it has none."""
+    return "" if entry.exported is None else digest_json([adapter.meaning() for adapter in entry.adapters])
 
 
 class Studio:
@@ -150,36 +155,33 @@ class Studio:
     def _make(self, batches: Sequence[Sequence[Shot]], missing: frozenset[Path]) -> None:
         with tqdm(total=len(missing), desc="pictures", unit="picture") as bar:
             encoded, known, codec, siglip_dim = self._encode([shot for batch in batches for shot in batch], bar)
-            dit: Any = None
-            base = Source.of(self.config.models.base)
-            # Weights change the transformer, so each trained list gets a fresh one, after the last one is gone.
-            by_weights: dict[Path | None, dict[int, list[Sequence[Shot]]]] = {}
-            for batch in batches:
-                entry = batch[0].entry
-                folder = entry.exported.folder if entry.exported else None
-                by_weights.setdefault(folder, {}).setdefault(id(entry), []).append(batch)
-            for of_weights in by_weights.values():
-                dit = None
-                dit = load_transformer(base, self.dtype, self.device, self.config.models.transformer_file)
-                if "transformer" not in known:
-                    known["transformer"] = identity(dit, "transformer")
-                adapted = None
-                for of_entry in of_weights.values():
-                    entry = of_entry[0][0].entry
-                    bar.set_postfix_str(entry.label)
-                    if entry.exported is None:
-                        model = AdaptedDiT(dit, build_adapters(list(entry.adapters), siglip_dim)).eval()
-                    else:
-                        check_identity(entry.exported, known)
-                        model = adapted = adapt(dit, entry.exported) if adapted is None else adapted
-                    scales = entry.sample.scales
-                    model.set_scales(scales if isinstance(scales, list) else [scales] * len(entry.adapters))
-                    for batch in of_entry:
-                        states = [encoded[self._state_key(shot)] for shot in batch]
-                        for shot, latents in zip(batch, self._draw(model, codec, batch, states), strict=True):
-                            if shot.path in missing:
-                                save_picture(codec.decode(latents), shot.path)
-                                bar.update()
+            base, file = Source.of(self.config.models.base), self.config.models.transformer_file
+            dit = model = None
+            inside = ""
+            # A list without weights leaves the transformer as it is. Those that differ in weights alone, as a run's
+            # checkpoints do, share one; for another list it comes fresh, after the last one is gone.
+            for entry in sorted({id(batch[0].entry): batch[0].entry for batch in batches}.values(), key=_trained_list):
+                bar.set_postfix_str(entry.label)
+                before, inside = inside, _trained_list(entry)
+                if dit is None or before not in ("", inside):
+                    dit = model = None
+                    dit = load_transformer(base, self.dtype, self.device, file)
+                    known.setdefault("transformer", identity(dit, "transformer"))
+                if entry.exported is None:
+                    model = AdaptedDiT(dit, build_adapters(list(entry.adapters), siglip_dim)).eval()
+                else:
+                    check_identity(entry.exported, known)
+                    if model is None or before != inside:
+                        model = AdaptedDiT(dit, build_adapters(entry.exported.adapters)).eval()
+                    load_weights(model, entry.exported)
+                scales = entry.sample.scales
+                model.set_scales(scales if isinstance(scales, list) else [scales] * len(entry.adapters))
+                for batch in (batch for batch in batches if batch[0].entry is entry):
+                    states = [encoded[self._state_key(shot)] for shot in batch]
+                    for shot, latents in zip(batch, self._draw(model, codec, batch, states), strict=True):
+                        if shot.path in missing:
+                            save_picture(codec.decode(latents), shot.path)
+                            bar.update()
 
     def _draw(
         self, model: AdaptedDiT, codec: LatentCodec, shots: Sequence[Shot], encoded: Sequence[Encoded]

@@ -48,6 +48,11 @@ class AdapterConfig(Strict):
         return True
 
     @property
+    def changes_base(self) -> bool:
+        """Whether fresh weights take something out of the base's: then only an export that has those undoes it."""
+        return False
+
+    @property
     def statistics_path(self) -> str | None:
         """The statistics file that the settings name, if any."""
         return None

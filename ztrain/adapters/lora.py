@@ -48,7 +48,6 @@ class LoraAdapterConfig(TrainedConfig):
 
     @property
     def changes_base(self) -> bool:
-        """Whether the initialisation takes something out of the base's weights."""
         return str(self.init).split("_")[0] in _BASE_CHANGING
 
     def meaning(self) -> dict[str, Any]:

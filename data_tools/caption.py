@@ -30,9 +30,6 @@ from data_tools.step import main_of_options
 from ztrain.errors import InputError
 from ztrain.yamls import PathText, Strict
 
-_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
-"""Of a repository: weights, settings, chat template, vocabulary in any of its forms."""
-
 
 class Asking(Strict):
     """How pictures are asked about."""
@@ -134,7 +131,7 @@ def column_names(column: str) -> tuple[str, str, str]:
 def caption(source: Table, settings: CaptionSettings, out: Path, run: Run) -> Table:
     """Caption every picture of a table that has no caption yet. Raises InputError, also where too many replies are at
     fault; the table is whole then too."""
-    from ztrain.models import Source, public_name
+    from ztrain.models import PARTS, Source, public_name
 
     column = settings.column
     if column in source.columns and column_names(column)[1] not in source.columns:
@@ -142,9 +139,9 @@ def caption(source: Table, settings: CaptionSettings, out: Path, run: Run) -> Ta
     template, question = read_template(settings.template)
     model = Source(settings.model, settings.revision)
     model.require("config.json", what="an image-text model")
-    location, name = model.local(*_FILES), public_name(settings.model)
+    location, name = model.local(*PARTS), public_name(settings.model)
     MODELS[settings.backend].check(location, name)
-    weights = fingerprint([(path.name, digest_of(path)) for path in model.files(*_FILES)])
+    weights = fingerprint([(path.name, digest_of(path)) for path in model.files(*PARTS)])
     shared = settings.model_dump(include=set(Asking.model_fields) - {"template"})
     rules = CaptionRules(**shared, template=template, question=question, model=name, weights=weights)
     stage = Caption(rules, location, source.roots, settings.batch_size)

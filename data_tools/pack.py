@@ -34,7 +34,7 @@ from data_tools.step import read_words
 from data_tools.triplets import LEFT_OUT_NAME, TablePicture, as_triplets, read_left_out, read_pairings
 from ztrain.data import MANIFEST_NAME, read_triplets
 from ztrain.errors import InputError
-from ztrain.files import read_bytes, read_text, whole_folder
+from ztrain.files import read_bytes, read_text, sha256_of, whole_folder
 from ztrain.images import Picture
 from ztrain.rows import Triplet
 from ztrain.tars import FORMAT_VERSION, PACK_MANIFEST_NAME
@@ -165,8 +165,7 @@ def _finish(folder: Path, manifest: dict[str, Any], files: Files) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     lines = []
     for path in tqdm(paths, desc="hashing", unit="file", disable=None):
-        with path.open("rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.relative_to(folder).as_posix()}\n")
+        lines.append(f"{sha256_of(path)}  {path.relative_to(folder).as_posix()}\n")
     sums = "".join(lines).encode()
     (folder / SUMS_NAME).write_bytes(sums)
     manifest |= {"files": len(paths), "sha256": hashlib.sha256(sums).hexdigest(), "shards": files}

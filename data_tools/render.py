@@ -30,7 +30,7 @@ from data_tools.output import check_share
 from data_tools.step import read_words
 from data_tools.style_tables import Content, Style, as_csv, read_contents, read_styles
 from ztrain.errors import InputError
-from ztrain.files import cannot_write, publish, read_bytes, workspace
+from ztrain.files import read_bytes, whole_file, workspace
 from ztrain.terminal import program
 from ztrain.yamls import describe_errors
 
@@ -126,12 +126,8 @@ def _check_kept(out: Path, what: str, before: Mapping[str, Any], now: Mapping[st
 
 def store(path: Path, data: bytes, scratch: Path) -> None:
     """Whole or not at all. Raises InputError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (scratch / "file").write_bytes(data)
-        publish(scratch / "file", path, sync=True)
-    except OSError as error:
-        raise InputError(cannot_write(path, error)) from error
+    with whole_file(path, sync=True, scratch=scratch) as building:
+        building.write_bytes(data)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

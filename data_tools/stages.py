@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data_tools.output import arrow_file, fingerprint
 from ztrain.errors import InputError
-from ztrain.files import cannot_write, publish, read_bytes, workspace, write_text
+from ztrain.files import read_bytes, whole_file, workspace, write_text, writing
 from ztrain.interrupt import Stopped, unheard_by_children, work_for_parent
 
 TABLE_NAME = "table.json"
@@ -149,22 +149,14 @@ def _damaged(path: Path, error: Exception) -> InputError:
 def scratch_folder(out: Path) -> Iterator[Path]:
     """A scratch folder inside the folder of a table, which is made where it is not there. Raises InputError, also for
     what cannot be written while it is there."""
-    try:
-        with workspace(out) as scratch:
-            yield scratch
-    except OSError as error:
-        raise InputError(cannot_write(out, error)) from error
+    with writing(out), workspace(out) as scratch:
+        yield scratch
 
 
 def write_shard(rows: pa.Table, path: Path, scratch: Path) -> None:
     """Whole or not at all. `scratch`: a folder of this process on the same file system."""
-    place = scratch / f"{os.getpid()}-{path.name}"
-    try:
-        with arrow_file(place, "w") as made:
-            pq.write_table(rows, made, compression="zstd")
-        publish(place, path, sync=True)
-    except OSError as error:
-        raise InputError(cannot_write(path, error)) from error
+    with whole_file(path, sync=True, scratch=scratch) as place, arrow_file(place, "w") as made:
+        pq.write_table(rows, made, compression="zstd")
 
 
 def identity(stage: Stage) -> str:

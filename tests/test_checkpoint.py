@@ -312,7 +312,7 @@ def test_a_new_folder_takes_the_place_of_an_older_one_and_survives_leftovers(tmp
     for name in ("export", ".removing-export"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
-    with files.new_folder(tmp_path / "export") as writing:
+    with files.whole_folder(tmp_path / "export", replace=True) as writing:
         (writing / "file").write_text("new")
         assert (tmp_path / "export" / "file").read_text() == "export"
     assert [path.name for path in tmp_path.iterdir()] == ["export"]

@@ -5,7 +5,6 @@ In: tensors by file and a JSON state. Out: `<folder>/step-00000100/` with safete
 base model is referenced by its identity, never stored. Also: which settings a resumed run may change.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -100,19 +98,20 @@ def publish(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]]
     """
     final = folder / folder_name(step)
     needed = sum(tensor.nbytes for file in tensors.values() for tensor in file.values()) + (1 << 16)
-    try:
+    with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(folder).free) < needed:
-            raise InputError(f"{folder}: a checkpoint needs {needed:,} bytes and {free:,} are free; {KEPT}")
-        with files.new_folder(final) as writing:
+        free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(f"{folder}: a checkpoint needs {needed:,} bytes and {free:,} are free; {KEPT}")
+    try:
+        with files.whole_folder(final, sync=True, replace=True) as writing:
             for name, content in tensors.items():
                 save_file({key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}, writing / name)
             _write(writing / STATE, {"format_version": FORMAT_VERSION, "step": step, **state})
             _write(writing / MANIFEST, {"files": {path.name: describe(path) for path in sorted(writing.iterdir())}})
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{final}: cannot write the checkpoint ({error}; it needs {needed:,} bytes); {KEPT}"
-        ) from error
+    except InputError as error:
+        said = error.__cause__ or error
+        raise InputError(f"{final}: cannot write the checkpoint ({said}; it needs {needed:,} bytes); {KEPT}") from error
     check(final)
     return final
 
@@ -125,8 +124,7 @@ def _write(path: Path, document: dict[str, Any]) -> None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
 
 
 def check(path: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,7 +32,7 @@ from ztrain.config import (
 )
 from ztrain.encoders import Encoders, LatentCodec, SiglipEncoder, TextEncoder
 from ztrain.errors import InputError
-from ztrain.files import cannot_write, new_folder, read_bytes
+from ztrain.files import read_bytes, sha256_of, whole_folder
 from ztrain.images import Bucket, as_rgb, fit_target
 from ztrain.model import AdaptedDiT
 from ztrain.models import QUANTISED, BaseDefaults, Source, defaults_for, identity, public_name, read_json
@@ -85,11 +84,8 @@ def save_adapter(
     The folder appears whole, in place of an older one. Raises InputError."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
         raise InputError(f"{folder}: holds something else than an adapter; remove it or choose another place")
-    try:
-        with new_folder(folder) as building:
-            _write_adapter(building, model, config, known, step, state, origin)
-    except (OSError, SafetensorError) as error:
-        raise InputError(cannot_write(folder, error)) from error
+    with whole_folder(folder, sync=True, replace=True) as building:
+        _write_adapter(building, model, config, known, step, state, origin)
     return folder
 
 
@@ -129,7 +125,7 @@ def _write_adapter(
         "encoders": config.encoders.model_dump(mode="json"),
         "models": {role: _public(getattr(models, role)) for role in ("base", "vision_language", "siglip")},
         "identity": known,
-        "files": {name: _sha256(folder / name) for name in sorted([*tensors, *copied])},
+        "files": {name: sha256_of(folder / name) for name in sorted([*tensors, *copied])},
         "step": step,
         **({} if origin is None else {"init_from": dict(origin)}),
     }
@@ -172,11 +168,6 @@ def _public(model: ModelConfig) -> dict[str, str | None]:
         "pretrained_model_name_or_path": public_name(model.pretrained_model_name_or_path),
         "revision": model.revision,
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def quoted(text: str) -> str:
@@ -307,7 +298,7 @@ def _read_tensors(folder: Path, name: str, expected: str) -> dict[str, Tensor]:
     """A file's tensors; `expected`: its SHA-256."""
     _check_name(name, folder / CONFIG_FILE)
     tensors = read_tensors(folder / name, "export the adapter again")
-    if _sha256(folder / name) != expected:
+    if sha256_of(folder / name) != expected:
         raise InputError(f"{folder / name} {_CHANGED}")
     return tensors
 

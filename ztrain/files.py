@@ -6,6 +6,7 @@ Modes follow the umask, whatever a library chose. Append-only records (metrics.j
 Reading: a foreign file must be a regular one, not larger than the limit of its kind; nothing here waits for a pipe.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import stat
 import struct
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -86,40 +87,29 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path, *, sync: bool = False) -> Iterator[Path]:
+def whole_file(path: Path, *, sync: bool = False, scratch: Path | None = None) -> Iterator[Path]:
     """A temporary path that takes the place of `path` at the end; `sync`: after it has reached the disk.
 
-    On an error nothing appears and what was there stays. Raises InputError where the file cannot be written.
+    scratch: a `workspace` on the same disk, for many files; None: one beside the file. On an error nothing appears and
+    what was there stays. Raises InputError where the file cannot be written.
     """
-    with _written(path), workspace(path.parent) as scratch:
-        building = scratch / path.name
-        yield building
-        publish(building, path, sync=sync)
+    with writing(path), nullcontext(scratch) if scratch else workspace(path.parent) as place:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield place / path.name
+        publish(place / path.name, path, sync=sync)
 
 
 @contextmanager
-def whole_folder(path: Path, *, sync: bool = False) -> Iterator[Path]:
-    """As `whole_file`, for a folder, which must be free or empty. `sync`: each of its files has reached the disk."""
-    with _written(path), workspace(path.parent) as scratch:
+def whole_folder(path: Path, *, sync: bool = False, replace: bool = False) -> Iterator[Path]:
+    """As `whole_file`, for a folder, which must be free or empty. `sync`: each of its files has reached the disk.
+
+    replace: it takes the place of what is there, which is removed after that.
+    """
+    with writing(path), workspace(path.parent) as scratch:
         building = scratch / path.name
         building.mkdir()
         yield building
-        publish(building, path, sync=sync)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """As `whole_folder`, in the place of what is there, which is removed after that. Raises OSError."""
-    with workspace(path.parent) as scratch:
-        building = scratch / path.name
-        building.mkdir()
-        yield building
-        whole = scratch / "whole"
-        publish(building, whole, sync=True)  # what a disk may refuse comes before anything is given up
-        condemned = condemn(path)
-        os.rename(whole, path)
-        sync_to_disk(path.parent)
-        remove(condemned)
+        publish(building, path, sync=sync, replace=replace)
 
 
 def condemn(path: Path) -> Path:
@@ -131,17 +121,21 @@ def condemn(path: Path) -> Path:
     return condemned
 
 
-def publish(building: Path, path: Path, *, sync: bool = False) -> None:
-    """Gives a finished file or folder its final name, with the modes that the umask gives. Raises OSError."""
+def publish(building: Path, path: Path, *, sync: bool = False, replace: bool = False) -> None:
+    """Gives a finished file or folder its final name, with the modes that the umask gives. replace: of `whole_folder`.
+    Raises OSError."""
     mode = _file_mode(building.parent)
     for found in (*building.rglob("*"), building):
         if found.is_file() and stat.S_IMODE(found.stat().st_mode) != mode:
             found.chmod(mode)
         if sync:
             sync_to_disk(found)
+    condemned = condemn(path) if replace else None  # after all that a disk may refuse
     os.replace(building, path)
     if sync:
         sync_to_disk(path.parent)
+    if condemned is not None:
+        remove(condemned)
 
 
 def _file_mode(scratch: Path) -> int:
@@ -181,7 +175,7 @@ def write_text(path: Path, text: str, *, sync: bool = False) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Adds a line to a record, all of it or nothing. Raises InputError."""
-    with _written(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab", buffering=0) as file:
             before, rest = file.tell(), f"{as_text(line)}\n".encode()
@@ -205,7 +199,8 @@ def write_json(path: Path, document: Any, *, sync: bool = False) -> None:
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Raises InputError about `path` where the operating system or safetensors refuses to write."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -251,6 +246,12 @@ def read_text(path: Path, kind: Kind) -> str:
         return read_bytes(path, kind).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_regular(path: Path) -> None:

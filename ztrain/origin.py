@@ -4,7 +4,6 @@ In: the folder, and the config of the new run. Out: weights in a fresh model, ma
 step are the new run's own. Whatever would give the same weights another meaning is refused by one sentence.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from ztrain.adapters import as_before, build_adapters, unlike_lists
 from ztrain.config import Config, EncodersConfig, list_reads
 from ztrain.errors import InputError
 from ztrain.export import CONFIG_FILE, Identities, another_model, read_adapter
+from ztrain.files import sha256_of
 from ztrain.model import AdaptedDiT
 from ztrain.models import public_name
 from ztrain.yamls import parse
@@ -103,7 +103,7 @@ def _of_export(folder: Path) -> Origin:
         encoders=exported.encoders,
         identities=exported.identity,
         step=exported.step,
-        digest=_sha256(folder / CONFIG_FILE),
+        digest=sha256_of(folder / CONFIG_FILE),
         own=[adapter.read(exported.files) for adapter in build_adapters(exported.adapters)],
         shared={},
     )
@@ -121,7 +121,7 @@ def _of_checkpoint(folder: Path) -> Origin:
         encoders=settings.encoders,
         identities=found.state["identities"],
         step=found.step,
-        digest=_sha256(folder / checkpoint.MANIFEST),
+        digest=sha256_of(folder / checkpoint.MANIFEST),
         own=[_below(prefix, weights) for prefix in prefixes],
         shared=_below("dit.", weights),
     )
@@ -129,7 +129,3 @@ def _of_checkpoint(folder: Path) -> Origin:
 
 def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ztrain.errors import InputError
-from ztrain.files import cannot_write, check_regular, publish, readable
+from ztrain.files import as_text, cannot_write, check_regular, publish, readable
 
 _INDEX = pa.schema(
     [
@@ -198,12 +198,12 @@ class Store:
             rows = [
                 {
                     "key": entry.key,
-                    "label": _as_utf8(entry.label),
+                    "label": as_text(entry.label),
                     "shard": "" if entry.refused else shard,
                     "shard_bytes": size,
                     "parts": list(entry.parts),
                     "xxh3": [_hash(tensor.contiguous()) for tensor in entry.parts.values()],
-                    "refused": _as_utf8(entry.refused),
+                    "refused": as_text(entry.refused),
                 }
                 for entry in entries
             ]
@@ -287,11 +287,6 @@ def _check_access(path: Path) -> None:
 
 def _tensor_name(key: str, part: str) -> str:
     return f"{key}.{part}"
-
-
-def _as_utf8(text: str) -> str:
-    """Names of files may hold bytes that are no text; they come as backslash escapes."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def _hash(tensor: Tensor) -> str:

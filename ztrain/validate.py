@@ -23,7 +23,7 @@ from ztrain.conditioning import concatenate
 from ztrain.config import Config
 from ztrain.drawn import save_picture, still_to_draw
 from ztrain.encoders import LatentCodec
-from ztrain.files import read_bytes, remove, whole_folder
+from ztrain.files import read_bytes, whole_folder
 from ztrain.flow import SigmaDensity, draw_noise, interpolate, quantiles, sampler_noise, velocity_losses
 from ztrain.grid import draw_grid
 from ztrain.images import open_image
@@ -257,11 +257,10 @@ class Previews:
         """A folder of the main process's pictures, in place of an older one."""
         with together(self.accelerator):
             if self.accelerator.is_main_process:
-                with whole_folder(self.folder / name) as building:
+                with whole_folder(self.folder / name, replace=True) as building:
                     for file, picture in {**pictures, **more()}.items():
                         (building / file).write_bytes(picture)
                     (building / _KEY).write_bytes(_as_json(key))
-                    remove(self.folder / name)
 
 
 def _as_png(image: Image.Image) -> bytes:

@@ -5,7 +5,6 @@ Two questions: which states of the spliced model (the image alone, or image and 
 meet the prompt's own states (replace, concatenate, blend). Formulas and defaults: ../README.md, "The splice".
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from ztrain.adapters.base import Adapter, AdapterConfig, Reads
 from ztrain.conditioning import IMAGE, MARKER, TEXT, Conditioning, Encoded, TokenStates, moved
 from ztrain.errors import InputError
+from ztrain.files import sha256_of
 from ztrain.tensors import read_tensors
 from ztrain.yamls import PathText
 
@@ -71,7 +71,7 @@ class ComposeConfig(AdapterConfig):
         told = super().meaning()
         if self.statistics_file is not None:
             read_statistics(self.statistics_file)
-            told["statistics_file"] = hashlib.sha256(Path(self.statistics_file).read_bytes()).hexdigest()
+            told["statistics_file"] = sha256_of(Path(self.statistics_file))
         return told
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ztrain.errors import InputError
-from ztrain.files import given_path, publish, workspace, write_text
+from ztrain.files import given_path, whole_file, workspace, write_text
 from ztrain.mini.painter import draw_poses, paint
 from ztrain.mini.world import (
     COUNT_NAMES,
@@ -207,9 +207,8 @@ def _save(folder: Path, styles: Sequence[str], drawings: Sequence[Drawing], pict
     with workspace(folder) as scratch:
         for style, drawing, picture in zip(styles, drawings, pictures, strict=True):
             path = folder / "images" / style / f"{drawing.name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(scratch / path.name)
-            publish(scratch / path.name, path)
+            with whole_file(path, scratch=scratch) as building:
+                Image.fromarray(picture.permute(1, 2, 0).numpy()).save(building)
 
 
 @program

@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     "graphs": {"block", "blocks"},
     "memory": {"block"},
     "layout": {"block", "blocks", "conditioning"},
-    "dit": {"block", "blocks", "layout", "models", "quantised"},
+    "dit": {"block", "blocks", "layout", "models", "quantised", "tensors"},
     "model": {"conditioning", "adapters", "blocks", "dit", "layout"},
     "sample": {"flow", "conditioning", "config", "models"},
     "export": {

@@ -143,7 +143,9 @@ def read(path: Path) -> Checkpoint:
     check(path)
     state = _state(path / STATE)
     names = json.loads(files.read_text(path / MANIFEST, "json"))["files"]
-    tensors = {name: _tensors(path / name) for name in names if name.endswith(".safetensors")}
+    tensors = {
+        name: read_tensors(path / name, "take an older checkpoint") for name in names if name.endswith(".safetensors")
+    }
     return Checkpoint(path, state["step"], state, tensors)
 
 
@@ -160,10 +162,6 @@ def _state(path: Path) -> dict[str, Any]:
     if isinstance(config := state.get("config"), dict) and isinstance(adapters := config.get("adapters"), list):
         config["adapters"] = [as_saved(settings) for settings in adapters]
     return {"began": 1, **state}
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    return read_tensors(path, "take an older checkpoint")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -201,8 +199,7 @@ def prune(folder: Path, keep: int) -> None:
     best = best_step(folder.parent)
     for path in checkpoints(folder)[:-keep]:
         if _step_of(path) != best:
-            condemned = files.condemn(path)
-            shutil.rmtree(condemned) if condemned.is_dir() else condemned.unlink()
+            files.remove(files.condemn(path))
 
 
 def best_step(run: Path) -> int | None:

@@ -4,6 +4,7 @@ In: pictures wherever they lie, and files of models. Out: `Known` pictures, by w
 file without names or paths; losing it costs time only.
 """
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -97,11 +98,8 @@ class Digests:
         source = PictureFile(path)
         if source.stamp not in self._known:
             check_regular(path)
-            digest = xxhash.xxh3_128()
             with path.open("rb") as file:
-                while block := file.read(1 << 24):
-                    digest.update(block)
-            self._known[source.stamp] = (digest.hexdigest(), 0, 0)
+                self._known[source.stamp] = (hashlib.file_digest(file, xxhash.xxh3_128).hexdigest(), 0, 0)
         return self._known[source.stamp][0]
 
     def of_pictures(self, pictures: Sequence[Picture], workers: int) -> list[Known | InputError]:

@@ -23,8 +23,9 @@ from ztrain.block import Keep, Seen
 from ztrain.blocks import run
 from ztrain.errors import InputError
 from ztrain.layout import MULTIPLE, Grid, Layouts, Rows, Sequencing, padded
-from ztrain.models import Source, explained, load_part, map_weights, read_json, require_loaded
+from ztrain.models import Source, check_weights, explained, load_part, read_json, require_loaded
 from ztrain.quantised import read_gguf, unpack_rest, unpacked
+from ztrain.tensors import read_tensors
 
 PATCH = 2  # all_patch_size of the released transformer/config.json
 
@@ -76,7 +77,13 @@ def mapped_transformer(source: Source) -> Any:
     """The transformer of a Z-Image repository on its files, of which nothing is read before it is looked at."""
     source.require("transformer/config.json", what="a Z-Image model")
     dit = empty_transformer(read_json(source.file("transformer/config.json")), source.location)
-    return map_weights(dit, source, "transformer")
+    stored: dict[str, Tensor] = {}
+    for path in check_weights(source.part("transformer", what="a Z-Image model")):
+        stored |= read_tensors(path)
+    with explained(source.location):
+        keys = dit.load_state_dict(stored, strict=False, assign=True)
+    require_loaded(keys._asdict(), f"{source.location}/transformer")
+    return dit
 
 
 def load_transformer(source: Source, dtype: torch.dtype, device: torch.device | str, file: str | None = None) -> Any:

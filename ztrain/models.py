@@ -26,7 +26,7 @@ from ztrain.config import ModelConfig, ModelsConfig
 from ztrain.errors import InputError
 from ztrain.files import as_text, check_regular, expand, read_bytes
 from ztrain.quantised import is_quantised
-from ztrain.tensors import check_whole, read_tensors
+from ztrain.tensors import check_whole
 
 PARTS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 """What is read of a repository: settings, weights, chat template, vocabulary in any of its forms."""
@@ -324,19 +324,6 @@ def load_part(kind: Any, source: Source, subfolder: str, device: torch.device | 
     part, info = pretrained_model(kind, source.part(subfolder, what="a Z-Image model"), **precision)
     require_loaded(info, f"{source.location}/{subfolder}")
     return part.to(device).eval().requires_grad_(False)
-
-
-def map_weights(part: nn.Module, source: Source, subfolder: str) -> nn.Module:
-    """A part that was built on the meta device, its weights now those of its files, in the files' dtype, unread.
-
-    Raises InputError as `load_part`."""
-    stored: dict[str, torch.Tensor] = {}
-    for path in check_weights(source.part(subfolder, what="a Z-Image model")):
-        stored |= read_tensors(path)
-    with explained(where := f"{source.location}/{subfolder}"):
-        keys = part.load_state_dict(stored, strict=False, assign=True)
-    require_loaded(keys._asdict(), where)
-    return part.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,15 +48,15 @@ def full_disk() -> None:
 
 
 def at_step(act: Callable[[], None]) -> None:
-    """In the computing of `STEP`."""
-    plain = ztrain.train._micro_step
+    """In the computing of `STEP`, of one micro-step."""
+    plain = ztrain.train.seed_micro_step
 
-    def faulty(run: Any, *rest: Any) -> None:
-        if run.step + 1 == STEP:
+    def faulty(seed: int, micro_step: int, rank: int) -> None:
+        if micro_step + 1 == STEP:
             act()
-        plain(run, *rest)
+        plain(seed, micro_step, rank)
 
-    ztrain.train._micro_step = faulty
+    ztrain.train.seed_micro_step = faulty
 
 
 def reading() -> None:

@@ -42,7 +42,7 @@ from ztrain.config import Config, ExportConfig
 from ztrain.encoders import Encoders, LatentCodec, TextEncoder
 from ztrain.errors import InputError
 from ztrain.export import CONFIG_FILE, adapt, identities, load_adapter, read_adapter, save_adapter
-from ztrain.flow import SigmaDensity, draw_noise, draw_sigma, interpolate, velocity_losses
+from ztrain.flow import SigmaDensity, draw_noise, draw_sigma, loss
 from ztrain.mini.trials import WEIGHTS
 from ztrain.model import AdaptedDiT
 from ztrain.sample import SampleSettings, sample
@@ -85,8 +85,7 @@ def loss_of(model: AdaptedDiT, encoded: Encoded, seed: int = 0) -> Tensor:
     latents = noise_like((8, 8))
     key = [SampleKey(seed, 0, 0)]
     noise, sigma = draw_noise(key, latents), draw_sigma(key, SigmaDensity("uniform"))
-    noisy = [interpolate(latents[0], noise[0], float(sigma))]
-    return velocity_losses(model(noisy, sigma, encoded), latents, noise, sigma).mean()
+    return loss(model, latents, noise, sigma, encoded).mean()
 
 
 def trained(family: Path, adapters: list, encoded: Encoded, steps: int = 3, rate: float = 1e-2) -> AdaptedDiT:

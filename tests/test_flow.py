@@ -1,6 +1,7 @@
 """The path's algebra, the schedules against diffusers' scheduler, and the counter-based draws."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from ztrain.config import Config
 from ztrain.flow import (
     LossWeight,
+    Prior,
     SigmaDensity,
     draw_dropout,
     draw_noise,
@@ -22,7 +24,7 @@ from ztrain.flow import (
     draw_sigmas,
     euler_step,
     interpolate,
-    keep_prior,
+    loss,
     loss_weight,
     quantiles,
     resolution_shift,
@@ -183,11 +185,14 @@ def test_the_prior_is_the_distance_to_the_base_in_its_share() -> None:
     sigma = torch.tensor([0.2, 0.5, 0.8])
     bump = LossWeight("bump")
     losses = velocity_losses(velocity, latents, noise, sigma, bump)
-    mixed = keep_prior(losses, velocity, base, sigma, torch.tensor([0.0, 0.25, 1.0]), bump)
-    distance = torch.stack([(v - b).square().mean() for v, b in zip(velocity, base, strict=True)])
-    prior = distance * bump(sigma)
-    expected = torch.stack([losses[0], 0.75 * losses[1] + 0.25 * prior[1], prior[2]])
-    assert torch.allclose(mixed, expected, rtol=1e-6)
+    distance = torch.stack([(v - b).square().mean() for v, b in zip(velocity, base, strict=True)]) * bump(sigma)
+    encoded: Any = SimpleNamespace(with_reference=[True, False, False], select=lambda rows: rows)
+    for share, on_all in ((0.25, False), (0.25, True), (1.0, False)):
+        prior = Prior(lambda noisy, sigma, rows: [base[i] for i in rows], share, on_all)
+        mixed = loss(lambda *_: velocity, latents, noise, sigma, encoded, bump, prior)
+        expected = torch.cat([losses[:1], (1 - share) * losses[1:] + share * distance[1:]])
+        assert torch.allclose(mixed, expected, rtol=1e-6)
+    assert torch.equal(loss(lambda *_: velocity, latents, noise, sigma, encoded, bump), losses)
 
 
 def test_dropout_draws_are_uniform_and_independent_of_sigma() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Qwen2VLImageProcessorPil, Siglip2ImageProcessorPil
 
 from tests.triplets import model_words, tiny_config
+from ztrain import flow
 from ztrain.adapters import build_adapters
 from ztrain.cli import main
 from ztrain.compiling import compile_blocks, relative_error
@@ -25,7 +26,7 @@ from ztrain.conditioning import Encoded
 from ztrain.dit import load_transformer
 from ztrain.encoders import Encoders, LatentCodec, TextEncoder
 from ztrain.errors import InputError
-from ztrain.flow import SigmaDensity, draw_sigmas, interpolate, velocity_losses
+from ztrain.flow import SigmaDensity, draw_sigmas
 from ztrain.mini import denoiser
 from ztrain.mini.denoiser import encode_captions, train_denoiser
 from ztrain.mini.fit import Draws, Fitted, Partial, Plan, fit, make_optimizers
@@ -615,9 +616,7 @@ def test_denoiser_overfits_four_pictures() -> None:
 
     @torch.no_grad()
     def error() -> float:
-        noisy = interpolate(latents, noise, sigma[:, None, None, None])
-        velocity = AdaptedDiT(dit, []).eval()(list(noisy), sigma, encoded)
-        return float((torch.stack(velocity) - (noise - latents)).square().mean())
+        return float(flow.loss(AdaptedDiT(dit, []).eval(), latents, noise, sigma, encoded).mean())
 
     before = error()
     plan = Plan(steps=90, batch_size=16, learning_rate=5e-3)
@@ -708,9 +707,7 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(batch: int) -> None:
 
     def gradients() -> dict[str, torch.Tensor]:
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            noisy = interpolate(clean, noise, sigma[:, None, None, None])
-            velocity = model(noisy, sigma, Encoded.of_prompts(text, text[0]))
-            velocity_losses(velocity, clean, noise, sigma).mean().backward()
+            flow.loss(model, clean, noise, sigma, Encoded.of_prompts(text, text[0])).mean().backward()
         found = {name: p.grad for name, p in dit.named_parameters() if p.grad is not None}
         dit.zero_grad()
         return found

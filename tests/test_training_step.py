@@ -22,7 +22,6 @@ from ztrain.meter import Meter
 from ztrain.optimizer import make_optimizer, make_schedule
 from ztrain.run import build
 from ztrain.sampler import SampleKey
-from ztrain.train import _take_step
 
 __all__ = ["encoded", "encoders"]  # fixtures
 LISTS = [[PROJECTOR], [SpliceConfig(), LORA], [SIGLIP], [SIGLIP, LORA], [LORA]]
@@ -151,8 +150,10 @@ def test_a_step_that_is_not_finite_is_not_taken(
         if spoilt == "gradient":
             next(iter(run.trained.values())).grad.view(-1)[0] = float("inf")
         loss = float("nan") if spoilt == "loss" else 1.0
-        meter.add([SampleKey(0, 0, 7)], torch.tensor([0.5]), torch.tensor([loss]).to(accelerator.device))
-        _take_step(run, meter)
+        meter.add(0, [SampleKey(0, 0, 7)], torch.tensor([0.5]), torch.tensor([loss]).to(accelerator.device))
+        figures = meter.gather_step(run.strategy.clip(run.trained, 1.0))
+        run.strategy.step(run.optimizer, figures)
+        meter.copy_to_host(figures, run.learning_rates)
 
     def everything() -> list[torch.Tensor]:
         state = run.optimizer.optimizer.state
@@ -161,13 +162,13 @@ def test_a_step_that_is_not_finite_is_not_taken(
 
     step(None)
     before = everything()
-    meter.read()
+    meter.wait_for_step()
     step(bad)
     moved = [not torch.equal(mine, theirs) for mine, theirs in zip(everything(), before, strict=True)]
     assert all(moved) if bad is None else not any(moved)
     if bad is None:
-        assert meter.read()[0]["train/loss"] == 1.0
+        assert meter.wait_for_step()[0]["train/loss"] == 1.0
         return
     named = r"the loss of samples \[7\]" if bad == "loss" else "the gradient norm"
     with pytest.raises(RuntimeError, match=f"step 2: {named}"):
-        meter.read()
+        meter.wait_for_step()

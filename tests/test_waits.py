@@ -17,14 +17,14 @@ import sys
 from ztrain import train
 
 done = []
-def noted(name, function, place):
+def noted(name, function, step):
     def call(*arguments):
-        done.append(f"{name} {place(*arguments)}")
+        done.append(f"{name} {step(*arguments)}")
         return function(*arguments)
     return call
 
-train._add_gradients = noted("gradients", train._add_gradients, lambda run, *_: run.step + 1)
-train.Meter.read = noted("figures", train.Meter.read, lambda meter: meter.step + 1)
+train.seed_micro_step = noted("gradients", train.seed_micro_step, lambda seed, micro_step, *_: micro_step // 2 + 1)
+train.Meter.wait_for_step = noted("figures", train.Meter.wait_for_step, lambda meter: meter.step + 1)
 train.save = noted("save", train.save, lambda run: run.step)
 status = train.main(sys.argv[1:])
 print(*done, sep=", ")
@@ -42,23 +42,21 @@ def note(message, *_, **__):
 warnings.showwarning = note
 warnings.simplefilter("always")
 
-def watched(run, meter, begun):
-    # The figures of the step before are read in between: the one wait of a step, after all this.
-    torch.cuda.set_sync_debug_mode("warn" if run.step > 1 else "default")  # before, what stays goes to the card
-    try:
-        gradients(run, meter, begun)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def around(owner, name, mode):
+    function = getattr(owner, name)
+    def call(*arguments):
+        before = torch.cuda.get_sync_debug_mode()
+        during, after = mode(before, *arguments)
+        torch.cuda.set_sync_debug_mode(during)
+        result = function(*arguments)
+        torch.cuda.set_sync_debug_mode(after)
+        return result
+    setattr(owner, name, call)
 
-def stepped(*arguments):
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        step(*arguments)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-gradients, train._add_gradients = train._add_gradients, watched
-step, train._take_step = train._take_step, stepped
+# From a step's first draw to its figures on their way, but for the wait in between. What stays goes to the card first.
+around(train, "seed_micro_step", lambda _, seed, micro_step, rank: ("default", "warn" if micro_step > 1 else "default"))
+around(train.Meter, "wait_for_step", lambda before, *_: ("default", before))
+around(train.Meter, "copy_to_host", lambda before, *_: (before, "default"))
 status = train.main(sys.argv[1:])
 sys.exit(f"{len(waits)} waits, for example {waits[0]}" if waits else status)
 """

@@ -3,9 +3,9 @@
     sigma in [0, 1], 1 = pure noise          noisy    = (1 - sigma) latents + sigma noise
     velocity = noise - latents               d noisy / d sigma = velocity
 
-Nothing here knows about Z-Image: the transformer's reversed time and sign live in model.py. Every random draw but
-`draw_sigmas` is counter-based, a pure function of (seed, epoch, sample index), so it does not depend on ranks, workers
-or resumes.
+`loss` is what training, validation and pretraining measure; `euler_step` is what a sampler does. Nothing here knows
+about Z-Image: the transformer's reversed time and sign live in model.py. Every random draw but `draw_sigmas` is
+counter-based, a pure function of (seed, epoch, sample index), so it does not depend on ranks, workers or resumes.
 
 Legend: B batch, C latent channels, H and W latent height and width, N sampler steps.
 """
@@ -14,11 +14,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ztrain.conditioning import Encoded, moved
 
 SigmaSampling = Literal["uniform", "logit_normal", "scheduler_table"]
 
@@ -189,6 +191,57 @@ def _bump(sigma: Tensor) -> Tensor:
     return torch.exp(-2 * (sigma - 0.5) ** 2) - _BUMP_FLOOR
 
 
+@dataclass(frozen=True, slots=True)
+class Prior:
+    """Keeps samples without a reference close to the frozen base: `share` of their loss, in (0, 1], is the distance to
+    the base's own velocity.
+
+    `base`: called as the model is; `on_all`: with every sample, as all processes must where they share the base.
+    """
+
+    base: Callable[[list[Tensor], Tensor, Encoded], Sequence[Tensor]]
+    share: float
+    on_all: bool = False
+
+    def shares(self, encoded: Encoded) -> dict[int, float]:
+        """Of each sample that the base computes."""
+        samples = enumerate(encoded.with_reference)
+        return {i: 0.0 if reads else self.share for i, reads in samples if self.on_all or not reads}
+
+
+def loss(
+    model: Callable[..., Sequence[Tensor] | Tensor],
+    latents: Sequence[Tensor] | Tensor,
+    noise: Sequence[Tensor] | Tensor,
+    sigma: Tensor,
+    encoded: Encoded,
+    weight: LossWeight = LossWeight(),
+    prior: Prior | None = None,
+) -> Tensor:
+    """The flow matching loss of each sample, (B,) float32: how far the model's velocity is from `noise - latents`.
+
+    `latents`, `noise`: B x (C, H, W), lists whose sizes may differ or two tensors; `sigma`: (B,), for lists on the CPU,
+    interpolated in its own precision.
+    """
+    if isinstance(latents, Tensor) and isinstance(noise, Tensor):
+        noisy: Any = interpolate(latents, noise, sigma[:, None, None, None])
+    else:
+        noisy = [interpolate(x, n, float(s)) for x, n, s in zip(latents, noise, sigma, strict=True)]
+    sigma, device = sigma.float(), noisy[0].device
+    shares = prior.shares(encoded) if prior else {}
+    rows = list(shares)
+    base_velocity = prior.base([noisy[i] for i in rows], sigma[rows], encoded.select(rows)) if prior and rows else []
+    # On the device already: DDP and FSDP2 would move it there, and wait for all the work that the device has got.
+    velocity = model(noisy, moved(sigma, device), encoded)
+    losses = velocity_losses(velocity, latents, noise, sigma, weight)
+    if rows:
+        to_base = _mean_squares(lambda v, base: v - base, [velocity[i] for i in rows], base_velocity)
+        to_base = to_base * weight(sigma[rows]).to(device, non_blocking=True)
+        at, share = moved(torch.tensor(rows), device), torch.tensor(list(shares.values()))
+        losses = losses.index_copy(0, at, torch.lerp(losses[at], to_base, share.to(losses, non_blocking=True)))
+    return losses
+
+
 def velocity_losses(
     velocity: Sequence[Tensor] | Tensor,
     latents: Sequence[Tensor] | Tensor,
@@ -203,26 +256,6 @@ def velocity_losses(
     errors = _mean_squares(lambda v, x, n: v - (n - x), velocity, latents, noise)
     # A copy that waited would hold up the host until the forward pass is done.
     return errors * weight(sigma).to(velocity[0].device, non_blocking=True)
-
-
-def keep_prior(
-    losses: Tensor,
-    velocity: Sequence[Tensor],
-    base_velocity: Sequence[Tensor],
-    sigma: Tensor,
-    share: Tensor,
-    weight: LossWeight = LossWeight(),
-) -> Tensor:
-    """`(1 - share) losses + share prior`, (B,): prior is the weighted error to the base's own velocity.
-
-    `share`: (B,) in [0, 1], 0 where a sample is to learn from the data alone.
-    """
-    prior = _mean_squares(lambda v, base: v - base, velocity, base_velocity)
-    return torch.lerp(
-        losses,
-        prior * weight(sigma).to(losses.device, non_blocking=True),
-        share.to(losses, non_blocking=True),
-    )
 
 
 def _mean_squares(residual: Callable[..., Tensor], *lists: Sequence[Tensor] | Tensor) -> Tensor:

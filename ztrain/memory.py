@@ -7,15 +7,18 @@ batch that does not fit with nothing kept is refused by name; no batch is ever m
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ztrain.block import Keep
 from ztrain.errors import InputError
+
+ItemT = TypeVar("ItemT")
 
 GIB = 2**30
 RESERVE = 0.015
@@ -123,6 +126,46 @@ class Budget:
                 break
             free, below = free - count * bytes_more, below + bytes_more
         return kept
+
+
+@dataclass(slots=True)
+class Retries:
+    """Computes a whole optimizer step again, with less kept, where memory is short in one of its micro-steps.
+
+    Nothing that is drawn changes by it. How much memory lies idle between tensors, no measurement could tell before.
+    model: an AdaptedDiT; is_alone: else the other processes would wait; advice: what to change where nothing helps.
+    """
+
+    model: Any
+    device: torch.device
+    is_alone: bool
+    advice: str
+    step: int = 0
+    is_short: bool = False
+
+    def of(self, begun: Sequence[ItemT], step: int) -> Iterator[ItemT]:
+        """The last of the micro-steps that optimizer step `step` has begun with; all of them after one in which memory
+        was short. Each is to be computed within `with` of this object."""
+        self.step, waiting = step, [*begun[-1:]]
+        while waiting:
+            yield waiting.pop(0)
+            if self.is_short:  # here, not in `__exit__`, where the traceback keeps the micro-step's tensors alive
+                self.is_short, waiting = False, [*begun]
+                self.model.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, torch.OutOfMemoryError):
+            return False
+        budget = self.model.execution.keeping
+        if not (isinstance(budget, Budget) and self.is_alone and budget.keep_less(idle_bytes(self.device))):
+            raise InputError(f"step {self.step}: {self.advice}") from error
+        planned = f"activations may take {(budget.available - budget.withheld) / GIB:.2f} GiB from step {self.step} on"
+        tqdm.write(f"{planned}: memory was short, and the step is computed again")
+        self.is_short = True
+        return True
 
 
 def use_growing_segments() -> None:

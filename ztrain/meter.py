@@ -10,7 +10,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,29 +29,34 @@ SIGMA_BINS = 10
 """Equal parts of [0, 1] by which the loss is also given: the only loss curves of flow matching that can be compared."""
 
 
-class Asked(NamedTuple):
+SIGNAL, NORM, SAMPLES = 0, 1, 2
+"""Columns of a step's figures, (P, 2 + 3 n) of P processes with n samples each: the signal that a process has received,
+0 for none; the norm of the gradients; then each sample's index, each one's sigma, each one's loss."""
+
+
+class PendingStep(NamedTuple):
     """Figures of a step on their way to the CPU."""
 
-    figures: Tensor  # (P, 2 + 3 n) of P processes with n samples each: signal, norm; of samples index, sigma, loss
+    figures: Tensor
     ended: Any
     """The step; as `_mark` gives it."""
     learning_rates: dict[str, float]
-    waited: float
+    data_wait: float
+    """Seconds."""
 
 
 class Meter:
-    """Collects a step's micro-steps; also the progress line."""
+    """Collects the losses of a step's micro-steps, and turns them into its metrics; also the progress line."""
 
     def __init__(
         self, step: int, last: int, logging_steps: int, accelerator: Accelerator, interruption: Interruption
     ) -> None:
         self.accelerator, self.step, self.logging_steps = accelerator, step, logging_steps
         self.interruption = interruption
-        self.seen: list[tuple[int, float]] = []  # (sample index, sigma) of this process's samples of the step
-        self.of_samples: list[Tensor] = []  # their losses, (B,), on the device
-        self.asked: Asked | None = None
-        self.figures: Tensor | None = None  # of the step that is being taken, as in Asked, on the device
-        self.waited = 0.0
+        self.added: dict[int, tuple[list[tuple[int, float]], Tensor]] = {}
+        """By micro-step of this process: (index, sigma) of each sample, and their losses, (B,), on the device."""
+        self.pending: PendingStep | None = None
+        self.data_wait = 0.0
         self.started = self._mark()
         main = accelerator.is_main_process
         self.bar = tqdm(total=last, initial=step, disable=not main, unit="step", mininterval=1.0, desc="training")
@@ -62,79 +67,68 @@ class Meter:
     def __exit__(self, *error: object) -> None:
         self.bar.close()  # ends the progress line, so that an error starts on a line of its own
 
-    def timed(self, loader: Iterable[ItemT]) -> Iterator[ItemT]:
-        """The loader's items, with the seconds that were spent waiting for them."""
+    def timed(self, loader: Iterable[ItemT], mark: Callable[[str], None]) -> Iterator[ItemT]:
+        """The loader's items, with the seconds that were spent waiting for them; marks that, and what comes after."""
         items = iter(loader)
         while True:
             # A step begins here, and none is under way: validation and saving, which came before, are no part of it.
-            if not self.seen and self.asked is None and self.figures is None:
-                self.started, self.waited = self._mark(), 0.0
+            if not self.added and self.pending is None:
+                self.started, self.data_wait = self._mark(), 0.0
+            mark("reading data")
             started = time.perf_counter()
             try:
                 item = next(items)
             except StopIteration:
                 return
-            self.waited += time.perf_counter() - started
+            self.data_wait += time.perf_counter() - started
+            mark("computing")
             yield item
 
-    def add(self, keys: Sequence[SampleKey], sigma: Tensor, losses: Tensor) -> None:
-        """One micro-step of this process: (B,) each. Does not wait for the device."""
-        self.seen += [(key.index, float(s)) for key, s in zip(keys, sigma, strict=True)]  # sigma is on the CPU
-        self.of_samples.append(losses.detach())
+    def add(self, micro_step: int, keys: Sequence[SampleKey], sigma: Tensor, losses: Tensor) -> None:
+        """Notes one micro-step of this process, in place of one that is computed again: (B,) each, sigma on the CPU.
+        Does not wait for the device."""
+        self.added[micro_step] = [(key.index, float(s)) for key, s in zip(keys, sigma, strict=True)], losses.detach()
 
-    def forget(self) -> None:
-        """Drops what the step's micro-steps have added so far."""
-        self.seen, self.of_samples = [], []
-
-    def judge(self, grad_norm: Tensor | float) -> Tensor:
-        """Before the optimizer: gathers all processes' losses, gradient norms and signals. Does not wait; returns
-        whether any loss or norm is not finite, a truth value on the device, the same on all: then no process may take
-        the step."""
-        losses = torch.cat(self.of_samples).double()  # (n,)
-        known = torch.tensor(list(zip(*self.seen, strict=True)), dtype=torch.float64)  # (2, n)
+    def gather_step(self, grad_norm: Tensor | float) -> Tensor:
+        """The step's figures of all processes (`SAMPLES`), float64 on the device, the same on all. Does not wait: where
+        one of them is not finite, no process may take the optimizer's step, and `wait_for_step` ends the run."""
+        added, self.added = self.added.values(), {}
+        losses = torch.cat([losses for _, losses in added]).double()  # (n,)
+        samples = [sample for samples, _ in added for sample in samples]
+        of_samples = torch.tensor(list(zip(*samples, strict=True)), dtype=torch.float64)  # (2, n)
         norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=losses.device)
         head = torch.stack([torch.full_like(norm, float(self.interruption.received)), norm])
-        mine = torch.cat([head, known.to(losses.device, non_blocking=True).flatten(), losses])
-        self.figures = self.accelerator.gather(mine.unsqueeze(0))  # (P, 2 + 3 n)
-        self.forget()
-        return self.figures.isfinite().logical_not().any()
+        own = torch.cat([head, of_samples.to(losses.device, non_blocking=True).flatten(), losses])
+        return self.accelerator.gather(own.unsqueeze(0))
 
-    def ask(self, learning_rates: dict[str, float], grad_norm: Tensor | float | None = None) -> None:
-        """After the optimizer: what was gathered is on its way to the CPU, for `read`. Does not wait.
-
-        grad_norm: where it was not known before."""
-        figures = self.figures
-        if figures is None:
-            raise RuntimeError("no step was judged")
-        self.figures = None
-        if grad_norm is not None:
-            figures[:, 1] = grad_norm
+    def copy_to_host(self, figures: Tensor, learning_rates: dict[str, float]) -> None:
+        """After the optimizer's step: sends its figures to the CPU, for `wait_for_step`. Does not wait."""
         if figures.is_cuda:
             figures = torch.empty_like(figures, device="cpu", pin_memory=True).copy_(figures, non_blocking=True)
-        self.asked = Asked(figures, self._mark(), learning_rates, self.waited)
-        self.waited = 0.0
+        self.pending = PendingStep(figures, self._mark(), learning_rates, self.data_wait)
+        self.data_wait = 0.0
 
-    def read(self) -> tuple[dict[str, float], int]:
-        """Of the step that was asked about: its metrics, by the names that W&B shows and the same on every process but
-        for the seconds; and the signal that any process had received, 0 for none. Waits for the device. Of the seconds
-        that the process waited for data its device may have been busy.
+    def wait_for_step(self) -> tuple[dict[str, float], int]:
+        """The pending step's metrics, by the names that W&B shows and the same on every process but for the seconds;
+        and the signal that any process had received, 0 for none. Waits for the device. Of the seconds that the process
+        waited for data its device may have been busy.
 
         Raises RuntimeError on every process where a loss or the gradient norm of any is not finite. The weights have
         not taken that step (under ZeRO they have where the losses were finite), and nothing is saved of it.
         """
-        if self.asked is None:
-            raise RuntimeError("no step was asked about")
-        (figures, ended, learning_rates, waited), self.asked = self.asked, None
+        if self.pending is None:
+            raise RuntimeError("no step is pending")
+        (figures, ended, learning_rates, data_wait), self.pending = self.pending, None
         seconds, self.started = _seconds(self.started, ended), ended
         self.step += 1
-        samples = figures[:, 2:].view(len(figures), 3, -1)
+        samples = figures[:, SAMPLES:].view(len(figures), 3, -1)
         bad = [int(index) for index in samples[:, 0][~samples[:, 2].isfinite()]]
-        if bad or not figures[:, 1].isfinite().all():
+        if bad or not figures[:, NORM].isfinite().all():
             named = f"the loss of samples {bad[:8]} (from 0, in the order of the data)" if bad else "the gradient norm"
             raise RuntimeError(f"step {self.step}: {named} is not finite; stopped, and nothing of that step is saved")
         losses = list(zip(samples[:, 1].flatten().tolist(), samples[:, 2].flatten().tolist(), strict=True))
         # fsum rounds once, whatever the order: the number of processes does not show.
-        loss, grad_norm = math.fsum(loss for _, loss in losses) / len(losses), float(figures[0, 1])
+        loss, grad_norm = math.fsum(loss for _, loss in losses) / len(losses), float(figures[0, NORM])
         values = {"train/loss": loss, "train/grad_norm": grad_norm, **learning_rates}
         bins: dict[int, list[float]] = {}
         for sigma, of_sample in losses:
@@ -142,7 +136,7 @@ class Meter:
         values |= {f"train/loss_sigma/{place}": math.fsum(found) / len(found) for place, found in sorted(bins.items())}
         values |= {
             "perf/step_seconds": seconds,
-            "perf/data_wait_share": min(waited / seconds, 1.0),
+            "perf/data_wait_share": min(data_wait / seconds, 1.0),
             "perf/samples_per_second": len(losses) / seconds,
         }
         if torch.cuda.is_available():
@@ -151,7 +145,7 @@ class Meter:
         self.bar.update()
         if self.step % self.logging_steps == 0:
             self.bar.set_postfix(loss=f"{loss:.4f}", grad_norm=f"{grad_norm:.3f}")
-        return values, int(figures[:, 0].max())
+        return values, int(figures[:, SIGNAL].max())
 
     def _mark(self) -> Any:
         """Now, in seconds; or when the device will have done all that it was asked for."""

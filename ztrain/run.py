@@ -8,18 +8,19 @@ import functools
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from ztrain import checkpoint
+from ztrain import checkpoint, files
 from ztrain.adapters import build_adapters, describe_list
 from ztrain.batches import read_batch
 from ztrain.blocks import slow_because
@@ -99,25 +100,18 @@ class Run:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
-    def is_validated(self) -> bool:
-        """At the step where it stands."""
-        return self._comes_up(self.config.validation.validation_steps)
-
-    def is_rendered(self) -> bool:
-        return self.previews is not None and self._comes_up(self.config.validation.preview_steps)
-
-    def is_scored(self) -> bool:
-        return self.scoring is not None and self._comes_up(self.config.validation.score_steps)
-
-    def is_saved(self) -> bool:
-        return self._comes_up(self.config.train.checkpointing_steps)
-
-    def is_looked_at(self) -> bool:
-        """Whether anything but the next step reads this step's weights."""
-        return self.is_validated() or self.is_rendered() or self.is_scored() or self.is_saved()
-
-    def _comes_up(self, every: int) -> bool:
-        return every > 0 and (self.step % every == 0 or self.step == self.config.train.max_train_steps)
+    @property
+    def due(self) -> set[str]:
+        """What comes up at the step where it stands; anything but the next step that reads this step's weights."""
+        t, v = self.config.train, self.config.validation
+        every = {
+            "validation": v.validation_steps,
+            "previews": v.preview_steps,
+            "scores": v.score_steps,
+            "checkpoint": t.checkpointing_steps,
+        }
+        is_last = self.step == t.max_train_steps
+        return {what for what, steps in every.items() if steps > 0 and (self.step % steps == 0 or is_last)}
 
 
 def sigma_density(config: Config, scheduler_shift: float) -> SigmaDensity:
@@ -145,6 +139,38 @@ def make_model(config: Config, dit: Any) -> AdaptedDiT:
     if checkpointing == "on" or (checkpointing == "budget" and dit.device.type == "cuda"):  # unless `tune` says more
         dit.enable_gradient_checkpointing()
     return model
+
+
+def enter_folder(config: Config, accelerator: Accelerator, held: ExitStack) -> checkpoint.Checkpoint | None:
+    """Takes the run's folder for this run, and finds where to go on: the main process decides, for all."""
+    folder, found = Path(config.output_dir), None
+    passed: list[str] = []
+    with together(accelerator):
+        if accelerator.is_main_process:
+            held.enter_context(checkpoint.run_lock(folder))
+            files.sweep(folder)
+            files.sweep(folder / "checkpoints")
+            used = (folder / "metrics.jsonl").exists() or (folder / "export").exists()
+            if used and config.resume_from_checkpoint == "none":
+                raise InputError(
+                    f"output_dir {folder} already holds a run; continue it with --resume_from_checkpoint latest, name "
+                    "another folder, or remove it"
+                )
+            found, passed = checkpoint.find(config.resume_from_checkpoint, folder / "checkpoints")
+    [chosen] = broadcast_object_list([found and found.path])
+    with together(accelerator):
+        if chosen is not None and found is None:
+            try:
+                found = checkpoint.read(chosen)
+            except InputError as error:
+                raise InputError(f"{error} (output_dir must be on a file system that all processes share)") from error
+    for reason in passed:
+        accelerator.print(f"passed over: {reason}")
+    if found is not None:
+        accelerator.print(f"resuming from {found.path} at step {found.step}")
+    elif config.resume_from_checkpoint == "latest":
+        accelerator.print(f"no checkpoint in {folder / 'checkpoints'}: starting at step 0")
+    return found
 
 
 def build(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoint | None) -> Run:
@@ -228,17 +254,17 @@ def _hand_over(run: Run) -> None:
     config, cache, samples, strategy = run.config, run.cache, run.samples, run.strategy
     device, say = run.accelerator.device, run.accelerator.print
     tuned = functools.partial(tune, run.model, config, cache, samples, say, device=device, strategy=strategy)
-    if not strategy.cuts_base:
+    if not strategy.shards_base:
         tuned()  # before DDP comes, which counts every backward pass
-    if strategy.keeps_step and config.reads:
+    if strategy.needs_every_gradient and config.reads:
         first = samples.train.samples[0]
         run.model.stand_in = read_batch(cache, [first], [SampleKey(0, 0, 0)], config.reads).to(device).encoded
     run.wrapped, run.optimizer = strategy.prepare(run.model, run.optimizer, config)
-    if strategy.cuts_base and strategy.probes:
+    if strategy.shards_base and strategy.allows_plain_backward:
         tuned()
     if config.train.ema_decay:
         decay = config.train.ema_decay
-        run.ema = EMAModel(run.trained.values(), decay=decay, foreach=strategy.averages_together)
+        run.ema = EMAModel(run.trained.values(), decay=decay, foreach=strategy.supports_foreach_ema)
 
 
 def _watchers(
@@ -253,7 +279,8 @@ def _watchers(
     )
 
     def shown(count: int, name: str) -> Previews:
-        return Previews.of(config, cache, samples.held_out(count), accelerator, codec, name, strategy)
+        folder = Path(config.output_dir) / name
+        return Previews(config, cache, samples.held_out(count), accelerator, folder, codec, strategy)
 
     scoring = Scoring.of(config, shown(v.num_scored, "scored"), accelerator) if v.score_steps else None
     return shown(v.num_previews, "samples") if v.preview_steps else None, scoring
@@ -285,35 +312,36 @@ def recorded(run: Run, resumed: checkpoint.Checkpoint | None) -> Iterator[None]:
             run.record.close(failed=failed)
 
 
-def after_step(run: Run, values: dict[str, float]) -> None:
-    """Validates and renders when it is time, and writes the step down. Values that are empty are those of step 0."""
-    sheet, table = None, None
-    if run.is_validated() or run.is_rendered() or run.is_scored():
-        with _averaged(run):
-            if run.is_validated():
-                losses = validation_losses(
-                    run.model,
-                    run.accelerator,
-                    run.config,
-                    run.cache,
-                    run.samples,
-                    run.density,
-                    equally_often=run.strategy.cuts_base,
-                )
-                if not all(map(math.isfinite, losses.values())):
-                    raise RuntimeError(f"step {run.step}: the validation loss is not finite")
-                if run.accelerator.is_main_process:
-                    tqdm.write(f"step {run.step}: {describe_losses(losses)}")
-                values = values | losses
-            if run.scoring is not None and run.is_scored():
-                scores = run.scoring.score(run.model, run.step)
-                if run.accelerator.is_main_process:
-                    tqdm.write(f"step {run.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-                values = values | scores
-            if run.previews is not None and run.is_rendered():
-                sheet, table = run.previews.grid(run.model, run.step)
-    if run.record is not None and values:
-        run.record.log(run.step, values, grid=sheet, table=table)
+class Evaluation(NamedTuple):
+    """What is seen of a step's weights: metrics, and a sheet of previews with its cells."""
+
+    values: dict[str, float] = {}
+    sheet: Path | None = None
+    table: list[dict[str, str | Path]] | None = None
+
+
+def evaluate(run: Run) -> Evaluation:
+    """Validates, scores and renders what is due at this step. Every process calls it."""
+    due = run.due
+    if not due - {"checkpoint"}:
+        return Evaluation()
+    values: dict[str, float] = {}
+    say = tqdm.write if run.accelerator.is_main_process else lambda _: None
+    with _averaged(run):
+        if "validation" in due:
+            shared = run.strategy.shards_base
+            data = (run.config, run.cache, run.samples, run.density)
+            values = validation_losses(run.model, run.accelerator, *data, equally_often=shared)
+            if not all(map(math.isfinite, values.values())):
+                raise RuntimeError(f"step {run.step}: the validation loss is not finite")
+            say(f"step {run.step}: {describe_losses(values)}")
+        if run.scoring is not None and "scores" in due:
+            scores = run.scoring.score(run.model, run.step)
+            say(f"step {run.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+            values |= scores
+        if run.previews is not None and "previews" in due:
+            return Evaluation(values, *run.previews.grid(run.model, run.step))
+    return Evaluation(values)
 
 
 @contextmanager
@@ -398,7 +426,7 @@ def _restore(run: Run, found: checkpoint.Checkpoint) -> None:
         group["lr"] = rate
     if run.ema is not None:
         averaged = found.tensors["ema.safetensors"]
-        run.ema.shadow_params = [run.strategy.placed(averaged[name], p) for name, p in run.trained.items()]
+        run.ema.shadow_params = [run.strategy.shard_like(averaged[name], p) for name, p in run.trained.items()]
         run.ema.optimization_step = found.state["ema_steps"]
     run.step = found.step
     if run.schedule.last_epoch != run.step:

@@ -20,6 +20,7 @@ from ztrain.dit import BLOCK
 from ztrain.errors import InputError
 from ztrain.limits import refusal
 from ztrain.memory import BUCKET_MIB
+from ztrain.meter import NORM
 from ztrain.model import AdaptedDiT
 from ztrain.together import agree
 
@@ -33,15 +34,13 @@ class Strategy:
     """One process, or DDP: every process holds everything."""
 
     name: ClassVar[str] = "ddp"
-    cuts_base: ClassVar[bool] = False
+    shards_base: ClassVar[bool] = False
     """Whether each process holds a part of the base only. Then all must run the same modules equally often."""
-    keeps_step: ClassVar[bool] = False
+    needs_every_gradient: ClassVar[bool] = False
     """Whether all processes must give all gradients, in the same order: DeepSpeed adds them up by their place."""
-    steps_in_backward: ClassVar[bool] = False
-    """Whether the last backward pass of a step takes the optimizer's step, too."""
-    probes: ClassVar[bool] = True
+    allows_plain_backward: ClassVar[bool] = True
     """Whether a plain backward pass gives gradients, outside of a step."""
-    averages_together: ClassVar[bool] = True
+    supports_foreach_ema: ClassVar[bool] = True
     """Whether one kernel may average many weights: DTensors have no such operation."""
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -49,8 +48,8 @@ class Strategy:
 
     @property
     def base_device(self) -> torch.device:
-        """Where the base is loaded: a base that is cut comes to the card in parts."""
-        return torch.device("cpu") if self.cuts_base else self.accelerator.device
+        """Where the base is loaded: a base that is sharded comes to the card in parts."""
+        return torch.device("cpu") if self.shards_base else self.accelerator.device
 
     def check(self, config: Config) -> None:
         """Raises InputError for what this strategy cannot carry out of a config, or of accelerate's own settings."""
@@ -68,6 +67,30 @@ class Strategy:
             # to be cut once more where DDP's buckets end.
             torch._dynamo.config.optimize_ddp = False
         return self.accelerator.prepare(model, optimizer)
+
+    def backward(self, loss: Tensor) -> None:
+        """The gradients of one micro-step; in the last one of an optimizer step, processes exchange theirs."""
+        self.accelerator.backward(loss)
+
+    def clip(self, trained: Mapping[str, nn.Parameter], max_norm: float) -> Tensor | float:
+        """Scales gradients down to `max_norm` at most; returns their norm before, the same on all processes.
+
+        Raises RuntimeError where a trained weight has no gradient: a silent None trains nothing."""
+        if lost := [name for name, parameter in trained.items() if parameter.grad is None]:
+            raise RuntimeError(f"{len(lost)} trained weights got no gradient, for example {lost[0]}")
+        return self.number(self.accelerator.clip_grad_norm_(list(trained.values()), max_norm))
+
+    def step(self, optimizer: Any, figures: Tensor) -> None:
+        """The optimizer's step, on all processes or on none: where one of `figures` (meter.gather_step) is not finite,
+        weights and moments stay as they are. Gradients are gone afterwards."""
+        is_broken, inner = figures.isfinite().logical_not().any(), optimizer.optimizer
+        if inner.defaults.get("fused"):
+            # torch's kernel takes no step then; to read the figures would wait for the device.
+            inner.found_inf = is_broken.float()
+            optimizer.step()
+        elif not bool(is_broken):
+            optimizer.step()
+        optimizer.zero_grad()
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Trained weights, their gradients or moments, as they are without any cut. All processes call it; for the main
@@ -90,8 +113,8 @@ class Strategy:
         inner = optimizer.optimizer
         inner.load_state_dict({"state": stored, "param_groups": inner.state_dict()["param_groups"]})
 
-    def placed(self, tensor: Tensor, like: Tensor) -> Tensor:
-        """A whole tensor, which all processes have read, as this process holds one like `like`."""
+    def shard_like(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """This process's part of a whole tensor, which all have read: placed and sharded as `like` is."""
         return tensor.to(like.device)
 
 
@@ -103,8 +126,8 @@ class Fsdp2(Strategy):
     """torch's fully_shard: parameters are DTensors, put together block by block while they are computed."""
 
     name = "fsdp2"
-    cuts_base = keeps_step = True
-    averages_together = False
+    shards_base = needs_every_gradient = True
+    supports_foreach_ema = False
 
     def check(self, config: Config) -> None:
         from torch.distributed.fsdp import CPUOffloadPolicy
@@ -149,12 +172,12 @@ class Fsdp2(Strategy):
     def load_optimizer(self, optimizer: Any, stored: dict[int, Any], trained: Mapping[str, nn.Parameter]) -> None:
         parameters = list(trained.values())
         placed = {
-            place: {what: self.placed(each, parameters[place]) for what, each in values.items()}
+            place: {what: self.shard_like(each, parameters[place]) for what, each in values.items()}
             for place, values in stored.items()
         }
         super().load_optimizer(optimizer, placed, trained)
 
-    def placed(self, tensor: Tensor, like: Tensor) -> Tensor:
+    def shard_like(self, tensor: Tensor, like: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         if not isinstance(like, DTensor) or tensor.shape != like.shape:
@@ -164,10 +187,10 @@ class Fsdp2(Strategy):
 
 
 class Zero(Strategy):
-    """DeepSpeed's ZeRO 2: gradients and moments are cut; the engine clips, and steps inside the backward pass."""
+    """DeepSpeed's ZeRO 2: gradients and moments are sharded; its engine clips as it steps, and knows the norm then."""
 
     name = "zero2"
-    keeps_step = steps_in_backward = True
+    needs_every_gradient = True
 
     def check(self, config: Config) -> None:
         super().check(config)
@@ -190,6 +213,25 @@ class Zero(Strategy):
         settings["gradient_accumulation_steps"] = config.train.gradient_accumulation_steps
         settings["gradient_clipping"] = config.train.max_grad_norm
         return self.accelerator.prepare(model, optimizer)
+
+    @property
+    def _engine(self) -> Any:
+        return self.accelerator.deepspeed_engine_wrapped.engine
+
+    def backward(self, loss: Tensor) -> None:
+        # Not by accelerate, which steps within the last backward pass, before anybody has seen the losses.
+        self._engine.set_gradient_accumulation_boundary(is_boundary=self.accelerator.sync_gradients)
+        self._engine.backward(loss)
+
+    def clip(self, trained: Mapping[str, nn.Parameter], max_norm: float) -> Tensor | float:
+        """0: what `step` does, and writes into the figures."""
+        return 0.0
+
+    def step(self, optimizer: Any, figures: Tensor) -> None:
+        """Writes the norm into `figures` after the step: one that is not finite has spoilt the weights."""
+        if bool(figures.isfinite().all()):
+            self._engine.step()
+            figures[:, NORM] = float(self._engine.get_global_grad_norm() or 0.0)
 
     def optimizer_state(self, optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[int, Any]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -234,8 +276,8 @@ class Zero3(Zero):
     """ZeRO 3: the base is cut, too."""
 
     name = "zero3"
-    cuts_base = True
-    probes = False
+    shards_base = True
+    allows_plain_backward = False
 
     def prepare(self, model: AdaptedDiT, optimizer: Any, config: Config) -> tuple[Any, Any]:
         import deepspeed

@@ -20,7 +20,7 @@ from ztrain.compiling import compile_blocks
 from ztrain.config import Config
 from ztrain.dit import PATCH, Keeping
 from ztrain.errors import InputError
-from ztrain.flow import velocity_losses
+from ztrain.flow import loss
 from ztrain.graphs import Replays
 from ztrain.images import IMAGE_MULTIPLE
 from ztrain.memory import GIB, IDLE, MOMENTS_BYTES, REPLAYED_TOKENS, Budget, available_bytes, measure
@@ -72,8 +72,7 @@ class Probe:
         generator = torch.Generator().manual_seed(0)
         noise, latents = torch.randn((2, *shape), generator=generator).to(device)
         sigma = torch.full(shape[:1], 0.5, device=device)
-        velocity = self.model((noise + latents) / 2, sigma, self.batch.encoded)
-        return velocity_losses(velocity, latents, noise, sigma).mean()
+        return loss(self.model, latents, noise, sigma, self.batch.encoded).mean()
 
     def keeping(self, keeping: Keeping, is_larger: bool) -> Tensor:
         self.model.execution.keeping = keeping
@@ -122,7 +121,7 @@ def tune(
                 raise InputError("train.compile on: the blocks could not be compiled; auto goes on without")
         if measures:
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            pending = trained * (4 + MOMENTS_BYTES[t.optimizer]) // (num_processes if strategy.cuts_base else 1)
+            pending = trained * (4 + MOMENTS_BYTES[t.optimizer]) // (num_processes if strategy.shards_base else 1)
             available = available_bytes(device, config.memory.budget_gib, pending)
             try:
                 sizes = measure(probe.keeping, len(model.dit.layers), device)
@@ -140,7 +139,7 @@ def tune(
             if (
                 fast
                 and num_processes == 1
-                and not strategy.cuts_base
+                and not strategy.shards_base
                 and t.train_batch_size * _image_tokens(samples) <= REPLAYED_TOKENS
             ):
                 # Graphs keep their memory: beside it a batch of a new size must fit once more.

@@ -24,7 +24,7 @@ from ztrain.config import Config
 from ztrain.drawn import save_picture, still_to_draw
 from ztrain.encoders import LatentCodec
 from ztrain.files import read_bytes, whole_folder
-from ztrain.flow import SigmaDensity, draw_noise, interpolate, quantiles, sampler_noise, velocity_losses
+from ztrain.flow import SigmaDensity, draw_noise, loss, quantiles, sampler_noise
 from ztrain.grid import draw_grid
 from ztrain.images import open_image
 from ztrain.intervals import interval
@@ -78,9 +78,8 @@ def validation_losses(
             encoded = concatenate([right.encoded, other.encoded, right.encoded.without_reference()])
             latents, noise = right.latents * 3, draw_noise([key], right.latents) * 3
             for place, sigma in enumerate(sigmas):
-                at = torch.full((3,), sigma)
-                noisy = [interpolate(x, n, sigma) for x, n in zip(latents, noise, strict=True)]
-                losses = velocity_losses(model(noisy, at, encoded), latents, noise, at)
+                # In float32, 1 - 0.8 would be rounded twice.
+                losses = loss(model, latents, noise, torch.full((3,), sigma, dtype=torch.float64), encoded)
                 if counts:
                     table[:, i, place] = losses.double()
     model.train()
@@ -123,20 +122,6 @@ class Previews:
     strategy: Strategy
     decided: dict[str, Any] = field(default_factory=dict)
     """What decides every picture but the step, the list and the splice; known once the base is."""
-
-    @classmethod
-    def of(
-        cls,
-        config: Config,
-        cache: Cache,
-        rows: list[Sample],
-        accelerator: Accelerator,
-        codec: LatentCodec,
-        name: str,
-        strategy: Strategy,
-    ) -> "Previews":
-        """Kept in the folder `name` of the run."""
-        return cls(config, cache, rows, accelerator, Path(config.output_dir) / name, codec, strategy)
 
     def render_base(self, model: AdaptedDiT, base: Mapping[str, str]) -> None:
         """The columns that training does not change; kept from an earlier life of the run that had the same ones.
@@ -235,7 +220,7 @@ class Previews:
         """Each row's image as PNG, on the main process; rows are divided among all."""
         settings, device, mine = self.settings, self.accelerator.device, []
         with together(self.accelerator):
-            for i, counts in turns(len(self.rows), self.accelerator, equally_often=self.strategy.cuts_base):
+            for i, counts in turns(len(self.rows), self.accelerator, equally_often=self.strategy.shards_base):
                 row = self.rows[i]
                 key = SampleKey(self.config.seed, 0, i)
                 encoded = read_batch(self.cache, [row], [key], reads, settings.negative_prompt).to(device).encoded

@@ -20,7 +20,7 @@ from torch import Tensor
 from ztrain.compiling import compile_blocks
 from ztrain.conditioning import Encoded
 from ztrain.encoders import LatentCodec, TextEncoder
-from ztrain.flow import SigmaDensity, draw_sigmas, interpolate, velocity_losses
+from ztrain.flow import SigmaDensity, draw_sigmas, loss
 from ztrain.mini.fit import Draws, Fitted, Partial, Plan, fit, mixed_precision, training
 from ztrain.mini.gallery import Gallery
 from ztrain.mini.turns import turn_tokens
@@ -103,7 +103,7 @@ def train_denoiser(
     draws = Draws(count, plan.batch_size, seed, "cpu")
     noise_generator = torch.Generator(device)
 
-    def loss(step: int) -> Tensor:
+    def loss_of(step: int) -> Tensor:
         draws.at(step)
         noise_generator.manual_seed(draws.seed_at(step))
         chosen = draws.rows()
@@ -117,13 +117,11 @@ def train_denoiser(
         clean = latents[chosen.to(device)].float()  # (B, C, H, W)
         noise = torch.randn(clean.shape, generator=noise_generator, device=device)
         sigma = draw_sigmas(plan.batch_size, density, noise_generator)  # (B,)
-        noisy = interpolate(clean, noise, sigma[:, None, None, None])
-        velocity = model(noisy, sigma, Encoded.of_prompts(text, null_text))
-        return velocity_losses(velocity, clean, noise, sigma).mean()
+        return loss(model, clean, noise, sigma, Encoded.of_prompts(text, null_text)).mean()
 
     def gradients() -> dict[str, Tensor]:
         with mixed_precision(device):
-            loss(0).backward()
+            loss_of(0).backward()
         found = {name: p.grad for name, p in dit.named_parameters() if p.grad is not None}
         dit.zero_grad()
         return found
@@ -131,4 +129,4 @@ def train_denoiser(
     with training(dit):
         if device.type == "cuda":
             compile_blocks(dit, gradients, functools.partial(print, flush=True))
-        return fit("transformer", [dit], loss, plan, device, partial)
+        return fit("transformer", [dit], loss_of, plan, device, partial)

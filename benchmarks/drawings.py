@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ztrain.mini.style_folders import paint_many_styles
-from ztrain.mini.trials import PAINTED, WEIGHTS, Truth
+from ztrain.mini.truth import PAINTED, Truth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +38,6 @@ class Drawings(Protocol):
     """What a laboratory works on: drawings, and the family that was pretrained on such."""
 
     @property
-    def family(self) -> Path: ...
-
-    @property
     def options(self) -> tuple[str, ...]:
         """Overrides of configs/miniature.yaml that every run on this family needs."""
 
@@ -55,7 +52,7 @@ class Drawings(Protocol):
 class Paintings:
     """Painted style folders, and the shipped family."""
 
-    family, options, truth = WEIGHTS, (), PAINTED
+    options, truth = (), PAINTED
 
     def lay_out(self, folder: Path, plan: Plan) -> None:
         paint_many_styles(folder, plan.counts, seed=plan.seed)

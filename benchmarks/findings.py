@@ -22,7 +22,7 @@ from benchmarks.findings_book import BOOK, DROPOUTS, LISTS, PROJECTED, UNTRAINED
 from benchmarks.laboratory import Laboratory
 from benchmarks.pages import PAGES, RESULTS, cell, devices, write_page
 from benchmarks.state_gaps import mean_gaps, state_gaps
-from ztrain.mini.trials import Method
+from ztrain.mini.trials import exported_entry
 from ztrain.terminal import program
 
 PLAN = Plan(counts={"train": (512, 8), "test": (128, 2)}, steps=800, batch=16)
@@ -80,13 +80,12 @@ def _measure_gaps(laboratory: Laboratory, seeds: Sequence[int]) -> None:
     """How far each projector leaves the states that it reads from those of prompts."""
     path = laboratory.out / "scores" / "gaps.json"
     if not path.is_file():
-        measured = {
-            name: [
-                state_gaps(laboratory.trials, Method.of_folder(name, laboratory.folder(name, seed) / "export"), kind)
-                for seed in seeds
-            ]
-            for name, kind in PROJECTED.items()
-        }
+
+        def gaps(name: str, seed: int, kind: int) -> dict[str, Any]:
+            entry = exported_entry(name, laboratory.folder(name, seed) / "export", laboratory.config)
+            return state_gaps(laboratory.config, laboratory.trials.cases, entry, kind)
+
+        measured = {name: [gaps(name, seed, kind) for seed in seeds] for name, kind in PROJECTED.items()}
         path.write_text(json.dumps(measured) + "\n", encoding="utf-8")
 
 

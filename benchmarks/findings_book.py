@@ -8,7 +8,8 @@ from benchmarks.drawings import Variant
 from benchmarks.laboratory import Ways
 from ztrain.conditioning import IMAGE, TEXT
 from ztrain.config import Config
-from ztrain.mini.trials import Method, splice_settings
+from ztrain.lineup import Entry
+from ztrain.mini.trials import splice, text_only
 
 _SEEDED = ("--adapters.0.init_seed",)
 _TEXT = ("--adapters.0.tokens", "text")
@@ -55,28 +56,24 @@ VARIANTS = LISTS | {
     "drop_all_5": _dropout("each 0.05", reference=0.05, text=0.05, both=0.05),
 }
 
-_UNGUIDED = {"guidance_scale": 0.0}  # what guidance does to every list is benchmarks/guidance.py's question
+_UNGUIDED = {"sample": {"guidance_scale": 0.0}}  # what guidance does to every list is benchmarks/guidance.py's question
 WAYS: Ways = {
     "own": _UNGUIDED,
-    "shuffled": {"sees": "shuffled"} | _UNGUIDED,
-    "guided": {"image_guidance_scale": 1.0} | _UNGUIDED,
-    "blind": {"sees": "none"} | _UNGUIDED,
+    "shuffled": {"is_shuffled": True} | _UNGUIDED,
+    "guided": {"sample": {"guidance_scale": 0.0, "image_guidance_scale": 1.0}},
+    "blind": {"has_reference": False} | _UNGUIDED,
     "promptless": {"has_prompt": False} | _UNGUIDED,
 }
 STRENGTHS = (0.25, 0.5, 1.0)
 
 
-def _splice(config: Config, layer: int, tokens: str, strength: float) -> Method:
-    [method] = [m for m in splice_settings(config, [layer], [strength]) if m.adapters[0].tokens == tokens]
-    return method
-
-
-UNTRAINED: dict[str, Callable[[Config], Method]] = {"text": lambda config: Method(label="text only")} | {
-    f"splice-{layer}-{tokens}-{strength:g}": partial(_splice, layer=layer, tokens=tokens, strength=strength)
+_SPLICES: dict[str, Callable[[Config], Entry]] = {
+    f"splice-{layer}-{tokens}-{strength:g}": partial(splice, layer=layer, tokens=tokens, strength=strength)
     for layer in range(1, 7)
     for tokens in ("text", "all")
     for strength in STRENGTHS
 }
+UNTRAINED = {"text": text_only} | _SPLICES
 PROJECTED = {"projector": TEXT, "projector_all": IMAGE}
 """The kind of tokens of which the page says what the projector makes of them."""
 DROPOUTS = ("siglip_lora", "drop_none", "drop_reference_20", "drop_reference_50", "drop_all_5")

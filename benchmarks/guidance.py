@@ -29,8 +29,8 @@ PLAN = Plan(counts={"train": (512, 8), "test": (128, 2)}, steps=800, batch=16)
 SMOKE = Plan(counts={"train": (6, 4), "test": (6, 2)}, steps=3, batch=4)
 GUIDANCE = 4.0  # of the released Base
 NEGATIVES = ("neither", "reference", "base")
-WAYS: Ways = {"own": {"guidance_scale": 0.0}} | {
-    name: {"guidance_scale": GUIDANCE, "negative": name} for name in NEGATIVES
+WAYS: Ways = {"own": {"sample": {"guidance_scale": 0.0}}} | {
+    name: {"sample": {"guidance_scale": GUIDANCE, "negative": name}} for name in NEGATIVES
 }
 SHIPPED = ("siglip", "siglip_lora", "projector", "splice_lora", "lora")
 """One run of each list that comes with ztrain."""

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from benchmarks.drawings import Drawings, Paintings, Plan, Variant
@@ -32,15 +31,15 @@ from benchmarks.side_by_side import run_modules
 from data_tools.build import main as build
 from ztrain.checkpoint import find as find_checkpoint
 from ztrain.config import Config, load_config
-from ztrain.data import read_triplets
 from ztrain.errors import InputError
 from ztrain.export import read_adapter
+from ztrain.images import Picture, open_image
+from ztrain.lineup import Entry
 from ztrain.mini.exam import Clusters, Scores
-from ztrain.mini.subject import Subject, to_pictures
-from ztrain.mini.trials import Method, Trials
+from ztrain.mini.trials import Trials, exported_entry
 
 Ways = Mapping[str, Mapping[str, Any]]
-"""By name, how a method is asked: changes to `Method`."""
+"""By name, how an entry is asked: changes to it, and under `sample` to how it is sampled."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +93,12 @@ class Laboratory:
     def config(self) -> Config:
         return load_config(
             [Path("configs/siglip.yaml"), Path("configs/miniature.yaml")],
-            ["--data.train_data_dir", str(self.out / "triplets"), *self.drawings.options],
+            [
+                *("--data.train_data_dir", str(self.out / "triplets")),
+                *("--cache.dir", str(self.out / "cache"), "--seed", str(self.plan.seed)),
+                *self.drawings.options,
+            ],
         )
-
-    @cached_property
-    def subject(self) -> Subject:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        size, steps = self.config.data.resolution, self.config.sample.num_inference_steps
-        assert steps is not None, "configs/miniature.yaml says how many"
-        return Subject.load(self.drawings.family, size, self.plan.seed, device, num_inference_steps=steps)
 
     @cached_property
     def trials(self) -> Trials:
@@ -110,8 +106,7 @@ class Laboratory:
         return self.trials_of("test")
 
     def trials_of(self, split: str) -> Trials:
-        triplets = read_triplets(self.config.data.train_data_dir, split).triplets
-        return Trials(self.subject, self.config, triplets, self.drawings.truth)
+        return Trials.of(self.config, split, self.out / "judged", self.drawings.truth)
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -147,10 +142,10 @@ class Laboratory:
             name, variant, seed = run
             if not self._is_judged(f"{name}-{seed}"):
                 folder = self.folder(name, seed)
-                method = Method.of_folder(variant.label, folder / "export")
+                entry = exported_entry(variant.label, folder / "export", self.config)
                 noted = json.loads((folder / "env.json").read_text(encoding="utf-8"))
                 trained_on = {key: noted[key] for key in ("device", "torch", "python")}
-                self.judge(f"{name}-{seed}", method, ways.get(name, ("own",)), trained_on)
+                self.judge(f"{name}-{seed}", entry, ways.get(name, ("own",)), trained_on)
 
         due = [run for run in runs if not self._is_judged(f"{run[0]}-{run[2]}") and not self._is_trained(run)]
         self.cache({name: variant for name, variant, _ in due}.values())
@@ -220,18 +215,19 @@ class Laboratory:
         return {"steps": self.plan.steps, "batch": self.plan.batch, "seed": self.plan.seed, "counts": counts}
 
     def judge(
-        self, run: str, method: Method, ways: Sequence[str] = ("own",), trained_on: Mapping[str, Any] | None = None
+        self, run: str, entry: Entry, ways: Sequence[str] = ("own",), trained_on: Mapping[str, Any] | None = None
     ) -> None:
-        """Scores one method in these ways and keeps first pictures of each, unless that was done before."""
+        """Scores one entry in these ways and keeps first pictures of each, unless that was done before."""
         if self._is_judged(run):
             return
-        outcomes = {way: self.trials.run(replace(method, **self.ways[way])) for way in ways}
-        weights = 0 if method.exported is None else sum(_count(method.exported.files).values())
+        asked = [_changed(entry, self.ways[way]) for way in ways]
+        outcomes = dict(zip(ways, self.trials.run(*asked), strict=True))
+        weights = 0 if entry.exported is None else sum(_count(entry.exported.files).values())
         scores = {way: outcome.scores for way, outcome in outcomes.items()}
-        about = {"label": method.label, "weights": weights, "trained_on": trained_on}
-        if method.exported is not None:
-            about["steps"] = method.exported.step
-        self._keep(run, about, scores, {way: outcome.images for way, outcome in outcomes.items()})
+        about = {"label": entry.label, "weights": weights, "trained_on": trained_on}
+        if entry.exported is not None:
+            about["steps"] = entry.exported.step
+        self._keep(run, about, scores, {way: outcome.pictures for way, outcome in outcomes.items()})
 
     def judge_targets(self, run: str, label: str) -> None:
         """Scores the true drawings, as far as anybody can be right."""
@@ -241,13 +237,13 @@ class Laboratory:
             self._keep(run, about, {"own": self.trials.score(targets)}, {"own": targets})
 
     def _keep(
-        self, run: str, about: Mapping[str, Any], scores: Mapping[str, Scores], images: Mapping[str, Tensor]
+        self, run: str, about: Mapping[str, Any], scores: Mapping[str, Scores], drawn: Mapping[str, Sequence[Picture]]
     ) -> None:
         path = self._scores(run)
         path.parent.mkdir(parents=True, exist_ok=True)
-        for place, (way, drawn) in enumerate(images.items()):
+        for place, (way, pictures) in enumerate(drawn.items()):
             strip = f"{run}.{way}.png" if place else f"{run}.png"
-            _save_strip(path.with_name(strip), to_pictures(drawn[: self.shown]))
+            _save_strip(path.with_name(strip), pictures[: self.shown])
         told = {
             **about,
             "judged_on": machine(),
@@ -280,11 +276,11 @@ class Laboratory:
         truth = {
             "clusters": {"of": trials.clusters.of, "numbers": trials.clusters.numbers.tolist()},
             "styles": trials.styles,
-            "prompts": [triplet.prompt for triplet in trials.triplets[: self.shown]],
+            "prompts": [case.prompt for case in trials.cases[: self.shown]],
         }
         (folder / "truth.json").write_text(json.dumps(truth) + "\n", encoding="utf-8")
         _save_strip(folder / "reference.png", trials.references[: self.shown])
-        _save_strip(folder / "target.png", to_pictures(trials.targets[: self.shown]))
+        _save_strip(folder / "target.png", trials.targets[: self.shown])
 
     @cached_property
     def truth(self) -> dict[str, Any]:
@@ -302,9 +298,13 @@ class Laboratory:
         return [strip.crop((left, 0, left + side, side)) for left in range(0, strip.width, side)]
 
 
+def _changed(entry: Entry, way: Mapping[str, Any]) -> Entry:
+    changes = dict(way)
+    return replace(entry, sample=entry.sample.model_copy(update=changes.pop("sample", {})), **changes)
+
+
 def _plain(scores: Scores) -> dict[str, list[float]]:
-    told = scores | {"leak_above_chance": scores["leak"] - scores["leak_by_chance"]}
-    return {name: [round(value, 5) for value in values.float().tolist()] for name, values in told.items()}
+    return {name: [round(value, 5) for value in values.float().tolist()] for name, values in scores.items()}
 
 
 def _count(files: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, int]:
@@ -313,11 +313,12 @@ def _count(files: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, int]:
     return {name: sum(tensor.numel() for tensor in tensors.values()) for name, tensors in kept.items()}
 
 
-def _save_strip(path: Path, pictures: Sequence[Image.Image]) -> None:
-    width, height = pictures[0].size
-    strip = Image.new("RGB", (width * len(pictures), height))
-    for place, picture in enumerate(pictures):
-        strip.paste(picture, (place * width, 0))
+def _save_strip(path: Path, pictures: Sequence[Picture]) -> None:
+    images = [open_image(picture) for picture in pictures]
+    width, height = images[0].size
+    strip = Image.new("RGB", (width * len(images), height))
+    for place, image in enumerate(images):
+        strip.paste(image, (place * width, 0))
     strip.save(path)
 
 

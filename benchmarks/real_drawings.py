@@ -28,10 +28,12 @@ from benchmarks.laboratory import Laboratory, Ways
 from benchmarks.pages import PAGES, RESULTS, cell, devices, save_sheet, write_page
 from ztrain.errors import InputError
 from ztrain.grid import draw_grid
+from ztrain.lineup import Entry
 from ztrain.mini.family import BASE, MARKER, SIGLIP, VISION_LANGUAGE
 from ztrain.mini.folders import FolderWorld
 from ztrain.mini.gallery import Split
-from ztrain.mini.trials import Method, Truth, as_found, find_best_splice, splice_settings
+from ztrain.mini.trials import as_found, find_best_splice, splice, splices, text_only
+from ztrain.mini.truth import Truth
 from ztrain.terminal import program
 
 NAME = "real_drawings"
@@ -43,8 +45,8 @@ LAYERS, STRENGTHS = (4, 5, 6), (0.5, 1.0)
 """Of the splice that are compared on validation triplets."""
 SHOWN = 40
 
-UNGUIDED = {"guidance_scale": 0.0}
-WAYS: Ways = {"own": UNGUIDED, "shuffled": {"sees": "shuffled"} | UNGUIDED}
+UNGUIDED = {"sample": {"guidance_scale": 0.0}}
+WAYS: Ways = {"own": UNGUIDED, "shuffled": {"is_shuffled": True} | UNGUIDED}
 LISTS = {
     "siglip": Variant(label="[siglip]", experiment="siglip"),
     "siglip_lora": Variant(label="[siglip, lora]", experiment="siglip_lora"),
@@ -92,7 +94,7 @@ class RealDrawings:
             for role, folder in models.items()
             for word in (f"--models.{role}.pretrained_model_name_or_path", str(self.family / folder))
         ]
-        return (*paths, "--data.resolution", str(SIZE))
+        return (*paths, "--data.resolution", str(SIZE), "--judges.truth", str(self.family))
 
     @property
     def truth(self) -> Truth:
@@ -200,7 +202,7 @@ def measure(
         without = replace(variant, options=(*options, "--data.train_split", "train_without"))
         variants[name + WITHOUT] = replace(without, label=f"{variant.label}, not trained on {left_out}")
     laboratory.judge_targets("true", "true drawings")
-    laboratory.judge("text", Method(label="text only"))
+    laboratory.judge("text", text_only(laboratory.config))
     laboratory.judge("splice", replace(best, label="the splice at its best"), tuple(WAYS))
     laboratory.carry_out(
         [(name, variant, 0) for name, variant in variants.items()], dict.fromkeys(variants, tuple(WAYS))
@@ -208,26 +210,23 @@ def measure(
     return variants
 
 
-def _best_splice(laboratory: Laboratory, layers: Sequence[int], strengths: Sequence[float]) -> Method:
+def _best_splice(laboratory: Laboratory, layers: Sequence[int], strengths: Sequence[float]) -> Entry:
     """The setting with the most style on validation triplets, searched once."""
     path = laboratory.out / "scores" / "splice_setting.json"
     if not path.is_file():
-        settings = [replace(each, guidance_scale=0.0) for each in splice_settings(laboratory.config, layers, strengths)]
-        method = find_best_splice(laboratory.trials_of("validation"), settings).most_style.method
+        config = laboratory.config
+        sample = config.sample.model_copy(update=UNGUIDED["sample"])
+        settings = splices(config.model_copy(update={"sample": sample}), layers, strengths)
+        best = find_best_splice(laboratory.trials_of("validation"), settings)[0].entry
         told = {
-            "label": method.label,
-            "tokens": method.adapters[0].tokens,
-            "scale": method.scale,
-            "hidden_index": method.encoders.hidden_index,
+            "label": best.label,
+            "tokens": best.adapters[0].tokens,
+            "scale": best.sample.scales,
+            "hidden_index": best.encoders.hidden_index,
         }
         path.write_text(json.dumps(told) + "\n", encoding="utf-8")
     told = json.loads(path.read_text(encoding="utf-8"))
-    [method] = [
-        setting
-        for setting in splice_settings(laboratory.config, [told["hidden_index"]], [told["scale"]])
-        if setting.adapters[0].tokens == told["tokens"]
-    ]
-    return method
+    return splice(laboratory.config, told["hidden_index"], told["tokens"], told["scale"])
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

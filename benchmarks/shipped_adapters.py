@@ -20,7 +20,7 @@ from benchmarks.laboratory import Laboratory, Ways
 from ztrain.adapters.lora import COMFYUI_FILE
 from ztrain.export import CONFIG_FILE, sealed
 from ztrain.mini.exam import RETRIEVAL_POOL
-from ztrain.mini.trials import ADAPTERS, Method, splice_settings
+from ztrain.mini.trials import ADAPTERS, splice, text_only
 from ztrain.terminal import program
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ VARIANTS = {
     "lora": Variant(label="[lora], sees no reference", experiment="lora", options=("--adapters.0.rank", _RANK)),
 }
 """By experiment of configs/."""
-WAYS: Ways = {"own": {}, "shuffled": {"sees": "shuffled"}, "unguided": {"guidance_scale": 0.0}}
+WAYS: Ways = {"own": {}, "shuffled": {"is_shuffled": True}, "unguided": {"sample": {"guidance_scale": 0.0}}}
 """The base's own guidance, 4, unless said otherwise."""
 COLUMNS = {
     "style cosine": "style_cosine",
@@ -98,10 +98,8 @@ def measure(laboratory: Laboratory) -> None:
     laboratory.prepare()
     laboratory.keep_truth()
     laboratory.carry_out(runs, {name: ("own", "unguided") if name == "lora" else tuple(WAYS) for name in VARIANTS})
-    laboratory.judge("text", Method(label="text only"), ("own", "unguided"))
-    for method in splice_settings(laboratory.config, [5], [1.0]):
-        if method.adapters[0].tokens == "text":
-            laboratory.judge("splice", method, tuple(WAYS))
+    laboratory.judge("text", text_only(laboratory.config), ("own", "unguided"))
+    laboratory.judge("splice", splice(laboratory.config, 5, "text"), tuple(WAYS))
 
 
 def collect(laboratory: Laboratory, adapters: Path, result_file: Path) -> None:
@@ -155,7 +153,7 @@ def result_of(laboratory: Laboratory) -> dict[str, Any]:
             "batch": plan.batch,
             "counts": dict(plan.counts),
             "seed": plan.seed,
-            "guidance": laboratory.trials.guidance_scale,
+            "guidance": laboratory.trials.studio.settings(text_only(laboratory.config)).guidance_scale,
         },
         "triplets": len(clusters.numbers),
         "rows": rows,

@@ -4,7 +4,6 @@ Every state is divided by its own root mean square first, as the transformer's c
 it can see. Legend: L tokens, D text width.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,19 +11,29 @@ import torch
 from torch import Tensor
 
 from ztrain.conditioning import IMAGE, TEXT
+from ztrain.config import Config
+from ztrain.dit import load_transformer
+from ztrain.encoders import Encoders
+from ztrain.exchange import Case
 from ztrain.export import adapt
-from ztrain.mini.trials import Method, Trials
+from ztrain.images import open_image
+from ztrain.lineup import Entry
+from ztrain.models import Source
 from ztrain.stats import Moments
 
 NAMES = {TEXT: "text tokens after the image", IMAGE: "image tokens"}
 
 
 @torch.no_grad()
-def state_gaps(trials: Trials, method: Method, kind: int) -> dict[str, Any]:
-    """`before` and `after` the method's projector, of the tokens of that kind of all triplets' references: see _gap."""
-    assert method.exported is not None, "a projector was trained"
-    projector = adapt(copy.deepcopy(trials.subject.dit), method.exported).adapters[0]
-    encoded = trials.encode(method)
+def state_gaps(config: Config, cases: Sequence[Case], entry: Entry, kind: int) -> dict[str, Any]:
+    """`before` and `after` the entry's projector, of the tokens of that kind of all rows' references: see _gap."""
+    assert entry.exported is not None, "a projector was trained"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dit = load_transformer(Source.of(config.models.base), torch.float32, device)
+    projector = adapt(dit, entry.exported).adapters[0]
+    encoders = Encoders.load(config, entry.reads, torch.float32, device)
+    pictures = [[open_image(known) for known in case.references] for case in cases]
+    encoded = encoders.encode([case.prompt for case in cases], pictures, entry.reads, entry.encoders)
     prompts, before, after = Moments(), Moments(), Moments()
     for text, reference in zip(encoded.text, encoded.reference, strict=True):
         assert reference is not None, "every triplet has a reference"

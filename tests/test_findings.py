@@ -12,7 +12,8 @@ from benchmarks.drawings import Plan, Variant
 from benchmarks.laboratory import Laboratory
 from benchmarks.pages import MARKS
 from ztrain.errors import InputError
-from ztrain.mini.trials import Method
+from ztrain.export import read_adapter
+from ztrain.mini.trials import text_only
 
 PLAN = Plan(counts={"train": (3, 3), "test": (4, 2)}, steps=2, batch=2)
 EVERY = findings_book.VARIANTS | {f"shipped_{name}": variant for name, variant in shipped_adapters.VARIANTS.items()}
@@ -54,10 +55,10 @@ def test_few_caches_cover_every_variant(tmp_path: Path) -> None:
 
 def test_rows_are_means_over_seeds_and_differences_are_paired(laboratory: Laboratory, tmp_path: Path) -> None:
     """Untrained methods stand for trained ones: what is asked is the arithmetic."""
-    text = Method(label="text only")
+    text = text_only(laboratory.config)
     splice = findings_book.UNTRAINED["splice-5-text-1"](laboratory.config)
-    for run, method in {"siglip-0": text, "siglip-1": splice, "stock_order-0": splice, "stock_order-1": splice}.items():
-        laboratory.judge(run, method)
+    for run, entry in {"siglip-0": text, "siglip-1": splice, "stock_order-0": splice, "stock_order-1": splice}.items():
+        laboratory.judge(run, entry)
     result = findings.result_of(laboratory, "token_order", (0, 1), {})
     ours, theirs = result["rows"]
     low, high = ours["style_cosine_by_seed"]
@@ -81,7 +82,7 @@ def test_rows_are_means_over_seeds_and_differences_are_paired(laboratory: Labora
 def test_ways_of_asking_are_kept_apart_and_nothing_is_judged_twice(laboratory: Laboratory) -> None:
     splice = findings_book.UNTRAINED["splice-5-text-1"](laboratory.config)
     laboratory.judge("asked", splice, ("own", "blind"))
-    laboratory.judge("text", Method(label="text only"))
+    laboratory.judge("text", text_only(laboratory.config))
     blind, text = laboratory.scores(["asked"], "blind"), laboratory.scores(["text"])
     assert torch.equal(blind["style_cosine"], text["style_cosine"])
     assert not torch.equal(laboratory.scores(["asked"])["style_cosine"], text["style_cosine"])
@@ -103,7 +104,7 @@ def test_the_commands_run_from_paintings_to_pages(tmp_path: Path) -> None:
     assert findings.main(["token_order", "--smoke", "--seeds", "1", "--out", str(tmp_path / "f")]) == 0
     assert shipped_adapters.main(["--smoke", "--out", str(tmp_path / "s")]) == 0
     for name in shipped_adapters.VARIANTS:
-        method = Method.of_folder(name, tmp_path / "s" / "adapters" / name)
-        assert method.exported is not None and "lora_comfyui.safetensors" not in method.exported.files
+        exported = read_adapter(tmp_path / "s" / "adapters" / name)
+        assert "lora_comfyui.safetensors" not in exported.files
     result = json.loads((tmp_path / "s" / "shipped_adapters.json").read_text())
     assert result["rows"]["siglip"]["style_above"].keys() == {"shuffled", "lora", "splice"}

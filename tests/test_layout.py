@@ -120,7 +120,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
     },
     "studio": {
         "adapters", "aspects", "cache", "conditioning", "config", "digests", "dit", "encoders", "exchange", "export",
-        "flow", "drawn", "images", "lineup", "model", "models", "sample",
+        "drawn", "images", "lineup", "model", "models", "sample",
     },
     "judging": {"comparison", "config", "exchange", "features", "images", "intervals", "metrics", "mini", "models"},
     "ranking": {"comparison", "intervals", "judging"},
@@ -147,11 +147,11 @@ MAY_IMPORT: dict[str, set[str]] = {  # and everybody may import errors and files
         "cards", "compare", "config", "from_checkpoint", "interrupt", "mini", "plan", "prepare", "render",
         "report", "stats", "sweep", "terminal", "train", "yamls",
     },
-    "demo": {"adapters", "config", "data", "drawn", "grid", "interrupt", "mini", "terminal"},
+    "demo": {"adapters", "config", "drawn", "grid", "images", "interrupt", "mini", "terminal"},
     "mini": {
-        "adapters", "compiling", "conditioning", "config", "csvs", "dit", "drawn", "encoders", "export", "flow",
-        "forms", "grid", "images", "intervals", "metrics", "model", "models", "rows", "sample", "tensors", "terminal",
-        "vision_language",
+        "adapters", "cache", "compiling", "conditioning", "config", "csvs", "dit", "drawn", "encoders", "exchange",
+        "flow", "forms", "grid", "images", "intervals", "lineup", "metrics", "model", "models", "rows", "sample",
+        "studio", "tensors", "terminal", "vision_language",
     },
     "data_tools": {
         "csvs", "data", "encoders", "features", "forms", "images", "interrupt", "models", "pages", "rows", "tars",

@@ -6,18 +6,15 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from benchmarks import shipped_adapters
-from data_tools.build import main as build
+from tests.triplets import painted_experiment
 from ztrain.cli import main as cli
-from ztrain.config import load_config
-from ztrain.data import read_triplets
+from ztrain.export import read_adapter
+from ztrain.images import open_image
 from ztrain.mini.exam import CONTENT_LOSS
-from ztrain.mini.style_folders import paint_many_styles
-from ztrain.mini.subject import Subject
-from ztrain.mini.trials import ADAPTERS, WEIGHTS, Method, Trials
+from ztrain.mini.trials import ADAPTERS, Trials, exported_entry
 
 RESULT = json.loads(shipped_adapters.RESULT.read_text(encoding="utf-8"))
 ROWS = RESULT["rows"]
@@ -53,17 +50,17 @@ def test_they_are_the_ones_that_were_measured_and_small() -> None:
     assert sum(path.stat().st_size for path in files) <= 6_000_000
     assert sorted(path.name for path in ADAPTERS.iterdir() if path.is_dir()) == sorted(shipped_adapters.VARIANTS)
     for name in shipped_adapters.VARIANTS:
-        method = Method.of_folder(name, ADAPTERS / name)
-        assert method.exported is not None and method.exported.step == ROWS[name]["steps"]
-        weights = sum(tensor.numel() for tensors in method.exported.files.values() for tensor in tensors.values())
+        exported = read_adapter(ADAPTERS / name)
+        assert exported.step == ROWS[name]["steps"]
+        weights = sum(tensor.numel() for tensors in exported.files.values() for tensor in tensors.values())
         assert weights == ROWS[name]["weights"]
     assert (ADAPTERS / "README.md").read_text(encoding="utf-8") == shipped_adapters.card(RESULT)
 
 
 @pytest.mark.parametrize("name", SEEING)
 def test_they_draw_in_the_style_of_their_reference(name: str, trials: Trials) -> None:
-    method = Method.of_folder(name, ADAPTERS / name)
-    own, shuffled = trials.run(method), trials.run(method.shuffled)
+    entry = exported_entry(name, ADAPTERS / name, trials.config)
+    own, shuffled = trials.run(entry, entry.shuffled)
     assert trials.difference("style_cosine", own, shuffled)["low"] > 0.1
     assert own.mean("prompt_content") > 0.8
 
@@ -71,7 +68,7 @@ def test_they_draw_in_the_style_of_their_reference(name: str, trials: Trials) ->
 @pytest.mark.parametrize("name", SEEING)
 def test_the_command_of_their_card_draws(name: str, trials: Trials, tmp_path: Path) -> None:
     [block] = re.findall(r"```bash\n(.*?)```", (ADAPTERS / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    trials.references[0].save(tmp_path / "reference.png")
+    open_image(trials.references[0]).save(tmp_path / "reference.png")
     named = {"<list>": name, "reference.png": str(tmp_path / "reference.png"), "drawing.png": str(tmp_path / "new.png")}
     for word, value in named.items():
         block = block.replace(word, value)
@@ -85,12 +82,5 @@ def test_the_command_of_their_card_draws(name: str, trials: Trials, tmp_path: Pa
 @pytest.fixture(scope="module")
 def trials(tmp_path_factory: pytest.TempPathFactory) -> Trials:
     folder = tmp_path_factory.mktemp("shipped")
-    paint_many_styles(folder, {"train": (2, 2), "test": (8, 2)}, seed=5)
-    styles = "{styles: {contents: contents.csv, splits: {train: train, test: test}}}"
-    pair = "pair: {triplets_per_target: 1}"
-    (folder / "build.yaml").write_text(f"sources: [images]\ndedup: null\nlabel: {styles}\n{pair}\n")
-    assert build(["--config", str(folder / "build.yaml"), "--out", str(folder / "triplets")]) == 0
-    files = [Path("configs/siglip_lora.yaml"), Path("configs/miniature.yaml")]
-    config = load_config(files, ["--sample.guidance_scale", "0"])
-    subject = Subject.load(WEIGHTS, 64, 0, torch.device("cpu"), num_inference_steps=6)
-    return Trials(subject, config, read_triplets(str(folder / "triplets"), "test").triplets)
+    config = painted_experiment(folder, "siglip_lora", (8, 2), "--sample.guidance_scale", "0", seed=5)
+    return Trials.of(config, "test", folder)

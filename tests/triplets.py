@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data_tools.build import main as build
 from ztrain.config import Config, load_config
+from ztrain.mini.style_folders import paint_many_styles
 
 ROOT = Path(__file__).parents[1]
 PLACES = {
@@ -68,3 +70,15 @@ def tiny_config(family: Path, data: Path, cache: Path, *words: str, name: str = 
     files = [ROOT / "configs" / f"{name}.yaml", ROOT / "configs" / "tiny.yaml"]
     places = ["--data.train_data_dir", str(data), "--cache.dir", str(cache)]
     return load_config(files, [*model_words(family), *places, *words])
+
+
+def painted_experiment(folder: Path, name: str, test: tuple[int, int], *more: str, seed: int = 0) -> Config:
+    """configs/NAME.yaml of six steps on the miniature, and triplets of so many painted styles and pictures of each."""
+    paint_many_styles(folder, {"train": (2, 2), "test": test}, seed=seed)
+    styles = "{styles: {contents: contents.csv, splits: {train: train, test: test}}}"
+    pair = "pair: {triplets_per_target: 1}"
+    (folder / "build.yaml").write_text(f"sources: [images]\ndedup: null\nlabel: {styles}\n{pair}\n")
+    assert build(["--config", str(folder / "build.yaml"), "--out", str(folder / "triplets")]) == 0
+    words = ("--data.train_data_dir", str(folder / "triplets"), "--cache.dir", str(folder / "cache"))
+    files = [ROOT / f"configs/{name}.yaml", ROOT / "configs/miniature.yaml"]
+    return load_config(files, [*words, "--sample.num_inference_steps", "6", *more])

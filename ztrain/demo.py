@@ -2,8 +2,8 @@
 
 `python -m ztrain.demo --out DIR [--adapters NAME]`: NAME is an experiment of configs/. The models are the pretrained
 miniature that comes with ztrain, so content and style of every picture are known and judged. Out: `demo.png`,
-`demo.md`, `result.json` and `run/export/`. The splice's setting is chosen on validation triplets, everything else is
-measured on triplets whose contents and styles were in neither split.
+`demo.md`, `result.json`, `run/export/` and `pictures/`. The splice's setting is chosen on validation triplets,
+everything else is measured on triplets whose contents and styles were in neither split.
 """
 
 import argparse
@@ -15,29 +15,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm.auto import tqdm
-
 from ztrain.adapters import describe_list
 from ztrain.config import Config, load_config
-from ztrain.data import read_triplets
 from ztrain.drawn import save_picture
 from ztrain.files import given_path, write_json, write_text
 from ztrain.grid import draw_grid
+from ztrain.images import open_image
 from ztrain.interrupt import run_module
 from ztrain.mini.exam import CONTENT_LOSS
 from ztrain.mini.style_folders import paint_many_styles
-from ztrain.mini.subject import Subject, to_pictures
 from ztrain.mini.trials import (
     ADAPTERS,
-    WEIGHTS,
-    Method,
     Outcome,
     Trials,
     as_found,
+    exported_entry,
     find_best_splice,
     markdown_table,
-    splice_settings,
+    splices,
+    text_only,
 )
 from ztrain.terminal import command
 
@@ -124,14 +120,9 @@ def demo(out: Path, plan: Plan) -> bool:
         *plan.overrides,
     ]
     config = load_config([Path(file) for file in experiment], overrides)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    assert config.sample.num_inference_steps is not None, "configs/miniature.yaml says how many"
-    subject = Subject.load(
-        WEIGHTS, config.data.resolution, plan.seed, device, num_inference_steps=config.sample.num_inference_steps
-    )
-    found = find_best_splice(_trials(subject, config, "validation"), splice_settings(config, plan.layers, STRENGTHS))
-    best = found.most_style.method
-    keeping = None if found.keeping_content is None else found.keeping_content.method
+    settings = splices(config, plan.layers, STRENGTHS)
+    most, kept = find_best_splice(Trials.of(config, "validation", out), settings)
+    best, keeping = most.entry, None if kept is None else kept.entry
     print(f"most style: {best.label}; most of those that keep the content: {keeping.label if keeping else 'none'}")
     overrides += as_found(config, best)
 
@@ -143,23 +134,20 @@ def demo(out: Path, plan: Plan) -> bool:
     run("ztrain.train", "--config", *experiment, *overrides)
 
     print("6/6 judging everybody on drawings of other contents in other styles", flush=True)
-    trials = _trials(subject, config, "test")
-    methods = {"text_only": Method(label="text only"), "splice": best}
+    entries = {"text_only": text_only(config), "splice": best}
     if keeping is not None and keeping != best:
-        methods["splice_keeping_content"] = keeping
+        entries["splice_keeping_content"] = keeping
     listed = describe_list(config.adapters)
-    ours = Method.of_folder(f"{listed}, {plan.steps} steps", out / "run" / "export")
-    methods |= {"adapter": ours, "adapter_shuffled": ours.shuffled}
+    ours = exported_entry(f"{listed}, {plan.steps} steps", out / "run" / "export", config)
+    entries |= {"adapter": ours, "adapter_shuffled": ours.shuffled}
     if (shipped := ADAPTERS / plan.adapters).is_dir():
-        methods["shipped"] = Method.of_folder(
-            f"{listed}, as shipped: it knows most of these contents, no style", shipped
-        )
+        label = f"{listed}, as shipped: it knows most of these contents, no style"
+        entries["shipped"] = exported_entry(label, shipped, config)
     else:
         print(f"no column for a shipped adapter: none comes with ztrain for {listed}")
-    bar = tqdm(methods.items(), desc="judging", unit="method")
-    outcomes = {name: trials.run(method) for name, method in bar}
-    seconds = time.perf_counter() - started
-    return _report(out, config, trials, outcomes, seconds)
+    trials = Trials.of(config, "test", out)
+    outcomes = dict(zip(entries, trials.run(*entries.values()), strict=True))
+    return _report(out, config, trials, outcomes, time.perf_counter() - started)
 
 
 def run(*command: str) -> None:
@@ -169,15 +157,11 @@ def run(*command: str) -> None:
         sys.exit(status)
 
 
-def _trials(subject: Subject, config: Config, split: str) -> Trials:
-    return Trials(subject, config, read_triplets(config.data.train_data_dir, split).triplets)
-
-
 def _report(out: Path, config: Config, trials: Trials, outcomes: dict[str, Outcome], seconds: float) -> bool:
     """Writes table, picture and result; says and gives the verdict."""
     text, splice, ours = (outcomes[name] for name in ("text_only", "splice", "adapter"))
     gain = trials.difference("style_cosine", ours, splice)
-    lost = {name: text.mean(f"prompt_{name}") - ours.mean(f"prompt_{name}") for name in trials.contents}
+    lost = {name: text.mean(f"prompt_{name}") - ours.mean(f"prompt_{name}") for name in trials.truth.truth.contents}
     beats, follows = gain["low"] > 0, max(lost.values()) <= CONTENT_LOSS
     said = f"style cosine above the splice's best: {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
     worst = max(lost, key=lost.__getitem__)
@@ -194,11 +178,11 @@ def _report(out: Path, config: Config, trials: Trials, outcomes: dict[str, Outco
         "seed": config.seed,
         "adapters": [adapter.model_dump(mode="json") for adapter in config.adapters],
         "triplets": len(trials),
-        "splice_setting": splice.method.label,
+        "splice_setting": splice.entry.label,
         "style_cosine": _means(outcomes, "style_cosine")
         | {"difference": gain["mean"], "difference_low": gain["low"], "difference_high": gain["high"]},
         "content": _means(outcomes, "prompt_content"),
-        "leak": {name: trials.leak_above_chance(outcome)["mean"] for name, outcome in outcomes.items()},
+        "leak": {name: outcome.mean("leak_above_chance") for name, outcome in outcomes.items()},
         "beats_splice": beats,
         "follows_prompt": follows,
         "figures": {name: trials.figures(outcome) for name, outcome in outcomes.items()},
@@ -220,10 +204,10 @@ def _means(outcomes: dict[str, Outcome], figure: str) -> dict[str, float | None]
 def _draw(path: Path, trials: Trials, outcomes: dict[str, Outcome]) -> Path:
     """reference | no image | splice | this adapter | shipped adapter | target."""
     columns = {"text_only": "no image", "splice": "splice", "adapter": "this adapter", "shipped": "shipped adapter"}
-    shown = {label: to_pictures(outcomes[name].images[:ROWS]) for name, label in columns.items() if name in outcomes}
-    targets = to_pictures(trials.targets[:ROWS])
-    rows = [[trials.references[i], *(images[i] for images in shown.values()), targets[i]] for i in range(ROWS)]
-    prompts = [triplet.prompt for triplet in trials.triplets[:ROWS]]
+    shown = {label: outcomes[name].pictures for name, label in columns.items() if name in outcomes}
+    lines = zip(trials.references[:ROWS], *shown.values(), trials.targets, strict=False)
+    rows = [[open_image(picture) for picture in line] for line in lines]
+    prompts = [case.prompt for case in trials.cases[:ROWS]]
     save_picture(draw_grid(["reference", *shown, "target"], prompts, rows), path)
     return path
 

@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 
 from ztrain.comparison import Metric, Model
 from ztrain.config import JudgesConfig
-from ztrain.errors import InputError
 from ztrain.exchange import Case
 from ztrain.features import Tower, check_tower
 from ztrain.images import Picture, open_image
@@ -93,9 +92,7 @@ def check_judges(config: JudgesConfig, cases: Sequence[Case]) -> None:
         if place is not None:
             check_tower(Source.of(place))
     if config.truth is not None:
-        if lost := next((case.where for case in cases if case.target is None), None):
-            raise InputError(f"judges.truth: {lost} has no target; it judges triplets of painted style folders")
-        _truth(Path(config.truth), torch.device("cpu")).check([(case.where, case.columns) for case in cases])
+        _truth(Path(config.truth), torch.device("cpu")).check(cases)
 
 
 class Judging:
@@ -397,15 +394,12 @@ class Judging:
     def _truth_scores(self, sheet: Sheet) -> Iterator[Metric]:
         """What the judges of a painted world know."""
         assert self.truth is not None
-        if any(case.target is None for case in sheet.cases):
-            raise InputError("judges.truth: the rows have no targets; it judges triplets of painted style folders")
-        targets = [_bytes(case.target) for case in sheet.cases if case.target is not None]
-        self.truth.learn([(case.where, case.columns) for case in sheet.cases], targets)
+        self.truth.learn(sheet.cases)
         seeds = [list(zip(*column, strict=True)) for column in sheet.pictures]  # C x S x R
-        scored = [[self.truth.score([_bytes(p) for p in seed]) for seed in column] for column in seeds]
+        scored = [[self.truth.score(seed) for seed in column] for column in seeds]
         chance = None
         if sheet.plain is not None:
-            plain = [_bytes(row[0]) for row in sheet.pictures[sheet.plain]]
+            plain = [row[0] for row in sheet.pictures[sheet.plain]]
             chance = self.truth.content_by_chance(plain, [case.prompt for case in sheet.cases])
         for told in self.truth.figures:
             if told.of_prompt and not sheet.has_prompts:
@@ -444,8 +438,3 @@ def _chance(cosines: Tensor, prompts: Sequence[str]) -> float | None:
 def _pixels(image: Image.Image) -> Tensor:
     """(3, H, W) in [0, 1]."""
     return torch.from_numpy(np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 255)
-
-
-def _bytes(picture: Picture) -> Tensor:
-    """(3, H, W) uint8."""
-    return torch.from_numpy(np.array(open_image(picture))).permute(2, 0, 1)

@@ -43,6 +43,8 @@ class Entry:
     """Whether it is shown another row's references."""
     has_reference: bool = True
     """Without: the trained list on its prompt alone."""
+    has_prompt: bool = True
+    """Without: on its reference alone."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of a sweep: what it has on each axis."""
     of: str | None = None
@@ -60,6 +62,11 @@ class Entry:
     @property
     def without_reference(self) -> "Entry":
         return replace(self, has_reference=False, sample=self.sample.model_copy(update={"strength": 1.0}))
+
+    @property
+    def shuffled(self) -> "Entry":
+        """Its control: shown another row's references."""
+        return replace(self, label=f"{self.label}, shuffled", role="control", is_shuffled=True, of=self.label)
 
 
 # Rows
@@ -139,10 +146,7 @@ def entries_of(config: Config) -> list[Entry]:
     entries += _presets([Path(file) for file in chosen.presets], config)
     entries += exported_entries([Path(folder) for folder in chosen.adapters], config)
     if chosen.shuffled:
-        read = [entry for entry in entries if entry.looks]
-        entries += [
-            replace(e, label=f"{e.label}, shuffled", role="control", is_shuffled=True, of=e.label) for e in read
-        ]
+        entries += [entry.shuffled for entry in entries if entry.looks]
     check_entries(entries)
     return entries
 

@@ -29,12 +29,11 @@ from ztrain.encoders import Encoders, LatentCodec
 from ztrain.errors import InputError
 from ztrain.exchange import Case, Exchange, exchange
 from ztrain.export import Identities, check_identity, encoder_identities, load_weights
-from ztrain.flow import sampler_noise
 from ztrain.images import Bucket, fit_target, open_image
 from ztrain.lineup import Entry
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype, identity
-from ztrain.sample import SampleSettings, released_or, sample
+from ztrain.sample import Picture, SampleSettings, released_or, sample_all
 
 FOLDER = "pictures"
 _RULES = 1  # part of every picture's name: raise it when the same settings come to draw otherwise
@@ -86,6 +85,9 @@ class Studio:
         """(height, width) in pixels."""
         return size_in(entry.sample, self.config.data.resolution)
 
+    def prompt(self, entry: Entry, row: int) -> str:
+        return self.cases[row].prompt if entry.has_prompt else ""
+
     def references(self, entry: Entry, row: int) -> tuple[Known, ...]:
         """What an entry is shown."""
         if not entry.has_reference:
@@ -112,7 +114,7 @@ class Studio:
 
     def _shots(self, entry: Entry, row: int) -> list[Shot]:
         decided = self._decided(entry) | {
-            "prompt": self.cases[row].prompt,
+            "prompt": self.prompt(entry, row),
             "references": [known.digest for known in self.references(entry, row)] if entry.looks else [],
         }
         return [
@@ -188,12 +190,14 @@ class Studio:
     ) -> list[Tensor]:
         """Latents of each shot of a batch."""
         entry = shots[0].entry
-        shape = codec.latent_shape(*self.size(entry))
-        noise = [sampler_noise(shot.seed, shape).to(self.device) for shot in shots]
-        start = [self._start(codec, shot) for shot in shots] if entry.sample.strength < 1.0 else None
-        states = concatenate(encoded).to(self.device)
+        shape, has_start = codec.latent_shape(*self.size(entry)), entry.sample.strength < 1.0
+        pictures = [
+            Picture(row=i, seed=shot.seed, shape=shape, start=self._start(codec, shot) if has_start else None)
+            for i, shot in enumerate(shots)
+        ]
+        states, settings = concatenate(encoded), self.settings(entry)
         try:
-            return sample(model, states, noise, self.settings(entry), start=start)
+            return list(sample_all(model, states, pictures, settings, batch_size=len(shots), device=self.device))
         except InputError as error:
             raise InputError(f"{entry.label}: {error}") from error
 
@@ -206,10 +210,10 @@ class Studio:
 
     def _state_key(self, shot: Shot) -> tuple[Any, ...]:
         """Shots with equal ones read the same states."""
-        entry, negative_prompt = shot.entry, shot.entry.sample.negative_prompt
+        entry, asked = shot.entry, (shot.row, shot.entry.has_prompt, shot.entry.sample.negative_prompt)
         if not entry.looks:
-            return shot.row, negative_prompt, entry.encoders.max_sequence_length
-        return shot.row, negative_prompt, entry.encoders, entry.reads, entry.is_shuffled
+            return *asked, entry.encoders.max_sequence_length
+        return *asked, entry.encoders, entry.reads, entry.is_shuffled
 
     def _encode(
         self, shots: Sequence[Shot], bar: Any
@@ -222,7 +226,7 @@ class Studio:
         encoded = {}
         for key, shot in wanted.items():
             pictures = [open_image(known) for known in self.references(shot.entry, shot.row)]
-            entry, prompt = shot.entry, self.cases[shot.row].prompt
+            entry, prompt = shot.entry, self.prompt(shot.entry, shot.row)
             settings: EncodersConfig = entry.encoders
             states = encoders.encode(
                 [prompt], [pictures], entry.reads, settings, negative_prompt=entry.sample.negative_prompt

@@ -24,13 +24,13 @@ from ztrain.config import Config
 from ztrain.drawn import save_picture, still_to_draw
 from ztrain.encoders import LatentCodec
 from ztrain.files import read_bytes, whole_folder
-from ztrain.flow import SigmaDensity, draw_noise, loss, quantiles, sampler_noise
+from ztrain.flow import SigmaDensity, draw_noise, loss, quantiles
 from ztrain.grid import draw_grid
 from ztrain.images import open_image
 from ztrain.intervals import interval
 from ztrain.model import AdaptedDiT
 from ztrain.models import base_defaults
-from ztrain.sample import SampleSettings, released_or, sample
+from ztrain.sample import Picture, SampleSettings, released_or, sample_all
 from ztrain.sampler import SampleKey
 from ztrain.samples import Sample, Samples
 from ztrain.strategy import Strategy, turns
@@ -223,13 +223,13 @@ class Previews:
             for i, counts in turns(len(self.rows), self.accelerator, equally_often=self.strategy.shards_base):
                 row = self.rows[i]
                 key = SampleKey(self.config.seed, 0, i)
-                encoded = read_batch(self.cache, [row], [key], reads, settings.negative_prompt).to(device).encoded
-                noise = sampler_noise(
-                    self.config.seed + i, self.codec.latent_shape(row.bucket.height, row.bucket.width)
-                )
-                picture = _as_png(self.codec.decode(sample(model, encoded, [noise.to(device)], settings)[0]))
+                encoded = read_batch(self.cache, [row], [key], reads, settings.negative_prompt).encoded
+                shape = self.codec.latent_shape(row.bucket.height, row.bucket.width)
+                picture = Picture(row=0, seed=self.config.seed + i, shape=shape)
+                [latents] = sample_all(model, encoded, [picture], settings, batch_size=1, device=device)
+                png = _as_png(self.codec.decode(latents))
                 if counts:
-                    mine.append((i, picture))
+                    mine.append((i, png))
         return dict(gather_object(mine))
 
     def _publish(

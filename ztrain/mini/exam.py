@@ -9,7 +9,7 @@ Legend: T pictures, D embedding width.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -123,6 +123,27 @@ def score_pictures(
     labels = (judged, shown[contents[0]], asked[contents[0]])
     scores |= {"leak": leak(*labels), "leak_by_chance": leak_by_chance(*labels)}
     return scores | {"high_frequency": high_frequency_energy(images.float() / 255)}
+
+
+class Tried(Protocol):
+    """What was scored: its figures' means."""
+
+    def mean(self, name: str) -> float: ...
+
+
+TriedT = TypeVar("TriedT", bound=Tried)
+
+
+def most_style(tried: Sequence[TriedT], text: TriedT) -> tuple[TriedT, TriedT | None]:
+    """The one with the largest style cosine, and the one with the largest of those whose content accuracy is within
+    CONTENT_LOSS of text-only's; None where none is."""
+    enough = text.mean("prompt_content") - CONTENT_LOSS
+    keeping = [each for each in tried if each.mean("prompt_content") >= enough]
+
+    def style(each: TriedT) -> float:
+        return each.mean("style_cosine")
+
+    return max(tried, key=style), max(keeping, key=style, default=None)
 
 
 # On what

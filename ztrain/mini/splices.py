@@ -19,7 +19,7 @@ from ztrain.conditioning import Encoded, TokenStates
 from ztrain.config import EncodersConfig
 from ztrain.drawn import save_picture
 from ztrain.mini import sheets
-from ztrain.mini.exam import CONTENT_LOSS, Card, Clusters, Exam, Scores, score_pictures
+from ztrain.mini.exam import CONTENT_LOSS, Card, Clusters, Exam, Scores, most_style, score_pictures
 from ztrain.mini.gallery import Gallery, Split
 from ztrain.mini.subject import to_pictures
 from ztrain.model import AdaptedDiT
@@ -340,10 +340,9 @@ def _entangled_card(table: Triplets, again: Triplets) -> Card:
 def _best_card(table: Triplets, again: Triplets) -> Card:
     """Beside the content's prompt: the setting with most style, with and without a condition."""
     text = Setting(model="text", prompt="content")
-    free = table.best("style_cosine", _is_choice)
-    enough = table.run(text).mean("prompt_content") - CONTENT_LOSS
-    keeping = [r for r in table.rows.values() if _is_choice(r) and r.mean("prompt_content") >= enough]
-    kept = table.best("style_cosine", lambda row: row in keeping) if keeping else None
+    rows = list(filter(_is_choice, table.rows.values()))
+    most, keeping = most_style(rows, table.run(text))
+    free, kept = most.setting, None if keeping is None else keeping.setting
     return {
         "rule": (
             f"largest style cosine on {len(table)} triplets among settings with the content's prompt whose content"

@@ -21,11 +21,10 @@ from ztrain.config import EncodersConfig, ModelConfig, ModelsConfig
 from ztrain.dit import load_transformer
 from ztrain.encoders import LatentCodec, TextEncoder
 from ztrain.errors import InputError
-from ztrain.flow import sampler_noise
 from ztrain.mini.family import BASE, MARKER, VISION_LANGUAGE
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, pretrained_model, read_json
-from ztrain.sample import SampleSettings, sample
+from ztrain.sample import Picture, SampleSettings, sample_all
 from ztrain.vision_language import SplicedModel
 
 
@@ -122,13 +121,11 @@ class Subject:
 
     def render(self, model: AdaptedDiT, encoded: Encoded) -> Tensor:
         """(T, 3, S, S) uint8; picture i starts from the same noise whatever the model and the states."""
-        shape, pictures = self.codec.latent_shape(self.size, self.size), []
-        for start in range(0, len(encoded), self.batch):
-            rows = range(start, min(start + self.batch, len(encoded)))
-            noise = [sampler_noise(self.seed + row, shape).to(self.device) for row in rows]
-            latents = sample(model, encoded.select(rows), noise, self.settings)
-            pictures.append(to_bytes(self.codec.decode_pixels(torch.stack(latents))))
-        return torch.cat(pictures)
+        shape = self.codec.latent_shape(self.size, self.size)
+        pictures = [Picture(row=row, seed=self.seed + row, shape=shape) for row in range(len(encoded))]
+        latents = sample_all(model, encoded, pictures, self.settings, batch_size=self.batch, device=self.device)
+        batches = torch.stack(list(latents)).split(self.batch)
+        return torch.cat([to_bytes(self.codec.decode_pixels(batch)) for batch in batches])
 
     def through_codec(self, images: Tensor) -> Tensor:
         """Pictures as the VAE gives them back, (T, 3, S, S) uint8."""

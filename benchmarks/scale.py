@@ -19,8 +19,9 @@ from benchmarks.cards import LISTS, changed, compared, config_of, counted_of, la
 from benchmarks.pages import ROOT, write_page
 from ztrain.cards import CARDS
 from ztrain.config import Config
-from ztrain.expected import BUCKET_BYTES, LINK_SHARE, PROMPT_TOKENS, WAITING, Tokens, Traffic, step_seconds, traffic
+from ztrain.expected import LINK_SHARE, PROMPT_TOKENS, WAITING, Tokens, Traffic, step_seconds, traffic
 from ztrain.footprint import Counted, Cut
+from ztrain.memory import BUCKET_MIB
 from ztrain.plan import Plan, plan
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "scale.md"
@@ -178,7 +179,7 @@ def sums(cases: dict[tuple[str, int], Case]) -> str:
             " the sheet's rate (`LINK_SHARE`: measured on NVLink, assumed elsewhere); the ring passes each node's"
             " network once. Nothing hides the sums of `[siglip]` and `[projector]`, whose weights lie before the main"
             " blocks, so that their gradients come last; a LoRA's go beside the backward pass, but for the last"
-            f" {BUCKET_BYTES / 2**20:g} MiB. Efficiency counts what is not hidden and the {WAITING['ddp'] * 1e3:g} ms a"
+            f" {BUCKET_MIB} MiB. Efficiency counts what is not hidden and the {WAITING['ddp'] * 1e3:g} ms a"
             " micro-step that DDP took besides on two H200 (`WAITING`): no stragglers, no waits for data.",
             "",
             measured(launched(RESULTS)),

@@ -124,7 +124,7 @@ def leak_by_chance(judged: Tensor, reference: Tensor, prompt: Tensor) -> Tensor:
     """The leak to expect if references were dealt again at random, (T,) in [0, 1], NaN where `leak` is.
 
     For each triplet: the share of its judged class among the references of all triplets that show another class than
-    its prompt asks. So `paired_bootstrap(leak(...), leak_by_chance(...), drop_nan=True)` is 0 in expectation for a
+    its prompt asks. So `interval(difference(leak(...), leak_by_chance(...)), drop_nan=True)` is 0 in expectation for a
     model that ignores the reference, and above 0 where content leaks; it assumes that references were paired with
     prompts independently of their classes.
     """
@@ -145,7 +145,7 @@ def copy_score(outputs: Tensor, references: Tensor) -> Tensor:
     reference, minus the mean of its correlations with all references that are another picture. About 0 where nothing
     is copied, about 1 for a copy; a flat picture correlates with nothing. 0 is not always best: what style says about
     light (a dark background, a vignette, stripes) is shared with the reference on purpose, so subtract
-    `copy_score(targets, references)`, what the true pictures have (`paired_bootstrap`). Luminance, because hue is
+    `copy_score(targets, references)`, what the true pictures have (`difference`). Luminance, because hue is
     style that should be taken over while light and dark draw the objects; 16 x 16, because texture is style as well.
 
     It knows a copy that is recoloured, paler, darker, grainy or of another size. It does not know one that is

@@ -111,7 +111,7 @@ def test_what_cannot_be_tried_is_said(trials: Trials, config: Config, triplets: 
     others = [triplet for triplet in triplets if triplet not in one]
     with pytest.raises(InputError, match="its style has more triplets than any other"):
         Trials(trials.subject, config, [*one, others[0]])
-    known = identity(trials.subject.dit, "transformer") | {"weights": "of another"}
+    known = identity(trials.subject.dit) | {"weights": "of another"}
     foreign = ExportedAdapter(tmp_path, [SpliceConfig()], config.encoders, {"transformer": known}, {}, {}, 1)
     with pytest.raises(InputError, match="made for another transformer: its weights hash is of another"):
         trials.run(Method(label="foreign", exported=foreign))

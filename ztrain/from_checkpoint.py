@@ -33,7 +33,7 @@ def export_checkpoint(config: Config, path: Path, out: Path) -> Path:
         if words.startswith(tuple(f"{key}{end}" for key in _DECIDING for end in (".", ":")))
     ]
     dit = load_transformer(Source.of(config.models.base), base_dtype(config.train.mixed_precision), "cpu")
-    known, here = found.state["identities"], identity(dit, "transformer")
+    known, here = found.state["identities"], identity(dit)
     if known["transformer"] != here:
         changed.append(f"the transformer: {json.dumps(known['transformer'])} -> {json.dumps(here)}")
     if changed:

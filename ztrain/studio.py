@@ -19,22 +19,23 @@ from tqdm.auto import tqdm
 
 from ztrain.adapters import build_adapters
 from ztrain.aspects import size_in
-from ztrain.cache import Cache, digest_json
+from ztrain.cache import Cache
 from ztrain.conditioning import Encoded, concatenate
 from ztrain.config import Config, EncodersConfig
-from ztrain.digests import Known
+from ztrain.digests import Known, digest_json
 from ztrain.dit import load_transformer
 from ztrain.drawn import save_picture, still_to_draw
-from ztrain.encoders import Encoders, LatentCodec
+from ztrain.encoders import LatentCodec
 from ztrain.errors import InputError
 from ztrain.exchange import Case, Exchange, exchange
-from ztrain.export import Identities, adapt, check_identity, encoder_identities
+from ztrain.export import Identities, adapt, check_identity
 from ztrain.flow import sampler_noise
 from ztrain.images import Bucket, fit_target, open_image
 from ztrain.lineup import Entry
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype, identity
 from ztrain.sample import SampleSettings, released_or, sample
+from ztrain.states import VAE, Encoders, models_of
 
 FOLDER = "pictures"
 _RULES = 1  # part of every picture's name: raise it when the same settings come to draw otherwise
@@ -117,9 +118,6 @@ class Studio:
 
     def _decided(self, entry: Entry) -> dict[str, Any]:
         """Of all rows of an entry."""
-        roles = {"transformer", "vae", "text_encoder"}
-        roles |= {"vision_language"} if entry.reads & {"reference", "fused"} else set()
-        roles |= {"siglip"} if "siglip" in entry.reads else set()
         encoders = entry.encoders.model_dump(mode="json")
         return {
             "rules": _RULES,
@@ -130,7 +128,10 @@ class Studio:
             "scales": entry.sample.scales if entry.adapters else 1.0,
             "size": self.size(entry),
             "precision": self.config.train.mixed_precision,
-            "models": {role: self.cache.model_files(role) for role in sorted(roles)},
+            "models": {
+                "transformer": self.cache.transformer_files(),
+                **{model.role: self.cache.model_files(model) for model in (VAE, *models_of(entry.reads))},
+            },
         }
 
     def _settings_of(self, adapter: Any) -> dict[str, Any]:
@@ -162,7 +163,7 @@ class Studio:
                 dit = None
                 dit = load_transformer(base, self.dtype, self.device, self.config.models.transformer_file)
                 if "transformer" not in known:
-                    known["transformer"] = identity(dit, "transformer")
+                    known["transformer"] = identity(dit)
                 adapted = None
                 for of_entry in of_weights.values():
                     entry = of_entry[0][0].entry
@@ -226,4 +227,4 @@ class Studio:
                 [prompt], [pictures], entry.reads, settings, negative_prompt=entry.sample.negative_prompt
             )
             encoded[key] = states.to(torch.device("cpu"))
-        return encoded, encoder_identities(encoders), encoders.codec, encoders.siglip_dim
+        return encoded, encoders.identities, encoders.codec, encoders.siglip_dim

@@ -25,9 +25,8 @@ from ztrain.adapters import build_adapters, describe_list
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.conditioning import Encoded
 from ztrain.config import Config, EncodersConfig, list_reads
-from ztrain.encoders import Encoders
 from ztrain.errors import InputError
-from ztrain.export import ExportedAdapter, adapt, check_identity, encoder_identities, read_adapter
+from ztrain.export import ExportedAdapter, adapt, check_identity, read_adapter
 from ztrain.images import open_image
 from ztrain.metrics import copy_score, correct
 from ztrain.mini.exam import CONTENT_LOSS, RETRIEVAL_POOL, Card, Clusters, Judges, Scores, score_pictures
@@ -35,9 +34,10 @@ from ztrain.mini.style_folders import read_name
 from ztrain.mini.subject import Subject
 from ztrain.mini.world import CONTENT_CLASSES, contents_of
 from ztrain.model import AdaptedDiT
-from ztrain.models import base_defaults, identity
+from ztrain.models import base_defaults, identity, places_of
 from ztrain.rows import Triplet
 from ztrain.sample import released_or
+from ztrain.states import Encoders, models_of
 
 WEIGHTS = Path(__file__).parent / "weights"
 """The shipped family."""
@@ -180,7 +180,7 @@ class Trials:
             if model.trainable_state():
                 raise InputError(f"{method.label} {describe_list(list(method.adapters))} is untrained; export it first")
         else:
-            known = encoder_identities(self._encoders) | {"transformer": identity(dit, "transformer")}
+            known = self._encoders.identities | {"transformer": identity(dit)}
             check_identity(method.exported, known)
             model = adapt(dit, method.exported)
         model.set_scales([method.scale] * len(method.adapters))
@@ -199,7 +199,8 @@ class Trials:
         is_shuffled = method.sees == "shuffled"
         key = (reads, method.encoders, is_shuffled)
         if key not in self._states:
-            self._encoders.add(self.config, reads, torch.float32, self.subject.device)
+            places, device = places_of(self.config.models), self.subject.device
+            self._encoders.add(models_of(reads), places, self.config.encoders, torch.float32, device)
             rows = self._shuffled if is_shuffled else range(len(self))
             prompts = [triplet.prompt for triplet in self.triplets]
             states = self._encoders.encode(prompts, [[self.references[row]] for row in rows], reads, method.encoders)

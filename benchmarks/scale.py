@@ -23,6 +23,7 @@ from ztrain.expected import LINK_SHARE, PROMPT_TOKENS, WAITING, Tokens, Traffic,
 from ztrain.footprint import Counted, Cut
 from ztrain.memory import BUCKET_MIB
 from ztrain.plan import Plan, plan
+from ztrain.states import SIGLIP, VISION_LANGUAGE, models_of
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "scale.md"
 TRIPLETS, NODES, CARDS_A_NODE = 100_000_000, 8, 8
@@ -100,9 +101,9 @@ def entry_bytes(config: Config) -> dict[str, int]:
     (16, 16, 1152)."""
     side = config.data.resolution // 8
     found = {"latents": 16 * side * side * 4, "text": PROMPT_TOKENS * 2560 * 2}
-    if config.reads & {"reference", "fused"}:
+    if VISION_LANGUAGE in models_of(config.reads):
         found["reference"] = (config.encoders.max_reference_pixels // 1024 + 2 + 8) * (2560 * 2 + 1)
-    if "siglip" in config.reads:
+    if SIGLIP in models_of(config.reads):
         found["siglip"] = 256 * 1152 * 2
     return found
 
@@ -120,10 +121,10 @@ def encoder_flops(side: int, config: Config) -> dict[str, float]:
         with FlopCounterMode(display=False) as flops, torch.no_grad():
             vae.encode(torch.empty(1, 3, side, side))
     found = {"latents": float(flops.get_total_flops()), "text": 2 * LANGUAGE_NUMBERS * PROMPT_TOKENS}
-    if config.reads & {"reference", "fused"}:
+    if VISION_LANGUAGE in models_of(config.reads):
         tokens = config.encoders.max_reference_pixels // 1024
         found["reference"] = 2 * LANGUAGE_NUMBERS * (tokens + 10) + 2 * VISION_NUMBERS * 4 * tokens
-    if "siglip" in config.reads:
+    if SIGLIP in models_of(config.reads):
         found["siglip"] = 2 * SIGLIP_NUMBERS * 256
     return found
 

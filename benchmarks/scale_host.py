@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.laboratory import machine
 from benchmarks.step import RESULTS
-from ztrain.cache import Cache, Needs, Request, StateName
+from ztrain.cache import Cache, CacheRequest, Needs
 from ztrain.config import Config, load_config
 from ztrain.digests import Digests, Known, digest_bytes
 from ztrain.files import workspace
@@ -143,7 +143,7 @@ def _make_states(work: Path, start: int, end: int, each: int) -> None:
     first = Needs()
     needs_of([_triplet(work, 0, 1)], config.reads, first)
     of_first = {kind: key for kind, key in first.requests}
-    by_kind: dict[StateName, list[Request]] = {}
+    by_kind: dict[str, list[CacheRequest]] = {}
     for place, request in needs.requests.items():
         if place not in first.requests:
             by_kind.setdefault(request.state, []).append(request)

@@ -13,12 +13,12 @@ from torch import Tensor
 from ztrain.conditioning import IMAGE, TEXT
 from ztrain.config import Config
 from ztrain.dit import load_transformer
-from ztrain.encoders import Encoders
 from ztrain.exchange import Case
 from ztrain.export import adapt
 from ztrain.images import open_image
 from ztrain.lineup import Entry
 from ztrain.models import Source
+from ztrain.states import Encoders
 from ztrain.stats import Moments
 
 NAMES = {TEXT: "text tokens after the image", IMAGE: "image tokens"}

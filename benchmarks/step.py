@@ -183,7 +183,7 @@ class Step:
             return torch.randn(shape, generator=generator, device=generator.device, dtype=dtype).to(device)
 
         text = [normal(length, features) for length in case.captions]
-        reads_image = any(adapter.config.reads & {"reference", "fused"} for adapter in self.model.adapters)
+        reads_image = any(adapter.config.composes_reference for adapter in self.model.adapters)
         states = TokenStates(normal(64, features), torch.full((64,), IMAGE)) if reads_image else None
         siglip = [[normal(grid, grid, width)] if dit.siglip_refiner is not None else [] for _ in range(batch)]
         self.encoded = Encoded(

@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,6 +13,9 @@ import yaml
 
 from tests.chromium import Browser, chromium, find_chromium
 from tests.forge import RUNNING, Forge
+
+if TYPE_CHECKING:
+    from ztrain.states import Encoders
 
 # Read once when transformers is imported, which no line above does.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -90,3 +93,12 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ztrain.mini.family import build_family
 
     return build_family(tmp_path_factory.mktemp("zimage") / "family")
+
+
+@pytest.fixture(scope="session")
+def encoders(family: Path) -> "Encoders":
+    """All of the family's."""
+    from tests.test_parity import ALL_READS, family_config
+    from ztrain.states import Encoders
+
+    return Encoders.load(family_config(family), ALL_READS, torch.float32, "cpu")

@@ -39,7 +39,7 @@ from ztrain.adapters.splice import STATISTICS_KINDS, SpliceConfig, match_statist
 from ztrain.blocks import slow_because
 from ztrain.conditioning import Encoded, TokenStates
 from ztrain.config import Config, ExportConfig
-from ztrain.encoders import Encoders, LatentCodec, TextEncoder
+from ztrain.encoders import LatentCodec, TextEncoder
 from ztrain.errors import InputError
 from ztrain.export import CONFIG_FILE, adapt, identities, load_adapter, read_adapter, save_adapter
 from ztrain.flow import SigmaDensity, draw_noise, draw_sigma, loss
@@ -47,6 +47,7 @@ from ztrain.mini.trials import WEIGHTS
 from ztrain.model import AdaptedDiT
 from ztrain.sample import SampleSettings, sample
 from ztrain.sampler import SampleKey
+from ztrain.states import Encoders
 
 MINI_ADAPTERS = WEIGHTS.parent / "adapters"
 SPLICE = SpliceConfig()
@@ -63,11 +64,6 @@ LISTS = {
 }
 TRAINABLE = [name for name in LISTS if name != "splice"]
 READ_REFERENCE = [name for name in LISTS if name != "lora"]
-
-
-@pytest.fixture(scope="module")
-def encoders(family: Path) -> Encoders:
-    return Encoders.load(family_config(family), ALL_READS, torch.float32, "cpu")
 
 
 @pytest.fixture(scope="module")

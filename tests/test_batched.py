@@ -25,12 +25,12 @@ from tests.test_parity import (
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.blocks import use_fast_blocks
 from ztrain.conditioning import Encoded
-from ztrain.encoders import Encoders
 from ztrain.errors import InputError
 from ztrain.flow import LossWeight, SigmaDensity, draw_sigma, draw_sigmas, velocity_losses
 from ztrain.model import AdaptedDiT
 from ztrain.sample import SampleSettings, sample
 from ztrain.sampler import SampleKey
+from ztrain.states import Encoders
 
 __all__ = ["encoded", "encoders"]  # fixtures
 SIGMA = torch.tensor([0.9, 0.4, 0.65, 0.2, 0.7])

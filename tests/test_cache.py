@@ -25,12 +25,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.forge import Forged, the_forge
 from tests.triplets import ROOT, model_words, picture, tiny_config, write_triplets
-from ztrain import cache as cache_room
 from ztrain import digests
 from ztrain.batches import Loader, read_batch
-from ztrain.cache import Cache, Request
+from ztrain.cache import Cache
 from ztrain.config import Config, EncodersConfig
-from ztrain.encoders import Encoders, LatentCodec, SiglipEncoder, TextEncoder, assemble
+from ztrain.encoders import LatentCodec, SiglipEncoder, TextEncoder
 from ztrain.errors import InputError
 from ztrain.files import workspace
 from ztrain.fill import Filled, _difference, fill, verify
@@ -38,6 +37,7 @@ from ztrain.images import fit_target, open_image
 from ztrain.prepare import cache_states
 from ztrain.sampler import CAPTION, VARIANT, SampleKey, turn
 from ztrain.samples import Samples, all_needs, drop_refused, needs_of, read_samples
+from ztrain.states import STATES, Encoders, Request, assemble
 from ztrain.store import Entry, Store
 from ztrain.vision_language import SplicedModel
 
@@ -203,8 +203,7 @@ def test_a_change_recomputes_what_depends_on_it(
 
 
 def test_every_encoder_setting_has_its_place_in_a_fingerprint() -> None:
-    placed = {name for names in cache_room._SETTINGS.values() for name in names}
-    placed |= {name for names in cache_room._OPTIONAL.values() for name in names}
+    placed = {name for state in STATES.values() for name in (*state.settings, *state.later_settings)}
     assert placed == set(EncodersConfig.model_fields)
 
 

@@ -16,11 +16,11 @@ from ztrain.adapters import ADAPTERS
 from ztrain.cli import main
 from ztrain.config import Config, ModelConfig, load_config
 from ztrain.dit import load_transformer
-from ztrain.encoders import Encoders
 from ztrain.errors import InputError
 from ztrain.models import Source, base_defaults, identity, public_name
 from ztrain.overrides import lay_over
 from ztrain.run import sigma_density
+from ztrain.states import VISION_LANGUAGE, Encoders
 from ztrain.yamls import enter, is_model, is_tagged, members, merge, parse, read_value
 
 ROOT = Path(__file__).parents[1]
@@ -275,12 +275,12 @@ def test_identity_tells_checkpoints_apart_but_not_precisions(family: Path) -> No
     turbo = load_transformer(Source(str(family / "Z-Image-Turbo")), torch.float32, "cpu")
     halved = load_transformer(Source(str(family / "Z-Image-Turbo")), torch.bfloat16, "cpu")
     base = load_transformer(Source(str(family / "Z-Image")), torch.float32, "cpu")
-    known = identity(turbo, "transformer")
-    assert identity(halved, "transformer") == known
-    assert identity(base, "transformer")["weights"] != known["weights"]
+    known = identity(turbo)
+    assert identity(halved) == known
+    assert identity(base)["weights"] != known["weights"]
     with torch.no_grad():
         turbo.layers[1].feed_forward.w2.weight.mul_(1.05)
-    assert identity(turbo, "transformer")["weights"] != known["weights"]
+    assert identity(turbo)["weights"] != known["weights"]
     assert public_name(str(family)) == "family" and public_name("Tongyi-MAI/Z-Image") == "Tongyi-MAI/Z-Image"
 
 
@@ -289,8 +289,8 @@ def test_prompts_that_do_not_fit_are_refused(family: Path) -> None:
     with pytest.raises(InputError, match="more than encoders.max_sequence_length 512"):
         encoders.text.encode("word " * 700)
     with pytest.raises(InputError, match="contains the special token"):
-        encoders.spliced.encode([picture(1)], "a <|image_pad|> b", SETTINGS)
+        encoders[VISION_LANGUAGE].encode([picture(1)], "a <|image_pad|> b", SETTINGS)
     with pytest.raises(InputError, match="hidden_index is 7; this language model has states 1 to 6"):
-        encoders.spliced.encode([picture(1)], "", SETTINGS.model_copy(update={"hidden_index": 7}))
+        encoders[VISION_LANGUAGE].encode([picture(1)], "", SETTINGS.model_copy(update={"hidden_index": 7}))
     with pytest.raises(InputError, match="multiples of 16"):
         encoders.codec.latent_shape(64, 72)

@@ -20,13 +20,13 @@ from ztrain.cli import main
 from ztrain.conditioning import Encoded
 from ztrain.config import Config, list_reads, load_config
 from ztrain.dit import load_transformer
-from ztrain.encoders import Encoders
 from ztrain.errors import InputError
 from ztrain.export import adapt, check_identity, read_adapter
 from ztrain.mini.trials import WEIGHTS
 from ztrain.model import AdaptedDiT
 from ztrain.models import QUANTISED, Source, check_trainable, identity
 from ztrain.sample import SampleSettings, sample
+from ztrain.states import Encoders
 
 ROOT = Path(__file__).parents[1]
 BASE = Source(str(WEIGHTS / "Z-Image"))
@@ -131,7 +131,7 @@ def test_quantised_is_the_dequantised_base(
     kept = [m for m in dit.modules() if isinstance(m, GGUFLinear)]
     assert len(kept) == 8 * 7 + 7 and all(m.weight.dtype == torch.uint8 for m in kept)
     assert (slow_because(dit) or "").endswith("GGUFLinear, not a plain Linear") and slow_because(plain) is None
-    assert identity(dit, "transformer") == {**identity(plain, "transformer"), "weights": QUANTISED}
+    assert identity(dit) == {**identity(plain), "weights": QUANTISED}
     ours, theirs, base = (
         AdaptedDiT(each, [])(NOISY, SIGMA, states([]))
         for each in (dit, plain, load_transformer(BASE, torch.float32, "cpu"))
@@ -159,7 +159,7 @@ def test_adapters_on_top_are_those_of_the_same_numbers(
     """Compared with the layers unpacked by diffusers, which adds no rounding: the adapters run the same."""
     exported = read_adapter(ADAPTERS / name)
     dit, plain = quantised(file), quantised(file).dequantize()
-    check_identity(exported, {"transformer": identity(dit, "transformer")})
+    check_identity(exported, {"transformer": identity(dit)})
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "only its config was compared with that of" in said and name in said
     encoded = states(exported.adapters)
@@ -175,7 +175,7 @@ def test_adapters_on_top_are_those_of_the_same_numbers(
 
 def test_another_config_is_refused_though_the_weights_cannot_be_compared(file: Path) -> None:
     exported = read_adapter(ADAPTERS / "splice_lora")
-    found = identity(quantised(file), "transformer") | {"config": "0" * 16}
+    found = identity(quantised(file)) | {"config": "0" * 16}
     with pytest.raises(InputError, match="another transformer: its config hash"):
         check_identity(exported, {"transformer": found})
 

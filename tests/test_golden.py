@@ -31,7 +31,7 @@ from tests.forge import the_forge
 from tests.golden.write import DESTINATIONS, EXPORTS, TRAIN, exported, rows, states, transformer, velocities
 from tests.triplets import ROOT
 from ztrain import checkpoint, export, tars
-from ztrain.cache import Cache, StateName
+from ztrain.cache import Cache
 from ztrain.config import Config, load_config
 from ztrain.data import read_triplets
 from ztrain.errors import InputError
@@ -63,7 +63,7 @@ def config_in(folder: Path, *more: str) -> Config:
 class Then(Cache):
     """A cache as the libraries of its recorded versions name it."""
 
-    def fingerprint(self, kind: StateName) -> dict[str, Any]:
+    def fingerprint(self, kind: str) -> dict[str, Any]:
         [path] = GOLDEN.glob(f"cache/{kind}-*/kind.json")
         return super().fingerprint(kind) | {"libraries": json.loads(path.read_text())["fingerprint"]["libraries"]}
 

@@ -13,7 +13,6 @@ from tests.test_parity import (
     PROJECTOR,
     SETTINGS,
     SIGLIP,
-    family_config,
     make_model,
     noise_like,
     picture,
@@ -23,20 +22,15 @@ from tests.test_sampling import LISTS, STEPS
 from ztrain.adapters.siglip import SiglipConfig
 from ztrain.conditioning import Encoded, concatenate
 from ztrain.config import SampleConfig, list_reads
-from ztrain.encoders import Encoders
 from ztrain.errors import InputError
 from ztrain.model import AdaptedDiT
 from ztrain.models import BaseDefaults
 from ztrain.sample import SampleSettings, released_or, sample
+from ztrain.states import Encoders
 
 NEGATIVES = ("neither", "reference", "base")
 OMNI = [SiglipConfig(feature_dim=32, init="checkpoint", layout="stock")]
 AWAY = "a blurred photograph"
-
-
-@pytest.fixture(scope="module")
-def encoders(family: Path) -> Encoders:
-    return Encoders.load(family_config(family), list_reads([*OMNI, *LISTS["fused"]]), torch.float32, "cpu")
 
 
 # --- closed forms -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from tests.test_parity import (
     PROJECTOR,
     SETTINGS,
     SIGLIP,
-    family_config,
     make_model,
     noise_like,
     picture,
@@ -27,16 +26,11 @@ from ztrain import checkpoint
 from ztrain.adapters.splice import STATISTICS_KINDS, SpliceConfig
 from ztrain.conditioning import Encoded
 from ztrain.config import Config
-from ztrain.encoders import Encoders
 from ztrain.errors import InputError
 from ztrain.export import CARD_FILE, CONFIG_FILE, Identities, adapt, identities, read_adapter, save_adapter
 from ztrain.model import AdaptedDiT
 from ztrain.origin import Origin, read_origin
-
-
-@pytest.fixture(scope="module")
-def encoders(family: Path) -> Encoders:
-    return Encoders.load(family_config(family), ALL_READS, torch.float32, "cpu")
+from ztrain.states import Encoders
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,12 @@ from ztrain.adapters.splice import SpliceConfig
 from ztrain.conditioning import TEXT, Encoded, TokenStates
 from ztrain.config import Config, EncodersConfig, ModelConfig, ModelsConfig
 from ztrain.dit import load_transformer
-from ztrain.encoders import Encoders, LatentCodec, TextEncoder
+from ztrain.encoders import LatentCodec, TextEncoder
 from ztrain.errors import InputError
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source
 from ztrain.sample import SampleSettings, sample
+from ztrain.states import VISION_LANGUAGE, Encoders
 from ztrain.vision_language import SplicedModel
 
 SETTINGS = EncodersConfig(min_reference_pixels=4096, max_reference_pixels=16384)
@@ -49,11 +50,6 @@ def family_config(family: Path, base: str = "Z-Image-Turbo") -> Config:
         siglip=model("siglip2-so400m-patch16-naflex"),
     )
     return Config(models=models, encoders=SETTINGS)
-
-
-@pytest.fixture(scope="module")
-def encoders(family: Path) -> Encoders:
-    return Encoders.load(family_config(family), ALL_READS, torch.float32, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -314,17 +310,16 @@ def test_stock_layout_never_mixes_samples_with_and_without_references(family: Pa
 @torch.no_grad()
 @pytest.mark.parametrize("index", [1, 3, 5, 6])
 def test_spliced_model_on_text_is_the_text_encoder_bit_for_bit(encoders: Encoders, index: int) -> None:
-    assert encoders.spliced is not None
     ids = encoders.text.tokenizer("a red fox jumps", return_tensors="pt").input_ids
     text = encoders.text.model
     reference = text(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[index][0]
     embeds = text.embed_tokens(ids)
     settings = SETTINGS.model_copy(update={"hidden_index": index})
-    assert torch.equal(encoders.spliced.decode(embeds, settings), reference)
+    assert torch.equal(encoders[VISION_LANGUAGE].decode(embeds, settings), reference)
     three_axes = torch.arange(ids.shape[1]).expand(3, 1, -1)
-    assert torch.equal(encoders.spliced.decode(embeds, settings, positions=three_axes), reference)
+    assert torch.equal(encoders[VISION_LANGUAGE].decode(embeds, settings, positions=three_axes), reference)
     other = settings.model_copy(update={"rope_theta": "vl"})
-    assert not torch.equal(encoders.spliced.decode(embeds, other), reference)
+    assert not torch.equal(encoders[VISION_LANGUAGE].decode(embeds, other), reference)
 
 
 @torch.no_grad()
@@ -333,7 +328,7 @@ def test_splice_equals_load_state_dict_on_the_stock_class(family: Path, encoders
     """The splice as the background text writes it, on Qwen3VLForConditionalGeneration itself, image in the sequence."""
     stock = Qwen3VLForConditionalGeneration.from_pretrained(family / "Qwen3-VL-4B-Instruct").eval()
     stock.model.language_model.load_state_dict(encoders.text.model.state_dict(), strict=True)
-    spliced = encoders.spliced
+    spliced = encoders[VISION_LANGUAGE]
     assert spliced is not None
     if theta == "text_encoder":
         rotary = stock.model.language_model.rotary_emb
@@ -361,8 +356,8 @@ def test_splice_equals_load_state_dict_on_the_stock_class(family: Path, encoders
     ids=str,
 )  # fmt: skip
 def test_every_encoder_setting_changes_the_states(encoders: Encoders, change: dict) -> None:
-    before = encoders.spliced.encode([picture(1, 96, 96)], "a boat", SETTINGS)
-    after = encoders.spliced.encode([picture(1, 96, 96)], "a boat", SETTINGS.model_copy(update=change))
+    before = encoders[VISION_LANGUAGE].encode([picture(1, 96, 96)], "a boat", SETTINGS)
+    after = encoders[VISION_LANGUAGE].encode([picture(1, 96, 96)], "a boat", SETTINGS.model_copy(update=change))
     assert before is not None and after is not None
     assert before.states.shape != after.states.shape or relative_error(after.states, before.states) > 1e-3
 
@@ -375,7 +370,7 @@ def test_image_and_text_tokens_are_read_at_layers_of_their_own(
     """Each token is bit for bit what the whole sequence read at its layer has there."""
 
     def states(**layers: int | None) -> TokenStates:
-        return encoders.spliced.encode([picture(1, 96, 64)], "a boat", SETTINGS.model_copy(update=layers))
+        return encoders[VISION_LANGUAGE].encode([picture(1, 96, 64)], "a boat", SETTINGS.model_copy(update=layers))
 
     both = states(hidden_index=index, text_hidden_index=of_text)
     images, texts = states(hidden_index=index), states(hidden_index=of_text)
@@ -517,6 +512,6 @@ def test_splice_reads_a_sharded_checkpoint_and_only_what_it_needs(
     settings = SETTINGS.model_copy(update={"marker_rows": "vl"})
     ours, reference = (
         sharded.encode([picture(1)], "a boat", settings),
-        encoders.spliced.encode([picture(1)], "a boat", settings),
+        encoders[VISION_LANGUAGE].encode([picture(1)], "a boat", settings),
     )
     assert reference is not None and torch.equal(ours.states, reference.states)

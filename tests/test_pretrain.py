@@ -24,7 +24,7 @@ from ztrain.cli import main
 from ztrain.compiling import compile_blocks, relative_error
 from ztrain.conditioning import Encoded
 from ztrain.dit import load_transformer
-from ztrain.encoders import Encoders, LatentCodec, TextEncoder
+from ztrain.encoders import LatentCodec, TextEncoder
 from ztrain.errors import InputError
 from ztrain.flow import SigmaDensity, draw_sigmas
 from ztrain.mini import denoiser
@@ -66,6 +66,7 @@ from ztrain.mini.style_folders import paint_style_folders
 from ztrain.mini.turns import picture_turns, text_turns, tokenize
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source
+from ztrain.states import Encoders
 from ztrain.vision_language import VISION_END, VISION_START
 
 READS = frozenset({"reference", "fused", "siglip", "omni"})

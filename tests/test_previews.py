@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from tests.triplets import tiny_config, write_triplets
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.batches import Loader
-from ztrain.cache import digest_json
 from ztrain.config import Config, SampleConfig
+from ztrain.digests import digest_json
 from ztrain.images import open_image
 from ztrain.report.runs import read_run
 from ztrain.run import Run, build

@@ -34,7 +34,6 @@ from ztrain.cache import Cache
 from ztrain.cli import main
 from ztrain.conditioning import Encoded, concatenate
 from ztrain.config import Config, SampleConfig
-from ztrain.encoders import Encoders
 from ztrain.errors import InputError
 from ztrain.layout import padded
 from ztrain.metrics import high_frequency_energy
@@ -46,6 +45,7 @@ from ztrain.mini.world import KIND_NAMES
 from ztrain.model import AdaptedDiT
 from ztrain.render import Order, plan
 from ztrain.sample import Picture, SampleSettings, sample, sample_all
+from ztrain.states import Encoders
 
 ROOT = Path(__file__).parents[1]
 ADAPTERS = ROOT / "ztrain/mini/adapters"
@@ -62,11 +62,6 @@ LISTS = {
     "siglip": [SIGLIP],
     "siglip_lora": [SIGLIP, LORA],
 }
-
-
-@pytest.fixture(scope="module")
-def encoders(family: Path) -> Encoders:
-    return Encoders.load(family_config(family), ALL_READS, torch.float32, "cpu")
 
 
 def encode(encoders: Encoders, *references: Image.Image, weights: Sequence[float] | None = None) -> Encoded:

@@ -10,13 +10,11 @@ from PIL import Image
 
 from benchmarks import cards, recipes, scale
 from benchmarks.pages import MARKS
-from ztrain.cache import Request
 from ztrain.config import load_config
-from ztrain.digests import Known
 from ztrain.errors import InputError
 from ztrain.expected import WAITING
-from ztrain.fill import Encoding
-from ztrain.images import PictureFile
+from ztrain.images import Bucket
+from ztrain.states import Encoders
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,18 +34,13 @@ def test_bytes_of_an_entry_are_those_of_what_encoders_give_in_bf16(tmp_path: Pat
         Image.effect_noise((side, side), 60).convert("RGB").save(place)
     mini = [ROOT / "configs" / "miniature.yaml"]
     config = load_config(mini, ["--train.mixed_precision", "bf16", "--data.resolution", "64"])
-    encoding = Encoding(config, {"latents", "siglip", "text", "reference"}, "cpu")
-    known, small = Known(PictureFile(path), "", 512, 512), Known(PictureFile(target), "", 64, 64)
+    encoders = Encoders.load(config, frozenset({"siglip", "reference"}), torch.bfloat16, "cpu").states(config.encoders)
     with Image.open(path) as image, Image.open(target) as little:
-        made = {
-            "latents": encoding.compute(Request(state="latents", pictures=(small,)), [little]),
-            "siglip": encoding.compute(Request(state="siglip", pictures=(known,)), [image]),
-            "text": encoding.compute(Request(state="text", text="a red boat"), []),
-            "reference": encoding.compute(Request(state="reference", pictures=(known,)), [image]),
-        }
+        states = {"latents": encoders.latents(little, Bucket(64, 64)), "text": encoders.text("a red boat")}
+        states["siglip"] = encoders.tensor("siglip", pictures=[image])
+        reference = encoders.sequence("reference", [image], "")
+    states["reference"], kinds = reference.states, reference.kinds
     wanted = {name: scale.entry_bytes(cards.config_of(name)) for name in ("siglip", "projector")}
-    states = {state: parts["states"] for state, parts in made.items()}
-    kinds = made["reference"]["kinds"]
 
     # (C, H, W) float32: 16 channels, an eighth of each side; here other channels, a quarter.
     assert states["latents"].dtype == torch.float32 and states["latents"].shape[1:] == (16, 16)

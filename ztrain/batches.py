@@ -15,11 +15,11 @@ from torch import Tensor
 from ztrain.cache import Cache
 from ztrain.conditioning import Dropout, Encoded, concatenate, moved
 from ztrain.config import Config
-from ztrain.encoders import assemble
 from ztrain.flow import draw_dropout
 from ztrain.resolve import given
 from ztrain.sampler import SampleKey
 from ztrain.samples import Sample
+from ztrain.states import assemble
 
 _AHEAD = 2  # batches that wait in memory for each worker
 

@@ -76,9 +76,10 @@ class Encoded:
 
     text: list[Tensor]
     null_text: Tensor
-    reference: list[TokenStates | None]
-    fused: list[TokenStates | None]
-    siglip: list[list[Tensor]]
+    # absent: what stands for a sample without references
+    reference: list[TokenStates | None] = field(metadata={"absent": None})
+    fused: list[TokenStates | None] = field(metadata={"absent": None})
+    siglip: list[list[Tensor]] = field(metadata={"absent": []})
     null_fused: list[TokenStates | None] = field(default_factory=list)
     siglip_weights: list[list[float]] = field(default_factory=list)
     omni: list[StockOmni] = field(default_factory=list)
@@ -87,10 +88,14 @@ class Encoded:
     null_bare_omni: list[StockOmni] = field(default_factory=list)
 
     @classmethod
-    def of_prompts(cls, text: list[Tensor], null_text: Tensor) -> "Encoded":
-        """A batch that has prompts and no reference."""
-        absent: list[TokenStates | None] = [None] * len(text)
-        return cls(text=text, null_text=null_text, reference=absent, fused=absent, siglip=[[] for _ in text])
+    def of_prompts(cls, text: list[Tensor], null_text: Tensor, **states: Any) -> "Encoded":
+        """A batch that has prompts, the other states that are given, and no reference in the rest."""
+        return cls(text=text, null_text=null_text, **{**cls._absent(len(text)), **states})
+
+    @classmethod
+    def _absent(cls, count: int) -> dict[str, Any]:
+        """What is read of references, for samples that have none."""
+        return {f.name: [f.metadata["absent"]] * count for f in fields(cls) if "absent" in f.metadata}
 
     def __len__(self) -> int:
         return len(self.text)
@@ -108,13 +113,10 @@ class Encoded:
 
     def without_reference(self) -> "Encoded":
         """The same prompts without any image."""
-        absent: list[TokenStates | None] = [None] * len(self)
         return replace(
             self,
-            reference=absent,
-            fused=absent,
-            null_fused=absent if self.null_fused else [],
-            siglip=[[] for _ in range(len(self))],
+            **self._absent(len(self)),
+            null_fused=[None] * len(self.null_fused),
             siglip_weights=[],
             omni=self.bare_omni,
             null_omni=self.null_bare_omni,
@@ -128,10 +130,8 @@ class Encoded:
     @property
     def with_reference(self) -> list[bool]:
         """For each sample whether it still has a reference."""
-        return [
-            any((self.reference[i], self.fused[i], self.siglip[i], self.omni and self.omni[i].latents))
-            for i in range(len(self))
-        ]
+        lists = [getattr(self, name) for name in self._absent(0)] + [[each.latents for each in self.omni]]
+        return [any(values and values[i] for values in lists) for i in range(len(self))]
 
     def to(self, device: torch.device) -> "Encoded":
         """The same batch on another device. To a GPU from pinned memory, so that nobody waits for the copy."""
@@ -140,11 +140,12 @@ class Encoded:
     def select(self, indices: Sequence[int]) -> "Encoded":
         """The samples at these positions, in this order."""
 
-        def pick(values: list) -> list:
-            return [values[i] for i in indices] if values else []
+        lists = {name: [values[i] for i in indices] for name, values in self._lists().items() if values}
+        return replace(self, **lists)
 
-        lists = {name: pick(getattr(self, name)) for name in _PER_SAMPLE}
-        return Encoded(null_text=self.null_text, **lists)
+    def _lists(self) -> dict[str, list[Any]]:
+        """All that has one entry a sample."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "null_text"}
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -185,18 +186,12 @@ class Dropout:
         return encoded
 
 
-_PER_SAMPLE = (
-    "text", "reference", "fused", "null_fused", "siglip", "siglip_weights", "omni", "null_omni", "bare_omni",
-    "null_bare_omni",
-)  # fmt: skip
-
-
 def concatenate(batches: Sequence[Encoded]) -> Encoded:
     """Batches with the same null text one after the other, as one batch."""
     if any(batch.siglip_weights for batch in batches):
         batches = [replace(batch, siglip_weights=batch.siglip_factors) for batch in batches]
-    lists = {name: [value for batch in batches for value in getattr(batch, name)] for name in _PER_SAMPLE}
-    return Encoded(null_text=batches[0].null_text, **lists)
+    every = [batch._lists() for batch in batches]
+    return replace(batches[0], **{name: [value for lists in every for value in lists[name]] for name in every[0]})
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: DeepSpeed asks what modules return for its vars()

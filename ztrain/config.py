@@ -468,7 +468,7 @@ def check_list(adapters: Sequence[Any]) -> None:
         raise ValueError(
             f"adapters {describe_list(list(adapters))}: {' and '.join(composing)} both compose the caption"
         )
-    if composing and "omni" in list_reads(adapters):
+    if composing and any(adapter.has_stock_layout for adapter in adapters):
         raise ValueError(
             f"adapters {describe_list(list(adapters))}: the stock siglip layout has its own caption segments"
         )

@@ -5,11 +5,13 @@ file without names or paths; losing it costs time only.
 """
 
 import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import xxhash
@@ -66,6 +68,12 @@ class Known:
 def digest_bytes(data: bytes) -> str:
     """128-bit digest, as 32 hex digits."""
     return xxhash.xxh3_128_hexdigest(data)
+
+
+def digest_json(value: Any) -> str:
+    """128-bit digest of JSON values, as 32 hex digits."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return xxhash.xxh3_128_hexdigest(text.encode(errors="surrogateescape"))
 
 
 class Digests:

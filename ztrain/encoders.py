@@ -6,12 +6,9 @@ template, the latents' shift and scale, SigLIP grids in row order.
 Legend: L tokens, D text width, C latent channels, H and W latent sides, (h, w, S) SigLIP grid and width.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +16,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ztrain.conditioning import Encoded, StockOmni, TokenStates, weighted
-from ztrain.config import Config, EncodersConfig
 from ztrain.errors import InputError
 from ztrain.models import (
     PARTS,
@@ -32,7 +27,7 @@ from ztrain.models import (
     pretrained_tokenizer,
     require_loaded,
 )
-from ztrain.vision_language import SplicedModel, first_layers
+from ztrain.vision_language import first_layers
 
 _OMNI_PIXELS = 1024 * 1024  # ZImageOmniPipeline shrinks larger references to this area
 _OMNI_MULTIPLE = 16
@@ -42,11 +37,8 @@ class TextEncoder:
     """Z-Image's own prompt encoding: the chat turn's second to last hidden state, without padding."""
 
     def __init__(self, model: Any, tokenizer: Any, max_sequence_length: int) -> None:
-        self.model, self.tokenizer, self.max_sequence_length = (
-            model.eval().requires_grad_(False),
-            tokenizer,
-            max_sequence_length,
-        )
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer, self.max_sequence_length = tokenizer, max_sequence_length
 
     @classmethod
     def load(
@@ -191,190 +183,6 @@ def siglip_width(source: Source) -> int:
 
     source.require("config.json", what="a SigLIP2 model")
     return int(pretrained(Siglip2VisionConfig, source.local("*.json")).hidden_size)
-
-
-Reference = TypeVar("Reference", contravariant=True)
-
-
-class States(Protocol[Reference]):
-    """One encoded state at a time. `Reference` stands for a picture: itself where states are computed, what names it
-    where they are read from a cache."""
-
-    def text(self, prompt: str) -> Tensor:
-        """(L, D) of the prompt's chat turn."""
-
-    def segment(self, text: str) -> Tensor:
-        """(L, D) of a text as it stands."""
-
-    def reference(self, references: Sequence[Reference]) -> TokenStates:
-        """One or more images alone through the spliced model."""
-
-    def fused(self, references: Sequence[Reference], prompt: str) -> TokenStates:
-        """Images and prompt in one sequence."""
-
-    def siglip(self, reference: Reference) -> Tensor:
-        """(h, w, S)."""
-
-    def clean_latents(self, reference: Reference) -> Tensor:
-        """(C, h, w) of the stock omni layout."""
-
-
-def assemble(
-    states: States[Reference],
-    prompts: Sequence[str],
-    references: Sequence[Sequence[Reference]],
-    reads: frozenset[str],
-    weights: Sequence[Sequence[float]] | None = None,
-    negative_prompt: str = "",
-) -> Encoded:
-    """The batch that `reads` asks for, out of single states: the one place that knows which ones a triplet needs.
-
-    `weights`: B x R, see Encoders.encode; None: the references of a sample go into one sequence, as in training.
-    `negative_prompt`: of Encoded's null states.
-    """
-    pairs = list(zip(prompts, references, strict=True))
-    if weights is None:
-        factors: list[list[float]] = []
-    else:
-        kept = [_kept(images, each) for images, each in zip(references, weights, strict=True)]
-        pairs = [(prompt, [image for image, _ in each]) for prompt, each in zip(prompts, kept, strict=True)]
-        factors = [[weight for _, weight in each] for each in kept]
-
-    def sequence(i: int, read: Callable[[Sequence[Reference]], TokenStates]) -> TokenStates:
-        images = pairs[i][1]
-        return weighted([read([image]) for image in images], factors[i]) if factors else read(images)
-
-    def omni(prompt: str, images: Sequence[Reference]) -> StockOmni:
-        return StockOmni(
-            segments=[states.segment(segment) for segment in _omni_segments(prompt, len(images))],
-            latents=[states.clean_latents(image) for image in images],
-        )
-
-    stock = "omni" in reads
-    reference: list[TokenStates | None] = [None] * len(pairs)
-    fused: list[TokenStates | None] = [None] * len(pairs)
-    null_fused: list[TokenStates | None] = [None] * len(pairs) if negative_prompt and "fused" in reads else []
-    for i, (prompt, images) in enumerate(pairs):
-        if images and "reference" in reads:
-            reference[i] = sequence(i, states.reference)
-        if images and "fused" in reads:
-            fused[i] = sequence(i, partial(states.fused, prompt=prompt))
-            if null_fused:
-                null_fused[i] = sequence(i, partial(states.fused, prompt=negative_prompt))
-    return Encoded(
-        text=[states.text(prompt) for prompt in prompts],
-        null_text=states.text(negative_prompt),
-        reference=reference,
-        fused=fused,
-        null_fused=null_fused,
-        siglip=[[states.siglip(image) for image in images] if "siglip" in reads else [] for _, images in pairs],
-        siglip_weights=factors if "siglip" in reads else [],
-        omni=[omni(prompt, images) for prompt, images in pairs] if stock else [],
-        null_omni=[omni(negative_prompt, images) for _, images in pairs] if stock else [],
-        bare_omni=[omni(prompt, []) for prompt in prompts] if stock else [],
-        null_bare_omni=[omni(negative_prompt, []) for _ in prompts] if stock else [],
-    )
-
-
-def _kept(references: Sequence[Reference], weights: Sequence[float]) -> list[tuple[Reference, float]]:
-    """Those with a weight above 0, with it."""
-    check_weights(weights, len(references))
-    return [(image, weight) for image, weight in zip(references, weights, strict=True) if weight > 0]
-
-
-def check_weights(weights: Sequence[float], num_references: int) -> None:
-    """Refuses weights that are not one number of at least 0 for each reference."""
-    if len(weights) != num_references:
-        raise InputError(f"{len(weights)} reference weights for {num_references} references; give one for each")
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
-        raise InputError(f"reference weights {', '.join(f'{w:g}' for w in weights)}: each must be 0 or more")
-
-
-def _omni_segments(prompt: str, num_references: int) -> list[str]:
-    """Caption segments as ZImageOmniPipeline.encode_prompt writes them."""
-    if not num_references:
-        return [f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"]
-    return [
-        "<|im_start|>user\n<|vision_start|>",
-        *["<|vision_end|><|vision_start|>"] * (num_references - 1),
-        f"<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>",
-        "<|vision_end|><|im_end|>",
-    ]
-
-
-@dataclass(slots=True)
-class Encoders:
-    """The loaded encoders; a part that no adapter reads is None."""
-
-    text: TextEncoder
-    codec: LatentCodec
-    spliced: SplicedModel | None = None
-    siglip: SiglipEncoder | None = None
-
-    @classmethod
-    def load(cls, config: Config, reads: frozenset[str], dtype: torch.dtype, device: torch.device | str) -> "Encoders":
-        base = Source.of(config.models.base)
-        text = TextEncoder.load(base, config.encoders.max_sequence_length, dtype, device)
-        encoders = cls(text, LatentCodec.load(base, dtype, device))
-        encoders.add(config, reads, dtype, device)
-        return encoders
-
-    def add(self, config: Config, reads: frozenset[str], dtype: torch.dtype, device: torch.device | str) -> None:
-        """Loads what `reads` needs and is not there yet."""
-        if reads & {"reference", "fused"} and self.spliced is None:
-            self.spliced = SplicedModel(Source.of(config.models.vision_language), self.text.model, self.text.tokenizer)
-        if "siglip" in reads and self.siglip is None:
-            self.siglip = SiglipEncoder(Source.of(config.models.siglip), dtype, device)
-
-    @property
-    def siglip_dim(self) -> int | None:
-        return None if self.siglip is None else int(self.siglip.model.config.hidden_size)
-
-    def encode(
-        self,
-        prompts: Sequence[str],
-        references: Sequence[Sequence[Image.Image]],
-        reads: frozenset[str],
-        settings: EncodersConfig,
-        weights: Sequence[Sequence[float]] | None = None,
-        negative_prompt: str = "",
-    ) -> Encoded:
-        """Everything that `reads` names for each prompt and its references (any number, own sizes).
-
-        `weights`: one number >= 0 for each reference of each sample. Each reference is then read alone, and attention
-        to its tokens in the main layers is multiplied by its weight; 0 leaves it out, so that (1, 0) is the first one
-        alone. None: the references of a sample are read in one sequence, as in training. `negative_prompt`: what
-        guidance leads away from.
-        """
-        return assemble(_Computed(self, settings), prompts, references, reads, weights, negative_prompt)
-
-
-@dataclass(frozen=True, slots=True)
-class _Computed:
-    """States computed when asked for; a reference is a picture."""
-
-    encoders: Encoders
-    settings: EncodersConfig
-
-    def text(self, prompt: str) -> Tensor:
-        return self.encoders.text.encode(prompt)
-
-    def segment(self, text: str) -> Tensor:
-        return self.encoders.text.encode_segment(text)
-
-    def reference(self, references: Sequence[Image.Image]) -> TokenStates:
-        return self.fused(references, "")
-
-    def fused(self, references: Sequence[Image.Image], prompt: str) -> TokenStates:
-        assert self.encoders.spliced is not None, "Encoders.add was not asked for these reads"
-        return self.encoders.spliced.encode(references, prompt, self.settings)
-
-    def siglip(self, reference: Image.Image) -> Tensor:
-        assert self.encoders.siglip is not None, "Encoders.add was not asked for these reads"
-        return self.encoders.siglip.encode(reference)
-
-    def clean_latents(self, reference: Image.Image) -> Tensor:
-        return self.encoders.codec.encode(omni_crop(reference))
 
 
 def omni_crop(image: Image.Image) -> Image.Image:

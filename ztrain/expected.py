@@ -16,6 +16,7 @@ from ztrain.config import Config
 from ztrain.footprint import REDUCE_BUCKET, Counted, Cut, Strategy, Weight, base_bytes, in_main
 from ztrain.layout import padded
 from ztrain.memory import BUCKET_MIB, GIB, IDLE, REPLAYED_TOKENS, RESERVE, Budget, Line, Sizes
+from ztrain.states import SIGLIP, models_of
 
 RATE = 487.5382e12
 """FLOP/s of a step with everything kept: rate_tflops of cost_nvidia_h200.json."""
@@ -71,8 +72,9 @@ class Tokens:
     @classmethod
     def of(cls, config: Config) -> "Tokens":
         """A square target, a prompt of PROMPT_TOKENS, one reference of the largest size where the list reads it."""
-        reference = config.encoders.max_reference_pixels // 1024 + 2 if config.reads & {"reference", "fused"} else 0
-        siglip = SIGLIP_TOKENS if "siglip" in config.reads else 0
+        composes = any(adapter.composes_reference for adapter in config.adapters)
+        reference = config.encoders.max_reference_pixels // 1024 + 2 if composes else 0
+        siglip = SIGLIP_TOKENS if SIGLIP in models_of(config.reads) else 0
         return cls(padded(config.data.square_tokens), padded(PROMPT_TOKENS + reference), siglip)
 
 

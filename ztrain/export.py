@@ -30,16 +30,16 @@ from ztrain.config import (
     SampleConfig,
     list_reads,
 )
-from ztrain.encoders import Encoders, LatentCodec, SiglipEncoder, TextEncoder
+from ztrain.encoders import LatentCodec, TextEncoder
 from ztrain.errors import InputError
 from ztrain.files import read_bytes, sha256_of, whole_folder
 from ztrain.images import Bucket, as_rgb, fit_target
 from ztrain.model import AdaptedDiT
 from ztrain.models import QUANTISED, BaseDefaults, Source, defaults_for, identity, public_name, read_json
 from ztrain.sample import Picture, released_or, sample_all
+from ztrain.states import SIGLIP, VISION_LANGUAGE, Encoders, all_models, models_of
 from ztrain.tensors import read_tensors
 from ztrain.version import VERSION
-from ztrain.vision_language import SplicedModel
 from ztrain.yamls import Strict, parse
 
 CONFIG_FILE = "adapter_config.json"
@@ -55,17 +55,7 @@ Weights = Mapping[str, Tensor]
 
 def identities(dit: Any, encoders: Encoders) -> Identities:
     """Who base and encoders are, by role. Take it before adapters are attached."""
-    return {"transformer": identity(dit, "transformer")} | encoder_identities(encoders)
-
-
-def encoder_identities(encoders: Encoders) -> Identities:
-    """The same of the loaded encoders alone."""
-    parts = {"vae": encoders.codec.vae, "text_encoder": encoders.text.model}
-    if encoders.spliced is not None:
-        parts["vision_language"] = encoders.spliced.model.visual
-    if encoders.siglip is not None:
-        parts["siglip"] = encoders.siglip.model
-    return {role: identity(module, role) for role, module in parts.items()}
+    return {"transformer": identity(dit)} | encoders.identities
 
 
 def save_adapter(
@@ -123,7 +113,7 @@ def _write_adapter(
         "ztrain_version": VERSION,
         "adapters": exported,
         "encoders": config.encoders.model_dump(mode="json"),
-        "models": {role: _public(getattr(models, role)) for role in ("base", "vision_language", "siglip")},
+        "models": {key: _public(getattr(models, key)) for key in dict.fromkeys(model.key for model in all_models())},
         "identity": known,
         "files": {name: sha256_of(folder / name) for name in sorted([*tensors, *copied])},
         "step": step,
@@ -452,7 +442,6 @@ def load_adapter(
     InputError for a base or encoder that does not match, before anything is changed.
     """
     exported = read_adapter(Path(path))
-    reads = list_reads(exported.adapters)
     # Identities ignore LoRA layers, so a second load onto the same transformer must be refused here.
     if any(".lora_" in name for name, _ in pipeline.transformer.named_parameters()):
         raise InputError("this pipeline's transformer already has a LoRA; load the adapter onto a fresh pipeline")
@@ -464,22 +453,19 @@ def load_adapter(
     text = TextEncoder(pipeline.text_encoder, pipeline.tokenizer, exported.encoders.max_sequence_length)
     encoders = Encoders(text, LatentCodec(pipeline.vae))
     check_identity(exported, identities(pipeline.transformer, encoders))
-    if reads & {"reference", "fused"}:
-        encoders.spliced = SplicedModel(
-            _source(exported, "vision_language", vision_language), text.model, text.tokenizer
-        )
-    if "siglip" in reads:
-        encoders.siglip = SiglipEncoder(_source(exported, "siglip", siglip), dtype, device)
+    given = {VISION_LANGUAGE.key: vision_language, SIGLIP.key: siglip}
+    needed = models_of(list_reads(exported.adapters))
+    encoders.add(needed, lambda key: _source(exported, key, given.get(key)), exported.encoders, dtype, device)
     check_identity(exported, identities(pipeline.transformer, encoders))
     model = adapt(pipeline.transformer, exported)
     shift = float(pipeline.scheduler.config.shift)
     return AdaptedPipeline(model, encoders, exported.encoders, defaults_for(shift, variant, "this pipeline"))
 
 
-def _source(exported: ExportedAdapter, role: str, given: str | None) -> Source:
-    recorded = exported.models[role]
+def _source(exported: ExportedAdapter, key: str, given: str | None) -> Source:
+    recorded = exported.models[key]
     name = given or str(recorded["pretrained_model_name_or_path"])
     is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
     if given is None and not is_id and not (re.fullmatch(r"[\w-][\w.-]*", name) and Path(name).exists()):
-        raise InputError(f"{exported.folder} was made with a local {role} named {name}; give its folder as {role}=...")
+        raise InputError(f"{exported.folder} was made with a local {key} named {name}; give its folder as {key}=...")
     return Source(name, None if given else recorded["revision"])

@@ -8,38 +8,32 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ztrain.cache import FORMAT_VERSION, ROLES, Cache, Needs, Request, StateName, digest_json
+from ztrain.cache import FORMAT_VERSION, Cache, CacheRequest, Needs
 from ztrain.config import Config
-from ztrain.digests import Known, digest_bytes
-from ztrain.encoders import LatentCodec, SiglipEncoder, TextEncoder, omni_crop
+from ztrain.digests import Known, digest_bytes, digest_json
 from ztrain.errors import InputError
 from ztrain.files import may_write, workspace, write_json
-from ztrain.images import decode_image, fit_target, read_picture
-from ztrain.models import Source, base_dtype, identity
+from ztrain.images import decode_image, read_picture
+from ztrain.models import base_dtype, places_of
+from ztrain.states import STATES, Encoders
 from ztrain.store import Entry
-from ztrain.vision_language import SplicedModel
 
 TOLERANCE = 1e-2
 """Largest relative difference that verify puts up with: another GPU or library build rounds differently."""
 
 _AHEAD = 4  # decoded pictures that wait for the encoder, for each worker
-_GROUPS: tuple[tuple[StateName, ...], ...] = (  # kinds whose encoders are in memory together
-    ("latents", "clean_latents"),
-    ("siglip",),
-    ("text", "segment", "reference", "fused"),
-)
 
 
 @dataclass(slots=True)
@@ -47,7 +41,7 @@ class Filled:
     """What a process did, or several: states computed by kind, sentences for those that could not be, seconds in all,
     seconds in which there was something to encode, and of those the encoders' own, summed over processes."""
 
-    computed: dict[str, int] = field(default_factory=dict)
+    computed: Counter[str] = field(default_factory=Counter)
     refused: list[str] = field(default_factory=list)
     seconds: float = 0.0
     encoding_seconds: float = 0.0
@@ -58,9 +52,8 @@ class Filled:
     @classmethod
     def of_all(cls, parts: Sequence["Filled"]) -> "Filled":
         """What several processes did at the same time."""
-        kinds = sorted({kind for part in parts for kind in part.computed})
         return cls(
-            computed={kind: sum(part.computed.get(kind, 0) for part in parts) for kind in kinds},
+            computed=sum((part.computed for part in parts), Counter()),
             refused=[sentence for part in parts for sentence in part.refused],
             seconds=max(part.seconds for part in parts),
             encoding_seconds=sum(part.encoding_seconds for part in parts),
@@ -70,8 +63,7 @@ class Filled:
 
     def add(self, later: "Filled") -> None:
         """What the same process did after this."""
-        for kind, count in later.computed.items():
-            self.computed[kind] = self.computed.get(kind, 0) + count
+        self.computed += later.computed
         self.refused += later.refused
         self.seconds += later.seconds
         self.encoding_seconds += later.encoding_seconds
@@ -84,49 +76,16 @@ class Filled:
         return self.busy_seconds / self.encoding_seconds if self.encoding_seconds else 1.0
 
 
-class Encoding:
-    """The encoders of some kinds, loaded, and how a request of such a kind is computed."""
+def _together() -> list[list[str]]:
+    """States whose models are in memory together: those with the same first one."""
+    firsts = dict.fromkeys(state.models[:1] for state in STATES.values())
+    return [[kind for kind, state in STATES.items() if state.models[:1] == first] for first in firsts]
 
-    def __init__(self, config: Config, kinds: set[StateName], device: torch.device | str) -> None:
-        dtype, base = base_dtype(config.train.mixed_precision), Source.of(config.models.base)
-        self.settings = config.encoders
-        self.codec = self.siglip = self.text = self.spliced = None
-        modules: dict[str, Any] = {}
-        if kinds & {"latents", "clean_latents"}:
-            self.codec = LatentCodec.load(base, dtype, device)
-            modules["vae"] = self.codec.vae
-        if "siglip" in kinds:
-            self.siglip = SiglipEncoder(Source.of(config.models.siglip), dtype, device)
-            modules["siglip"] = self.siglip.model
-        if kinds & {"text", "segment", "reference", "fused"}:
-            self.text = TextEncoder.load(base, config.encoders.max_sequence_length, dtype, device)
-            modules["text_encoder"] = self.text.model
-        if kinds & {"reference", "fused"} and self.text is not None:
-            source = Source.of(config.models.vision_language)
-            self.spliced = SplicedModel(source, self.text.model, self.text.tokenizer)
-            modules["vision_language"] = self.spliced.model.visual
-        self.identities = {role: identity(module, role) for role, module in modules.items()}
 
-    def compute(self, request: Request, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """The request's tensors, on the CPU. Raises InputError for a prompt or picture that the encoder refuses."""
-        match request.state:
-            case "latents" | "clean_latents":
-                assert self.codec is not None
-                states = self.codec.encode(images[0])
-            case "siglip":
-                assert self.siglip is not None
-                states = self.siglip.encode(images[0])
-            case "text":
-                assert self.text is not None
-                states = self.text.encode(request.text)
-            case "segment":
-                assert self.text is not None
-                states = self.text.encode_segment(request.text)
-            case _:
-                assert self.spliced is not None
-                sequence = self.spliced.encode(images, request.text, self.settings)
-                return {"states": sequence.states.cpu(), "kinds": sequence.kinds.cpu()}
-        return {"states": states.cpu()}
+def _load(config: Config, requests: Iterable[CacheRequest], device: torch.device | str) -> Encoders:
+    models = {model for request in requests for model in STATES[request.state].models}
+    dtype = base_dtype(config.train.mixed_precision)
+    return Encoders().add(models, places_of(config.models), config.encoders, dtype, device)
 
 
 def fill(
@@ -148,7 +107,7 @@ def fill(
     if missing:
         _require_writable(cache, missing)
         with workspace(cache.folder) as scratch:
-            for kinds in _GROUPS:
+            for kinds in _together():
                 if todo := [request for request in missing if request.state in kinds]:
                     _Filling(cache, needs, scratch, filled, is_over).run(todo, device, progress)
         gc.collect()  # the encoders' modules refer to each other: without this they stay until Python feels like it
@@ -156,7 +115,7 @@ def fill(
     return filled
 
 
-def _require_writable(cache: Cache, missing: Sequence[Request]) -> None:
+def _require_writable(cache: Cache, missing: Sequence[CacheRequest]) -> None:
     """Raises InputError where somebody else's cache lacks something: before an encoder is loaded for it."""
     stores = [cache.store(kind).folder for kind in dict.fromkeys(request.state for request in missing)]
     for folder in (cache.folder, *(folder / name for folder in stores for name in (".", "index", "claims"))):
@@ -188,14 +147,15 @@ def verify(cache: Cache, needs: Needs, device: torch.device | str) -> str:
     if damaged:
         raise InputError("; ".join(damaged))
     worst, count = 0.0, 0
-    for kinds in _GROUPS:
+    for kinds in _together():
         chosen = [request for kind in kinds for request in _share(cache.config, present, kind)]
-        encoding = Encoding(cache.config, {request.state for request in chosen}, device)
+        encoders = _load(cache.config, chosen, device)
         for request, images in _decoded(chosen, cache.config.data.dataloader_num_workers):
             if isinstance(images, InputError):
                 raise images
-            kept, parts = cache.store(request.state).read(request.key), encoding.compute(request, images)
-            difference = max(_difference(tensor, kept[part]) for part, tensor in parts.items())
+            parts = encoders.compute(request, images, cache.config.encoders)
+            kept = cache.store(request.state).read(request.key)
+            difference = max(_difference(tensor.cpu(), kept[part]) for part, tensor in parts.items())
             worst, count = max(worst, difference), count + 1
             if difference > TOLERANCE:
                 raise InputError(
@@ -205,7 +165,7 @@ def verify(cache: Cache, needs: Needs, device: torch.device | str) -> str:
     return f"{len(present)} states are whole; {count} computed again, largest relative difference {worst:.1e}"
 
 
-def _share(config: Config, requests: Sequence[Request], kind: StateName) -> list[Request]:
+def _share(config: Config, requests: Sequence[CacheRequest], kind: str) -> list[CacheRequest]:
     of_kind = [request for request in requests if request.state == kind]
     return random.Random(config.seed).sample(of_kind, math.ceil(len(of_kind) * config.cache.verify_share))
 
@@ -221,7 +181,7 @@ def _difference(tensor: Tensor, kept: Tensor) -> float:
 Decoded = list[Image.Image] | InputError
 
 
-def _decode(request: Request) -> Decoded:
+def _decode(request: CacheRequest) -> Decoded:
     """The request's pictures as its encoder takes them, or what is wrong with what is in one.
 
     Raises InputError, which ends the filling, for a picture that cannot be read or is not the one that was listed: that
@@ -233,9 +193,7 @@ def _decode(request: Request) -> Decoded:
             raise InputError(f"{known.picture.name}: the picture has changed since it was listed; run again")
     try:
         images = [_shown(data, known) for data, known in zip(contents, request.pictures, strict=True)]
-        if request.state == "clean_latents":
-            return [omni_crop(image) for image in images]
-        return [fit_target(image, request.bucket) for image in images] if request.bucket else images
+        return [STATES[request.state].prepare(image, request.bucket) for image in images]
     except InputError as error:
         return error
 
@@ -246,9 +204,9 @@ def _shown(data: bytes, known: Known) -> Image.Image:
     return whole if known.part is None else known.part.of(whole)
 
 
-def _decoded(requests: Iterator[Request] | Sequence[Request], workers: int) -> Iterator[tuple[Request, Decoded]]:
+def _decoded(requests: Iterable[CacheRequest], workers: int) -> Iterator[tuple[CacheRequest, Decoded]]:
     """Requests with their pictures, decoded by threads some way ahead of the consumer."""
-    waiting: list[tuple[Request, Future[Decoded]]] = []
+    waiting: list[tuple[CacheRequest, Future[Decoded]]] = []
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for request in requests:
             waiting.append((request, pool.submit(_decode, request)))
@@ -263,7 +221,7 @@ def _decoded(requests: Iterator[Request] | Sequence[Request], workers: int) -> I
 class _Shard:
     """A shard that this process has claimed and is at work on."""
 
-    state: StateName
+    state: str
     name: str
     claim: ExitStack
     size: int
@@ -275,18 +233,19 @@ class _Filling:
 
     def __init__(self, cache: Cache, needs: Needs, scratch: Path, filled: Filled, is_over: Callable[[], bool]) -> None:
         self.cache, self.needs, self.scratch, self.filled, self.is_over = cache, needs, scratch, filled, is_over
-        self.open: dict[tuple[StateName, str], _Shard] = {}  # by kind and key of each entry
-        self.settled: set[tuple[StateName, str]] = set()  # kind and claim of shards that somebody has done, or this one
+        self.open: dict[tuple[str, str], _Shard] = {}  # by kind and key of each entry
+        self.settled: set[tuple[str, str]] = set()  # kind and claim of shards that somebody has done, or this one
 
-    def run(self, missing: Sequence[Request], device: torch.device | str, progress: bool) -> None:
+    def run(self, missing: Sequence[CacheRequest], device: torch.device | str, progress: bool) -> None:
         """Computes `missing`. Shards that another process is at work on are waited for at the end.
 
         The progress is that of all processes, as this one sees it when it comes to each shard.
         """
         kinds = {request.state for request in missing}
-        encoding = Encoding(self.cache.config, kinds, device)
+        encoders = _load(self.cache.config, missing, device)
+        identities = encoders.identities
         for kind in sorted(kinds):
-            self._describe(kind, encoding)
+            self._describe(kind, identities)
         workers, started = self.cache.config.data.dataloader_num_workers, time.perf_counter()
         description = "encoding " + " + ".join(sorted(kinds))
         with (
@@ -299,7 +258,7 @@ class _Filling:
                 written: list[Future[None]] = []
                 for request, images in _decoded(self._claimed(missing, wait, bar), workers):
                     shard = self.open[request.state, request.key]
-                    shard.entries.append(self._entry(encoding, request, images))
+                    shard.entries.append(self._entry(encoders, request, images))
                     bar.update()
                     if len(shard.entries) == shard.size:
                         written.append(writer.submit(self._publish, shard))
@@ -311,15 +270,15 @@ class _Filling:
         for kind in kinds:
             self.cache.store(kind).compact(self.scratch)
 
-    def _describe(self, kind: StateName, encoding: Encoding) -> None:
+    def _describe(self, kind: str, identities: dict[str, dict[str, str]]) -> None:
         """kind.json: what the fingerprint was made of, in words, and the identity of the encoders."""
         store = self.cache.store(kind)
-        known = {role: encoding.identities[role] for role in ROLES[kind]}
+        known = {model.role: identities[model.role] for model in STATES[kind].models}
         made_of = self.cache.fingerprint(kind)
         document = {"format_version": FORMAT_VERSION, "kind": kind, "fingerprint": made_of, "identities": known}
         write_json(store.folder / "kind.json", document | {"xxh3": digest_json(document)})
 
-    def _claimed(self, missing: Sequence[Request], wait: bool, bar: tqdm) -> Iterator[Request]:
+    def _claimed(self, missing: Sequence[CacheRequest], wait: bool, bar: tqdm) -> Iterator[CacheRequest]:
         """The requests of every shard that this process claims, shard after shard, less what has been done since.
 
         Shards are cut from all that is needed, not from what is missing: so processes that start at different times
@@ -343,7 +302,7 @@ class _Filling:
                     bar.update(len(wanted) - len(todo))
                     yield from todo
 
-    def _claim(self, kind: StateName, name: str, wanted: list[Request], wait: bool) -> list[Request] | None:
+    def _claim(self, kind: str, name: str, wanted: list[CacheRequest], wait: bool) -> list[CacheRequest] | None:
         """What is left for this process to do of a shard; None where another one is at work on it."""
         store = self.cache.store(kind)
         if all(request.key in store for request in wanted):
@@ -361,12 +320,13 @@ class _Filling:
             claim.close()
         return todo
 
-    def _entry(self, encoding: Encoding, request: Request, images: Decoded) -> Entry:
+    def _entry(self, encoders: Encoders, request: CacheRequest, images: Decoded) -> Entry:
         started = time.perf_counter()
         try:
             if isinstance(images, InputError):
                 raise images
-            parts, refused = encoding.compute(request, images), ""
+            computed = encoders.compute(request, images, self.cache.config.encoders)
+            parts, refused = {part: tensor.cpu() for part, tensor in computed.items()}, ""
             if not all(tensor.isfinite().all() for tensor in parts.values()):
                 raise InputError(f"{request.label}: the encoder gives values that are not finite")
         except InputError as error:
@@ -375,7 +335,7 @@ class _Filling:
                 refused = refused.replace(known.picture.name, Path(known.picture.name).name)
             self.filled.refused.append(refused)
         self.filled.busy_seconds += time.perf_counter() - started
-        self.filled.computed[request.state] = self.filled.computed.get(request.state, 0) + 1
+        self.filled.computed[request.state] += 1
         return Entry(key=request.key, label=request.label, parts=parts, refused=refused)
 
     def _publish(self, shard: _Shard) -> None:

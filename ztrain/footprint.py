@@ -14,11 +14,11 @@ import torch
 from ztrain.adapters import build_adapters, describe_list
 from ztrain.config import Config
 from ztrain.dit import BLOCK, REAL_CONFIG, empty_transformer
-from ztrain.encoders import siglip_width
 from ztrain.errors import InputError
 from ztrain.memory import MOMENTS_BYTES
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, read_json
+from ztrain.states import siglip_dim
 
 Strategy = Literal["one_gpu", "ddp", "fsdp2", "zero2", "zero3"]
 Known = Literal["counted", "from measured constants", "by the library's rule"]
@@ -93,10 +93,9 @@ def count(config: Config) -> Counted:
         source.require("transformer/config.json", what="a Z-Image model")
         origin = source.location
         settings = read_json(source.folder / "transformer/config.json")
-    siglip = Source.of(config.models.siglip)
-    width = siglip_width(siglip) if siglip.folder is not None and "siglip" in config.reads else SIGLIP_WIDTH
+    width = None if Source.of(config.models.siglip).folder is None else siglip_dim(config)
     with torch.device("meta"):
-        model = AdaptedDiT(empty_transformer(settings, origin), build_adapters(config.adapters, width))
+        model = AdaptedDiT(empty_transformer(settings, origin), build_adapters(config.adapters, width or SIGLIP_WIDTH))
     weights = tuple(_weights(model))
     if not any(weight.is_trained for weight in weights):
         raise InputError(

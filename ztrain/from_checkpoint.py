@@ -37,7 +37,7 @@ def export_checkpoint(config: Config, path: Path, out: Path) -> Path:
     ]
     base = Source.of(config.models.base)
     dit = mapped_transformer(base)
-    known, here = found.state["identities"], identity(dit, "transformer")
+    known, here = found.state["identities"], identity(dit)
     if known["transformer"] != here:
         changed.append(f"the transformer: {json.dumps(known['transformer'])} -> {json.dumps(here)}")
     if changed:

@@ -14,7 +14,7 @@ def refusal(strategy: str, config: Config) -> str | None:
     """
     t = config.train
     refused = {
-        "adapters siglip: layout stock": ("omni" in config.reads, _SHARED),
+        "adapters siglip: layout stock": (any(each.has_stock_layout for each in config.adapters), _SHARED),
         "train.optimizer adamw_8bit": (t.optimizer == "adamw_8bit", _SHARED),
         "train.compile on": (t.compile == "on", {"zero3"}),
         "train.gradient_checkpointing budget": (t.gradient_checkpointing == "budget", {"zero3"}),

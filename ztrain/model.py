@@ -92,7 +92,7 @@ class AdaptedDiT(nn.Module):
             return self.conditioning(encoded), []
         both = self.conditioning(concatenate([encoded, self.stand_in]))
         assert both.omni is None, "the stock layout takes no stand-in (limits.py)"
-        own = {name: getattr(both, name)[:-1] for name in ("caption", "caption_scale", "siglip", "siglip_scale")}
+        own = {name: values[:-1] for name, values in vars(both).items() if values}
         own["caption"] = [own["caption"][0] + 0 * both.caption[-1].sum(), *own["caption"][1:]]
         return Conditioning(**own), both.siglip[-1]
 

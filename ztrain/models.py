@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -364,17 +364,11 @@ def base_defaults(models: ModelsConfig) -> BaseDefaults:
     return defaults_for(shift, models.variant, source.location)
 
 
-# What decides how a model's weights are used, by role: named here because libraries add fields between versions.
-_IDENTITY_KEYS = {
-    "transformer": (
-        "in_channels dim n_layers n_refiner_layers n_heads norm_eps cap_feat_dim siglip_feat_dim rope_theta t_scale"
-        " axes_dims axes_lens"
-    ),
-    "vae": "latent_channels block_out_channels scaling_factor shift_factor",
-    "text_encoder": "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim rms_norm_eps",
-    "vision_language": "depth hidden_size out_hidden_size patch_size spatial_merge_size deepstack_visual_indexes",
-    "siglip": "hidden_size num_hidden_layers num_attention_heads patch_size",
-}
+TRANSFORMER_KEYS = (
+    "in_channels dim n_layers n_refiner_layers n_heads norm_eps cap_feat_dim siglip_feat_dim rope_theta t_scale"
+    " axes_dims axes_lens"
+)
+"""Settings that decide how its weights are used: named because libraries add fields between versions."""
 
 _SAMPLED_ELEMENTS = 64
 
@@ -382,17 +376,16 @@ QUANTISED = "quantised"
 """In the place of the weights' hash where they are stored in fewer bits than they were trained in."""
 
 
-def identity(module: nn.Module, role: str) -> dict[str, str]:
-    """Hashes that tell checkpoints apart: `config` of the settings that matter, `weights` of the weights.
+def identity(module: nn.Module, *, keys: str = TRANSFORMER_KEYS) -> dict[str, str]:
+    """Hashes that tell checkpoints apart: `config` of the settings that matter (`keys`), `weights` of the weights.
 
     The weights hash covers every tensor's name and shape and 64 of its elements rounded to bfloat16, so that it costs
     nothing, and a model has the same one whether it was loaded in float32 or bfloat16. Adapters inside are ignored.
     Quantised weights are others: their hash is QUANTISED.
     """
     stored = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
-    settings = {key: stored.get(key) for key in _IDENTITY_KEYS[role].split()}
-    if role == "text_encoder":
-        settings["rope_theta"] = stored["rope_parameters"]["rope_theta"]
+    stored |= stored.get("rope_parameters") or {}
+    settings = {key: stored.get(key) for key in keys.split()}
     config_hash = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if is_quantised(module):
         return {"config": config_hash[:16], "weights": QUANTISED}
@@ -403,6 +396,11 @@ def identity(module: nn.Module, role: str) -> dict[str, str]:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sampled.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return {"config": config_hash[:16], "weights": digest.hexdigest()[:16]}
+
+
+def places_of(models: ModelsConfig) -> Callable[[str], Source]:
+    """Where each model lies, by its key."""
+    return lambda key: Source.of(getattr(models, key))
 
 
 def check_trainable(models: ModelsConfig) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ztrain import checkpoint
 from ztrain.adapters import as_before, build_adapters, unlike_lists
-from ztrain.config import Config, EncodersConfig, list_reads
+from ztrain.config import Config, EncodersConfig
 from ztrain.errors import InputError
 from ztrain.export import CONFIG_FILE, Identities, another_model, read_adapter
 from ztrain.files import sha256_of
@@ -54,7 +54,7 @@ class Origin:
         settings under which the weights would mean something else."""
         adapters = as_before(self.adapters, list(config.adapters))
         unlike = unlike_lists(self.adapters, adapters)
-        if list_reads(self.adapters) & {"reference", "fused"}:
+        if any(adapter.composes_reference for adapter in self.adapters):
             before, now = (each.model_dump(exclude=_SIZES) for each in (self.encoders, config.encoders))
             unlike += [
                 f"encoders.{key} is {json.dumps(before[key])} there and {json.dumps(now[key])} here"

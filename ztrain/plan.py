@@ -106,7 +106,7 @@ def check(config: Config, strategy: Strategy, cards: int, memory_gib: float | No
         raise InputError(f"--memory_gib {memory_gib:g} must be a number of GiB above 0")
     if refused := refusal(strategy, config):
         raise InputError(refused)
-    if "omni" in config.reads:
+    if any(adapter.has_stock_layout for adapter in config.adapters):
         raise InputError(
             "adapters siglip: layout stock and stock_without_latents are not counted by ztrain plan; take one_segment"
         )

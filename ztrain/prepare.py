@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, gather_object
 
-from ztrain.cache import Cache, Needs, StateName
+from ztrain.cache import Cache, Needs
 from ztrain.config import Config
 from ztrain.errors import MENDABLE, InputError
 from ztrain.fill import Filled, fill, verify
@@ -27,7 +27,7 @@ _PATIENCE = timedelta(hours=12)  # the others wait while the main process reads 
 
 def prepare(
     config: Config, device: torch.device | str, accelerator: Accelerator
-) -> tuple[Cache, Samples, Sequence[StateName]]:
+) -> tuple[Cache, Samples, Sequence[str]]:
     """A cache that holds all that training reads, the usable samples, and the kinds of states that adapters read."""
     cache, samples = _read_together(config, accelerator)
     filled = _fill_and_drop(config, cache, samples, device, accelerator)

@@ -29,15 +29,16 @@ from ztrain.conditioning import Encoded
 from ztrain.config import Aspect, Config, EncodersConfig, list_reads
 from ztrain.dit import load_transformer
 from ztrain.drawn import save_picture
-from ztrain.encoders import Encoders, LatentCodec, check_weights
+from ztrain.encoders import LatentCodec
 from ztrain.errors import InputError
-from ztrain.export import ExportedAdapter, Identities, adapt, check_identity, encoder_identities, read_adapter
+from ztrain.export import ExportedAdapter, Identities, adapt, check_identity, read_adapter
 from ztrain.files import append_line, as_text
 from ztrain.grid import CELL, draw_grid
 from ztrain.images import Bucket, fit_target, open_image
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype, identity
 from ztrain.sample import Picture, SampleSettings, released_or, sample_all
+from ztrain.states import Encoders, check_weights
 from ztrain.stats import check_statistics
 from ztrain.version import VERSION
 
@@ -221,7 +222,7 @@ def _prepare(
         ),
         shapes={size: codec.latent_shape(*size) for size in sizes},
         starts={} if start is None else {size: codec.encode(fit_target(start, Bucket(*size))) for size in sizes},
-        known=encoder_identities(encoders),
+        known=encoders.identities,
         siglip_dim=encoders.siglip_dim,
         codec=None if order.offload else codec,
     )
@@ -237,7 +238,7 @@ def _model(
     models, dtype = config.models, base_dtype(config.train.mixed_precision)
     dit = load_transformer(Source.of(models.base), dtype, device, models.transformer_file)
     if exported is not None:
-        check_identity(exported, prepared.known | {"transformer": identity(dit, "transformer")})
+        check_identity(exported, prepared.known | {"transformer": identity(dit)})
         model = adapt(dit, exported)
     else:
         model = AdaptedDiT(dit, build_adapters(list(adapters), prepared.siglip_dim)).eval()

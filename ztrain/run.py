@@ -27,7 +27,7 @@ from ztrain.blocks import slow_because
 from ztrain.cache import Cache
 from ztrain.config import Config
 from ztrain.dit import load_transformer
-from ztrain.encoders import LatentCodec, siglip_width
+from ztrain.encoders import LatentCodec
 from ztrain.errors import InputError
 from ztrain.export import save_adapter
 from ztrain.files import write_json, write_text
@@ -44,6 +44,7 @@ from ztrain.sample import released_or
 from ztrain.sampler import SampleKey
 from ztrain.samples import Samples, write_manifest
 from ztrain.scoring import Scoring
+from ztrain.states import siglip_dim
 from ztrain.stopping import advice
 from ztrain.strategy import Strategy, strategy_of
 from ztrain.together import together
@@ -130,8 +131,7 @@ def sigma_density(config: Config, scheduler_shift: float) -> SigmaDensity:
 def make_model(config: Config, dit: Any) -> AdaptedDiT:
     """The frozen transformer with fresh adapters, the same on every process, ready to train."""
     torch.manual_seed(config.seed)
-    width = siglip_width(Source.of(config.models.siglip)) if "siglip" in config.reads else None
-    model = AdaptedDiT(dit, build_adapters(config.adapters, width)).to(dit.device).train()
+    model = AdaptedDiT(dit, build_adapters(config.adapters, siglip_dim(config))).to(dit.device).train()
     if not model.trainable_state():
         listed = describe_list(config.adapters)
         raise InputError(f"adapters {listed} has no weights to train; add projector, lora or siglip")
@@ -215,7 +215,7 @@ def _load(config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoi
         if exchange.words:
             say(f"val/image_use: {exchange.words}")
     dit = load_transformer(Source.of(config.models.base), dtype, strategy.base_device)
-    known = {"transformer": identity(dit, "transformer"), **cache.identities(kinds)}
+    known = {"transformer": identity(dit), **cache.identities(kinds)}
     previews, scoring = _watchers(config, accelerator, cache, samples, strategy)
     model = make_model(config, dit)
     parameters = dict(model.named_parameters())

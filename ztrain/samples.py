@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ztrain.cache import Cache, Needs, digest_json
+from ztrain.cache import Cache, Needs
 from ztrain.config import Config, DataConfig
 from ztrain.data import read_triplets
-from ztrain.digests import Known
-from ztrain.encoders import assemble
+from ztrain.digests import Known, digest_json
 from ztrain.errors import InputError
 from ztrain.exchange import Case, Exchange, exchange
 from ztrain.files import as_text, write_text
@@ -34,6 +33,7 @@ from ztrain.images import (
 from ztrain.layout import padded
 from ztrain.rows import Triplet, one_line
 from ztrain.sampler import CAPTION, VARIANT, Integers, SampleKey, spread, turn
+from ztrain.states import assemble, requests_of
 
 MOST_FUSED = 16
 """Sequences of image and prompt that one triplet may need; each is a forward of the language model and a state."""
@@ -287,7 +287,7 @@ def _as_trained(config: Config, sample: Sample, triplet: Triplet) -> Sample:
         sample, captions=triplet.captions, variants=rule, style=None if style is None else str(style).strip()
     )
     captions, variants = trained.choices
-    if "fused" in config.reads and captions * variants > MOST_FUSED:
+    if captions * variants > MOST_FUSED and any(each.text and each.pictures for each in requests_of(config.reads)):
         raise InputError(
             f"{captions} captions with {variants} variants of the references are {captions * variants} sequences of "
             f"image and prompt, more than {MOST_FUSED}; lower data.reference_variants, write fewer prompts, or take an "

@@ -12,9 +12,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ztrain.cache import digest_json
 from ztrain.comparison import BEST_NAME, Choice, read_best, write_best
 from ztrain.config import Config
+from ztrain.digests import digest_json
 from ztrain.errors import InputError
 from ztrain.images import PictureFile
 from ztrain.judging import Judging, Sheet

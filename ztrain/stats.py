@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ztrain.adapters.splice import STATISTICS_KINDS, read_statistics
+from ztrain.adapters.splice import STATISTICS_KINDS, STATISTICS_READS, read_statistics
 from ztrain.config import Config, EncodersConfig
 from ztrain.data import read_triplets
-from ztrain.encoders import Encoders
 from ztrain.errors import InputError
 from ztrain.files import whole_file
 from ztrain.images import open_image
 from ztrain.models import base_dtype
+from ztrain.states import Encoders
 from ztrain.tensors import open_tensors
 
 
@@ -48,14 +48,13 @@ class Moments:
 
 def measure(config: Config, out: Path) -> Path:
     """Writes `<kind>_mean` and `<kind>_std` (D,) for the prompt alone and for text, image and marker tokens."""
-    reads = frozenset({"reference", "fused"})
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoders = Encoders.load(config, reads, base_dtype(config.train.mixed_precision), device)
+    encoders = Encoders.load(config, STATISTICS_READS, base_dtype(config.train.mixed_precision), device)
     moments = {kind: Moments() for kind in ("prompt", *STATISTICS_KINDS)}
     triplets = read_triplets(config.data.train_data_dir, config.data.train_split, config.data.revision).triplets
     for triplet in tqdm(triplets, unit="triplet"):
         images = [open_image(path) for path in triplet.references]
-        encoded = encoders.encode([triplet.prompt], [images], reads, config.encoders)
+        encoded = encoders.encode([triplet.prompt], [images], STATISTICS_READS, config.encoders)
         moments["prompt"].add(encoded.text[0])
         fused = encoded.fused[0]
         assert fused is not None, "every triplet has a reference"

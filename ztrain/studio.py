@@ -19,21 +19,22 @@ from tqdm.auto import tqdm
 
 from ztrain.adapters import build_adapters
 from ztrain.aspects import size_in
-from ztrain.cache import Cache, digest_json
+from ztrain.cache import Cache
 from ztrain.conditioning import Encoded, concatenate
 from ztrain.config import Config, EncodersConfig
-from ztrain.digests import Known
+from ztrain.digests import Known, digest_json
 from ztrain.dit import load_transformer
 from ztrain.drawn import save_picture, still_to_draw
-from ztrain.encoders import Encoders, LatentCodec
+from ztrain.encoders import LatentCodec
 from ztrain.errors import InputError
 from ztrain.exchange import Case, Exchange, exchange
-from ztrain.export import Identities, check_identity, encoder_identities, load_weights
+from ztrain.export import Identities, check_identity, load_weights
 from ztrain.images import Bucket, fit_target, open_image
 from ztrain.lineup import Entry
 from ztrain.model import AdaptedDiT
 from ztrain.models import Source, base_defaults, base_dtype, identity
 from ztrain.sample import Picture, SampleSettings, released_or, sample_all
+from ztrain.states import VAE, Encoders, models_of
 
 FOLDER = "pictures"
 _RULES = 1  # part of every picture's name: raise it when the same settings come to draw otherwise
@@ -124,9 +125,6 @@ class Studio:
 
     def _decided(self, entry: Entry) -> dict[str, Any]:
         """Of all rows of an entry."""
-        roles = {"transformer", "vae", "text_encoder"}
-        roles |= {"vision_language"} if entry.reads & {"reference", "fused"} else set()
-        roles |= {"siglip"} if "siglip" in entry.reads else set()
         encoders = entry.encoders.model_dump(mode="json")
         return {
             "rules": _RULES,
@@ -137,7 +135,10 @@ class Studio:
             "scales": entry.sample.scales if entry.adapters else 1.0,
             "size": self.size(entry),
             "precision": self.config.train.mixed_precision,
-            "models": {role: self.cache.model_files(role) for role in sorted(roles)},
+            "models": {
+                "transformer": self.cache.transformer_files(),
+                **{model.role: self.cache.model_files(model) for model in (VAE, *models_of(entry.reads))},
+            },
         }
 
     def _settings_of(self, adapter: Any) -> dict[str, Any]:
@@ -168,7 +169,7 @@ class Studio:
                 if dit is None or before not in ("", inside):
                     dit = model = None
                     dit = load_transformer(base, self.dtype, self.device, file)
-                    known.setdefault("transformer", identity(dit, "transformer"))
+                    known.setdefault("transformer", identity(dit))
                 if entry.exported is None:
                     model = AdaptedDiT(dit, build_adapters(list(entry.adapters), siglip_dim)).eval()
                 else:
@@ -232,4 +233,4 @@ class Studio:
                 [prompt], [pictures], entry.reads, settings, negative_prompt=entry.sample.negative_prompt
             )
             encoded[key] = states.to(torch.device("cpu"))
-        return encoded, encoder_identities(encoders), encoders.codec, encoders.siglip_dim
+        return encoded, encoders.identities, encoders.codec, encoders.siglip_dim

@@ -11,17 +11,16 @@ from typing import cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ztrain.adapters.splice import ComposeConfig, ComposingAdapter
-from ztrain.cache import Cache, Request, RequestedStates, StateName
+from ztrain.cache import Cache, CacheRequest
 from ztrain.conditioning import Encoded, text_conditioning
 from ztrain.config import Config
 from ztrain.dit import PATCH
-from ztrain.encoders import assemble
 from ztrain.images import IMAGE_MULTIPLE, Bucket
 from ztrain.layout import MULTIPLE, padded
 from ztrain.samples import Sample
+from ztrain.states import STATES, Parts, States, assemble
 
 _CHUNK = 256  # forms of samples that are assembled together
 
@@ -47,7 +46,7 @@ def token_counts(config: Config, cache: Cache, samples: Sequence[Sample]) -> NDA
     forms = ((place, *form) for place, sample in enumerate(samples) for form in sample.forms())
     while chunk := list(itertools.islice(forms, _CHUNK)):
         prompts, references = [form.prompt for *_, form in chunk], [form.references for *_, form in chunk]
-        encoded = assemble(shapes.states, prompts, references, config.reads)
+        encoded = assemble(States(shapes.get), prompts, references, config.reads)
         for i, (*place, form) in enumerate(chunk):
             # The sequences of one kind of tokens are one tensor: see _Shapes.
             sequences = (each and id(each.kinds) for each in (encoded.reference[i], encoded.fused[i]))
@@ -61,30 +60,28 @@ def token_counts(config: Config, cache: Cache, samples: Sequence[Sample]) -> NDA
 
 class _Shapes:
     """Cached states without their values: one tensor for all of a shape, and one for all sequences with the same kinds
-    of tokens. Of states (L, D) that adapters compose there is one column."""
+    of tokens. Of states (L, D) there is one column."""
 
     def __init__(self, cache: Cache, workers: int) -> None:
         self._cache, self._workers = cache, workers
-        self._found: dict[StateName, dict[str, dict[str, Tensor]]] = {}  # by kind and key
-        self.states = RequestedStates(self._get)
+        self._found: dict[str, dict[str, Parts]] = {}  # by kind and key
 
-    def _get(self, request: Request) -> dict[str, Tensor]:
+    def get(self, request: CacheRequest) -> Parts:
         kind = request.state
         if kind not in self._found:
-            look = self._sequences if kind in ("reference", "fused") else self._shapes
-            self._found[kind] = look(kind)
+            self._found[kind] = self._sequences(kind) if STATES[kind].has_kinds else self._shapes(kind)
         try:
             return self._found[kind][request.key]
         except KeyError as error:
             raise self._cache.absent(request) from error
 
-    def _shapes(self, kind: StateName) -> dict[str, dict[str, Tensor]]:
+    def _shapes(self, kind: str) -> dict[str, Parts]:
         shapes = self._cache.store(kind).shapes("states", self._workers)
-        columns = {shape: (*shape[:-1], 1) if kind == "text" else shape for shape in set(shapes.values())}
+        columns = {shape: (*shape[:-1], 1) if len(shape) == 2 else shape for shape in set(shapes.values())}
         made = {shape: {"states": torch.zeros(()).expand(column)} for shape, column in columns.items()}
         return {key: made[shape] for key, shape in shapes.items()}
 
-    def _sequences(self, kind: StateName) -> dict[str, dict[str, Tensor]]:
+    def _sequences(self, kind: str) -> dict[str, Parts]:
         kinds = self._cache.store(kind).shared("kinds")
         distinct = {id(each): each for each in kinds.values()}
         made = {place: {"states": torch.zeros((len(each), 1)), "kinds": each} for place, each in distinct.items()}

@@ -253,7 +253,7 @@ def main(folder: Path) -> None:
             config = load_config([place])
             place.unlink()
             dit = transformer(models)
-            known = {"transformer": identity(dit, "transformer")}
+            known = {"transformer": identity(dit)}
             torch.manual_seed(0)
             model = AdaptedDiT(dit, build_adapters(config.adapters))
             for weight in model.parameters():

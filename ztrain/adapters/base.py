@@ -43,6 +43,11 @@ class AdapterConfig(Strict):
         return frozenset()
 
     @property
+    def has_stock_layout(self) -> bool:
+        """Whether prompt and references are laid out as ZImageOmniPipeline does, in place of one caption."""
+        return False
+
+    @property
     def needs_training(self) -> bool:
         """Whether the list shows nothing before it is trained: its weights start fresh."""
         return True

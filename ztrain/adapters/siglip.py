@@ -54,7 +54,11 @@ class SiglipConfig(TrainedConfig):
 
     @property
     def reads(self) -> Reads:
-        return frozenset({"siglip"} if self.layout == "one_segment" else {"siglip", "omni"})
+        return frozenset({"siglip", "omni"} if self.has_stock_layout else {"siglip"})
+
+    @property
+    def has_stock_layout(self) -> bool:
+        return self.layout != "one_segment"
 
     @property
     def needs_training(self) -> bool:

@@ -30,6 +30,8 @@ _TOKENS = {
 }
 STATISTICS_KINDS = {"text": TEXT, "image": IMAGE, "marker": MARKER}
 """Names in a statistics file of the token kinds of the vision-language sequence; `prompt` is the prompt alone."""
+STATISTICS_READS: Reads = frozenset({"fused"})
+"""Where they are measured: in it are tokens of all kinds."""
 
 _CLIP_SIGMAS = 3.0  # llm-dit-experiments vl/blending.py clips per-dimension z-scores at 3 sigma
 

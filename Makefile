@@ -42,7 +42,7 @@ demo: $(READY)  ## train, sample and compare on the miniature; the result lies i
 
 clean:  ## removes caches (not .venv, not out/)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
-	find ztrain data_tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find ztrain data_tools miniature tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone: only it may come from another index, and the second step then finds it already there.
 $(READY): pyproject.toml constraints.txt

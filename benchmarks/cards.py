@@ -2,7 +2,7 @@
 
     python -m benchmarks.cards [--readme README.md]
 
-In: configs/*_24gb.yaml with configs/then_1024.yaml, ztrain's own plans (ztrain/plan.py), and what was measured:
+In: configs/*_24gb.yaml with configs/then_1024.yaml, ztrain's own plans (ztrain/plan/command.py), and what was measured:
 train_real_size_nvidia_h200.json and, once it is there, launch_nvidia_h200.json of benchmarks/results. Out:
 docs/cards.md between its marks; README between `<!-- cards -->` and `<!-- /cards -->`. Every cell says whether somebody
 ran it. A config counts as fitting if what it takes with nothing kept leaves SPARE of the card.
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pages import ROOT, write_page
-from ztrain.cards import CARDS, Card
 from ztrain.config import Config, load_config
 from ztrain.errors import InputError
-from ztrain.expected import COLLECTIVES_GIB, OTHER_GIB
-from ztrain.footprint import Counted, Strategy, count
-from ztrain.plan import Plan, plan
+from ztrain.plan.cards import CARDS, Card
+from ztrain.plan.command import Plan, plan
+from ztrain.plan.expected import COLLECTIVES_GIB, OTHER_GIB
+from ztrain.plan.footprint import Counted, Strategy, count
 
 Row = dict[str, Any]
 
@@ -154,7 +154,7 @@ STRATEGIES_LEGEND = (
     "One triplet a card, 1024 px, every main block computed again. *torch*: the most that torch had allocated;"
     " *card*: with CUDA, NCCL and libraries by computation, all that the driver saw by measurement, in which torch's"
     " unused cache is, too. The computed ms hold what the strategies took beyond computing (`WAITING` of"
-    " `ztrain/expected.py`), the mean of `[lora]` and `[siglip]` on these two cards (ZeRO-3: of"
+    " `ztrain/plan/expected.py`), the mean of `[lora]` and `[siglip]` on these two cards (ZeRO-3: of"
     " `[siglip]` alone): a forecast only for other lists."
 )
 

@@ -18,17 +18,18 @@ from typing import Any
 
 from benchmarks.pages import PAGES, RESULTS, ROOT, save_sheet, write_page
 from data_tools.build import main as build
-from ztrain.compare import SHEET_NAME, compare
-from ztrain.comparison import Comparison
+from miniature import truth_judge
+from miniature.style_folders import paint_many_styles
+from miniature.trials import ADAPTERS
+from ztrain.compare.command import SHEET_NAME, compare
+from ztrain.compare.ranking import ranked
+from ztrain.compare.record import Comparison
+from ztrain.compare.report.page import make_report
+from ztrain.compare.sweep import BEST_NAME, sweep
 from ztrain.config import Config, load_config
 from ztrain.errors import InputError
-from ztrain.grid import draw_grid
 from ztrain.images import open_image
-from ztrain.mini.style_folders import paint_many_styles
-from ztrain.mini.trials import ADAPTERS
-from ztrain.ranking import ranked
-from ztrain.report.page import make_report
-from ztrain.sweep import BEST_NAME, sweep
+from ztrain.sampling.sheet import draw_grid
 from ztrain.terminal import program
 
 LISTS, LAYERS = RESULTS.parent / "compare_miniature.json", RESULTS / "layer_spectrum.json"
@@ -64,11 +65,11 @@ def main(arguments: Sequence[str] | None) -> None:
 def measure(out: Path, rows: int) -> None:
     """Draws and judges what is not there yet; with all rows, the results and pictures are the committed ones."""
     config = prepare(out, rows, seed=1)
-    tuned = sweep(_tuning(prepare(out, min(rows, TUNED), seed=2), out / "tune"))
+    tuned = sweep(_tuning(prepare(out, min(rows, TUNED), seed=2), out / "tune"), truth_judge)
     make_report(out / "tune")
-    found = compare(_lists(config, out))
+    found = compare(_lists(config, out), truth_judge)
     make_report(out / "lists")
-    spectrum = sweep(_layers(config, out / "layers"))
+    spectrum = sweep(_layers(config, out / "layers"), truth_judge)
     make_report(out / "layers")
     if rows != STYLES:
         return

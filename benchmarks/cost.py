@@ -34,10 +34,10 @@ from benchmarks.laboratory import machine
 from benchmarks.step import REAL, RESULTS, TINY, Case, Size, Step, count_flops
 from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.splice import SpliceConfig
-from ztrain.block import Keep
-from ztrain.blocks import run
 from ztrain.errors import InputError
-from ztrain.memory import GIB, Budget, Sizes, available_bytes, idle_bytes, use_growing_segments
+from ztrain.model.fast.block import Keep
+from ztrain.model.fast.blocks import run
+from ztrain.model.fast.budget import GIB, Budget, Sizes, available_bytes, idle_bytes, use_growing_segments
 
 SIDES = (512, 640, 768, 896, 1024, 1280, 1536)
 BATCHES = (1, 2, 4)

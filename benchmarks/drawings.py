@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ztrain.mini.style_folders import paint_many_styles
-from ztrain.mini.truth import PAINTED, Truth
+from miniature.style_folders import paint_many_styles
+from miniature.truth import PAINTED, Truth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from benchmarks.findings_book import BOOK, DROPOUTS, LISTS, PROJECTED, UNTRAINED
 from benchmarks.laboratory import Laboratory
 from benchmarks.pages import PAGES, RESULTS, cell, devices, write_page
 from benchmarks.state_gaps import mean_gaps, state_gaps
-from ztrain.mini.trials import exported_entry
+from miniature.trials import exported_entry
 from ztrain.terminal import program
 
 PLAN = Plan(counts={"train": (512, 8), "test": (128, 2)}, steps=800, batch=16)

@@ -6,10 +6,10 @@ from functools import partial
 
 from benchmarks.drawings import Variant
 from benchmarks.laboratory import Ways
+from miniature.trials import splice, text_only
+from ztrain.compare.lineup import Entry
 from ztrain.conditioning import IMAGE, TEXT
 from ztrain.config import Config
-from ztrain.lineup import Entry
-from ztrain.mini.trials import splice, text_only
 
 _SEEDED = ("--adapters.0.init_seed",)
 _TEXT = ("--adapters.0.tokens", "text")

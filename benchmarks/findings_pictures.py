@@ -8,7 +8,7 @@ import matplotlib
 
 from benchmarks.laboratory import Laboratory
 from benchmarks.pages import save_sheet
-from ztrain.grid import draw_grid
+from ztrain.sampling.sheet import draw_grid
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402

@@ -29,14 +29,14 @@ from tqdm.auto import tqdm
 from benchmarks.drawings import Drawings, Paintings, Plan, Variant
 from benchmarks.side_by_side import run_modules
 from data_tools.build import main as build
-from ztrain.checkpoint import find as find_checkpoint
+from miniature.exam import Clusters, Scores
+from miniature.trials import Trials, exported_entry
+from ztrain.compare.lineup import Entry
 from ztrain.config import Config, load_config
 from ztrain.errors import InputError
-from ztrain.export import read_adapter
 from ztrain.images import Picture, open_image
-from ztrain.lineup import Entry
-from ztrain.mini.exam import Clusters, Scores
-from ztrain.mini.trials import Trials, exported_entry
+from ztrain.weights.adapter_folder import read_adapter
+from ztrain.weights.checkpoint import find as find_checkpoint
 
 Ways = Mapping[str, Mapping[str, Any]]
 """By name, how an entry is asked: changes to it, and under `sample` to how it is sampled."""

@@ -168,7 +168,7 @@ def prepare(work: Path, kinds: set[str], is_smoke: bool) -> Path:
     """Builds in `work` what it lacks: models, whose folder this returns, triplets of these kinds, and their cache."""
     work.mkdir(parents=True, exist_ok=True)
     tiny, family, half = work / "tiny", work / "family", work / "family.half"
-    run("ztrain.mini.family", "--out", str(tiny))  # which leaves a whole one as it is
+    run("miniature.family", "--out", str(tiny))  # which leaves a whole one as it is
     if is_smoke:
         family = tiny
     elif not family.exists():

@@ -1,12 +1,12 @@
 """Writes the model card of the shipped miniature from its recipe and its scorecards.
 
-    ztrain mini measure ztrain/mini/weights --out out/card --parts vae text vl --count 384
-    ztrain mini measure ztrain/mini/weights --out out/card_splice --parts splice --count 192
+    ztrain mini measure miniature/weights --out out/card --parts vae text vl --count 384
+    ztrain mini measure miniature/weights --out out/card_splice --parts splice --count 192
     python benchmarks/miniature_card.py
 
-In: ztrain/mini/weights/recipe.json, and benchmarks/results/miniature/seed{0,1}_{text,splice}.json, which are the
+In: miniature/weights/recipe.json, and benchmarks/results/miniature/seed{0,1}_{text,splice}.json, which are the
 scorecard.json of these commands, without line breaks, for the shipped family and for one of another seed. Out:
-ztrain/mini/weights/README.md.
+miniature/weights/README.md.
 """
 
 import json

@@ -26,14 +26,14 @@ from PIL import Image
 from benchmarks.drawings import Plan, Variant
 from benchmarks.laboratory import Laboratory, Ways
 from benchmarks.pages import PAGES, RESULTS, cell, devices, save_sheet, write_page
+from miniature.family import BASE, MARKER, SIGLIP, VISION_LANGUAGE
+from miniature.folders import FolderWorld
+from miniature.gallery import Split
+from miniature.trials import as_found, find_best_splice, splice, splices, text_only
+from miniature.truth import Truth
+from ztrain.compare.lineup import Entry
 from ztrain.errors import InputError
-from ztrain.grid import draw_grid
-from ztrain.lineup import Entry
-from ztrain.mini.family import BASE, MARKER, SIGLIP, VISION_LANGUAGE
-from ztrain.mini.folders import FolderWorld
-from ztrain.mini.gallery import Split
-from ztrain.mini.trials import as_found, find_best_splice, splice, splices, text_only
-from ztrain.mini.truth import Truth
+from ztrain.sampling.sheet import draw_grid
 from ztrain.terminal import program
 
 NAME = "real_drawings"

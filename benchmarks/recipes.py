@@ -19,11 +19,11 @@ from benchmarks.cards import LISTS, MEASURED_GIB, RESULTS, changed, counted_of
 from benchmarks.pages import ROOT, write_page
 from benchmarks.scale import entry_bytes
 from data_tools.pair import PairRules
-from ztrain.cards import CARDS
 from ztrain.config import Config, load_config
-from ztrain.expected import RATE, Tokens, flops
-from ztrain.plan import Plan, plan
-from ztrain.yamls import load_yaml
+from ztrain.io.yamls import load_yaml
+from ztrain.plan.cards import CARDS
+from ztrain.plan.command import Plan, plan
+from ztrain.plan.expected import RATE, Tokens, flops
 
 PAGE, CONFIGS = ROOT / "docs" / "recipes.md", ROOT / "configs"
 THEN = CONFIGS / "then_1024.yaml"
@@ -80,7 +80,7 @@ STAGE_ONE: dict[str, str] = {
         by how long the miniature's lists learned: `[siglip]` went from style 0.41 after 800 steps of 16 to 0.71
         after 4,000 of 64, `[siglip, lora]` from 0.51 to 0.95, `[projector]` stood at 0.46 and 0.47, `[splice, lora]`
         only came to follow the prompt better ([early](findings/adapter_lists.md),
-        [long](../ztrain/mini/adapters/README.md)). `[lora]`: [ai-toolkit]({_AI_JOB}#L73). The most, not the right
+        [long](../miniature/adapters/README.md)). `[lora]`: [ai-toolkit]({_AI_JOB}#L73). The most, not the right
         number: see when to stop""",
     "train.gradient_checkpointing": """
         in 24 GiB of an H200 a step takes {budget_ms} ms where `on` takes {on_ms}
@@ -104,7 +104,7 @@ STAGE_TWO: dict[str, str] = {
         Nobody has measured it""",
     "train.lr_scheduler": """
         the end is known here, so the rate can fall to zero, as it did for the [shipped
-        adapters](../ztrain/mini/adapters/README.md). In stage one it is constant, because that may be stopped or
+        adapters](../miniature/adapters/README.md). In stage one it is constant, because that may be stopped or
         prolonged (`--resume_from_checkpoint latest --train.max_train_steps 9000`)""",
 }
 """The same of configs/then_1024.yaml."""
@@ -235,7 +235,7 @@ def facts(stages: Sequence[Stage]) -> dict[str, str]:
     states = max(12 * counted_of(stage.name).trained for stage in small)  # bytes of weights and two moments
     passes = [stage.config.train.max_train_steps * stage.batch / PASSES[0] for stage in small if stage.config.reads]
     mini_rate = load_yaml(CONFIGS / "miniature.yaml")["train"]["learning_rate"]
-    mini = json.loads((ROOT / "ztrain/mini/weights/Z-Image/transformer/config.json").read_text(encoding="utf-8"))
+    mini = json.loads((ROOT / "miniature/weights/Z-Image/transformer/config.json").read_text(encoding="utf-8"))
     wider = counted_of("siglip").dim / mini["dim"]
     decay = stages[0].config.train
     left = (1 - decay.learning_rate * decay.adam_weight_decay) ** 6000

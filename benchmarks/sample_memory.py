@@ -36,7 +36,7 @@ def prepared(work: Path, is_real: bool) -> Path:
     """The family's folder, built where `work` lacks it."""
     work.mkdir(parents=True, exist_ok=True)
     tiny, family, half = work / "tiny", work / "family", work / "family.half"
-    run("ztrain.mini.family", "--out", str(tiny))
+    run("miniature.family", "--out", str(tiny))
     if not is_real:
         return tiny
     if not family.exists():

@@ -2,7 +2,7 @@
 
     python -m benchmarks.scale
 
-In: ztrain/expected.py (constants of an H200), and of benchmarks/results: scale_host.json (benchmarks/scale_host.py),
+In: ztrain/plan/expected.py (constants of an H200), and of benchmarks/results: scale_host.json, made by scale_host.py,
 train_real_size_nvidia_h200.json and, once it is there, launch_nvidia_h200.json. Out: docs/scale.md between its marks.
 Every figure is of a named constant, or stands under "assumed". Nobody has run 64 cards.
 """
@@ -17,13 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cards import LISTS, changed, compared, config_of, counted_of, launched, list_name
 from benchmarks.pages import ROOT, write_page
-from ztrain.cards import CARDS
 from ztrain.config import Config
-from ztrain.expected import LINK_SHARE, PROMPT_TOKENS, WAITING, Tokens, Traffic, step_seconds, traffic
-from ztrain.footprint import Counted, Cut
-from ztrain.memory import BUCKET_MIB
-from ztrain.plan import Plan, plan
-from ztrain.states import SIGLIP, VISION_LANGUAGE, models_of
+from ztrain.frozen.states import SIGLIP, VISION_LANGUAGE, models_of
+from ztrain.model.fast.budget import BUCKET_MIB
+from ztrain.plan.cards import CARDS
+from ztrain.plan.command import Plan, plan
+from ztrain.plan.expected import LINK_SHARE, PROMPT_TOKENS, WAITING, Tokens, Traffic, step_seconds, traffic
+from ztrain.plan.footprint import Counted, Cut
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "scale.md"
 TRIPLETS, NODES, CARDS_A_NODE = 100_000_000, 8, 8
@@ -88,7 +88,7 @@ def computing(cases: dict[tuple[str, int], Case]) -> str:
                 hours = TRIPLETS * made.computing / made.batch / 3600
                 cells.append(f"{hours:,.0f} ({hours / ALL_CARDS / 24:.1f})")
         lines.append(f"| {label} | {' | '.join(cells)} |")
-    told = "H200: computed from `ztrain/expected.py` (cost_nvidia_h200.json rate_tflops, and what blocks keep)"
+    told = "H200: computed from `ztrain/plan/expected.py` (cost_nvidia_h200.json rate_tflops, and what blocks keep)"
     words = (
         "H100 and A100 by the ratio of their sheets. All cards computing all the time: no sum of gradients, no waits"
     )
@@ -96,7 +96,7 @@ def computing(cases: dict[tuple[str, int], Case]) -> str:
 
 
 def entry_bytes(config: Config) -> dict[str, int]:
-    """Bytes of each state of one triplet, by the shapes and types that ztrain/fill.py writes: latents float32
+    """Bytes of each state of one triplet, by the shapes and types that ztrain/cache/fill.py writes: latents float32
     (16, side / 8, side / 8), text and spliced states bf16 (tokens, 2560) with a byte of kind each, SigLIP bf16
     (16, 16, 1152)."""
     side = config.data.resolution // 8
@@ -149,8 +149,8 @@ def caching(cases: dict[tuple[str, int], Case], whole: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            "Bytes: shapes and types of `ztrain/fill.py`, every triplet with a prompt, reference and target of its own;"
-            " a prompt or picture that stands in many is stored once. Days: FLOPs counted, at"
+            "Bytes: shapes and types of `ztrain/cache/fill.py`, every triplet with a prompt, reference and target of"
+            " its own; a prompt or picture that stands in many is stored once. Days: FLOPs counted, at"
             f" {ENCODER_SHARE:.0%} of the peak (assumed). Measured is only a small set, loading counted:"
             f' "{rows["splice_lora"]}" (train_real_size_nvidia_h200.json, caching).',
         ]

@@ -37,17 +37,17 @@ import pyarrow.parquet as pq
 
 from benchmarks.laboratory import machine
 from benchmarks.step import RESULTS
-from ztrain.cache import Cache, CacheRequest, Needs
+from miniature.family import SIGLIP, TURBO, VISION_LANGUAGE, build_family
+from ztrain.cache.cache import Cache, CacheRequest, Needs
+from ztrain.cache.fill import fill
+from ztrain.cache.order import Mixture
+from ztrain.cache.samples import Sample, all_needs, needs_of, read_samples
+from ztrain.cache.token_counts import token_counts
 from ztrain.config import Config, load_config
-from ztrain.digests import Digests, Known, digest_bytes
-from ztrain.files import workspace
-from ztrain.fill import fill
+from ztrain.data.digests import Digests, Known, digest_bytes
 from ztrain.images import Bucket, PictureFile, stamp_of
-from ztrain.mini.family import SIGLIP, TURBO, VISION_LANGUAGE, build_family
-from ztrain.sampler import Mixture
-from ztrain.samples import Sample, all_needs, needs_of, read_samples
-from ztrain.store import Entry, Store
-from ztrain.tokens import token_counts
+from ztrain.io.files import workspace
+from ztrain.io.store import Entry, Store
 
 SIZES = (100_000, 1_000_000)
 ORDERED = 4_000_000

@@ -2,8 +2,8 @@
 
     python -m benchmarks.shipped_adapters [--jobs N] [--out out/shipped]      (minutes on one GPU, hours on a laptop)
 
-Out: ztrain/mini/adapters/<experiment>/ without the ComfyUI files, which hold the same LoRA once more, the table in
-ztrain/mini/adapters/README.md, and benchmarks/results/shipped_adapters.json with every figure on held-out triplets.
+Out: miniature/adapters/<experiment>/ without the ComfyUI files, which hold the same LoRA once more, the table in
+miniature/adapters/README.md, and benchmarks/results/shipped_adapters.json with every figure on held-out triplets.
 `--measure` stops before that; the rest can then be done elsewhere from `--out`. `--smoke`: writes to `--out` only.
 """
 
@@ -17,11 +17,11 @@ from typing import Any
 
 from benchmarks.drawings import Plan, Variant
 from benchmarks.laboratory import Laboratory, Ways
+from miniature.exam import RETRIEVAL_POOL
+from miniature.trials import ADAPTERS, splice, text_only
 from ztrain.adapters.lora import COMFYUI_FILE
-from ztrain.export import CONFIG_FILE, sealed
-from ztrain.mini.exam import RETRIEVAL_POOL
-from ztrain.mini.trials import ADAPTERS, splice, text_only
 from ztrain.terminal import program
+from ztrain.weights.adapter_folder import CONFIG_FILE, sealed
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "shipped_adapters.json"
@@ -63,7 +63,7 @@ One of each kind, trained on painted style folders with `python -m benchmarks.sh
 schedule of {steps} steps; where the table names fewer, the machine's time was over before. bfloat16. To draw:
 
 ```bash
-ztrain sample --config configs/<list>.yaml configs/miniature.yaml --adapter ztrain/mini/adapters/<list> \\
+ztrain sample --config configs/<list>.yaml configs/miniature.yaml --adapter miniature/adapters/<list> \\
   --prompt "two stars on the left" --reference reference.png --out drawing.png
 ```
 

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ztrain.compare.lineup import Entry
 from ztrain.conditioning import IMAGE, TEXT
 from ztrain.config import Config
-from ztrain.dit import load_transformer
-from ztrain.exchange import Case
-from ztrain.export import adapt
+from ztrain.data.exchange import Case
+from ztrain.frozen.sources import Source
+from ztrain.frozen.states import Encoders
+from ztrain.frozen.statistics import Moments
 from ztrain.images import open_image
-from ztrain.lineup import Entry
-from ztrain.models import Source
-from ztrain.states import Encoders
-from ztrain.stats import Moments
+from ztrain.model.dit import load_transformer
+from ztrain.weights.adapter_folder import adapt
 
 NAMES = {TEXT: "text tokens after the image", IMAGE: "image tokens"}
 

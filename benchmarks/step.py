@@ -42,13 +42,13 @@ from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.projector import ProjectorConfig
 from ztrain.adapters.siglip import SiglipConfig
 from ztrain.adapters.splice import SpliceConfig
-from ztrain.block import Keep
-from ztrain.blocks import slow_because, use_fast_blocks, use_stock_blocks
 from ztrain.conditioning import IMAGE, Encoded, TokenStates
-from ztrain.dit import PATCH, REAL_CONFIG, Keeping
-from ztrain.graphs import Replays
-from ztrain.memory import REPLAYED_TOKENS, Budget, Sizes, available_bytes, measure, use_growing_segments
-from ztrain.model import AdaptedDiT
+from ztrain.model.adapted_dit import AdaptedDiT
+from ztrain.model.dit import PATCH, REAL_CONFIG, Keeping
+from ztrain.model.fast.block import Keep
+from ztrain.model.fast.blocks import slow_because, use_fast_blocks, use_stock_blocks
+from ztrain.model.fast.budget import REPLAYED_TOKENS, Budget, Sizes, available_bytes, measure, use_growing_segments
+from ztrain.model.fast.cuda_graphs import Replays
 
 _CARD_GIB = 24.0
 RESULTS = Path(__file__).parent / "results"

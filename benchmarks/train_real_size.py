@@ -76,7 +76,7 @@ def build_transformer(folder: Path) -> None:
     """Of the released size."""
     from diffusers import ZImageTransformer2DModel
 
-    from ztrain.dit import REAL_CONFIG
+    from ztrain.model.dit import REAL_CONFIG
 
     _save(ZImageTransformer2DModel(**REAL_CONFIG), folder / "Z-Image" / "transformer")
 
@@ -166,7 +166,7 @@ def prepare(work: Path, is_real: bool) -> Path:
     """Builds in `work` what it lacks of the family, whose folder this returns, and the triplets."""
     work.mkdir(parents=True, exist_ok=True)
     tiny, family, half = work / "tiny", work / "family", work / "family.half"
-    run("ztrain.mini.family", "--out", str(tiny))  # which leaves a whole one as it is
+    run("miniature.family", "--out", str(tiny))  # which leaves a whole one as it is
     if is_real and not family.exists():
         shutil.rmtree(half, ignore_errors=True)
         build_real_family(tiny, half)
@@ -175,7 +175,7 @@ def prepare(work: Path, is_real: bool) -> Path:
     if not (work / "triplets").exists():
         for name in ("drawings", "triplets.half"):
             shutil.rmtree(work / name, ignore_errors=True)
-        run("ztrain.mini.style_folders", "--out", str(work / "drawings"))
+        run("miniature.style_folders", "--out", str(work / "drawings"))
         vary(work / "drawings")
         (work / "build.yaml").write_text(
             "sources: [drawings/images]\ndedup: null\nlabel: {styles: {contents: drawings/contents.csv}}\n"

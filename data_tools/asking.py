@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_tools.replies import Reply
 from ztrain.errors import InputError
-from ztrain.files import read_text
+from ztrain.io.files import read_text
 
 # The prompt of a triplet must not tell how the target is drawn, or nothing is left for the reference to tell; so the
 # words for styles are named, which models otherwise begin with. Places and counts are asked for, since pictures with
@@ -65,7 +65,7 @@ def load_processor(folder: Path) -> Any:
     from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 
-    from ztrain.models import check_settings, explained, pretrained, pretrained_tokenizer
+    from ztrain.frozen.sources import check_settings, explained, pretrained, pretrained_tokenizer
 
     config, named = pretrained(AutoConfig, folder), _named_class(folder)
     kind: Any = (named and processor_class_from_name(named)) or PROCESSOR_MAPPING.get(type(config), None)
@@ -97,7 +97,7 @@ def load_processor(folder: Path) -> Any:
 
 def _named_class(folder: Path) -> str | None:
     """The processor that a repository names, which may be another than its model's usual one."""
-    from ztrain.models import read_json
+    from ztrain.frozen.sources import read_json
 
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         if (folder / name).is_file() and (named := read_json(folder / name).get("processor_class")):
@@ -160,7 +160,7 @@ class TransformersModel:
         from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-        from ztrain.models import check_weights, pretrained
+        from ztrain.frozen.sources import check_weights, pretrained
 
         config = pretrained(AutoConfig, location)
         if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -173,8 +173,8 @@ class TransformersModel:
         import torch
         from transformers import AutoModelForImageTextToText, GenerationConfig
 
-        from ztrain.encoders import quiet_loading  # here, as below: other steps need not wait for torch
-        from ztrain.models import pretrained_model, require_loaded
+        from ztrain.frozen.encoders import quiet_loading  # here, as below: other steps need not wait for torch
+        from ztrain.frozen.sources import pretrained_model, require_loaded
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with quiet_loading():
@@ -226,7 +226,7 @@ class VllmModel:
     @staticmethod
     def check(location: Path, name: str) -> None:
         """Raises InputError where vLLM is not installed, or files are damaged; what it can load it says itself."""
-        from ztrain.models import check_settings, check_weights
+        from ztrain.frozen.sources import check_settings, check_weights
 
         if importlib.util.find_spec("vllm") is None:
             raise InputError("--backend vllm: vLLM is not installed; pip install 'ztrain[vllm]'")

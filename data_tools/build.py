@@ -32,10 +32,10 @@ from data_tools.stages import ENGINES, Run, Table
 from data_tools.step import Step, read_words
 from data_tools.triplets import LEFT_OUT_NAME
 from ztrain.errors import InputError
-from ztrain.files import given_path
-from ztrain.overrides import lay_over
+from ztrain.io.files import given_path
+from ztrain.io.overrides import lay_over
+from ztrain.io.yamls import parse
 from ztrain.terminal import program
-from ztrain.yamls import parse
 
 _NAMED = 10  # pictures and folders that are passed by, in what a build prints
 

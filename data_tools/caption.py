@@ -28,7 +28,7 @@ from data_tools.replies import Reply, judge
 from data_tools.stages import Row, Run, Table, run_stage
 from data_tools.step import main_of_options
 from ztrain.errors import InputError
-from ztrain.yamls import PathText, Strict
+from ztrain.io.yamls import PathText, Strict
 
 
 class Asking(Strict):
@@ -131,7 +131,7 @@ def column_names(column: str) -> tuple[str, str, str]:
 def caption(source: Table, settings: CaptionSettings, out: Path, run: Run) -> Table:
     """Caption every picture of a table that has no caption yet. Raises InputError, also where too many replies are at
     fault; the table is whole then too."""
-    from ztrain.models import PARTS, Source, public_name
+    from ztrain.frozen.sources import PARTS, Source, public_name
 
     column = settings.column
     if column in source.columns and column_names(column)[1] not in source.columns:

@@ -13,10 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_tools.names import CAPTION_COLUMNS, CAPTION_TABLES, reason_of
-from ztrain.csvs import Row, cell, read_table
+from ztrain.data.csvs import Row, cell, read_table
+from ztrain.data.rows import clean
 from ztrain.errors import InputError
-from ztrain.forms import folded, matched
-from ztrain.rows import clean
+from ztrain.io.forms import folded, matched
 
 GIVEN = ("sidecar ", "column ", *CAPTION_TABLES)
 """How `caption_from` begins where somebody has written the caption, and no model."""

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ztrain.io.yamls import dump_yaml
 from ztrain.terminal import printable
-from ztrain.yamls import dump_yaml
 
 _FILES = {"imagefolder": "{split}/**", "webdataset": "{split}-[0-9]*.tar", "parquet": "data/{split}-[0-9]*.parquet"}
 _NAMED = 20  # pictures and folders that were passed by

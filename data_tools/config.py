@@ -19,7 +19,7 @@ from data_tools.pair import PairRules
 from data_tools.scan import ScanRules
 from data_tools.split import SplitRules
 from data_tools.walk import Links
-from ztrain.yamls import PathText, Strict, load_yaml, parse
+from ztrain.io.yamls import PathText, Strict, load_yaml, parse
 
 
 class BuildConfig(Strict):
@@ -65,7 +65,7 @@ class BuildConfig(Strict):
 
     def told(self) -> dict[str, Any]:
         """For the manifest: what decides the result, with names in the place of this machine's paths."""
-        from ztrain.models import public_name  # here, for it brings torch
+        from ztrain.frozen.sources import public_name  # here, for it brings torch
 
         document: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
         document["sources"] = [each if each.startswith("hub:") else in_letters(Path(each).name)

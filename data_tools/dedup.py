@@ -28,7 +28,7 @@ from data_tools.names import style_of
 from data_tools.stages import Run, Table, attach
 from data_tools.step import main_of_options
 from ztrain.errors import InputError
-from ztrain.yamls import Strict
+from ztrain.io.yamls import Strict
 
 
 class DedupRules(Strict):

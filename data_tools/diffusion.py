@@ -20,7 +20,7 @@ import pydantic
 from data_tools.output import digest_of, fingerprint
 from data_tools.style_tables import Content, Lora, Style
 from ztrain.errors import InputError
-from ztrain.models import (
+from ztrain.frozen.sources import (
     Source,
     check_settings,
     explained,
@@ -30,7 +30,7 @@ from ztrain.models import (
     read_json,
     require_loaded,
 )
-from ztrain.yamls import Strict
+from ztrain.io.yamls import Strict
 
 _ADAPTER = "style"  # what the pipeline calls the LoRA of the style in hand
 _WEIGHT_KINDS = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja"})

@@ -20,7 +20,7 @@ from PIL import Image
 from data_tools.model_stage import ModelStage
 from data_tools.stages import Row, Run, Table, run_stage
 from data_tools.step import main_of_options
-from ztrain.yamls import PathText, Strict
+from ztrain.io.yamls import PathText, Strict
 
 
 class EmbedSettings(Strict):
@@ -60,8 +60,8 @@ class Embed(ModelStage):
         """The model, and what pictures are compared with: (D,) unit vector in float32, or None."""
         import torch
 
-        from ztrain.features import Tower  # here: other steps need not wait for torch
-        from ztrain.models import Source
+        from ztrain.frozen.sources import Source
+        from ztrain.metrics.towers import Tower  # here: other steps need not wait for torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, self.precision)
@@ -84,8 +84,8 @@ class Embed(ModelStage):
 
 def embed(source: Table, settings: EmbedSettings, out: Path, run: Run) -> Table:
     """Give every picture of a table an embedding. Raises InputError."""
-    from ztrain.features import FILES, digest
-    from ztrain.models import Source, public_name
+    from ztrain.frozen.sources import Source, public_name
+    from ztrain.metrics.towers import FILES, digest
 
     model = Source(settings.model, settings.revision)
     model.require("config.json", what="a vision model")

@@ -17,7 +17,7 @@ import pydantic
 from data_tools.stages import Row, Run, Table, run_stage
 from data_tools.step import main_of_options
 from ztrain.errors import InputError
-from ztrain.yamls import Strict
+from ztrain.io.yamls import Strict
 
 
 class FilterRules(Strict):

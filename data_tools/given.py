@@ -15,11 +15,11 @@ from data_tools.likeness import COPY_SCORE
 from data_tools.output import check_share
 from data_tools.pictures import Captions, Pictures, Told
 from data_tools.triplets import PROMPTS, Item, Scanned
-from ztrain.csvs import Row, read_table
+from ztrain.data.csvs import Row, read_table
+from ztrain.data.rows import check_text
 from ztrain.errors import InputError
-from ztrain.forms import Matches, matched, one_form
-from ztrain.rows import check_text
-from ztrain.yamls import PathText, Strict
+from ztrain.io.forms import Matches, matched, one_form
+from ztrain.io.yamls import PathText, Strict
 
 _NEEDED, _SPLIT = ("reference", "target", "prompt"), "split"
 _RESERVED = ("way", "copy_score")

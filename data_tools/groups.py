@@ -16,10 +16,10 @@ from data_tools.names import style_of
 from data_tools.output import fingerprint
 from data_tools.pictures import Captions, Pictures, Told
 from data_tools.triplets import Item, Scanned
-from ztrain.csvs import cell, read_rows
+from ztrain.data.csvs import cell, read_rows
 from ztrain.errors import InputError
-from ztrain.forms import matched, one_form
-from ztrain.yamls import PathText, Strict
+from ztrain.io.forms import matched, one_form
+from ztrain.io.yamls import PathText, Strict
 
 
 class _Way(Strict):

@@ -22,7 +22,7 @@ from data_tools.stages import Run, Table
 from data_tools.step import main_of_section
 from data_tools.triplets import PROMPTS, Item, write_rows
 from ztrain.errors import InputError
-from ztrain.yamls import Strict
+from ztrain.io.yamls import Strict
 
 _RULES = 2
 _NO_WAYS = ("keep_copies", "captions", "further_captions")

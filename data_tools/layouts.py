@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from data_tools.output import EXTENSIONS, arrow_file
-from ztrain.data import MANIFEST_NAME
+from ztrain.data.reading import MANIFEST_NAME
+from ztrain.data.rows import Triplet
 from ztrain.errors import InputError
 from ztrain.images import Picture
-from ztrain.rows import Triplet
 
 if TYPE_CHECKING:
     import datasets
@@ -115,7 +115,7 @@ def _put(picture: Picture, place: Path, source: Path | None) -> None:
 
 
 def _row(triplet: Triplet, several: bool) -> dict[str, Any]:
-    """The row as `ztrain.data.read_triplets` takes it."""
+    """The row as `ztrain.data.reading.read_triplets` takes it."""
     names = [reference.name for reference in triplet.references]
     return {
         **({"reference_file_names": names} if several else {"reference_file_name": names[0]}),

@@ -17,10 +17,10 @@ from typing import BinaryIO
 from data_tools.names import SIDECARS, in_letters, kind_of, kind_said, texts_beside
 from data_tools.output import CALLED_PICTURES, EXTENSIONS
 from data_tools.walk import not_read
+from ztrain.data.tars import META_MEMBER, Archive, index_tar
 from ztrain.errors import InputError
-from ztrain.files import LIMITS
 from ztrain.images import HEAD, READ, sniff
-from ztrain.tars import META_MEMBER, Archive, index_tar
+from ztrain.io.files import LIMITS
 
 _BY_NAME = "by its name"
 _READ = READ | {_BY_NAME}

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from ztrain.forms import matched, one_form
+from ztrain.io.forms import matched, one_form
 
 SIDECARS = (".txt", ".caption", ".json")
 """Kinds of a caption beside a picture, in the order in which they count."""

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import BeforeValidator, PlainSerializer
 
 from ztrain.errors import InputError
-from ztrain.files import read_bytes
+from ztrain.io.files import read_bytes
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"})
 """Of files that count as pictures whatever is in them, in small letters; others count where their bytes say so."""

@@ -32,14 +32,14 @@ from data_tools.split import shared
 from data_tools.stages import TABLE_NAME, Table
 from data_tools.step import read_words
 from data_tools.triplets import LEFT_OUT_NAME, TablePicture, as_triplets, read_left_out, read_pairings
-from ztrain.data import MANIFEST_NAME, read_triplets
+from ztrain.data.reading import MANIFEST_NAME, read_triplets
+from ztrain.data.rows import Triplet
+from ztrain.data.tars import FORMAT_VERSION, PACK_MANIFEST_NAME
 from ztrain.errors import InputError
-from ztrain.files import read_bytes, read_text, sha256_of, whole_folder
 from ztrain.images import Picture
-from ztrain.rows import Triplet
-from ztrain.tars import FORMAT_VERSION, PACK_MANIFEST_NAME
+from ztrain.io.files import read_bytes, read_text, sha256_of, whole_folder
+from ztrain.io.yamls import Strict
 from ztrain.terminal import program
-from ztrain.yamls import Strict
 
 SUMS_NAME, CARD_NAME = "SHA256SUMS", "README.md"
 _RULES = 3  # part of the fingerprint: raise it when the same inputs come to give other files

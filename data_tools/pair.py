@@ -34,7 +34,7 @@ from ztrain.images import (
     pick_bucket,
     target_buckets,
 )
-from ztrain.yamls import Strict
+from ztrain.io.yamls import Strict
 
 _RULES = 2
 _AT_A_TIME = 1024
@@ -145,7 +145,7 @@ def make_pairings(items: Sequence[Item], rules: PairRules, told: Told) -> dict[s
 
 def _small(items: Sequence[Item], rules: TargetRules, told: Told) -> frozenset[str]:
     """Keys of pictures that are too small to be targets. Raises InputError where the rules refuse them."""
-    from ztrain.layout import padded  # here, for it brings torch
+    from ztrain.model.layout import padded  # here, for it brings torch
 
     buckets = target_buckets(rules.resolution, rules.max_target_aspect, padded)
     sizes = {item.picture.key: (item.picture.width, item.picture.height) for item in items}

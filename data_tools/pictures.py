@@ -8,7 +8,7 @@ from typing import Any, Literal
 from data_tools.sources import LISTED
 from data_tools.stages import Table
 from data_tools.triplets import PICTURE_COLUMNS, PROMPTS, LeftOut, Scanned
-from ztrain.rows import clean
+from ztrain.data.rows import clean
 
 Lines = Literal["first", "all"]
 """Of a caption: the first alone counts, or each is a caption."""

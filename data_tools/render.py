@@ -30,9 +30,9 @@ from data_tools.output import check_share
 from data_tools.step import read_words
 from data_tools.style_tables import Content, Style, as_csv, read_contents, read_styles
 from ztrain.errors import InputError
-from ztrain.files import read_bytes, whole_file, workspace
+from ztrain.io.files import read_bytes, whole_file, workspace
+from ztrain.io.yamls import describe_errors
 from ztrain.terminal import program
-from ztrain.yamls import describe_errors
 
 REPORT_NAME = "render.json"
 _OURS = frozenset({"prompt", "generator", "output_type", "negative_prompt", "num_inference_steps", "guidance_scale",

@@ -29,8 +29,8 @@ from data_tools.step import read_words
 from data_tools.walk import Links
 from ztrain.errors import InputError
 from ztrain.images import decode_image
+from ztrain.io.yamls import Strict
 from ztrain.terminal import program
-from ztrain.yamls import Strict
 
 
 class ScanRules(Strict):

@@ -24,8 +24,8 @@ from data_tools.output import CALLED_PICTURES, fingerprint
 from data_tools.stages import Table, scratch_folder, write_shard
 from data_tools.walk import CONTAINERS, File, Found, Links, Passed, Walk
 from ztrain.errors import InputError
-from ztrain.files import LIMITS, check_regular, expand, read_bytes
 from ztrain.images import READ
+from ztrain.io.files import LIMITS, check_regular, expand, read_bytes
 
 LISTING = pa.schema(
     [

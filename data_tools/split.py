@@ -27,8 +27,8 @@ from data_tools.stages import Run, Table
 from data_tools.step import count_splits, main_of_section
 from data_tools.triplets import Item, Pairing, read_items, read_left_out, write_rows
 from ztrain.errors import InputError
-from ztrain.forms import folded
-from ztrain.yamls import Strict
+from ztrain.io.forms import folded
+from ztrain.io.yamls import Strict
 
 _RULES = 1
 Tie = Literal["copies", "content", "style"]

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from data_tools.output import arrow_file, fingerprint
 from ztrain.errors import InputError
-from ztrain.files import read_bytes, whole_file, workspace, write_text, writing
 from ztrain.interrupt import Stopped, unheard_by_children, work_for_parent
+from ztrain.io.files import read_bytes, whole_file, workspace, write_text, writing
 
 TABLE_NAME = "table.json"
 _SHARD = re.compile(r"[0-9a-f]{32}")

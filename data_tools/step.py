@@ -13,9 +13,9 @@ import pydantic
 import tyro
 
 from data_tools.stages import Run, Table
-from ztrain.files import given_path
+from ztrain.io.files import given_path
+from ztrain.io.yamls import load_yaml, parse
 from ztrain.terminal import program
-from ztrain.yamls import load_yaml, parse
 
 RulesT = TypeVar("RulesT", bound=pydantic.BaseModel)
 ContraRulesT = TypeVar("ContraRulesT", bound=pydantic.BaseModel, contravariant=True)

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from data_tools.output import digest_of
-from ztrain.csvs import cell, read_rows
+from ztrain.data.csvs import cell, read_rows
 from ztrain.errors import InputError
-from ztrain.files import expand
-from ztrain.forms import folded
-from ztrain.models import Source
-from ztrain.tensors import open_tensors
+from ztrain.frozen.sources import Source
+from ztrain.io.files import expand
+from ztrain.io.forms import folded
+from ztrain.io.tensors import open_tensors
 
 _LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers' own
 _Row: TypeAlias = Mapping[str, str]

@@ -17,18 +17,18 @@ import xxhash
 from tqdm import tqdm
 
 from data_tools.triplets import LEFT_OUT_NAME
-from ztrain.data import MANIFEST_NAME, read_triplets
+from ztrain.data.reading import MANIFEST_NAME, read_triplets
+from ztrain.data.rows import Triplet, listed, parse_object
+from ztrain.data.tars import PACK_MANIFEST_NAME
 from ztrain.errors import InputError
-from ztrain.files import read_bytes
 from ztrain.images import Picture, image_size, read_picture
-from ztrain.rows import Triplet, listed, parse_object
-from ztrain.tars import PACK_MANIFEST_NAME
-from ztrain.yamls import Strict, describe_errors
+from ztrain.io.files import read_bytes
+from ztrain.io.yamls import Strict, describe_errors
 
 SUREST_SHARE = 0.1
 """Of the chosen rows: those with the highest copy scores of all."""
 _Model = TypeVar("_Model", bound=pydantic.BaseModel)
-_SPLITS = (  # in the order of ztrain.data
+_SPLITS = (  # in the order of ztrain.data.reading
     re.compile(rf"([^/]+)/{re.escape(MANIFEST_NAME)}"),
     re.compile(r"([^/]+?)-[0-9][^/]*\.tar"),
     re.compile(r"([^/]+)/[^/]+\.tar"),

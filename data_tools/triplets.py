@@ -21,11 +21,11 @@ from pydantic import BeforeValidator, TypeAdapter
 from data_tools.output import EXTENSIONS, fingerprint
 from data_tools.sources import Reader
 from data_tools.stages import Table, scratch_folder, write_shard
+from ztrain.data.rows import Triplet
 from ztrain.errors import InputError
-from ztrain.files import read_text, write_text
-from ztrain.forms import folded
 from ztrain.images import HEAD, decode_image, sniff
-from ztrain.rows import Triplet
+from ztrain.io.files import read_text, write_text
+from ztrain.io.forms import folded
 
 LEFT_OUT_NAME = "left_out.jsonl"
 PROMPTS = "prompts"

@@ -17,8 +17,8 @@ from data_tools.captions import CaptionTable
 from data_tools.names import CAPTION_TABLES, SIDECARS, in_letters, kind_of, kind_said, reason_of, texts_beside
 from data_tools.output import CALLED_PICTURES, EXTENSIONS
 from ztrain.errors import InputError
-from ztrain.files import check_regular
 from ztrain.images import HEAD, READ, sniff
+from ztrain.io.files import check_regular
 
 Links: TypeAlias = Literal["inside", "all"]
 CONTAINERS = (".tar", ".parquet")

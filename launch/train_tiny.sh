@@ -7,7 +7,7 @@ lists=("${@:2}")
 [[ ${#lists[@]} -gt 0 ]] || lists=(projector splice_lora siglip siglip_lora lora)
 runs=("${lists[@]/#/runs/tiny/}")
 
-python -m ztrain.mini.family --out out/family
+python -m miniature.family --out out/family
 python -m data_tools.build --config configs/data/emoji_styles.yaml --out out/emoji --pair.max-triplets-per-split 256
 
 rm -rf runs/tiny  # training refuses a folder that already holds a run

@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from tests.triplets import ROOT
-from ztrain.comparison import Choice, Column, Comparison, Difference, Metric, Model, Row, write_comparison
+from ztrain.compare.record import Choice, Column, Comparison, Difference, Metric, Model, Row, write_comparison
 from ztrain.config import TrackingConfig, load_config
-from ztrain.intervals import Interval
-from ztrain.tracking import Record
-from ztrain.yamls import dump_yaml
+from ztrain.io.yamls import dump_yaml
+from ztrain.metrics.intervals import Interval
+from ztrain.train.tracking import Record
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 STYLES = ("ember", "lagoon", "meadow", "orchid")

@@ -15,7 +15,7 @@ from tests.chromium import Browser, chromium, find_chromium
 from tests.forge import RUNNING, Forge
 
 if TYPE_CHECKING:
-    from ztrain.states import Encoders
+    from ztrain.frozen.states import Encoders
 
 # Read once when transformers is imported, which no line above does.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -69,7 +69,7 @@ def paintings(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {"sources": ["images"], "label": label, "pair": {"triplets_per_target": 1, "max_triplets_per_split": 24}}
     build_file = folder / "drawings/build.yaml"
     for words in (
-        ("ztrain.mini.style_folders", "--out", str(folder / "drawings")),
+        ("miniature.style_folders", "--out", str(folder / "drawings")),
         ("data_tools.build", "--config", str(build_file), "--out", str(folder / "triplets")),
     ):
         done = forge.run(words, dict(os.environ))
@@ -90,7 +90,7 @@ def place(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny random family: read it, never write into it."""
     # Imported here, so that tests without models do not wait for transformers.
-    from ztrain.mini.family import build_family
+    from miniature.family import build_family
 
     return build_family(tmp_path_factory.mktemp("zimage") / "family")
 
@@ -99,6 +99,6 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def encoders(family: Path) -> "Encoders":
     """All of the family's."""
     from tests.test_parity import ALL_READS, family_config
-    from ztrain.states import Encoders
+    from ztrain.frozen.states import Encoders
 
     return Encoders.load(family_config(family), ALL_READS, torch.float32, "cpu")

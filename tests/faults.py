@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-import ztrain.prepare
-import ztrain.run
-import ztrain.train
-import ztrain.validate
+import ztrain.cache.prepare
+import ztrain.train.loop
+import ztrain.train.run
+import ztrain.train.validate
 
 STEP = 3
 """Step, from 1, in which a fault in the loop comes."""
@@ -49,19 +49,19 @@ def full_disk() -> None:
 
 def at_step(act: Callable[[], None]) -> None:
     """In the computing of `STEP`, of one micro-step."""
-    plain = ztrain.train.seed_micro_step
+    plain = ztrain.train.loop.seed_micro_step
 
     def faulty(seed: int, micro_step: int, rank: int) -> None:
         if micro_step + 1 == STEP:
             act()
         plain(seed, micro_step, rank)
 
-    ztrain.train.seed_micro_step = faulty
+    ztrain.train.loop.seed_micro_step = faulty
 
 
 def reading() -> None:
     """No data for `STEP`."""
-    plain = ztrain.train.Loader
+    plain = ztrain.train.loop.Loader
 
     class Faulty(plain):
         def __iter__(self) -> Iterator[Any]:
@@ -70,19 +70,19 @@ def reading() -> None:
                     forever()
                 yield batch
 
-    ztrain.train.Loader = Faulty
+    ztrain.train.loop.Loader = Faulty
 
 
 def stuck_save() -> None:
     """The save of `STEP` does not end."""
-    plain = ztrain.run.checkpoint.publish
+    plain = ztrain.train.run.checkpoint.publish
 
     def faulty(folder: Path, step: int, *rest: Any) -> Any:
         if step == STEP:
             forever()
         return plain(folder, step, *rest)
 
-    ztrain.run.checkpoint.publish = faulty
+    ztrain.train.run.checkpoint.publish = faulty
 
 
 def slow(module: Any, name: str, seconds: float) -> None:
@@ -110,9 +110,9 @@ FAULTS: dict[str, Callable[[], None]] = {
     "full_disk": lambda: at_step(full_disk),
     "killed": lambda: at_step(lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "halted": lambda: at_step(lambda: os.kill(os.getpid(), signal.SIGSTOP)),
-    "slow_fill": lambda: slow(ztrain.prepare, "fill", 8),
-    "long_fill": lambda: slow(ztrain.prepare, "fill", 100),
-    "slow_validation": lambda: slow(ztrain.validate, "read_batch", 0.4),
+    "slow_fill": lambda: slow(ztrain.cache.prepare, "fill", 8),
+    "long_fill": lambda: slow(ztrain.cache.prepare, "fill", 100),
+    "slow_validation": lambda: slow(ztrain.train.validate, "read_batch", 0.4),
 }
 
 if __name__ == "__main__":
@@ -120,4 +120,4 @@ if __name__ == "__main__":
     if int(rank) in (-1, int(os.environ["RANK"])):
         for name in fault.split(","):
             FAULTS[name]()
-    sys.exit(ztrain.train.main(words))
+    sys.exit(ztrain.train.loop.main(words))

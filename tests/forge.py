@@ -182,11 +182,11 @@ def preload() -> None:
         Siglip2VisionModel,
     )
 
-    import ztrain.compare
-    import ztrain.prepare
-    import ztrain.render
-    import ztrain.stats
-    import ztrain.train  # noqa: F401
+    import ztrain.cache.prepare
+    import ztrain.compare.command
+    import ztrain.frozen.statistics
+    import ztrain.sampling.command
+    import ztrain.train.loop  # noqa: F401
 
 
 def child(request: dict) -> NoReturn:

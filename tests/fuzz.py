@@ -186,7 +186,7 @@ def _golden(names: Sequence[str], folder: Path) -> None:
 
 def _look(folder: Path) -> None:
     """At every row of a data set and all of its pictures."""
-    from ztrain.data import read_triplets
+    from ztrain.data.reading import read_triplets
     from ztrain.images import decode_image, image_size, read_picture
 
     for split in ("train", "validation"):
@@ -232,7 +232,7 @@ class Parquet(Target):
         datasets.config.HF_DATASETS_CACHE = self.folder / "of-datasets"
 
     def read(self, path: Path) -> None:
-        from ztrain.store import Store
+        from ztrain.io.store import Store
 
         if path.is_relative_to(self.folder / "data_parquet"):
             _look(self.folder / "data_parquet")
@@ -275,7 +275,7 @@ class Records(Target):
         make_comparison(self.folder / "comparison", rows=2)
 
     def read(self, path: Path) -> None:
-        from ztrain.report.page import make_report
+        from ztrain.compare.report.page import make_report
 
         make_report(self.folder / path.relative_to(self.folder).parts[0])
 
@@ -292,9 +292,9 @@ class Adapters(Target):
         return transformer(GOLDEN / "models")
 
     def read(self, path: Path) -> None:
-        from ztrain import checkpoint
-        from ztrain.export import CONFIG_FILE, adapt, read_adapter
-        from ztrain.store import Store
+        from ztrain.io.store import Store
+        from ztrain.weights import checkpoint
+        from ztrain.weights.adapter_folder import CONFIG_FILE, adapt, read_adapter
 
         folder = path.parent
         if folder.name == "checkpoint":
@@ -514,8 +514,8 @@ _READERS = (
     "data_tools.pack",
     "peft.tuners.lora",
     "tests.comparisons",
-    "ztrain.export",
-    "ztrain.report.page",
+    "ztrain.weights.adapter_folder",
+    "ztrain.compare.report.page",
 )
 
 

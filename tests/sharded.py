@@ -9,7 +9,7 @@ import sys
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from ztrain.train import main
+from ztrain.train.loop import main
 
 if __name__ == "__main__":
     PartialState(cpu=True)

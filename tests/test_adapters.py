@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import ztrain
+from miniature.trials import WEIGHTS
 from tests.test_parity import (
     ALL_READS,
     LORA,
@@ -31,23 +32,23 @@ from tests.test_parity import (
     picture,
     relative_error,
 )
-from ztrain import export
 from ztrain.adapters import ADAPTERS
 from ztrain.adapters.lora import COMFYUI_FILE, DIFFUSERS_FILE, LoraAdapterConfig
 from ztrain.adapters.siglip import SiglipConfig
 from ztrain.adapters.splice import STATISTICS_KINDS, SpliceConfig, match_statistics, read_statistics
-from ztrain.blocks import slow_because
+from ztrain.cache.order import SampleKey
 from ztrain.conditioning import Encoded, TokenStates
 from ztrain.config import Config, ExportConfig
-from ztrain.encoders import LatentCodec, TextEncoder
 from ztrain.errors import InputError
-from ztrain.export import CONFIG_FILE, adapt, identities, load_adapter, read_adapter, save_adapter
-from ztrain.flow import SigmaDensity, draw_noise, draw_sigma, loss
-from ztrain.mini.trials import WEIGHTS
-from ztrain.model import AdaptedDiT
-from ztrain.sample import SampleSettings, sample
-from ztrain.sampler import SampleKey
-from ztrain.states import Encoders
+from ztrain.frozen.encoders import LatentCodec, TextEncoder
+from ztrain.frozen.states import Encoders
+from ztrain.model.adapted_dit import AdaptedDiT
+from ztrain.model.fast.blocks import slow_because
+from ztrain.model.flow import SigmaDensity, draw_noise, draw_sigma, loss
+from ztrain.model.sampler import SampleSettings, sample
+from ztrain.sampling.pipeline import identities, load_adapter
+from ztrain.weights import adapter_folder
+from ztrain.weights.adapter_folder import CONFIG_FILE, adapt, read_adapter, save_adapter
 
 MINI_ADAPTERS = WEIGHTS.parent / "adapters"
 SPLICE = SpliceConfig()
@@ -488,7 +489,7 @@ def test_the_encoders_that_an_export_names_are_no_paths(
     found["models"]["vision_language"]["pretrained_model_name_or_path"] = role
     (folder / CONFIG_FILE).write_text(json.dumps(found))
     with pytest.raises(InputError, match="give its folder as vision_language="):
-        export._source(read_adapter(folder), "vision_language", None)
+        adapter_folder._source(read_adapter(folder), "vision_language", None)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from data_tools.groups import StyleFolders
 from data_tools.label import LabelRules, label
 from data_tools.stages import Run, Table, attach
 from tests.triplets import picture
-from ztrain.data import read_triplets
+from ztrain.data.reading import read_triplets
 from ztrain.images import open_image
-from ztrain.yamls import dump_yaml
+from ztrain.io.yamls import dump_yaml
 
 WORDS = ("café", "naïve", "über", "piñata")
 ALL_IN_TRAIN = {"shares": {"train": 1}}

@@ -23,14 +23,14 @@ from tests.test_parity import (
     relative_error,
 )
 from ztrain.adapters.splice import SpliceConfig
-from ztrain.blocks import use_fast_blocks
+from ztrain.cache.order import SampleKey
 from ztrain.conditioning import Encoded
 from ztrain.errors import InputError
-from ztrain.flow import LossWeight, SigmaDensity, draw_sigma, draw_sigmas, velocity_losses
-from ztrain.model import AdaptedDiT
-from ztrain.sample import SampleSettings, sample
-from ztrain.sampler import SampleKey
-from ztrain.states import Encoders
+from ztrain.frozen.states import Encoders
+from ztrain.model.adapted_dit import AdaptedDiT
+from ztrain.model.fast.blocks import use_fast_blocks
+from ztrain.model.flow import LossWeight, SigmaDensity, draw_sigma, draw_sigmas, velocity_losses
+from ztrain.model.sampler import SampleSettings, sample
 
 __all__ = ["encoded", "encoders"]  # fixtures
 SIGMA = torch.tensor([0.9, 0.4, 0.65, 0.2, 0.7])

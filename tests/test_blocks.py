@@ -14,14 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import step
 from tests.test_batched import Dispatched, gradients, mixed, uniform
 from tests.test_parity import LORA, PROJECTOR, SIGLIP, make_model, noise_like
-from ztrain import block, blocks, layout
 from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.splice import SpliceConfig
-from ztrain.block import Factors, Keep, Linears, Loras, Packing
-from ztrain.blocks import Given, lora_row, slow_because, use_fast_blocks, use_stock_blocks
 from ztrain.conditioning import IMAGE, TEXT, Encoded, TokenStates
-from ztrain.loras import spread
-from ztrain.model import AdaptedDiT
+from ztrain.model import layout
+from ztrain.model.adapted_dit import AdaptedDiT
+from ztrain.model.fast import block, blocks
+from ztrain.model.fast.block import Factors, Keep, Linears, Loras, Packing
+from ztrain.model.fast.blocks import Given, lora_row, slow_because, use_fast_blocks, use_stock_blocks
+from ztrain.model.fast.loras import spread
 
 SIGMA = torch.tensor([0.9, 0.4, 0.65, 0.2, 0.5])
 SIZES = ((8, 8), (8, 8), (12, 6), (4, 10), (8, 8))

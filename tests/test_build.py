@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from data_tools.build import main
-from ztrain.data import read_triplets
+from miniature.style_folders import STYLES, choose_contents, paint_style_folders
+from ztrain.data.reading import read_triplets
+from ztrain.data.rows import Triplet
 from ztrain.images import Picture, open_image
-from ztrain.mini.style_folders import STYLES, choose_contents, paint_style_folders
-from ztrain.rows import Triplet
-from ztrain.yamls import dump_yaml
+from ztrain.io.yamls import dump_yaml
 
 ROOT = Path(__file__).parents[1]
 EMOJI = ROOT.parent / "shared/data/emoji_styles"

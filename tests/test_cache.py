@@ -25,21 +25,21 @@ from safetensors.torch import load_file, save_file
 
 from tests.forge import Forged, the_forge
 from tests.triplets import ROOT, model_words, picture, tiny_config, write_triplets
-from ztrain import digests
-from ztrain.batches import Loader, read_batch
-from ztrain.cache import Cache
+from ztrain.cache.cache import Cache
+from ztrain.cache.fill import Filled, _difference, fill, verify
+from ztrain.cache.loader import Loader, read_batch
+from ztrain.cache.order import CAPTION, VARIANT, SampleKey, turn
+from ztrain.cache.prepare import cache_states
+from ztrain.cache.samples import Samples, all_needs, drop_refused, needs_of, read_samples
 from ztrain.config import Config, EncodersConfig
-from ztrain.encoders import LatentCodec, SiglipEncoder, TextEncoder
+from ztrain.data import digests
 from ztrain.errors import InputError
-from ztrain.files import workspace
-from ztrain.fill import Filled, _difference, fill, verify
+from ztrain.frozen.encoders import LatentCodec, SiglipEncoder, TextEncoder
+from ztrain.frozen.states import STATES, Encoders, Request, assemble
+from ztrain.frozen.vision_language import SplicedModel
 from ztrain.images import fit_target, open_image
-from ztrain.prepare import cache_states
-from ztrain.sampler import CAPTION, VARIANT, SampleKey, turn
-from ztrain.samples import Samples, all_needs, drop_refused, needs_of, read_samples
-from ztrain.states import STATES, Encoders, Request, assemble
-from ztrain.store import Entry, Store
-from ztrain.vision_language import SplicedModel
+from ztrain.io.files import workspace
+from ztrain.io.store import Entry, Store
 
 
 @pytest.fixture(scope="module")

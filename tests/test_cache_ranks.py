@@ -20,10 +20,10 @@ from tests.ranks import Ranks
 from tests.test_cache import contents
 from tests.test_run import ENVIRONMENT, processes_of, send
 from tests.triplets import model_words, tiny_config, write_triplets
-from ztrain.cache import Cache
-from ztrain.prepare import cache_states
-from ztrain.samples import all_needs, read_samples
-from ztrain.store import Store
+from ztrain.cache.cache import Cache
+from ztrain.cache.prepare import cache_states
+from ztrain.cache.samples import all_needs, read_samples
+from ztrain.io.store import Store
 
 pytestmark = pytest.mark.usefixtures("forge")
 

@@ -24,14 +24,14 @@ from data_tools import caption, dedup, replies, scan
 from data_tools.asking import TransformersModel, lay_out, load_processor
 from data_tools.replies import Reply, judge
 from data_tools.stages import Table
+from miniature.painter import PaintedWorld
+from miniature.turns import CONTENT, DETAIL
+from miniature.world import COUNT_NAMES, KIND_NAMES, PLACE_NAMES, name_content
 from tests.forge import the_forge
-from ztrain.mini.painter import PaintedWorld
-from ztrain.mini.turns import CONTENT, DETAIL
-from ztrain.mini.world import COUNT_NAMES, KIND_NAMES, PLACE_NAMES, name_content
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared/data"
-WEIGHTS = ROOT / "ztrain/mini/weights"
+WEIGHTS = ROOT / "miniature/weights"
 MODEL = WEIGHTS / "Qwen3-VL-4B-Instruct"
 COUNT = 208
 

@@ -21,11 +21,12 @@ from torch import nn
 
 from tests.forge import the_forge
 from tests.triplets import ROOT
-from ztrain import checkpoint, files
-from ztrain.checkpoint import MANIFEST, check, find, frozen_differences, prune, publish, run_lock
 from ztrain.config import Config, load_config
 from ztrain.errors import InputError
-from ztrain.yamls import enter, is_model, members
+from ztrain.io import files
+from ztrain.io.yamls import enter, is_model, members
+from ztrain.weights import checkpoint
+from ztrain.weights.checkpoint import MANIFEST, check, find, frozen_differences, prune, publish, run_lock
 
 
 def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -346,7 +347,7 @@ def test_no_room_is_noticed_before_writing(tmp_path: Path, monkeypatch: pytest.M
 def test_a_second_trainer_is_refused_by_name(tmp_path: Path) -> None:
     with run_lock(tmp_path):
         program = (
-            "import sys; from pathlib import Path; from ztrain.checkpoint import run_lock\n"
+            "import sys; from pathlib import Path; from ztrain.weights.checkpoint import run_lock\n"
             "with run_lock(Path(sys.argv[1])): pass"
         )
         failed = the_forge().run(["-c", program, str(tmp_path)], dict(os.environ))

@@ -1,5 +1,6 @@
 """Comparisons, sweeps and checkpoints on the shipped miniature: what is drawn, what is judged, what is chosen."""
 
+import functools
 import json
 import os
 import random
@@ -15,30 +16,48 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from data_tools.build import main as build
+from miniature import truth_judge
+from miniature.style_folders import paint_many_styles
+from miniature.trials import ADAPTERS
 from tests.triplets import full_disk
-from ztrain.cache import Cache
-from ztrain.compare import _keep_given, compare, compare_checkpoints
-from ztrain.comparison import FILE_NAME, Choice, Comparison, Difference, Metric, pictures_of, read_best, read_comparison
+from ztrain.cache.cache import Cache
+from ztrain.compare import command
+from ztrain.compare import sweep as sweeping
+from ztrain.compare.command import _keep_given
+from ztrain.compare.judging import Verdicts
+from ztrain.compare.lineup import entries_of, read_cases
+from ztrain.compare.ranking import choose, ranked
+from ztrain.compare.record import (
+    FILE_NAME,
+    Choice,
+    Comparison,
+    Difference,
+    Metric,
+    pictures_of,
+    read_best,
+    read_comparison,
+)
+from ztrain.compare.studio import Shot, Studio
+from ztrain.compare.sweep import settings_of
 from ztrain.config import Config, JudgesConfig, ModelConfig, load_config
-from ztrain.digests import Known
-from ztrain.dit import load_transformer
-from ztrain.drawn import save_picture
-from ztrain.encoders import TextEncoder
+from ztrain.data.digests import Known
+from ztrain.data.exchange import Case, exchange
 from ztrain.errors import InputError
-from ztrain.exchange import Case, exchange
+from ztrain.frozen.encoders import TextEncoder
+from ztrain.frozen.sources import Source
 from ztrain.images import PictureFile
-from ztrain.intervals import interval
-from ztrain.judging import Verdicts
-from ztrain.lineup import entries_of, read_cases
-from ztrain.mini.style_folders import paint_many_styles
-from ztrain.mini.trials import ADAPTERS
-from ztrain.models import Source
-from ztrain.ranking import choose, ranked
-from ztrain.studio import Shot, Studio
-from ztrain.sweep import settings_of, sweep
-from ztrain.train import train
+from ztrain.io.drawn import save_picture
+from ztrain.metrics.intervals import interval
+from ztrain.model.dit import load_transformer
+from ztrain.train import loop
 
 ROWS, SEEDS = 6, 2
+# As the programs call them, with the judge of judges.truth.
+compare = functools.partial(command.compare, truth=truth_judge)
+compare_checkpoints = functools.partial(command.compare_checkpoints, truth=truth_judge)
+sweep = functools.partial(sweeping.sweep, truth=truth_judge)
+train = functools.partial(loop.train, truth=truth_judge)
+
 STEPS = ("--sample.num_inference_steps", "2", "--sample.guidance_scale", "0")
 
 
@@ -395,8 +414,8 @@ def test_checkpoints_are_compared_and_the_run_marks_its_best_step(
     assert list(following) == ["0", "1"] and following["0"] == best["steps"]["4"]  # where the source stood
 
     bases = [load_transformer(Source.of(config.models.base), torch.float32, "cpu") for _ in range(2)]
-    monkeypatch.setattr("ztrain.from_checkpoint.load_transformer", None)  # no export loads the base
-    monkeypatch.setattr("ztrain.studio.load_transformer", lambda *_: bases.pop())  # all columns, drift
+    monkeypatch.setattr("ztrain.weights.from_checkpoint.load_transformer", None)  # no export loads the base
+    monkeypatch.setattr("ztrain.compare.studio.load_transformer", lambda *_: bases.pop())  # all columns, drift
     found = compare_checkpoints(config, run)
     assert [c.label for c in found.columns] == ["no image", "splice", "step 2", "step 4"]
     exported = compare(settings(data, tmp_path / "out", "--compare.num_samples", "3", "--compare.adapters", str(run)))
@@ -498,7 +517,7 @@ def test_cut_off_anywhere_and_run_again_it_is_the_undisturbed_one(
         save_picture(image, path)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("ztrain.studio.save_picture", save)
+        patched.setattr("ztrain.compare.studio.save_picture", save)
         run(out)
     sizes = {name: len(whole[name]) for name in names if not (out / name).exists()}
     with (

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from miniature.style_folders import paint_style_folders
 from tests.forge import the_forge
 from tests.test_features import csd, csd_weights, tiny_siglip
 from tests.test_judging import tiny_dino
 from tests.test_main_path import ROOT, merged, named_files
-from ztrain.comparison import read_comparison
-from ztrain.mini.style_folders import paint_style_folders
+from ztrain.compare.record import read_comparison
 
 PAGE = (ROOT / "docs/compare.md").read_text(encoding="utf-8")
 PROGRAMS = {"ztrain": ["ztrain.cli"], "python": []}

@@ -13,10 +13,10 @@ from tests.test_batched import gradients, uniform
 from tests.test_blocks import EVERYWHERE, SIGMA, a_young_lora, distance, make, share_of
 from tests.test_main_path import losses, train
 from tests.test_parity import LORA, make_model, noise_like
-from ztrain import block
-from ztrain.block import Linears
-from ztrain.blocks import reads_real, use_fast_blocks
-from ztrain.compiling import compile_blocks
+from ztrain.model.fast import block
+from ztrain.model.fast.block import Linears
+from ztrain.model.fast.blocks import reads_real, use_fast_blocks
+from ztrain.model.fast.compiling import compile_blocks
 
 pytestmark = pytest.mark.usefixtures("forge")
 

@@ -15,13 +15,13 @@ from tests.test_parity import SETTINGS, family_config, picture
 from ztrain.adapters import ADAPTERS
 from ztrain.cli import main
 from ztrain.config import Config, ModelConfig, load_config
-from ztrain.dit import load_transformer
 from ztrain.errors import InputError
-from ztrain.models import Source, base_defaults, identity, public_name
-from ztrain.overrides import lay_over
-from ztrain.run import sigma_density
-from ztrain.states import VISION_LANGUAGE, Encoders
-from ztrain.yamls import enter, is_model, is_tagged, members, merge, parse, read_value
+from ztrain.frozen.sources import Source, base_defaults, identity, public_name
+from ztrain.frozen.states import VISION_LANGUAGE, Encoders
+from ztrain.io.overrides import lay_over
+from ztrain.io.yamls import enter, is_model, is_tagged, members, merge, parse, read_value
+from ztrain.model.dit import load_transformer
+from ztrain.train.run import sigma_density
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml")) + sorted((ROOT / "configs" / "presets").glob("*.yaml"))

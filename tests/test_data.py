@@ -23,11 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ztrain.data import Listing, read_triplets
+from ztrain.data.reading import Listing, read_triplets
+from ztrain.data.tars import TarPicture
 from ztrain.errors import InputError
-from ztrain.files import LIMITS
 from ztrain.images import PictureFile, open_image
-from ztrain.tars import TarPicture
+from ztrain.io.files import LIMITS
 
 ROOT = Path(__file__).parents[1]
 EMOJI = ROOT.parent / "shared/data/emoji_styles"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from miniature.style_folders import paint_style_folders
+from miniature.trials import WEIGHTS
 from tests.test_main_path import ROOT, hub_cache, named_files, shell
-from ztrain.data import read_triplets
-from ztrain.mini.style_folders import paint_style_folders
-from ztrain.mini.trials import WEIGHTS
+from ztrain.data.reading import read_triplets
 
 PAGE = (ROOT / "docs/data.md").read_text(encoding="utf-8")
 

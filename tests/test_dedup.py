@@ -19,10 +19,10 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from data_tools import dedup, embed, filter, likeness, scan
 from data_tools.stages import Table, attach
+from miniature.style_folders import paint_style_folders
+from miniature.trials import WEIGHTS
 from tests.test_main_path import ROOT, shell
 from tests.test_scan import PHOTOS, needs_photos, paint
-from ztrain.mini.style_folders import paint_style_folders
-from ztrain.mini.trials import WEIGHTS
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, Any]]:

@@ -17,9 +17,9 @@ import pytest
 
 from tests.ranks import Ranks
 from tests.test_run import ENVIRONMENT, LATEST, QUIET, STARTED, Place, _no_process_is_left, losses, rows
-from ztrain import checkpoint
+from ztrain.distributed.watchdog import STATUS, Heartbeat, Watchdog, describe
 from ztrain.interrupt import Interruption
-from ztrain.vigil import STATUS, Heartbeat, Watchdog, describe
+from ztrain.weights import checkpoint
 
 pytestmark = pytest.mark.usefixtures("forge", "_no_process_is_left")
 __all__ = ["_no_process_is_left"]

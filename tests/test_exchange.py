@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ztrain.digests import Known
+from ztrain.data.digests import Known
+from ztrain.data.exchange import Case, Exchange, exchange
 from ztrain.errors import InputError
-from ztrain.exchange import Case, Exchange, exchange
 from ztrain.images import PictureFile
 
 Rows = list[tuple[str | None, tuple[str, ...]]]

@@ -16,7 +16,7 @@ from tests.triplets import full_disk
 from ztrain.adapters.projector import ProjectorConfig
 from ztrain.config import Config
 from ztrain.errors import InputError
-from ztrain.export import _model_card, read_adapter, save_adapter
+from ztrain.weights.adapter_folder import _model_card, read_adapter, save_adapter
 
 _CONFIG = Config.model_validate({"adapters": [{"kind": "projector"}]})
 _NAMES = st.text(min_size=1, max_size=40)

@@ -32,9 +32,9 @@ from transformers import (
     Siglip2VisionModel,
 )
 
+from miniature import family as mini
+from miniature import parts
 from ztrain.errors import InputError
-from ztrain.mini import family as mini
-from ztrain.mini import parts
 
 PIPELINES = (mini.BASE, mini.TURBO, mini.OMNI)
 TEXT = "Ein röter circle, 東京 <|vision_start|><|image_pad|><|vision_end|><think>\n\n</think>  it's 42!\n"

@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from miniature.trials import WEIGHTS
 from tests.test_dedup import tiny_clip
-from ztrain.encoders import quiet_loading
 from ztrain.errors import InputError
-from ztrain.features import Tower, digest
-from ztrain.mini.trials import WEIGHTS
-from ztrain.models import Source
+from ztrain.frozen.encoders import quiet_loading
+from ztrain.frozen.sources import Source
+from ztrain.metrics.towers import Tower, digest
 
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 

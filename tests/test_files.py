@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ztrain import files
 from ztrain.errors import InputError
+from ztrain.io import files
 
 
 def names(folder: Path) -> list[str]:

@@ -11,9 +11,9 @@ from benchmarks import findings, findings_book, shipped_adapters
 from benchmarks.drawings import Plan, Variant
 from benchmarks.laboratory import Laboratory
 from benchmarks.pages import MARKS
+from miniature.trials import text_only
 from ztrain.errors import InputError
-from ztrain.export import read_adapter
-from ztrain.mini.trials import text_only
+from ztrain.weights.adapter_folder import read_adapter
 
 PLAN = Plan(counts={"train": (3, 3), "test": (4, 2)}, steps=2, batch=2)
 EVERY = findings_book.VARIANTS | {f"shipped_{name}": variant for name, variant in shipped_adapters.VARIANTS.items()}

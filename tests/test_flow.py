@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from ztrain.cache.order import SampleKey
 from ztrain.config import Config
-from ztrain.flow import (
+from ztrain.model.flow import (
     LossWeight,
     Prior,
     SigmaDensity,
@@ -33,8 +34,7 @@ from ztrain.flow import (
     sigma_schedule,
     velocity_losses,
 )
-from ztrain.sampler import SampleKey
-from ztrain.validate import fixed_sigmas
+from ztrain.train.validate import fixed_sigmas
 
 KEYS = [SampleKey(seed, epoch, index) for seed in (0, 1) for epoch in (0, 3) for index in (0, 1, 70000)]
 

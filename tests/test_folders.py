@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from miniature.folders import FolderWorld
+from miniature.gallery import World
 from ztrain.errors import InputError
-from ztrain.mini.folders import FolderWorld
-from ztrain.mini.gallery import World
 
 EMOJI = Path(__file__).resolve().parents[2] / "shared/data/emoji_styles"
 SPLITS = ("train", "held", "unseen")

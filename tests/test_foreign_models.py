@@ -15,17 +15,17 @@ from safetensors.torch import save_file
 
 from data_tools.asking import TransformersModel, VllmModel, load_processor
 from data_tools.diffusion import Pipeline
+from miniature.trials import WEIGHTS
+from miniature.truth import PaintedTruth
 from tests.test_features import tiny_siglip
 from ztrain.config import ModelConfig, ModelsConfig
-from ztrain.dit import load_transformer
-from ztrain.encoders import LatentCodec, SiglipEncoder, TextEncoder, siglip_width
 from ztrain.errors import InputError
-from ztrain.features import Tower, check_tower
-from ztrain.mini.trials import WEIGHTS
-from ztrain.mini.truth import PaintedTruth
-from ztrain.models import Source, base_defaults, check_weights, pretrained_tokenizer, public_name, read_json
-from ztrain.tensors import read_tensors
-from ztrain.vision_language import SplicedModel
+from ztrain.frozen.encoders import LatentCodec, SiglipEncoder, TextEncoder, siglip_width
+from ztrain.frozen.sources import Source, base_defaults, check_weights, pretrained_tokenizer, public_name, read_json
+from ztrain.frozen.vision_language import SplicedModel
+from ztrain.io.tensors import read_tensors
+from ztrain.metrics.towers import Tower, check_tower
+from ztrain.model.dit import load_transformer
 
 CPU = torch.device("cpu")
 FAMILY = {

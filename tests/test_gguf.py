@@ -12,21 +12,21 @@ from diffusers.quantizers.gguf.utils import GGUFLinear
 from gguf import GGMLQuantizationType as Q
 from torch import Tensor
 
+from miniature.trials import WEIGHTS
 from tests.test_parity import noise_like, picture, relative_error
 from ztrain.adapters import build_adapters
 from ztrain.adapters.siglip import SiglipConfig
-from ztrain.blocks import slow_because
 from ztrain.cli import main
 from ztrain.conditioning import Encoded
 from ztrain.config import Config, list_reads, load_config
-from ztrain.dit import load_transformer
 from ztrain.errors import InputError
-from ztrain.export import adapt, check_identity, read_adapter
-from ztrain.mini.trials import WEIGHTS
-from ztrain.model import AdaptedDiT
-from ztrain.models import QUANTISED, Source, check_trainable, identity
-from ztrain.sample import SampleSettings, sample
-from ztrain.states import Encoders
+from ztrain.frozen.sources import QUANTISED, Source, check_trainable, identity
+from ztrain.frozen.states import Encoders
+from ztrain.model.adapted_dit import AdaptedDiT
+from ztrain.model.dit import load_transformer
+from ztrain.model.fast.blocks import slow_because
+from ztrain.model.sampler import SampleSettings, sample
+from ztrain.weights.adapter_folder import adapt, check_identity, read_adapter
 
 ROOT = Path(__file__).parents[1]
 BASE = Source(str(WEIGHTS / "Z-Image"))

@@ -26,18 +26,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import ztrain.cache
+import ztrain.cache.cache
 from tests.forge import the_forge
 from tests.golden.write import DESTINATIONS, EXPORTS, TRAIN, exported, rows, states, transformer, velocities
 from tests.triplets import ROOT
-from ztrain import checkpoint, export, tars
-from ztrain.cache import Cache
+from ztrain.cache.cache import Cache
+from ztrain.cache.samples import all_needs, read_samples
 from ztrain.config import Config, load_config
-from ztrain.data import read_triplets
+from ztrain.data import tars
+from ztrain.data.reading import read_triplets
 from ztrain.errors import InputError
-from ztrain.export import read_adapter
 from ztrain.resolve import resolve
-from ztrain.samples import all_needs, read_samples
+from ztrain.weights import adapter_folder, checkpoint
+from ztrain.weights.adapter_folder import read_adapter
 
 GOLDEN = ROOT / "tests" / "golden" / "1"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
@@ -154,13 +155,13 @@ def _later_checkpoint(folder: Path) -> None:
 
 
 def _later_export(folder: Path) -> None:
-    _raise_format(folder / "export" / "adapter_config.json", export.FORMAT_VERSION)
+    _raise_format(folder / "export" / "adapter_config.json", adapter_folder.FORMAT_VERSION)
     read_adapter(folder / "export")
 
 
 def _later_cache(folder: Path) -> None:
     for path in folder.glob("cache/*/kind.json"):
-        _raise_format(path, ztrain.cache.FORMAT_VERSION)
+        _raise_format(path, ztrain.cache.cache.FORMAT_VERSION)
     config = config_in(folder)
     cache = Then(config)
     cache.missing(all_needs(config, read_samples(config, cache)))

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from benchmarks import step
 from tests.test_blocks import distance
-from ztrain.block import Keep
-from ztrain.blocks import run, use_fast_blocks
-from ztrain.graphs import Replays
+from ztrain.model.fast.block import Keep
+from ztrain.model.fast.blocks import run, use_fast_blocks
+from ztrain.model.fast.cuda_graphs import Replays
 
 CASES = ["lora_512_b1", "mixed_captions_b4", "siglip_lora_1024_b1_24gib"]
 

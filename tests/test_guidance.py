@@ -23,10 +23,10 @@ from ztrain.adapters.siglip import SiglipConfig
 from ztrain.conditioning import Encoded, concatenate
 from ztrain.config import SampleConfig, list_reads
 from ztrain.errors import InputError
-from ztrain.model import AdaptedDiT
-from ztrain.models import BaseDefaults
-from ztrain.sample import SampleSettings, released_or, sample
-from ztrain.states import Encoders
+from ztrain.frozen.sources import BaseDefaults
+from ztrain.frozen.states import Encoders
+from ztrain.model.adapted_dit import AdaptedDiT
+from ztrain.model.sampler import SampleSettings, released_or, sample
 
 NEGATIVES = ("neither", "reference", "base")
 OMNI = [SiglipConfig(feature_dim=32, init="checkpoint", layout="stock")]

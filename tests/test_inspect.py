@@ -19,8 +19,8 @@ from data_tools import inspect, pack
 from data_tools.charts import number_chart
 from data_tools.survey import Row, choose, find_splits
 from tests.triplets import ROOT, picture
+from ztrain.data.rows import Triplet, clean
 from ztrain.images import PictureFile, open_image
-from ztrain.rows import Triplet, clean
 
 DRAWINGS = ROOT.parent / "shared/data/emoji_styles"
 HOSTILE = [

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ztrain import intervals
 from ztrain.errors import InputError
-from ztrain.intervals import Interval, difference, interval
+from ztrain.metrics import intervals
+from ztrain.metrics.intervals import Interval, difference, interval
 
 NAN = math.nan
 

@@ -8,13 +8,14 @@ import torch
 import transformers
 from PIL import Image
 
+from miniature import truth_judge
 from tests.test_features import TINY, csd, csd_weights, tiny_siglip
+from ztrain.compare.judging import Judging, Sheet, Verdicts
 from ztrain.config import JudgesConfig, ModelConfig
-from ztrain.digests import Known
+from ztrain.data.digests import Known
+from ztrain.data.exchange import Case
 from ztrain.errors import InputError
-from ztrain.exchange import Case
 from ztrain.images import PictureFile, open_image
-from ztrain.judging import Judging, Sheet, Verdicts
 
 ROWS, SEEDS = 9, 2
 
@@ -140,7 +141,7 @@ def test_what_cannot_be_scored_is_said(judges: JudgesConfig, sheet: Sheet) -> No
         "adherence", "copy score", "diversity", "drift", "KID and CMMD",
     ]  # fmt: skip
     with pytest.raises(InputError, match="painted style folders"):
-        Judging(JudgesConfig(truth="ztrain/mini/weights"), "cpu").score(sheet)
+        Judging(JudgesConfig(truth="miniature/weights"), "cpu", truth_judge).score(sheet)
 
 
 def test_no_picture_is_opened_twice(judges: JudgesConfig, sheet: Sheet, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_rows_are_compared_with_what_was_trained_alike() -> None:
 def test_an_error_is_told_without_the_launcher_and_without_folders() -> None:
     said = f"""training:  10%|#   | 1/10
 Traceback (most recent call last):
-  File "{ROOT}/ztrain/train.py", line 3, in <module>
+  File "{ROOT}/ztrain/train/loop.py", line 3, in <module>
     raise RuntimeError("no")
   File "/opt/somewhere/torch/nn/modules/module.py", line 7, in call
 RuntimeError: no room for 3/4 of it
@@ -137,7 +137,7 @@ RuntimeError: no room for 3/4 of it
     for launcher in launchers.values():
         told = launch_rows.last_lines(f"{said}{launcher}\nmore\n", {str(ROOT): "."})
         assert told.endswith("RuntimeError: no room for 3/4 of it")
-        assert 'File "./ztrain/train.py"' in told and "/opt" not in told and '".../module.py"' in told
+        assert 'File "./ztrain/train/loop.py"' in told and "/opt" not in told and '".../module.py"' in told
         assert told.startswith("Traceback")
     assert launch_rows.last_lines("one\ntwo\n", {}) == "one\ntwo"
     lines = launch_rows.said_of("training 1,234 weights of [lora]\nblocks compiled\nexported: /a/b\nblocks compiled\n")

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-import ztrain.train
+import ztrain.train.loop
 from tests.forge import the_forge
 from tests.test_run import ENVIRONMENT as PLAIN
 from tests.test_run import QUIET, STARTED, Place, _no_process_is_left, losses, processes_of, rows
 from tests.triplets import ROOT
-from ztrain import checkpoint
 from ztrain.config import Config
-from ztrain.train import Outcome
+from ztrain.train.loop import Outcome
+from ztrain.weights import checkpoint
 
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an active .venv
 ENVIRONMENT = PLAIN | {"PATH": PATH}
@@ -158,8 +158,8 @@ def main_config(words: list[str]) -> Config:
         return Outcome(exported=Path("none"))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ztrain.train, "train", stop)
-        assert ztrain.train.main(words) == 0
+        patch.setattr(ztrain.train.loop, "train", stop)
+        assert ztrain.train.loop.main(words) == 0
     return made[0]
 
 

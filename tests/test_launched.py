@@ -19,8 +19,8 @@ from accelerate.utils.launch import (
 from tests.forge import the_forge
 from tests.triplets import ROOT
 from ztrain.config import TrainConfig
+from ztrain.distributed.launched import check_environment, check_processes, check_sharing
 from ztrain.errors import InputError
-from ztrain.launched import check_environment, check_processes, check_sharing
 
 OF_A_RANK = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node-a", "MASTER_PORT": "29500",
              "ACCELERATE_USE_CPU": "true"}  # fmt: skip

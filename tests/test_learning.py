@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from data_tools.build import main as build
+from miniature.style_folders import paint_many_styles
 from tests.test_main_path import run
 from ztrain.demo import BUILD_CONFIG, CONFIGS, DEFAULT
-from ztrain.mini.style_folders import paint_many_styles
 
 STEPS = 96
 

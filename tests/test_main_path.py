@@ -19,16 +19,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from benchmarks import demo_figures
+from miniature.command import mini_parser
 from tests.forge import the_forge
 from tests.test_parity import picture
 from tests.triplets import model_words
 from ztrain.cli import VERBS, parser_of, report_parser
-from ztrain.comparison import read_comparison
+from ztrain.compare.record import read_comparison
 from ztrain.config import load_config
 from ztrain.demo import Plan
-from ztrain.export import read_adapter
-from ztrain.mini.command import mini_parser
-from ztrain.validate import VARIANTS
+from ztrain.train.validate import VARIANTS
+from ztrain.weights.adapter_folder import read_adapter
 
 ROOT = Path(__file__).parents[1]
 EMOJI = ROOT.parent / "shared" / "data" / "emoji_styles"
@@ -444,7 +444,7 @@ def test_the_path_with_own_images_and_real_names_runs_as_written(family: Path, t
     more than in the README: sizes that a CPU trains in seconds."""
     section = (ROOT / "README.md").read_text().split("## Your own images and the real weights")[1].split("\n## ")[0]
     project = tmp_path / "project"
-    run("ztrain.mini.style_folders", "--out", str(tmp_path / "drawings"))
+    run("miniature.style_folders", "--out", str(tmp_path / "drawings"))
     project.mkdir()
     shutil.move(tmp_path / "drawings" / "images", project / "images")
     shutil.move(tmp_path / "drawings" / "contents.csv", project / "contents.csv")

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tests.test_main_path import QUIET, ROOT, losses
 from tests.test_parity import LORA, SIGMA, encoded, encoders, make_model, noise_like
 from tests.triplets import model_words
-from ztrain.block import Keep
 from ztrain.conditioning import Encoded
 from ztrain.errors import InputError
-from ztrain.memory import GIB, Budget, Line, Sizes
+from ztrain.model.fast.block import Keep
+from ztrain.model.fast.budget import GIB, Budget, Line, Sizes
 
 __all__ = ["encoded", "encoders"]  # fixtures
 pytestmark = pytest.mark.usefixtures("forge")

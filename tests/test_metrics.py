@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ztrain.errors import InputError
-from ztrain.intervals import difference, interval
-from ztrain.metrics import (
+from ztrain.metrics.intervals import difference, interval
+from ztrain.metrics.scores import (
     cmmd,
     copy_score,
     correct,

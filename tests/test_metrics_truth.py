@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ztrain.features import Tower
-from ztrain.intervals import difference, interval
-from ztrain.metrics import cmmd, copy_score, cosine, diversity, kid, palette_error
-from ztrain.mini.gallery import Gallery
-from ztrain.mini.judges import load_style_judge
-from ztrain.mini.painter import PaintedWorld
-from ztrain.mini.trials import WEIGHTS
-from ztrain.models import Source
+from miniature.gallery import Gallery
+from miniature.judges import load_style_judge
+from miniature.painter import PaintedWorld
+from miniature.trials import WEIGHTS
+from ztrain.frozen.sources import Source
+from ztrain.metrics.intervals import difference, interval
+from ztrain.metrics.scores import cmmd, copy_score, cosine, diversity, kid, palette_error
+from ztrain.metrics.towers import Tower
 
 STYLES, OF_A_STYLE = 32, 8
 LUMA = torch.tensor([0.299, 0.587, 0.114])[:, None, None]

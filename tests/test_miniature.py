@@ -12,12 +12,12 @@ import torch
 from diffusers import ZImagePipeline
 from safetensors import safe_open
 
-from ztrain.mini.exam import Exam
-from ztrain.mini.painter import PaintedWorld
-from ztrain.mini.pretrain import PAINTED, Pretraining
-from ztrain.mini.scorecard import family_figures
-from ztrain.mini.splices import Setting, draw_triplets
-from ztrain.mini.subject import Subject
+from miniature.exam import Exam
+from miniature.painter import PaintedWorld
+from miniature.pretrain import PAINTED, Pretraining
+from miniature.scorecard import family_figures
+from miniature.splices import Setting, draw_triplets
+from miniature.subject import Subject
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS, ADAPTERS = (ROOT / "ztrain" / "mini" / name for name in ("weights", "adapters"))

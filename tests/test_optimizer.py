@@ -9,7 +9,7 @@ from tests.test_adapters import LISTS, TRAINABLE
 from tests.test_parity import make_model
 from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.config import TrainConfig
-from ztrain.optimizer import groups_of, make_optimizer, one_group
+from ztrain.train.optimizer import groups_of, make_optimizer, one_group
 
 DORA = LoraAdapterConfig(rank=4, peft={"use_dora": True})
 OTHERS = ("norm", "siglip_embedder.0", "bias", "pad_token", "magnitude")

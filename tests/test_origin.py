@@ -22,15 +22,16 @@ from tests.test_parity import (
     noise_like,
     picture,
 )
-from ztrain import checkpoint
 from ztrain.adapters.splice import STATISTICS_KINDS, SpliceConfig
 from ztrain.conditioning import Encoded
 from ztrain.config import Config
 from ztrain.errors import InputError
-from ztrain.export import CARD_FILE, CONFIG_FILE, Identities, adapt, identities, read_adapter, save_adapter
-from ztrain.model import AdaptedDiT
-from ztrain.origin import Origin, read_origin
-from ztrain.states import Encoders
+from ztrain.frozen.states import Encoders
+from ztrain.model.adapted_dit import AdaptedDiT
+from ztrain.sampling.pipeline import identities
+from ztrain.weights import checkpoint
+from ztrain.weights.adapter_folder import CARD_FILE, CONFIG_FILE, Identities, adapt, read_adapter, save_adapter
+from ztrain.weights.init_from import Origin, read_origin
 
 
 @pytest.fixture(scope="module")

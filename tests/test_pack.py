@@ -18,11 +18,11 @@ from PIL import Image
 
 from data_tools import layouts
 from data_tools.pack import main
-from ztrain.data import Listing, read_triplets
+from ztrain.data.reading import Listing, read_triplets
+from ztrain.data.rows import Triplet
+from ztrain.data.tars import PACK_MANIFEST_NAME
 from ztrain.errors import InputError
 from ztrain.images import Picture, PictureFile
-from ztrain.rows import Triplet
-from ztrain.tars import PACK_MANIFEST_NAME
 
 SPLITS = {"train": 12, "validation": 3}
 FORMATS = ["webdataset", "parquet"]

@@ -18,14 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.forge import the_forge
-from ztrain.errors import InputError
-from ztrain.images import open_image
-from ztrain.mini import painter, style_folders
-from ztrain.mini.painter import PaintedWorld, draw_poses, paint
-from ztrain.mini.shapes import KINDS, REACH, distance_atlas, polygon_distance
-from ztrain.mini.style_folders import STYLES, paint_many_styles, paint_style_folders, read_name
-from ztrain.mini.world import (
+from miniature import painter, style_folders
+from miniature.painter import PaintedWorld, draw_poses, paint
+from miniature.shapes import KINDS, REACH, distance_atlas, polygon_distance
+from miniature.style_folders import STYLES, paint_many_styles, paint_style_folders, read_name
+from miniature.world import (
     COUNT_NAMES,
     FILL_NAMES,
     FINISH_NAMES,
@@ -54,6 +51,9 @@ from ztrain.mini.world import (
     pick,
     tone_class,
 )
+from tests.forge import the_forge
+from ztrain.errors import InputError
+from ztrain.images import open_image
 
 ROOT = Path(__file__).parents[1]
 ONE_PIECE = ("star", "circle", "square", "triangle", "heart", "moon")
@@ -452,7 +452,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return the_forge().run(["ztrain.mini.style_folders", *map(str, arguments)], {**os.environ})
+    return the_forge().run(["miniature.style_folders", *map(str, arguments)], {**os.environ})
 
 
 @pytest.fixture(scope="module")

@@ -29,14 +29,14 @@ from data_tools.sources import Reader
 from data_tools.split import SplitRules, assign
 from data_tools.stages import Run, Table, attach
 from data_tools.triplets import Cut, Item, Pairing, Reference, Scanned, _Names, read_items
+from miniature.style_folders import paint_style_folders
+from miniature.trials import WEIGHTS
 from tests.test_build import EMOJI, ROOT
 from tests.triplets import picture
-from ztrain.data import read_triplets
+from ztrain.data.reading import read_triplets
 from ztrain.errors import InputError
 from ztrain.images import open_image
-from ztrain.mini.style_folders import paint_style_folders
-from ztrain.mini.trials import WEIGHTS
-from ztrain.yamls import dump_yaml
+from ztrain.io.yamls import dump_yaml
 
 
 def scanned(number: int, cluster: str | None = None, seed: int | None = None) -> Scanned:

@@ -19,14 +19,14 @@ from ztrain.adapters.siglip import SiglipConfig, scramble, unscramble
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.conditioning import TEXT, Encoded, TokenStates
 from ztrain.config import Config, EncodersConfig, ModelConfig, ModelsConfig
-from ztrain.dit import load_transformer
-from ztrain.encoders import LatentCodec, TextEncoder
 from ztrain.errors import InputError
-from ztrain.model import AdaptedDiT
-from ztrain.models import Source
-from ztrain.sample import SampleSettings, sample
-from ztrain.states import VISION_LANGUAGE, Encoders
-from ztrain.vision_language import SplicedModel
+from ztrain.frozen.encoders import LatentCodec, TextEncoder
+from ztrain.frozen.sources import Source
+from ztrain.frozen.states import VISION_LANGUAGE, Encoders
+from ztrain.frozen.vision_language import SplicedModel
+from ztrain.model.adapted_dit import AdaptedDiT
+from ztrain.model.dit import load_transformer
+from ztrain.model.sampler import SampleSettings, sample
 
 SETTINGS = EncodersConfig(min_reference_pixels=4096, max_reference_pixels=16384)
 ALL_READS = frozenset({"reference", "fused", "siglip", "omni"})

@@ -13,23 +13,23 @@ from torch import distributed
 
 from benchmarks import cards as page
 from benchmarks.cards import counted_of
-from ztrain import expected
 from ztrain.adapters import build_adapters
 from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.splice import SpliceConfig
-from ztrain.block import Keep
-from ztrain.cards import CARDS
 from ztrain.cli import main
 from ztrain.config import Config, load_config
-from ztrain.dit import BLOCK, load_transformer
-from ztrain.encoders import siglip_width
 from ztrain.errors import InputError
-from ztrain.expected import Tokens, flops, flops_again
-from ztrain.footprint import LIVE, PERSISTENCE, REDUCE_BUCKET, Cut, count, standing
-from ztrain.memory import BUCKET_MIB, GIB, RESERVE
-from ztrain.model import AdaptedDiT
-from ztrain.models import Source
-from ztrain.plan import plan, render, verdict
+from ztrain.frozen.encoders import siglip_width
+from ztrain.frozen.sources import Source
+from ztrain.model.adapted_dit import AdaptedDiT
+from ztrain.model.dit import BLOCK, load_transformer
+from ztrain.model.fast.block import Keep
+from ztrain.model.fast.budget import BUCKET_MIB, GIB, RESERVE
+from ztrain.plan import expected
+from ztrain.plan.cards import CARDS
+from ztrain.plan.command import plan, render, verdict
+from ztrain.plan.expected import Tokens, flops, flops_again
+from ztrain.plan.footprint import LIVE, PERSISTENCE, REDUCE_BUCKET, Cut, count, standing
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

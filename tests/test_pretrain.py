@@ -17,21 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Qwen2VLImageProcessorPil, Siglip2ImageProcessorPil
 
-from tests.triplets import model_words, tiny_config
-from ztrain import flow
-from ztrain.adapters import build_adapters
-from ztrain.cli import main
-from ztrain.compiling import compile_blocks, relative_error
-from ztrain.conditioning import Encoded
-from ztrain.dit import load_transformer
-from ztrain.encoders import LatentCodec, TextEncoder
-from ztrain.errors import InputError
-from ztrain.flow import SigmaDensity, draw_sigmas
-from ztrain.mini import denoiser
-from ztrain.mini.denoiser import encode_captions, train_denoiser
-from ztrain.mini.fit import Draws, Fitted, Partial, Plan, fit, make_optimizers
-from ztrain.mini.gallery import Gallery
-from ztrain.mini.judges import (
+from miniature import denoiser
+from miniature.denoiser import encode_captions, train_denoiser
+from miniature.fit import Draws, Fitted, Partial, Plan, fit, make_optimizers
+from miniature.gallery import Gallery
+from miniature.judges import (
     ContentJudge,
     StyleJudge,
     load_content_judge,
@@ -40,7 +30,7 @@ from ztrain.mini.judges import (
     train_content_judge,
     train_style_judge,
 )
-from ztrain.mini.language import (
+from miniature.language import (
     PictureReader,
     equal_lengths_attention,
     nearest_distance,
@@ -48,9 +38,9 @@ from ztrain.mini.language import (
     visual_patches,
     visual_side,
 )
-from ztrain.mini.muon import StackedMuon
-from ztrain.mini.painter import PaintedWorld
-from ztrain.mini.parts import (
+from miniature.muon import StackedMuon
+from miniature.painter import PaintedWorld
+from miniature.parts import (
     VISION_LANGUAGE_PROCESSOR,
     FamilySizes,
     build_siglip,
@@ -60,14 +50,24 @@ from ztrain.mini.parts import (
     build_vae,
     build_vision_language,
 )
-from ztrain.mini.pretrain import PAINTED, STAGES
-from ztrain.mini.siglip import equal_shapes, siglip_patches
-from ztrain.mini.style_folders import paint_style_folders
-from ztrain.mini.turns import picture_turns, text_turns, tokenize
-from ztrain.model import AdaptedDiT
-from ztrain.models import Source
-from ztrain.states import Encoders
-from ztrain.vision_language import VISION_END, VISION_START
+from miniature.pretrain import PAINTED, STAGES
+from miniature.siglip import equal_shapes, siglip_patches
+from miniature.style_folders import paint_style_folders
+from miniature.turns import picture_turns, text_turns, tokenize
+from tests.triplets import model_words, tiny_config
+from ztrain.adapters import build_adapters
+from ztrain.cli import main
+from ztrain.conditioning import Encoded
+from ztrain.errors import InputError
+from ztrain.frozen.encoders import LatentCodec, TextEncoder
+from ztrain.frozen.sources import Source
+from ztrain.frozen.states import Encoders
+from ztrain.frozen.vision_language import VISION_END, VISION_START
+from ztrain.model import flow
+from ztrain.model.adapted_dit import AdaptedDiT
+from ztrain.model.dit import load_transformer
+from ztrain.model.fast.compiling import compile_blocks, relative_error
+from ztrain.model.flow import SigmaDensity, draw_sigmas
 
 READS = frozenset({"reference", "fused", "siglip", "omni"})
 SIZES = FamilySizes(vae_channels=(8, 8, 8))
@@ -222,7 +222,7 @@ def test_a_folder_of_pictures_is_a_world_too(tmp_path: Path) -> None:
 @pytest.fixture
 def every_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """A line, and with it a partial file, every second of 40 steps."""
-    monkeypatch.setattr("ztrain.mini.fit.LINES", 20)
+    monkeypatch.setattr("miniature.fit.LINES", 20)
 
 
 class Line(nn.Module):

@@ -9,15 +9,15 @@ from accelerate import Accelerator
 
 from tests.triplets import tiny_config, write_triplets
 from ztrain.adapters.splice import SpliceConfig
-from ztrain.batches import Loader
+from ztrain.cache.loader import Loader
+from ztrain.cache.order import SampleKey
+from ztrain.compare.report.runs import read_run
 from ztrain.config import Config, SampleConfig
-from ztrain.digests import digest_json
+from ztrain.data.digests import digest_json
 from ztrain.images import open_image
-from ztrain.report.runs import read_run
-from ztrain.run import Run, build
-from ztrain.sampler import SampleKey
-from ztrain.scoring import Scoring
-from ztrain.validate import Previews
+from ztrain.train.run import Run, build
+from ztrain.train.scoring import Scoring
+from ztrain.train.validate import Previews
 
 _GUIDED = {"num_inference_steps": 1, "guidance_scale": 4.0, "negative": "reference"}
 _QUIET = {"validation_steps": 0, "preview_steps": 1, "num_previews": 2}
@@ -70,7 +70,7 @@ def test_columns_of_other_settings_are_never_mixed(
                 raise KeyboardInterrupt
             return open_image(picture)  # type: ignore[arg-type]
 
-        patched.setattr("ztrain.validate.open_image", cut)
+        patched.setattr("ztrain.train.validate.open_image", cut)
         begin(theirs)
     begin(ours)
     assert pictures(samples / "base") == first

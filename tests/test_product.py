@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ztrain.product import product_and_loras
+from ztrain.model.fast.lora_product import product_and_loras
 
 TRAINED = ["nothing", "x", "weight", "loras", "everything"]
 

@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miniature.trials import ADAPTERS, WEIGHTS
 from tests.test_parity import SIGMA, encoded, encoders, noise_like
 from ztrain.adapters import build_adapters
 from ztrain.adapters.projector import ProjectorConfig
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.conditioning import Encoded
-from ztrain.dit import load_transformer
-from ztrain.export import adapt, read_adapter
-from ztrain.mini.trials import ADAPTERS, WEIGHTS
-from ztrain.model import AdaptedDiT
-from ztrain.models import Source
+from ztrain.frozen.sources import Source
+from ztrain.model.adapted_dit import AdaptedDiT
+from ztrain.model.dit import load_transformer
+from ztrain.weights.adapter_folder import adapt, read_adapter
 
 __all__ = ["encoded", "encoders"]  # fixtures
 

@@ -10,11 +10,11 @@ import torch
 from benchmarks import real_drawings
 from benchmarks.drawings import Plan
 from benchmarks.laboratory import Laboratory
-from ztrain.data import read_triplets
+from miniature.family import MARKER
+from miniature.folders import FolderWorld
+from miniature.style_folders import STYLES, paint_style_folders
+from ztrain.data.reading import read_triplets
 from ztrain.errors import InputError
-from ztrain.mini.family import MARKER
-from ztrain.mini.folders import FolderWorld
-from ztrain.mini.style_folders import STYLES, paint_style_folders
 
 PLAN = Plan(counts={"train": (6, 40), "validation": (6, 2), "test": (6, 3)}, steps=2, batch=2)
 

@@ -22,12 +22,12 @@ from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.adapters.projector import ProjectorConfig
 from ztrain.adapters.siglip import SiglipConfig
 from ztrain.adapters.splice import SpliceConfig
-from ztrain.block import Keep
 from ztrain.conditioning import IMAGE, Encoded, TokenStates
 from ztrain.config import load_config
-from ztrain.dit import REAL_CONFIG
-from ztrain.layout import padded
-from ztrain.model import AdaptedDiT
+from ztrain.model.adapted_dit import AdaptedDiT
+from ztrain.model.dit import REAL_CONFIG
+from ztrain.model.fast.block import Keep
+from ztrain.model.layout import padded
 
 EVERYWHERE = (
     r"^(layers|noise_refiner|context_refiner)\.\d+\.(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.w[123])$"

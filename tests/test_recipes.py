@@ -14,8 +14,8 @@ from benchmarks import recipes
 from benchmarks.cards import LISTS
 from tests.triplets import ROOT, model_words, write_triplets
 from ztrain.config import load_config
-from ztrain.train import train
-from ztrain.validate import _QUANTILES
+from ztrain.train.loop import train
+from ztrain.train.validate import _QUANTILES
 
 STEPS = 20
 TINY = (

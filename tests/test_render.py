@@ -23,13 +23,13 @@ from safetensors.torch import load_file, save_file
 
 from data_tools.diffusion import Batch
 from data_tools.render import REPORT_NAME, Command, main, plan
+from miniature.world import KIND_NAMES, name_content
 from tests.forge import the_forge
-from ztrain.export import read_adapter
-from ztrain.mini.world import KIND_NAMES, name_content
-from ztrain.yamls import dump_yaml
+from ztrain.io.yamls import dump_yaml
+from ztrain.weights.adapter_folder import read_adapter
 
 ROOT = Path(__file__).parents[1]
-MINIATURE = ROOT / "ztrain/mini/weights/Z-Image"
+MINIATURE = ROOT / "miniature/weights/Z-Image"
 STYLES = {
     "red": "{content} solid deep red thick dark outlines on a plain vivid pale blue background smooth",
     "hollow": "{content} hollow light yellow thick light outlines on a wide rising striped dull dark purple background",

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tests.comparisons import make_comparison, make_run, make_sweep
 from tests.test_inspect import HOSTILE, Page
 from tests.triplets import ROOT
-from ztrain.compare import table
-from ztrain.comparison import (
+from ztrain.compare.command import table
+from ztrain.compare.record import (
     Choice,
     Column,
     Comparison,
@@ -26,10 +26,8 @@ from ztrain.comparison import (
     write_best,
     write_comparison,
 )
-from ztrain.errors import InputError
-from ztrain.intervals import Interval
-from ztrain.report.caveats import caveats_of
-from ztrain.report.charts import (
+from ztrain.compare.report.caveats import caveats_of
+from ztrain.compare.report.charts import (
     Box,
     front_of,
     place_labels,
@@ -39,9 +37,11 @@ from ztrain.report.charts import (
     text_width,
     thin_out,
 )
-from ztrain.report.page import make_report
-from ztrain.report.words import answers_of, digits_of, number, split_answers
-from ztrain.yamls import dump_yaml
+from ztrain.compare.report.page import make_report
+from ztrain.compare.report.words import answers_of, digits_of, number, split_answers
+from ztrain.errors import InputError
+from ztrain.io.yamls import dump_yaml
+from ztrain.metrics.intervals import Interval
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from scipy.stats import binomtest
 from tests.chromium import Browser, Tab, chromium
 from tests.comparisons import make_comparison, make_run, make_sweep
 from tests.test_inspect import HOSTILE
-from ztrain.comparison import Comparison
-from ztrain.report.page import make_report
+from ztrain.compare.record import Comparison
+from ztrain.compare.report.page import make_report
 
 WIDTHS = (1440, 390)
 TEXTS = [

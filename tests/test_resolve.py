@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from ztrain import checkpoint
-from ztrain.checkpoint import frozen_differences
 from ztrain.config import Config
 from ztrain.errors import InputError
 from ztrain.resolve import describe_dropouts, resolve
+from ztrain.weights import checkpoint
+from ztrain.weights.checkpoint import frozen_differences
 
 SIGLIP, LORA, PROJECTOR = {"kind": "siglip"}, {"kind": "lora"}, {"kind": "projector"}
 DROPOUTS = ("dropout_text", "dropout_reference", "dropout_both", "prior_weight")

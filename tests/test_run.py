@@ -20,15 +20,15 @@ from tests.forge import Forged, the_forge
 from tests.test_parity import LORA, make_model
 from tests.test_tracking import mirrored, transaction_log
 from tests.triplets import model_words, tiny_config, write_triplets
-from ztrain import checkpoint
-from ztrain.cache import Cache
+from ztrain.cache.cache import Cache
+from ztrain.cache.prepare import cache_states
+from ztrain.cache.samples import all_needs, read_samples
 from ztrain.cli import main as cli
-from ztrain.files import workspace
 from ztrain.interrupt import SIGNALS
-from ztrain.prepare import cache_states
-from ztrain.samples import all_needs, read_samples
-from ztrain.store import Entry
-from ztrain.tune import Probe
+from ztrain.io.files import workspace
+from ztrain.io.store import Entry
+from ztrain.train.tune import Probe
+from ztrain.weights import checkpoint
 
 ENVIRONMENT = {
     **os.environ,
@@ -292,7 +292,7 @@ def assert_saved(out: Path, log: Path, heard: signal.Signals) -> None:
     assert found is not None and not passed and found.step == len(losses(out)), log.read_text()
     assert len(checkpoint.checkpoints(out / "checkpoints")) == 1
     assert f"{heard.name}: finishing this step" in log.read_text() and "stopped, saved" in log.read_text()
-    assert "ztrain/train.py" not in log.read_text()  # no traceback but the launcher's own
+    assert "ztrain/train/loop.py" not in log.read_text()  # no traceback but the launcher's own
     assert json.loads((out / "ended.json").read_text()) == {"status": 128 + heard}
 
 

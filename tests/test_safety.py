@@ -16,13 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # fmt: off
 DOORS = {  # who may call what loads foreign files
-    "from_pretrained": {"ztrain/models.py"},
-    "from_single_file": {"ztrain/dit.py"},  # weights in memory, beside a config that was read
+    "from_pretrained": {"ztrain/frozen/sources.py"},
+    "from_single_file": {"ztrain/model/dit.py"},  # weights in memory, beside a config that was read
     "load_config": set(),  # of diffusers; ztrain.config's is a function
-    "download": {"ztrain/models.py"},
-    "hf_hub_download": {"ztrain/models.py"},
-    "snapshot_download": {"ztrain/models.py", "data_tools/sources.py"},
-    "load_dataset": {"ztrain/tables.py"}, "load_dataset_builder": set(), "load_from_disk": set(),
+    "download": {"ztrain/frozen/sources.py"},
+    "hf_hub_download": {"ztrain/frozen/sources.py"},
+    "snapshot_download": {"ztrain/frozen/sources.py", "data_tools/sources.py"},
+    "load_dataset": {"ztrain/data/tables.py"}, "load_dataset_builder": set(), "load_from_disk": set(),
     "load_lora_weights": {"data_tools/diffusion.py"},  # with use_safetensors=True, see below
     "get_class_from_dynamic_module": set(), "load_state_dict_from_url": set(), "load_ip_adapter": set(),
     "load_textual_inversion": set(), "extractall": set(), "read_pickle": set(), "system": set(), "popen": set(),
@@ -30,7 +30,7 @@ DOORS = {  # who may call what loads foreign files
 }
 OF_MODULES = {  # the same, where only the module makes the name a door
     "torch.load": set(), "torch.jit.load": set(), "torch.hub.load": set(), "torch.package": set(),
-    "yaml.load": {"ztrain/yamls.py"}, "yaml.load_all": set(), "joblib.load": set(),
+    "yaml.load": {"ztrain/io/yamls.py"}, "yaml.load_all": set(), "joblib.load": set(),
 }
 LAST = {name.rsplit(".")[-1] for name in OF_MODULES}
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "code", "runpy"}
@@ -66,7 +66,7 @@ def complaints(node: ast.AST, file: str) -> Iterator[str]:
                 yield f"imports {module}"
             yield from (f"{each.name} under another name" for each in names if each.asname and each.name in DOORS)
         case ast.Constant(value=str(text)) if "_" in text:  # for getattr or a dictionary of keywords
-            if file not in DOORS.get(text, {"ztrain/models.py"} if text in MUST_BE else {file}):
+            if file not in DOORS.get(text, {"ztrain/frozen/sources.py"} if text in MUST_BE else {file}):
                 yield f"{text!r} as a text"
         case ast.Name(id=name, ctx=ast.Load()) if name in BUILTINS:
             yield name

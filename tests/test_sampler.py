@@ -12,10 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from ztrain.errors import InputError
-from ztrain.layout import padded
-from ztrain.mini.world import COUNT_NAMES, KIND_NAMES, PHRASINGS, PLACE_NAMES, name_content
-from ztrain.sampler import (
+from miniature.world import COUNT_NAMES, KIND_NAMES, PHRASINGS, PLACE_NAMES, name_content
+from ztrain.cache.order import (
     CAPTION,
     VARIANT,
     WINDOW,
@@ -27,8 +25,10 @@ from ztrain.sampler import (
     turn,
     turns,
 )
+from ztrain.errors import InputError
+from ztrain.model.layout import padded
 
-TOKENIZER = Path(__file__).parents[1] / "ztrain/mini/weights/Z-Image/tokenizer"
+TOKENIZER = Path(__file__).parents[1] / "miniature/weights/Z-Image/tokenizer"
 
 sizes = st.integers(1, 40)
 shares = st.one_of(st.just(0.0), st.floats(0.01, 0.95))

@@ -14,6 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 import ztrain
+from miniature.judges import load_content_judge, load_style_judge
+from miniature.painter import PaintedWorld
+from miniature.subject import Subject, to_bytes
+from miniature.trials import WEIGHTS
+from miniature.world import KIND_NAMES
 from tests.test_parity import (
     ALL_READS,
     LORA,
@@ -29,26 +34,21 @@ from tests.test_parity import (
 from tests.triplets import full_disk
 from ztrain.adapters.siglip import SiglipConfig
 from ztrain.adapters.splice import SpliceConfig
-from ztrain.aspects import ASPECTS, output_size, size_of
-from ztrain.cache import Cache
+from ztrain.cache.cache import Cache
 from ztrain.cli import main
 from ztrain.conditioning import Encoded, concatenate
 from ztrain.config import Config, SampleConfig
 from ztrain.errors import InputError
-from ztrain.layout import padded
-from ztrain.metrics import high_frequency_energy
-from ztrain.mini.judges import load_content_judge, load_style_judge
-from ztrain.mini.painter import PaintedWorld
-from ztrain.mini.subject import Subject, to_bytes
-from ztrain.mini.trials import WEIGHTS
-from ztrain.mini.world import KIND_NAMES
-from ztrain.model import AdaptedDiT
-from ztrain.render import Order, plan
-from ztrain.sample import Picture, SampleSettings, sample, sample_all
-from ztrain.states import Encoders
+from ztrain.frozen.states import Encoders
+from ztrain.metrics.scores import high_frequency_energy
+from ztrain.model.adapted_dit import AdaptedDiT
+from ztrain.model.layout import padded
+from ztrain.model.sampler import Picture, SampleSettings, sample, sample_all
+from ztrain.sampling.aspects import ASPECTS, output_size, size_of
+from ztrain.sampling.command import Order, plan
 
 ROOT = Path(__file__).parents[1]
-ADAPTERS = ROOT / "ztrain/mini/adapters"
+ADAPTERS = ROOT / "miniature/adapters"
 MINIATURE = ["sample", "--config", "configs/splice.yaml", "configs/miniature.yaml"]
 STEPS = SampleSettings(num_inference_steps=4, shift=3.0)
 FUSED = SpliceConfig(states="fused", compose="replace", tokens="all")
@@ -332,7 +332,7 @@ def test_what_is_sampled_is_written_though_it_ends_early(
                 raise KeyboardInterrupt
             return sample(*given[:4])
 
-        monkeypatch.setattr("ztrain.sample.sample", lambda *given, **more: cut(*given))
+        monkeypatch.setattr("ztrain.model.sampler.sample", lambda *given, **more: cut(*given))
         with pytest.raises(KeyboardInterrupt):
             run("--prompt", "a star", "--num-images", 5, "--sample.batch_size", 1, "--out", out, *words)
         assert {path.name for path in out.glob("*.png")} == {f"prompt1-64x64-seed{seed}.png" for seed in range(3)}

@@ -13,9 +13,9 @@ from benchmarks.pages import MARKS, RESULTS
 from benchmarks.sample_memory import table
 from tests.test_main_path import ROOT, named_files
 from tests.test_parity import picture
-from ztrain.aspects import ASPECTS, size_of
 from ztrain.cli import main
 from ztrain.config import SampleConfig, load_config
+from ztrain.sampling.aspects import ASPECTS, size_of
 
 PAGE = (ROOT / "docs/sampling.md").read_text(encoding="utf-8")
 SIZES = {"star.png": (64, 64), "both.png": (64, 64), "coherent.png": (64, 64), "windows.png": (64, 64),

@@ -12,9 +12,9 @@ from benchmarks import cards, recipes, scale
 from benchmarks.pages import MARKS
 from ztrain.config import load_config
 from ztrain.errors import InputError
-from ztrain.expected import WAITING
+from ztrain.frozen.states import Encoders
 from ztrain.images import Bucket
-from ztrain.states import Encoders
+from ztrain.plan.expected import WAITING
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from miniature.exam import Clusters, Exam, Judges, draw_pairs
+from miniature.gallery import Gallery, Split
+from miniature.painter import PaintedWorld
+from miniature.pretrain import PAINTED, STAGES, Pretraining, smoke
+from miniature.scorecard import PARTS, family_figures, measure, names
+from miniature.splices import ALPHAS, STRENGTHS, Setting, draw_triplets
+from miniature.subject import Subject, to_bytes
+from miniature.world import Contents, is_unseen
 from ztrain.errors import InputError
-from ztrain.metrics import cosine
-from ztrain.mini.exam import Clusters, Exam, Judges, draw_pairs
-from ztrain.mini.gallery import Gallery, Split
-from ztrain.mini.painter import PaintedWorld
-from ztrain.mini.pretrain import PAINTED, STAGES, Pretraining, smoke
-from ztrain.mini.scorecard import PARTS, family_figures, measure, names
-from ztrain.mini.splices import ALPHAS, STRENGTHS, Setting, draw_triplets
-from ztrain.mini.subject import Subject, to_bytes
-from ztrain.mini.world import Contents, is_unseen
+from ztrain.metrics.scores import cosine
 
 COUNT = 8
 WORLD = PaintedWorld(size=64)

@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from benchmarks import shipped_adapters
+from miniature.exam import CONTENT_LOSS
+from miniature.trials import ADAPTERS, Trials, exported_entry
 from tests.triplets import painted_experiment
 from ztrain.cli import main as cli
-from ztrain.export import read_adapter
 from ztrain.images import open_image
-from ztrain.mini.exam import CONTENT_LOSS
-from ztrain.mini.trials import ADAPTERS, Trials, exported_entry
+from ztrain.weights.adapter_folder import read_adapter
 
 RESULT = json.loads(shipped_adapters.RESULT.read_text(encoding="utf-8"))
 ROWS = RESULT["rows"]

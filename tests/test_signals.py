@@ -17,8 +17,8 @@ from PIL import Image
 from tests.forge import Forged, the_forge
 from tests.test_run import ENVIRONMENT
 from tests.triplets import ROOT, model_words, write_triplets
-from ztrain.files import whole_file
 from ztrain.interrupt import SIGNALS, Interruption, interruption
+from ztrain.io.files import whole_file
 from ztrain.terminal import command
 
 

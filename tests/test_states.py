@@ -11,13 +11,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tests.triplets import tiny_config, write_triplets
-from ztrain import states
-from ztrain.cache import Cache, Needs
+from ztrain.cache.cache import Cache, Needs
+from ztrain.cache.fill import fill, verify
+from ztrain.cache.samples import needs_of, read_samples
 from ztrain.conditioning import Encoded, concatenate
-from ztrain.fill import fill, verify
+from ztrain.frozen import states
+from ztrain.frozen.states import STATES, TEXT_ENCODER, VAE, Encoders, Model, State, assemble, files_of, models_of
 from ztrain.images import open_image
-from ztrain.samples import needs_of, read_samples
-from ztrain.states import STATES, TEXT_ENCODER, VAE, Encoders, Model, State, assemble, files_of, models_of
 
 
 class Palette(nn.Module):

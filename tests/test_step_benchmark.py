@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import step
 from tests.test_blocks import distance
-from ztrain.flow import velocity_losses
+from ztrain.model.flow import velocity_losses
 
 CPU = torch.device("cpu")
 

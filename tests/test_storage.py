@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.test_parity import LORA, make_model
-from ztrain.blocks import use_fast_blocks
-from ztrain.storage import share_storage, whole_of
+from ztrain.model.fast.blocks import use_fast_blocks
+from ztrain.model.fast.storage import share_storage, whole_of
 
 
 def layers(*rows: int) -> nn.ModuleList:

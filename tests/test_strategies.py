@@ -25,17 +25,17 @@ from tests.forge import the_forge
 from tests.test_adapters import LISTS, READ_REFERENCE, TRAINABLE
 from tests.test_parity import make_model
 from tests.triplets import ROOT, model_words, tiny_config, write_triplets
-from ztrain import limits
-from ztrain.batches import read_batch
-from ztrain.cache import Cache
+from ztrain.cache.cache import Cache
+from ztrain.cache.loader import read_batch
+from ztrain.cache.order import SampleKey
+from ztrain.cache.prepare import cache_states
+from ztrain.cache.samples import read_samples
 from ztrain.conditioning import Dropout, concatenate
 from ztrain.config import load_config
+from ztrain.distributed import limits
+from ztrain.distributed.strategy import Fsdp2, One, Strategy, Zero3, seats, strategy_of
 from ztrain.errors import InputError
-from ztrain.prepare import cache_states
-from ztrain.sampler import SampleKey
-from ztrain.samples import read_samples
-from ztrain.strategy import Fsdp2, One, Strategy, Zero3, seats, strategy_of
-from ztrain.yamls import load_yaml
+from ztrain.io.yamls import load_yaml
 
 pytestmark = pytest.mark.usefixtures("forge")
 

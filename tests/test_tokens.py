@@ -9,14 +9,14 @@ import torch
 
 from tests.test_parity import make_model
 from tests.triplets import picture, tiny_config, write_triplets
-from ztrain.batches import read_batch
-from ztrain.cache import Cache
+from ztrain.cache.cache import Cache
+from ztrain.cache.loader import read_batch
+from ztrain.cache.order import SampleKey
+from ztrain.cache.prepare import cache_states
+from ztrain.cache.samples import read_samples
+from ztrain.cache.token_counts import token_counts
 from ztrain.config import Config
 from ztrain.errors import InputError
-from ztrain.prepare import cache_states
-from ztrain.sampler import SampleKey
-from ztrain.samples import read_samples
-from ztrain.tokens import token_counts
 
 LISTS: dict[str, tuple[str, list[dict]]] = {
     "none": ("Z-Image-Turbo", [{"kind": "lora"}]),

@@ -27,11 +27,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.forge import the_forge
-from ztrain import wandb_mirror
 from ztrain.config import Config, TrackingConfig
 from ztrain.errors import InputError
 from ztrain.privacy import public_config, public_text
-from ztrain.tracking import Record
+from ztrain.train import wandb_mirror
+from ztrain.train.tracking import Record
 
 pytestmark = pytest.mark.usefixtures("forge")
 ROOT = Path(__file__).resolve().parent.parent

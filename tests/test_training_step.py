@@ -14,14 +14,14 @@ from torch import nn
 from tests.test_parity import LORA, PROJECTOR, SIGLIP, SIGMA, encoded, encoders, make_model, noise_like
 from tests.triplets import ROOT, tiny_config, write_triplets
 from ztrain.adapters.splice import SpliceConfig
+from ztrain.cache.order import SampleKey
 from ztrain.conditioning import Dropout, Encoded
 from ztrain.config import TrainConfig, load_config
-from ztrain.flow import draw_dropout
 from ztrain.interrupt import Interruption
-from ztrain.meter import Meter
-from ztrain.optimizer import make_optimizer, make_schedule
-from ztrain.run import build
-from ztrain.sampler import SampleKey
+from ztrain.model.flow import draw_dropout
+from ztrain.train.meter import Meter
+from ztrain.train.optimizer import make_optimizer, make_schedule
+from ztrain.train.run import build
 
 __all__ = ["encoded", "encoders"]  # fixtures
 LISTS = [[PROJECTOR], [SpliceConfig(), LORA], [SIGLIP], [SIGLIP, LORA], [LORA]]

@@ -10,13 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.triplets import painted_experiment
-from ztrain.adapters.projector import ProjectorConfig
-from ztrain.config import Config, JudgesConfig
-from ztrain.errors import InputError
-from ztrain.exchange import Case
-from ztrain.export import CONFIG_FILE, sealed
-from ztrain.mini.trials import (
+from miniature.trials import (
     ADAPTERS,
     Trials,
     cases_of,
@@ -26,7 +20,13 @@ from ztrain.mini.trials import (
     splices,
     text_only,
 )
-from ztrain.mini.truth import opened
+from miniature.truth import opened
+from tests.triplets import painted_experiment
+from ztrain.adapters.projector import ProjectorConfig
+from ztrain.config import Config, JudgesConfig
+from ztrain.data.exchange import Case
+from ztrain.errors import InputError
+from ztrain.weights.adapter_folder import CONFIG_FILE, sealed
 
 STYLES, PICTURES = 10, 3
 

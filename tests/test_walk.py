@@ -19,7 +19,7 @@ from PIL import Image
 
 from data_tools.sources import LISTED, Reader, list_pictures, resolve
 from ztrain.errors import InputError
-from ztrain.files import LIMITS
+from ztrain.io.files import LIMITS
 
 JXL = b"\xff\x0a" + bytes(30)
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))

@@ -21,8 +21,8 @@ from data_tools import build, label, pack, pair, scan, split
 from tests.forge import the_forge
 from tests.test_build import ROOT, digests
 from tests.triplets import picture
-from ztrain.data import read_triplets
-from ztrain.yamls import dump_yaml
+from ztrain.data.reading import read_triplets
+from ztrain.io.yamls import dump_yaml
 
 CONFIG = {
     "sources": ["in"],

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from tests.comparisons import make_comparison, make_run, make_sweep
 from tests.test_inspect import Page
-from ztrain.comparison import FILE_NAME, Choice, read_best, write_best
+from ztrain.compare.record import FILE_NAME, Choice, read_best, write_best
+from ztrain.compare.report.charts import Series, line_chart, scale_of
+from ztrain.compare.report.page import make_report
 from ztrain.errors import InputError
-from ztrain.report.charts import Series, line_chart, scale_of
-from ztrain.report.page import make_report
 
 _DEEP = "[" * 60 + "]" * 60
 WILD = ["1e308", "-1e308", "1e400", "-1e400", "NaN", "-Infinity", "9" * 400, "9" * 5000, "1e-320", "5e-324"]

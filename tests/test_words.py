@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from data_tools.captions import caption_of
 from data_tools.names import from_letters, in_letters, kind_said, texts_beside
 from data_tools.style_tables import Content, as_csv, read_contents
-from ztrain.csvs import read_rows, read_table
-from ztrain.data import read_triplets
+from ztrain.data.csvs import read_rows, read_table
+from ztrain.data.reading import read_triplets
+from ztrain.data.rows import check_text, clean
 from ztrain.errors import InputError
-from ztrain.forms import folded, matched
-from ztrain.rows import check_text, clean
+from ztrain.io.forms import folded, matched
 
 C, D = "caf\u00e9", "cafe\u0301"
 

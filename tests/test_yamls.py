@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ztrain.errors import InputError
-from ztrain.yamls import PathText, describe_errors, dump_yaml, load_yaml
+from ztrain.io.yamls import PathText, describe_errors, dump_yaml, load_yaml
 
 ROOT = Path(__file__).parents[1]
 integers = st.integers(-(1 << 63), (1 << 63) - 1)

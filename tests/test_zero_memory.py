@@ -26,8 +26,8 @@ from ztrain.adapters import build_adapters
 from ztrain.adapters.lora import LoraAdapterConfig
 from ztrain.conditioning import Encoded
 from ztrain.config import load_config
-from ztrain.model import AdaptedDiT
-from ztrain.strategy import KWARGS, strategy_of
+from ztrain.distributed.strategy import KWARGS, strategy_of
+from ztrain.model.adapted_dit import AdaptedDiT
 
 REAL_BLOCK = 181_000_000  # numbers
 DIM, LAYERS, REFINERS = 64, 8, 2

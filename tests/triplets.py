@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from data_tools.build import main as build
+from miniature.style_folders import paint_many_styles
 from ztrain.config import Config, load_config
-from ztrain.mini.style_folders import paint_many_styles
 
 ROOT = Path(__file__).parents[1]
 PLACES = {

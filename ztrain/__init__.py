@@ -11,7 +11,7 @@ __all__ = ["__version__", "load_adapter"]
 
 
 def load_adapter(pipeline: Any, path: Any, **options: Any) -> Any:
-    """See `ztrain.export.load_adapter`; importing ztrain alone loads no library."""
-    from ztrain import export
+    """See `ztrain.sampling.pipeline.load_adapter`; importing ztrain alone loads no library."""
+    from ztrain.sampling import pipeline as ours
 
-    return export.load_adapter(pipeline, path, **options)
+    return ours.load_adapter(pipeline, path, **options)

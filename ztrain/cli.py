@@ -21,11 +21,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from miniature import truth_judge
 from ztrain.config import Aspect, Config, load_config
 from ztrain.errors import InputError
-from ztrain.files import given_path
+from ztrain.io.files import given_path
+from ztrain.io.yamls import dump_yaml
 from ztrain.terminal import command
-from ztrain.yamls import dump_yaml
 
 
 def _config_show(config: Config, options: argparse.Namespace) -> str:
@@ -33,16 +34,16 @@ def _config_show(config: Config, options: argparse.Namespace) -> str:
 
 
 def _cache(config: Config, options: argparse.Namespace) -> str:
+    from ztrain.cache.prepare import cache_states
     from ztrain.interrupt import end_with_launcher
-    from ztrain.prepare import cache_states
 
     end_with_launcher()
     return cache_states(config, check=options.verify)
 
 
 def _plan(config: Config, options: argparse.Namespace) -> str:
-    from ztrain.cards import CARDS
-    from ztrain.plan import as_json, plan, render
+    from ztrain.plan.cards import CARDS
+    from ztrain.plan.command import as_json, plan, render
 
     if options.card not in CARDS:
         raise InputError(f"--card {options.card} is not known here; there are {', '.join(CARDS)}")
@@ -57,38 +58,38 @@ def _plan(config: Config, options: argparse.Namespace) -> str:
 
 
 def _export(config: Config, options: argparse.Namespace) -> str:
-    from ztrain.from_checkpoint import export_checkpoint
+    from ztrain.weights.from_checkpoint import export_checkpoint
 
     return str(export_checkpoint(config, options.checkpoint, options.out))
 
 
 def _compare(config: Config, options: argparse.Namespace) -> str:
-    from ztrain.compare import compare, compare_checkpoints, table
-    from ztrain.report.page import make_report
+    from ztrain.compare.command import compare, compare_checkpoints, table
+    from ztrain.compare.report.page import make_report
 
     if options.checkpoints is None:
-        found = compare(config)
+        found = compare(config, truth_judge)
     else:
-        found = compare_checkpoints(config, options.checkpoints)
+        found = compare_checkpoints(config, options.checkpoints, truth_judge)
     return f"{table(found)}\n{make_report(Path(config.compare.output_dir))}"
 
 
 def _sweep(config: Config, options: argparse.Namespace) -> str:
-    from ztrain.compare import table
-    from ztrain.report.page import make_report
-    from ztrain.sweep import sweep
+    from ztrain.compare.command import table
+    from ztrain.compare.report.page import make_report
+    from ztrain.compare.sweep import sweep
 
-    return f"{table(sweep(config))}\n{make_report(Path(config.sweep.output_dir))}"
+    return f"{table(sweep(config, truth_judge))}\n{make_report(Path(config.sweep.output_dir))}"
 
 
 def _stats(config: Config, options: argparse.Namespace) -> str:
-    from ztrain.stats import measure
+    from ztrain.frozen.statistics import measure
 
     return str(measure(config, options.out))
 
 
 def _sample(config: Config, options: argparse.Namespace) -> str:
-    from ztrain.render import Order, render
+    from ztrain.sampling.command import Order, render
 
     order = Order(
         prompts=options.prompt,
@@ -107,7 +108,7 @@ def _sample(config: Config, options: argparse.Namespace) -> str:
 
 
 def _mini(words: Sequence[str]) -> int:
-    from ztrain.mini.command import main as mini
+    from miniature.command import main as mini
 
     return command(lambda: mini(words) or "some stages are still to be run")
 
@@ -125,7 +126,7 @@ def report_parser() -> argparse.ArgumentParser:
 
 def _report(words: Sequence[str]) -> int:
     options = report_parser().parse_args(words)
-    from ztrain.report.page import make_report
+    from ztrain.compare.report.page import make_report
 
     return command(lambda: make_report(options.place, options.out, blind=options.blind, max_rows=options.max_rows))
 
@@ -176,7 +177,7 @@ def parser_of(verb: str) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["train"]:
-        from ztrain.train import main as train
+        from ztrain.train.loop import main as train
 
         return train(words[1:])
     if words[:1] == ["mini"]:

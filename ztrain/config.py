@@ -13,8 +13,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from ztrain.adapters import AnyAdapterConfig, describe_list
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.images import IMAGE_MULTIPLE, SmallTargets, check_reference
-from ztrain.overrides import lay_over
-from ztrain.yamls import PathText, Strict, load_yaml, merge, parse
+from ztrain.io.overrides import lay_over
+from ztrain.io.yamls import PathText, Strict, load_yaml, merge, parse
 
 
 class _Section(Strict, allow_inf_nan=False):
@@ -363,7 +363,7 @@ class JudgesConfig(_Section):
     style: ModelConfig | None = None
     """A style descriptor: any vision model that gives one vector for a picture, such as CSD."""
     truth: PathText | None = None
-    """Folder of a miniature family (ztrain/mini/weights): its judges know content and style of painted triplets."""
+    """Folder of a miniature family (miniature/weights): its judges know content and style of painted triplets."""
     batch_size: int = Field(default=32, ge=1)
     """Pictures that a judge looks at together."""
 

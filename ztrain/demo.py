@@ -15,16 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ztrain.adapters import describe_list
-from ztrain.config import Config, load_config
-from ztrain.drawn import save_picture
-from ztrain.files import given_path, write_json, write_text
-from ztrain.grid import draw_grid
-from ztrain.images import open_image
-from ztrain.interrupt import run_module
-from ztrain.mini.exam import CONTENT_LOSS
-from ztrain.mini.style_folders import paint_many_styles
-from ztrain.mini.trials import (
+from miniature.exam import CONTENT_LOSS
+from miniature.style_folders import paint_many_styles
+from miniature.trials import (
     ADAPTERS,
     Outcome,
     Trials,
@@ -35,6 +28,13 @@ from ztrain.mini.trials import (
     splices,
     text_only,
 )
+from ztrain.adapters import describe_list
+from ztrain.config import Config, load_config
+from ztrain.images import open_image
+from ztrain.interrupt import run_module
+from ztrain.io.drawn import save_picture
+from ztrain.io.files import given_path, write_json, write_text
+from ztrain.sampling.sheet import draw_grid
 from ztrain.terminal import command
 
 EXPERIMENTS = ("projector", "splice_lora", "siglip", "siglip_lora", "lora")

@@ -18,12 +18,12 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
-from ztrain import files
 from ztrain.errors import InputError
-from ztrain.formats import DECODER_ERRORS, GRAY_RANGE, MAX_METADATA, opened, orientation_of
-from ztrain.formats import HEAD as HEAD
-from ztrain.formats import READ as READ
-from ztrain.formats import sniff as sniff
+from ztrain.io import files
+from ztrain.io.formats import DECODER_ERRORS, GRAY_RANGE, MAX_METADATA, opened, orientation_of
+from ztrain.io.formats import HEAD as HEAD
+from ztrain.io.formats import READ as READ
+from ztrain.io.formats import sniff as sniff
 
 IMAGE_MULTIPLE = 16
 """Pixels of a DiT patch: 8 of the VAE times 2 of the transformer; every side of a target is a multiple."""

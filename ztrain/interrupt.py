@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from ztrain.errors import InputError
-from ztrain.files import write_json
+from ztrain.io.files import write_json
 
 SIGNALS: Mapping[int, str] = {
     signal.SIGTERM: "kill, a launcher, preemption",

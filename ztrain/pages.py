@@ -19,8 +19,8 @@ import xxhash
 from PIL import Image
 
 from ztrain.errors import InputError
-from ztrain.files import write_bytes
 from ztrain.images import Picture, decode_image, read_picture
+from ztrain.io.files import write_bytes
 
 SHARED = Path(__file__).parent
 """Where page.css and page.js are."""

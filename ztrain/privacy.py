@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ztrain.files import as_text
-from ztrain.models import public_name
+from ztrain.frozen.sources import public_name
+from ztrain.io.files import as_text
 
 _SECRET_KEY = re.compile(r"(token|key|secret|password|passwd|credentials?)$", re.IGNORECASE)
 # Keys whose text is a folder, a file or a Hub id; compare's adapters and presets are lists of folders and files.

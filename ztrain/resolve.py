@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from ztrain.adapters import describe_list
 from ztrain.config import Config, FlowConfig, TrainConfig
-from ztrain.yamls import parse
+from ztrain.io.yamls import parse
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ztrain.conditioning import Conditioning, Encoded
-from ztrain.yamls import Strict
+from ztrain.io.yamls import Strict
 
 Reads = frozenset[str]
 """Names of the `Encoded` states that an adapter reads besides the text: reference, fused, siglip, omni."""

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ztrain.adapters.base import MAX_WIDTH, Adapter, Reads, TrainedConfig
 from ztrain.conditioning import Conditioning, Encoded
 from ztrain.errors import InputError
-from ztrain.quantised import plain_copy
-from ztrain.tensors import open_tensors
-from ztrain.yamls import PathText
+from ztrain.io.gguf import plain_copy
+from ztrain.io.tensors import open_tensors
+from ztrain.io.yamls import PathText
 
 Initialisation = Literal["context_refiner", "random", "statistics_matched", "cap_embedder_slice", "file", "checkpoint"]
 

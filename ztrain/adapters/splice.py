@@ -18,9 +18,9 @@ from torch import Tensor
 from ztrain.adapters.base import Adapter, AdapterConfig, Reads
 from ztrain.conditioning import IMAGE, MARKER, TEXT, Conditioning, Encoded, TokenStates, moved
 from ztrain.errors import InputError
-from ztrain.files import sha256_of
-from ztrain.tensors import read_tensors
-from ztrain.yamls import PathText
+from ztrain.io.files import sha256_of
+from ztrain.io.tensors import read_tensors
+from ztrain.io.yamls import PathText
 
 _TOKENS = {
     "all": (TEXT, IMAGE, MARKER),

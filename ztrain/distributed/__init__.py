@@ -1,0 +1,1 @@
+"""Several processes: strategies, the watchdog, agreement on errors, the launcher's environment."""

@@ -1,0 +1,1 @@
+"""Scores of pictures, their intervals, and the towers that turn pictures into vectors."""

@@ -1,1 +1,0 @@
-"""The miniature Z-Image family: tiny models in the real folder layout and painted images."""

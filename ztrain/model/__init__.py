@@ -1,0 +1,1 @@
+"""The trained transformer: its forward, the flow-matching loss and the sampler."""

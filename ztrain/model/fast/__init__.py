@@ -1,0 +1,1 @@
+"""The same transformer blocks with fewer kernels and less memory. Nothing here changes a result."""

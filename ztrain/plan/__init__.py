@@ -1,0 +1,1 @@
+"""What a config will need, before anything is loaded: bytes, time, and on which card."""

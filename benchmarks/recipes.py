@@ -67,9 +67,9 @@ STAGE_ONE: dict[str, str] = {
         [IP-Adapter]({_IP}/README.md#L119) found 1024 px from the start inefficient and went from 512 to more;
         [OneTrainer]({_ONE_LORA}#L7) trains Z-Image at 512 as well""",
     "data.reference_variants": """
-        few pictures are references many times, in {passes} passes of 1,000 triplets; a part of one cannot be copied
-        pixel by pixel. Each costs disk (table below) and an encoding, no time in training. Nobody has measured how
-        many are enough""",
+        the whole reference and random crops of it. Training sees each of 1,000 triplets in {passes} passes, and a
+        crop cannot be copied pixel by pixel. Each crop costs disk (table below) and an encoding, no time in training.
+        Nobody has measured how many are enough""",
     "train.gradient_accumulation_steps": f"""
         lists that read references were measured at 16 triplets a step ([findings](findings/adapter_lists.md));
         [IP-Adapter]({_IP}/README.md#L125) takes 64, ai-toolkit's Redux
@@ -83,12 +83,12 @@ STAGE_ONE: dict[str, str] = {
         [long](../miniature/adapters/README.md)). `[lora]`: [ai-toolkit]({_AI_JOB}#L73). The most, not the right
         number: see when to stop""",
     "train.gradient_checkpointing": """
-        in 24 GiB of an H200 a step takes {budget_ms} ms where `on` takes {on_ms}
+        at 1024 px, with a LoRA of rank 16, a step in 24 GiB of an H200 takes {budget_ms} ms, and {on_ms} with `on`
         ([figures](../benchmarks/results/step_nvidia_h200.json))""",
     "train.checkpointing_steps": "what a power cut may cost: {lost} minutes at most on an RTX 4090",
     "train.checkpoints_total_limit": """
-        the last three validations, by which a run [says when to stop](training.md#when-to-stop), and the one before;
-        {kept} GB at most""",
+        the last 2,000 steps, which are 4 validations: the rule for [when to stop](training.md#when-to-stop) compares
+        the last three with those before. {kept} GB at most""",
     "sample.num_inference_steps": f"""
         previews are to be cheap: [SimpleTuner]({_SIMPLE_CONFIG}#L45) and
         [ai-toolkit]({_AI}/ui/src/app/jobs/new/options.tsx#L698) take 30 for Z-Image. The released Base takes 50, and
@@ -98,7 +98,9 @@ STAGE_ONE: dict[str, str] = {
 
 STAGE_TWO: dict[str, str] = {
     "data.resolution": "what Z-Image draws; references are encoded already, targets are encoded anew",
-    "train.gradient_accumulation_steps": "half of the batch, as a triplet takes {less} times as long",
+    "train.gradient_accumulation_steps": """
+        half of the batch of lists that read references, as a triplet takes {less} times as long; twice that of
+        `[lora]`""",
     "train.max_train_steps": """
         8,000 triplets: most of 10,000 are seen once more. The reference is known by then, and what is new is detail.
         Nobody has measured it""",

@@ -38,7 +38,7 @@ COMMAND = """#!{python} -IS
 import json, os, signal, socket, sys
 own = {{"ztrain": ["-m", "ztrain.cli"], "accelerate": ["-m", "accelerate.commands.launch"]}}
 words = [*own.get("{name}", []), *sys.argv[2 if "{name}" == "accelerate" else 1:]]
-if words[:1] != ["-m"] or words[1].split(".")[0] not in ("ztrain", "data_tools", "accelerate"):
+if words[:1] != ["-m"] or words[1].split(".")[0] not in ("ztrain", "data_tools", "miniature", "accelerate"):
     os.execv("{python}", ["{python}", *words])
 connection = socket.socket(socket.AF_UNIX)
 connection.connect("{socket}")

@@ -46,8 +46,7 @@ from ztrain.model.adapted_dit import AdaptedDiT
 from ztrain.model.fast.blocks import slow_because
 from ztrain.model.flow import SigmaDensity, draw_noise, draw_sigma, loss
 from ztrain.model.sampler import SampleSettings, sample
-from ztrain.sampling.pipeline import identities, load_adapter
-from ztrain.weights import adapter_folder
+from ztrain.sampling.pipeline import identities, load_adapter, source_of
 from ztrain.weights.adapter_folder import CONFIG_FILE, adapt, read_adapter, save_adapter
 
 MINI_ADAPTERS = WEIGHTS.parent / "adapters"
@@ -489,7 +488,7 @@ def test_the_encoders_that_an_export_names_are_no_paths(
     found["models"]["vision_language"]["pretrained_model_name_or_path"] = role
     (folder / CONFIG_FILE).write_text(json.dumps(found))
     with pytest.raises(InputError, match="give its folder as vision_language="):
-        adapter_folder._source(read_adapter(folder), "vision_language", None)
+        source_of(read_adapter(folder), "vision_language", None)
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.test_parity import (
-    LORA,
-    PROJECTOR,
-    SIGLIP,
-    encoded,
-    encoders,
-    make_model,
-    noise_like,
-    picture,
-    relative_error,
-)
+from tests.test_parity import LORA, PROJECTOR, SIGLIP, encoded, make_model, noise_like, picture, relative_error
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.cache.order import SampleKey
 from ztrain.conditioning import Encoded
@@ -32,7 +22,7 @@ from ztrain.model.fast.blocks import use_fast_blocks
 from ztrain.model.flow import LossWeight, SigmaDensity, draw_sigma, draw_sigmas, velocity_losses
 from ztrain.model.sampler import SampleSettings, sample
 
-__all__ = ["encoded", "encoders"]  # fixtures
+__all__ = ["encoded"]  # fixtures
 SIGMA = torch.tensor([0.9, 0.4, 0.65, 0.2, 0.7])
 
 

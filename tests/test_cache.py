@@ -343,11 +343,12 @@ def refuse(*arguments, **named): raise SystemExit("an encoder was built: " + rep
 import transformers, diffusers
 transformers.PreTrainedModel.__init__ = refuse
 diffusers.AutoencoderKL.encode = refuse
-from ztrain import encoders, vision_language
+from ztrain.frozen import encoders
+from ztrain.frozen import vision_language
 for owner, name in ((encoders.TextEncoder, "__init__"), (encoders.SiglipEncoder, "__init__"),
                     (vision_language.SplicedModel, "__init__"), (encoders.LatentCodec, "encode")):
     setattr(owner, name, refuse)
-from ztrain.train import main
+from ztrain.train.loop import main
 sys.exit(main({json.dumps(["--config", "configs/siglip_lora.yaml", "configs/tiny.yaml"])} + sys.argv[1:]))
 """
     words = [
@@ -542,7 +543,8 @@ def test_what_cannot_be_encoded_is_counted_and_left_out(family: Path, data: Path
 
 WITHOUT_RIGHTS = """
 import ctypes, os, sys
-from ztrain import cli, train
+from ztrain import cli
+from ztrain.train import loop as train
 folder, *words = sys.argv[1:]
 os.umask(0o022)
 # What lets root pass over modes goes, for all threads to come; to another user a checkout may be closed.
@@ -692,10 +694,10 @@ def test_a_target_among_its_references_is_refused(family: Path, tmp_path: Path) 
 
 FILL = """
 import json, sys
-from ztrain.cache import Cache
+from ztrain.cache.cache import Cache
 from ztrain.config import Config
-from ztrain.fill import fill
-from ztrain.samples import all_needs, read_samples
+from ztrain.cache.fill import fill
+from ztrain.cache.samples import all_needs, read_samples
 config = Config.model_validate_json(sys.argv[1])
 cache = Cache(config)
 print(json.dumps(fill(cache, all_needs(config, read_samples(config, cache)), "cpu", progress=False).computed))

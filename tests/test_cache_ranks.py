@@ -34,7 +34,7 @@ DDP = ("accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.ya
 SLOWED = """
 import os, sys, time
 from pathlib import Path
-from ztrain.states import Encoders
+from ztrain.frozen.states import Encoders
 load, compute, place = Encoders.add, Encoders.compute, Path(os.environ["MEETING"])
 met = []
 def loaded(self, *arguments):

@@ -55,7 +55,7 @@ KILLER = """
 import os, shutil, signal, sys
 from pathlib import Path
 import torch
-from ztrain import checkpoint
+from ztrain.weights import checkpoint
 
 def make(value):
     a = torch.full((4,), float(value))

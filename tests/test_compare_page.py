@@ -42,7 +42,7 @@ def prepared(tmp_path: Path) -> Path:
     """A user's folder: pictures, the page's files, and models in the place of those that they name."""
     project = tmp_path / "project"
     project.mkdir()
-    for name in ("configs", "ztrain"):
+    for name in ("configs", "miniature", "ztrain"):
         (project / name).symlink_to(ROOT / name)
     files = {name: yaml.safe_load(text) for name, text in named_files(PAGE).items()}
     assert set(files) == {"judges.yaml", "axes.yaml"}

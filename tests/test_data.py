@@ -798,7 +798,7 @@ class Hub(BaseHTTPRequestHandler):
 COMMIT = "c0ffee" + "0" * 34
 CLIENT = """
 import json, sys
-from ztrain.data import read_triplets
+from ztrain.data.reading import read_triplets
 from ztrain.errors import InputError
 assert not {"datasets", "pyarrow", "torch"} & set(sys.modules)  # they load where they are used
 for location, split, revision in json.loads(sys.argv[1]):

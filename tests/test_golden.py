@@ -4,8 +4,8 @@ tests/golden/1 was written by the code of commit b02b086 (tests/golden/write.py 
 3/export_projector by that which raised those numbers. The rules:
 
 - Whoever changes what a file of one of the four kinds means raises the number of its format, FORMAT_VERSION in
-  checkpoint.py (state.json), export.py (adapter_config.json), cache.py (kind.json) or tars.py (manifest.json of a data
-  set). A file without a number is of format 1. New golden files are then written beside these, which stay.
+  checkpoint.py (state.json), adapter_folder.py (adapter_config.json), cache.py (kind.json) or tars.py (manifest.json
+  of a data set). A file without a number is of format 1. New golden files are then written beside these, which stay.
 - Data sets and exports of every earlier format load as what they were.
 - A checkpoint of an earlier format is read, or refused by one sentence.
 - A cache of an earlier format is read, or computed again: raise `cache._RULES`, and its folders get other names. Its

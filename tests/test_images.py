@@ -283,7 +283,7 @@ def test_foreign_pictures_are_opened_by_one_module() -> None:
     root = Path(images.__file__).parents[1]
     files = (*root.glob("ztrain/**/*.py"), *root.glob("data_tools/*.py"))
     asking = {path.stem for path in files if re.search(r"\bImage\.open\(", path.read_text("utf-8"))}
-    assert asking == {"drawn", "render", "validate", "runs"}  # pictures of our own, and a page's example
+    assert asking == {"drawn", "command", "validate", "runs"}  # pictures of our own, and a page's example
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])

@@ -153,7 +153,7 @@ def main_config(words: list[str]) -> Config:
     """What ztrain.train makes of its words."""
     made: list[Config] = []
 
-    def stop(config: Config) -> Outcome:
+    def stop(config: Config, truth: object) -> Outcome:
         made.append(config)
         return Outcome(exported=Path("none"))
 

@@ -399,7 +399,7 @@ def test_commands_on_a_page_name_what_exists(page: Path, tmp_path: Path) -> None
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if line and not line.startswith("#")]
-    assert len(commands) >= 2
+    assert len(commands) >= 2 or page.name == "architecture.md"  # which shows code, and no command
     targets = (ROOT / "Makefile").read_text()
     for words in commands:
         recipe = words[0].startswith("launch/") or words[0] == "sbatch"

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_main_path import QUIET, ROOT, losses
-from tests.test_parity import LORA, SIGMA, encoded, encoders, make_model, noise_like
+from tests.test_parity import LORA, SIGMA, encoded, make_model, noise_like
 from tests.triplets import model_words
 from ztrain.conditioning import Encoded
 from ztrain.errors import InputError
 from ztrain.model.fast.block import Keep
 from ztrain.model.fast.budget import GIB, Budget, Line, Sizes
 
-__all__ = ["encoded", "encoders"]  # fixtures
+__all__ = ["encoded"]  # fixtures
 pytestmark = pytest.mark.usefixtures("forge")
 SIZES = Sizes(
     kept={
@@ -105,9 +105,10 @@ def test_a_budget_is_asked_only_for_what_is_kept(family: Path, encoded: Encoded)
 
 SHORT = """
 import sys, torch
-from ztrain import run, train
-from ztrain.block import Keep
-from ztrain.memory import Budget, Line, Sizes
+from ztrain.train import run
+from ztrain.train import loop as train
+from ztrain.model.fast.block import Keep
+from ztrain.model.fast.budget import Budget, Line, Sizes
 
 class Short(Budget):
     '''Of a card that has less than was measured: its fourth forward pass fails, and its eighth backward pass.'''

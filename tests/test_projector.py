@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miniature.trials import ADAPTERS, WEIGHTS
-from tests.test_parity import SIGMA, encoded, encoders, noise_like
+from tests.test_parity import SIGMA, encoded, noise_like
 from ztrain.adapters import build_adapters
 from ztrain.adapters.projector import ProjectorConfig
 from ztrain.adapters.splice import SpliceConfig
@@ -19,7 +19,7 @@ from ztrain.model.adapted_dit import AdaptedDiT
 from ztrain.model.dit import load_transformer
 from ztrain.weights.adapter_folder import adapt, read_adapter
 
-__all__ = ["encoded", "encoders"]  # fixtures
+__all__ = ["encoded"]  # fixtures
 
 
 def adapted(family: Path, config: ProjectorConfig | SpliceConfig, dtype: torch.dtype) -> AdaptedDiT:

@@ -207,7 +207,7 @@ CLOCK = """
 import os, random, sys, time
 chance, real = random.Random(3), time.time
 time.time = lambda: real() + chance.choice([-86400.0, 0.0, 86400.0])
-from ztrain.train import main
+from ztrain.train.loop import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -48,7 +48,7 @@ NEEDS = {  # calls that must say so: whose, and which keyword
 
 def doors(root: Path) -> Iterator[str]:
     """A sentence with file and line for everything that could run what foreign files hold."""
-    for package in ("ztrain", "data_tools", "benchmarks"):
+    for package in ("ztrain", "data_tools", "miniature", "benchmarks"):
         for path in sorted((root / package).rglob("*.py")):
             name = path.relative_to(root).as_posix()
             for node in nodes(path):

@@ -24,7 +24,7 @@ SIZES = {"star.png": (64, 64), "both.png": (64, 64), "coherent.png": (64, 64), "
 
 def test_every_command_draws_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a project with the pictures that it names; two steps for twelve, and no guidance unless a line has it."""
-    for name in ("configs", "ztrain"):
+    for name in ("configs", "miniature", "ztrain"):
         (tmp_path / name).symlink_to(ROOT / name)
     for seed, name in enumerate(("reference.png", "other.png", "collage.png")):
         picture(seed, 96, 64).save(tmp_path / name)

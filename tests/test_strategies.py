@@ -55,7 +55,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from ztrain.config import load_config
 from ztrain.errors import InputError
-from ztrain.strategy import strategy_of
+from ztrain.distributed.strategy import strategy_of
 from pathlib import Path
 PartialState(cpu=True)
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

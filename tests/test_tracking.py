@@ -189,10 +189,10 @@ SLACK = 15.0
 CHILD = """
 import atexit, json, os, sys, threading, time
 from pathlib import Path
-from ztrain import wandb_mirror
+from ztrain.train import wandb_mirror
 from ztrain.config import TrackingConfig
 from ztrain.errors import InputError
-from ztrain.tracking import Record
+from ztrain.train.tracking import Record
 scope = dict(globals(), folder=Path("run"))
 wandb_mirror.FLUSH_SECONDS = 0.2
 for line in open("statements"):
@@ -559,7 +559,7 @@ def test_without_a_key_nobody_is_asked_for_one(tmp_path: Path, serve: Any) -> No
         import os, psutil, time
         from pathlib import Path
         from ztrain.config import TrackingConfig
-        from ztrain.tracking import Record
+        from ztrain.train.tracking import Record
         os.dup2(os.open(os.ttyname(1), os.O_RDWR), 0)
         record = Record(Path("run"), TrackingConfig(report_to="wandb"), {}, resumed_step=None)
         while any("python" in child.name() and child.status() != "zombie" for child in psutil.Process().children()):

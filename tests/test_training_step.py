@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from tests.test_parity import LORA, PROJECTOR, SIGLIP, SIGMA, encoded, encoders, make_model, noise_like
+from tests.test_parity import LORA, PROJECTOR, SIGLIP, SIGMA, encoded, make_model, noise_like
 from tests.triplets import ROOT, tiny_config, write_triplets
 from ztrain.adapters.splice import SpliceConfig
 from ztrain.cache.order import SampleKey
@@ -23,7 +23,7 @@ from ztrain.train.meter import Meter
 from ztrain.train.optimizer import make_optimizer, make_schedule
 from ztrain.train.run import build
 
-__all__ = ["encoded", "encoders"]  # fixtures
+__all__ = ["encoded"]  # fixtures
 LISTS = [[PROJECTOR], [SpliceConfig(), LORA], [SIGLIP], [SIGLIP, LORA], [LORA]]
 NAMES = ["projector", "splice_lora", "siglip", "siglip_lora", "lora"]
 

@@ -14,7 +14,7 @@ from tests.triplets import model_words
 
 ORDER = """
 import sys
-from ztrain import train
+from ztrain.train import loop as train
 
 done = []
 def noted(name, function, step):
@@ -33,7 +33,7 @@ sys.exit(status)
 LOOP = """
 import sys, traceback, warnings
 import torch
-from ztrain import train
+from ztrain.train import loop as train
 
 waits = []
 def note(message, *_, **__):

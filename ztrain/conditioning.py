@@ -1,7 +1,8 @@
 """What a batch of triplets looks like once encoded, and what the DiT reads: two frozen records of pure tensors.
 
 `Encoded` holds every cached state by name; dropping a modality (guidance, dropout) picks among them and never encodes
-again. Adapters turn an `Encoded` into a `Conditioning`. Nothing here knows a model.
+again. Adapters turn an `Encoded` into a `Conditioning`: adapters/splice.py puts a reference into the caption,
+adapters/siglip.py beside it, and model/dit.py embeds both. Nothing here knows a model.
 
 Legend: B batch, R references of a sample (0 or more), L tokens, D text width, (h, w, S) SigLIP grid and width.
 """

@@ -226,7 +226,7 @@ class TrainConfig(_Section):
     """Optimizer steps between two printed lines; every step is written to metrics.jsonl."""
     hang_timeout_minutes: float = Field(default=10.0, gt=0.0)
     """Of several processes: minutes after which all end where none has moved, with a sentence that names who is behind
-    (vigil.py). Shorter than one step, it ends a sound run; filling the cache and other long tasks do not count."""
+    (watchdog.py). Shorter than one step, it ends a sound run; filling the cache and other long tasks do not count."""
     checkpointing_steps: int = Field(default=500, ge=1)
     """Optimizer steps between two checkpoints; the last step always has one."""
     checkpoints_total_limit: int = Field(default=3, ge=2)

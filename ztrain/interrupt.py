@@ -1,5 +1,6 @@
 """Signals: a run that is told to stop finishes its step, saves and exits; every other command stops where it is, with
-nothing half-written. No process outlives the one that it works for.
+nothing half-written. No process outlives the one that it works for. The checkpoint is saved by `_finish_step` in
+train/loop.py.
 
 Exit status of what was stopped: 128 + the signal's number, as shells have it. Launchers make 1 of it, so `ended.json`
 in a run's folder holds it as well.

@@ -101,7 +101,7 @@ def inputs() -> tuple[Any, ...]:
 
 def velocities(models: Path, folder: Path) -> list[torch.Tensor]:
     """Of an exported adapter on `inputs()`."""
-    from ztrain.export import adapt, read_adapter
+    from ztrain.weights.adapter_folder import adapt, read_adapter
 
     with torch.no_grad():
         return list(adapt(transformer(models), read_adapter(folder))(*inputs()))
@@ -118,7 +118,7 @@ def told(tensor: torch.Tensor) -> str:
 
 def rows(folder: Path) -> dict[str, list[Any]]:
     """Split -> rows of a data set, pictures by the digest of their bytes."""
-    from ztrain.data import read_triplets
+    from ztrain.data.reading import read_triplets
 
     return {
         split: [
@@ -131,7 +131,7 @@ def rows(folder: Path) -> dict[str, list[Any]]:
 
 def states(cache: Any) -> dict[str, str]:
     """What a run of the cache's config reads of it."""
-    from ztrain.samples import all_needs, read_samples
+    from ztrain.cache.samples import all_needs, read_samples
 
     needs = all_needs(cache.config, read_samples(cache.config, cache))
     return {
@@ -143,7 +143,7 @@ def states(cache: Any) -> dict[str, str]:
 
 def exported(folder: Path) -> dict[str, str]:
     """A digest of the names and tensors of each file of an export."""
-    from ztrain.export import read_adapter
+    from ztrain.weights.adapter_folder import read_adapter
 
     files = read_adapter(folder).files
     lines = {name: [f"{key} {told(tensor)}" for key, tensor in sorted(of.items())] for name, of in files.items()}
@@ -151,8 +151,8 @@ def exported(folder: Path) -> dict[str, str]:
 
 
 def _write_models(folder: Path) -> None:
-    from ztrain.mini.family import TURBO, VISION_LANGUAGE, write_repositories
-    from ztrain.mini.parts import (
+    from miniature.family import TURBO, VISION_LANGUAGE, write_repositories
+    from miniature.parts import (
         FamilySizes,
         Parts,
         build_siglip,
@@ -214,7 +214,7 @@ def _write_data(folder: Path) -> None:
 
 def _run(folder: Path) -> list[float]:
     """Trains in `folder`; keeps the checkpoint of step 2 and the export, gives the losses."""
-    from ztrain.train import main as train
+    from ztrain.train.loop import main as train
 
     os.chdir(folder)  # so that no path of this machine is written down
     assert train(TRAIN) == 0
@@ -231,11 +231,11 @@ def _run(folder: Path) -> list[float]:
 
 def main(folder: Path) -> None:
     from ztrain.adapters import build_adapters
-    from ztrain.cache import Cache
+    from ztrain.cache.cache import Cache
     from ztrain.config import load_config
-    from ztrain.export import save_adapter
-    from ztrain.model import AdaptedDiT
-    from ztrain.models import identity
+    from ztrain.frozen.sources import identity
+    from ztrain.model.adapted_dit import AdaptedDiT
+    from ztrain.weights.adapter_folder import save_adapter
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

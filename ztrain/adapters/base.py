@@ -1,7 +1,7 @@
 """The adapter protocol: how a frozen Z-Image is made to look at a reference image, in four verbs.
 
 An experiment is an ordered list of adapters; conditioning flows through it as through a pipe. A new kind is one file
-with a config class (what the YAML says) and an Adapter class, and one line in `ztrain.adapters.ADAPTERS`.
+with a config class (what the YAML says) and an Adapter class, and its lines in adapters/__init__.py.
 """
 
 import json

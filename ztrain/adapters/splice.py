@@ -2,7 +2,7 @@
 
 Also the baseline that every trained adapter is measured against, and the composition that the projector reuses.
 Two questions: which states of the spliced model (the image alone, or image and prompt in one sequence), and how they
-meet the prompt's own states (replace, concatenate, blend). Formulas and defaults: ../README.md, "The splice".
+meet the prompt's own states (replace, concatenate, blend). Formulas and defaults: README.md, "The splice".
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Cached samples as batches, read some way ahead of training; and dropout of prompt and reference.
 
-Every batch is a function of its keys (order: sampler.py), so the number of workers changes nothing. Workers are
+Every batch is a function of its keys (order: order.py), so the number of workers changes nothing. Workers are
 threads: reading a memory-mapped file and hashing it leaves Python's lock free; processes would copy every tensor.
 """
 

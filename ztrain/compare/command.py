@@ -1,7 +1,7 @@
 """`ztrain compare`: adapter lists side by side on the same rows and seeds, judged, with what the numbers can bear.
 
 Columns: no image, the splice, presets, exported adapters, controls. In `<compare.output_dir>`: the pictures,
-`comparison.json` (comparison.py) and `compare.png`, a labelled sheet. The splice and plain text-to-image need no
+`comparison.json` (record.py) and `compare.png`, a labelled sheet. The splice and plain text-to-image need no
 special case: they are lists without weights. With `--checkpoints` the columns are the checkpoints of a run.
 """
 

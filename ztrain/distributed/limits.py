@@ -1,4 +1,4 @@
-"""What each strategy cannot carry out of a config: read by training (strategy.py) and by planning (plan.py)."""
+"""What each strategy cannot carry out of a config: read by training (strategy.py) and by planning (plan/command.py)."""
 
 from ztrain.config import Config
 

@@ -10,7 +10,7 @@ from a `Request` to tensors. Each of these gives another function, and so none o
 - `Encoders.states` computes what is asked for: sampling.
 - `cache.Cache.states` reads it from disk: training.
 - `cache.Needs` only writes the request down: what the cache must hold before training starts.
-- `tokens.token_counts` answers with tensors of the right shape: how long a sample's sequence is.
+- `token_counts` (cache/token_counts.py) answers with tensors of the right shape: how long a sample's sequence is.
 - `requests_of` lists what one triplet asks for: which models must be loaded.
 
 Legend: B batch, R references of a sample, L tokens, D text width, C latent channels, H and W latent sides, (h, w, S)

@@ -4,7 +4,7 @@
     velocity = noise - latents               d noisy / d sigma = velocity
 
 `loss` is what training, validation and pretraining measure; `euler_step` is what a sampler does. Nothing here knows
-about Z-Image: the transformer's reversed time and sign live in model.py. Every random draw but `draw_sigmas` is
+about Z-Image: the transformer's reversed time and sign live in adapted_dit.py. Every random draw but `draw_sigmas` is
 counter-based, a pure function of (seed, epoch, sample index), so it does not depend on ranks, workers or resumes.
 
 Legend: B batch, C latent channels, H and W latent height and width, N sampler steps.

@@ -150,14 +150,14 @@ def load_adapter(
     check_identity(exported, identities(pipeline.transformer, encoders))
     given = {VISION_LANGUAGE.key: vision_language, SIGLIP.key: siglip}
     needed = models_of(list_reads(exported.adapters))
-    encoders.add(needed, lambda key: _source(exported, key, given.get(key)), exported.encoders, dtype, device)
+    encoders.add(needed, lambda key: source_of(exported, key, given.get(key)), exported.encoders, dtype, device)
     check_identity(exported, identities(pipeline.transformer, encoders))
     model = adapt(pipeline.transformer, exported)
     shift = float(pipeline.scheduler.config.shift)
     return AdaptedPipeline(model, encoders, exported.encoders, defaults_for(shift, variant, "this pipeline"))
 
 
-def _source(exported: ExportedAdapter, key: str, given: str | None) -> Source:
+def source_of(exported: ExportedAdapter, key: str, given: str | None) -> Source:
     recorded = exported.models[key]
     name = given or str(recorded["pretrained_model_name_or_path"])
     is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)

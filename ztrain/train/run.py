@@ -1,6 +1,6 @@
 """What one process of a training run consists of: built, restored, validated, saved and exported.
 
-In: a config, and the checkpoint that it resumes from. Out: a `Run`, whose loop is train.py. Whatever the main process
+In: a config, and the checkpoint that it resumes from. Out: a `Run`, whose loop is loop.py. Whatever the main process
 alone does (files, locks) fails on all processes together.
 """
 
@@ -42,10 +42,10 @@ from ztrain.model.flow import LossWeight, SigmaDensity, loss_weight, resolution_
 from ztrain.model.sampler import released_or
 from ztrain.privacy import own_config
 from ztrain.resolve import describe_dropouts, resolve, shift_of
+from ztrain.train.advice import advice
 from ztrain.train.meter import environment
 from ztrain.train.optimizer import Group, groups_of, make_optimizer, make_schedule, one_group
 from ztrain.train.scoring import Scoring
-from ztrain.train.stopping import advice
 from ztrain.train.tracking import Record
 from ztrain.train.tune import tune
 from ztrain.train.validate import Previews, describe_losses, validation_losses

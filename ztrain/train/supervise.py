@@ -17,7 +17,7 @@ from ztrain.distributed.strategy import KWARGS
 from ztrain.distributed.watchdog import Watchdog
 from ztrain.interrupt import Interruption
 
-_COLLECTIVE_TIMEOUT = timedelta(days=30)  # vigil.py ends what hangs, and knows whether anybody still moves
+_COLLECTIVE_TIMEOUT = timedelta(days=30)  # watchdog.py ends what hangs, and knows whether anybody still moves
 
 
 class Supervisor(NamedTuple):

@@ -2,7 +2,8 @@
 
 In: tensors by file and a JSON state. Out: `<folder>/step-00000100/` with safetensors files, `state.json` and
 `MANIFEST.json` (bytes and SHA-256 of each). Resuming takes the newest one whose hashes hold. No pickle anywhere; the
-base model is referenced by its identity, never stored. Also: which settings a resumed run may change.
+base model is referenced by its identity, never stored. What a run puts into one: `save` in train/run.py. Also: which
+settings a resumed run may change.
 """
 
 import json

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from ztrain.train.stopping import Row, advice
+from ztrain.train.advice import Row, advice
 
 
 def recorded(uses: Sequence[float], losses: Sequence[float], half: float = 0.01) -> list[Row]:

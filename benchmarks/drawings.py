@@ -22,7 +22,7 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class StudySettings:
     """How much of everything. `counts`: of each split, styles and drawings of each."""
 
     counts: Mapping[str, tuple[int, int]]
@@ -45,7 +45,7 @@ class Drawings(Protocol):
     def truth(self) -> Truth:
         """What its judges may be asked."""
 
-    def lay_out(self, folder: Path, plan: Plan) -> None:
+    def lay_out(self, folder: Path, plan: StudySettings) -> None:
         """Writes pictures and build.yaml, from which data_tools.build makes the triplets of train and test."""
 
 
@@ -54,7 +54,7 @@ class Paintings:
 
     options, truth = (), PAINTED
 
-    def lay_out(self, folder: Path, plan: Plan) -> None:
+    def lay_out(self, folder: Path, plan: StudySettings) -> None:
         paint_many_styles(folder, plan.counts, seed=plan.seed)
         splits = ", ".join(f"{split}: {split}" for split in plan.counts)
         styles = f"label: {{styles: {{contents: contents.csv, splits: {{{splits}}}}}}}\n"

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.drawings import Plan
+from benchmarks.drawings import StudySettings
 from benchmarks.findings_book import BOOK, DROPOUTS, LISTS, PROJECTED, UNTRAINED, VARIANTS, WAYS
 from benchmarks.laboratory import Laboratory
 from benchmarks.pages import PAGES, RESULTS, cell, devices, write_page
@@ -25,8 +25,8 @@ from benchmarks.state_gaps import mean_gaps, state_gaps
 from miniature.trials import exported_entry
 from ztrain.terminal import program
 
-PLAN = Plan(counts={"train": (512, 8), "test": (128, 2)}, steps=800, batch=16)
-SMOKE = Plan(counts={"train": (6, 4), "test": (6, 2)}, steps=3, batch=4)
+PLAN = StudySettings(counts={"train": (512, 8), "test": (128, 2)}, steps=800, batch=16)
+SMOKE = StudySettings(counts={"train": (6, 4), "test": (6, 2)}, steps=3, batch=4)
 TIMED_STEPS = 40
 
 

@@ -18,15 +18,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.drawings import Plan, Variant
+from benchmarks.drawings import StudySettings, Variant
 from benchmarks.findings_book import LISTS, UNTRAINED
 from benchmarks.laboratory import Laboratory, Ways
 from benchmarks.pages import PAGES, RESULTS, cell, devices, write_page
 from ztrain.terminal import program
 
 NAME = "guidance"
-PLAN = Plan(counts={"train": (512, 8), "test": (128, 2)}, steps=800, batch=16)
-SMOKE = Plan(counts={"train": (6, 4), "test": (6, 2)}, steps=3, batch=4)
+PLAN = StudySettings(counts={"train": (512, 8), "test": (128, 2)}, steps=800, batch=16)
+SMOKE = StudySettings(counts={"train": (6, 4), "test": (6, 2)}, steps=3, batch=4)
 GUIDANCE = 4.0  # of the released Base
 NEGATIVES = ("neither", "reference", "base")
 WAYS: Ways = {"own": {"sample": {"guidance_scale": 0.0}}} | {

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from benchmarks.drawings import Drawings, Paintings, Plan, Variant
+from benchmarks.drawings import Drawings, Paintings, StudySettings, Variant
 from benchmarks.side_by_side import run_modules
 from data_tools.build import main as build
 from miniature.exam import Clusters, Scores
@@ -47,7 +47,7 @@ class Laboratory:
     """A plan, and the folder in which it is carried out."""
 
     out: Path
-    plan: Plan
+    plan: StudySettings
     jobs: int = 1
     ways: Ways = field(default_factory=lambda: {"own": {}})
     drawings: Drawings = field(default_factory=Paintings)

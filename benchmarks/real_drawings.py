@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks.drawings import Plan, Variant
+from benchmarks.drawings import StudySettings, Variant
 from benchmarks.laboratory import Laboratory, Ways
 from benchmarks.pages import PAGES, RESULTS, cell, devices, save_sheet, write_page
 from miniature.family import BASE, MARKER, SIGLIP, VISION_LANGUAGE
@@ -38,8 +38,8 @@ from ztrain.terminal import program
 
 NAME = "real_drawings"
 DATA, SIZE = Path("../shared/data/emoji_styles"), 128
-PLAN = Plan(counts={"train": (8, 4000), "validation": (8, 10), "test": (8, 48)}, steps=2000, batch=16)
-SMOKE = Plan(counts={"train": (8, 12), "validation": (8, 2), "test": (8, 3)}, steps=2, batch=2)
+PLAN = StudySettings(counts={"train": (8, 4000), "validation": (8, 10), "test": (8, 48)}, steps=2000, batch=16)
+SMOKE = StudySettings(counts={"train": (8, 12), "validation": (8, 2), "test": (8, 3)}, steps=2, batch=2)
 LEFT_OUT = "emojitwo_line"
 LAYERS, STRENGTHS = (4, 5, 6), (0.5, 1.0)
 """Of the splice that are compared on validation triplets."""
@@ -106,7 +106,7 @@ class RealDrawings:
             drawn_by="content",
         )
 
-    def lay_out(self, folder: Path, plan: Plan) -> None:
+    def lay_out(self, folder: Path, plan: StudySettings) -> None:
         """Splits train, train_without (the left-out style), validation and test: a table of pairs."""
         rows = [*self._pairs("train", "train", "train", plan, seed=0)]
         rows += [row | {"split": "train_without"} for row in rows if row["style"] != self.left_out]
@@ -126,7 +126,7 @@ class RealDrawings:
         text += "label: {pairs: {table: pairs.csv, max_copy_score: 1.0}}\n"
         (folder / "build.yaml").write_text(text, encoding="utf-8")
 
-    def _pairs(self, name: str, targets: Split, references: Split, plan: Plan, *, seed: int) -> Iterator[dict]:
+    def _pairs(self, name: str, targets: Split, references: Split, plan: StudySettings, *, seed: int) -> Iterator[dict]:
         """Rows of one split in rounds, in each of which a style occurs once at most; training's pairs come four times,
         with other references."""
         styles, drawings = plan.counts[name]

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.drawings import Plan, Variant
+from benchmarks.drawings import StudySettings, Variant
 from benchmarks.laboratory import Laboratory, Ways
 from miniature.exam import RETRIEVAL_POOL
 from miniature.trials import ADAPTERS, splice, text_only
@@ -25,8 +25,8 @@ from ztrain.weights.adapter_folder import CONFIG_FILE, sealed
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "shipped_adapters.json"
-PLAN = Plan(counts={"train": (2500, 8), "test": (512, 2)}, steps=4000, batch=64, seed=1)
-SMOKE = Plan(counts={"train": (6, 4), "test": (6, 2)}, steps=3, batch=4)
+PLAN = StudySettings(counts={"train": (2500, 8), "test": (512, 2)}, steps=4000, batch=64, seed=1)
+SMOKE = StudySettings(counts={"train": (6, 4), "test": (6, 2)}, steps=3, batch=4)
 
 _TEXT = ("--adapters.0.tokens", "text")
 _RANK = "16"

@@ -13,7 +13,7 @@ import pydantic
 from data_tools.groups import check_split
 from data_tools.likeness import COPY_SCORE
 from data_tools.output import check_share
-from data_tools.pictures import Captions, Pictures, Told
+from data_tools.pictures import Captions, Counts, Pictures
 from data_tools.triplets import PROMPTS, Item, Scanned
 from ztrain.data.csvs import Row, read_table
 from ztrain.data.rows import check_text
@@ -45,7 +45,7 @@ class PairTable(Strict):
             pass
         return [path]
 
-    def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
+    def items(self, pictures: Pictures, folder: Path, told: Counts) -> Iterator[Item]:
         """Raises InputError where too many rows are unusable."""
         path = folder / self.table
         rows: list[tuple[str, Row]] = []
@@ -119,7 +119,7 @@ class BeforeAfter(Strict):
     def tables(self, folder: Path) -> list[Path]:
         return []
 
-    def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
+    def items(self, pictures: Pictures, folder: Path, told: Counts) -> Iterator[Item]:
         """Raises InputError where there are no such folders."""
         captions = pictures.captions(self.caption_column)
         before = self._below(self.before, pictures)

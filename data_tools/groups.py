@@ -14,7 +14,7 @@ import pydantic
 
 from data_tools.names import style_of
 from data_tools.output import fingerprint
-from data_tools.pictures import Captions, Pictures, Told
+from data_tools.pictures import Captions, Counts, Pictures
 from data_tools.triplets import Item, Scanned
 from ztrain.data.csvs import cell, read_rows
 from ztrain.errors import InputError
@@ -56,10 +56,10 @@ class StyleFolders(_Way):
     def tables(self, folder: Path) -> list[Path]:
         if self.contents is None:
             return []
-        self._read(folder, Told())
+        self._read(folder, Counts())
         return [folder / self.contents]
 
-    def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
+    def items(self, pictures: Pictures, folder: Path, told: Counts) -> Iterator[Item]:
         """Raises InputError."""
         contents = None if self.contents is None else self._read(folder, told)
         captions = pictures.captions(self.caption_column)
@@ -85,7 +85,11 @@ class StyleFolders(_Way):
                                more={"style": style, "content": content, **said.columns})  # fmt: skip
 
     def _with_content(
-        self, style: str, pictures: Sequence[Scanned], contents: Mapping[str, tuple[str, str | None]] | None, told: Told
+        self,
+        style: str,
+        pictures: Sequence[Scanned],
+        contents: Mapping[str, tuple[str, str | None]] | None,
+        told: Counts,
     ) -> dict[str, Scanned]:
         """Content -> its picture in this style. Raises InputError."""
         own = {picture: one_form(PurePosixPath(picture.name).stem) for picture in pictures}
@@ -115,7 +119,7 @@ class StyleFolders(_Way):
             raise InputError(f"no style folder {', '.join(missing)}; found: {', '.join(sorted(present)) or 'none'}")
         return {style: sorted(present[style], key=lambda each: each.name) for style in styles}
 
-    def _read(self, folder: Path, told: Told) -> dict[str, tuple[str, str | None]]:
+    def _read(self, folder: Path, told: Counts) -> dict[str, tuple[str, str | None]]:
         """Content id -> prompt and split, "" for one that is left out. Raises InputError."""
         path = folder / str(self.contents)
         columns = [name for name in (self.id_column, self.prompt_column, self.split_column) if name is not None]
@@ -146,7 +150,7 @@ class StyleClusters(_Way):
     caption_column: str = "caption"
     """Column with prompts."""
 
-    def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
+    def items(self, pictures: Pictures, folder: Path, told: Counts) -> Iterator[Item]:
         """Raises InputError where there are no embeddings."""
         from data_tools import communities
 
@@ -193,7 +197,7 @@ class Clips(_Way):
             raise ValueError(f"max_gap {self.max_gap} must be at least min_gap {self.min_gap}")
         return self
 
-    def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
+    def items(self, pictures: Pictures, folder: Path, told: Counts) -> Iterator[Item]:
         captions = pictures.captions(self.caption_column)
         known = {picture.key: picture for picture in pictures.usable}
         clips: dict[str, list[str]] = defaultdict(list)
@@ -214,7 +218,7 @@ class Alone(_Way):
     caption_column: str = "caption"
     """Column with prompts."""
 
-    def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
+    def items(self, pictures: Pictures, folder: Path, told: Counts) -> Iterator[Item]:
         captions = pictures.captions(self.caption_column)
         for picture in pictures.single(pictures.usable, told):
             yield Item(picture=picture, way="alone", content=picture.key, whole=picture.cluster,

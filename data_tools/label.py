@@ -17,7 +17,7 @@ from data_tools.captions import GIVEN
 from data_tools.given import BeforeAfter, PairTable
 from data_tools.groups import Alone, Clips, StyleClusters, StyleFolders
 from data_tools.output import digest_of
-from data_tools.pictures import Lines, Pictures, Told
+from data_tools.pictures import Counts, Lines, Pictures
 from data_tools.stages import Run, Table
 from data_tools.step import main_of_section
 from data_tools.triplets import PROMPTS, Item, write_rows
@@ -34,7 +34,7 @@ class Way(Protocol):
     def tables(self, folder: Path) -> list[Path]:
         """Files that decide it, checked; `folder`: what their paths are relative to. Raises InputError."""
 
-    def items(self, pictures: Pictures, folder: Path, told: Told) -> Iterator[Item]:
+    def items(self, pictures: Pictures, folder: Path, told: Counts) -> Iterator[Item]:
         """Raises InputError."""
 
 
@@ -81,7 +81,7 @@ def label(source: Table, rules: LabelRules, out: Path, run: Run) -> Table:
     """Say what each picture is there for. Raises InputError."""
     digests = [digest_of(path) for path in rules.tables(run.folder)]
     pictures = Pictures.read(source, rules.keep_copies, rules.captions, rules.further_captions or ())
-    told = Told()
+    told = Counts()
     for what, lost in (("passed_by", pictures.passed_by), ("pictures_refused", pictures.refused)):
         for key, (stage, reason) in lost.items():
             told.leave_out(what, key, stage, reason)

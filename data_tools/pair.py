@@ -21,7 +21,7 @@ import numpy as np
 import pydantic
 
 from data_tools import likeness
-from data_tools.pictures import Told
+from data_tools.pictures import Counts
 from data_tools.stages import Run, Table
 from data_tools.step import count_splits, main_of_section
 from data_tools.triplets import Cut, Item, Pairing, Reference, Scanned, read_items, read_left_out, write_rows
@@ -99,7 +99,7 @@ class PairRules(Strict):
 
 def pair(source: Table, rules: PairRules, out: Path, run: Run) -> Table:
     """Find references for each target. Raises InputError for a split that comes out empty."""
-    told = Told(left_out=read_left_out(source))
+    told = Counts(left_out=read_left_out(source))
     items = read_items(source)
     splits = make_pairings(items, rules, told)
     pairings = [each for of_split in splits.values() for each in of_split]
@@ -115,7 +115,7 @@ def pair(source: Table, rules: PairRules, out: Path, run: Run) -> Table:
     return write_rows(Pairing, pairings, out, source, about, told.left_out, {**source.facts["counts"], **told.counts})
 
 
-def make_pairings(items: Sequence[Item], rules: PairRules, told: Told) -> dict[str, list[Pairing]]:
+def make_pairings(items: Sequence[Item], rules: PairRules, told: Counts) -> dict[str, list[Pairing]]:
     """Split -> triplets in the order of the seed; what has no reference is left out and counted."""
     groups: dict[str, dict[tuple[str, str | None], list[Item]]] = defaultdict(lambda: defaultdict(list))
     for item in items:
@@ -143,7 +143,7 @@ def make_pairings(items: Sequence[Item], rules: PairRules, told: Told) -> dict[s
     return splits
 
 
-def _small(items: Sequence[Item], rules: TargetRules, told: Told) -> frozenset[str]:
+def _small(items: Sequence[Item], rules: TargetRules, told: Counts) -> frozenset[str]:
     """Keys of pictures that are too small to be targets. Raises InputError where the rules refuse them."""
     from ztrain.model.layout import padded  # here, for it brings torch
 
@@ -164,7 +164,7 @@ def _largest_first(split: tuple[str, Mapping[tuple[str, str | None], Sequence[It
     return -sum(map(len, split[1].values())), split[0]
 
 
-def _limited(group: "_Group", rules: PairRules, told: Told) -> Iterator[Pairing]:
+def _limited(group: "_Group", rules: PairRules, told: Counts) -> Iterator[Pairing]:
     for number, pairing in enumerate(group.pairings()):
         if rules.max_triplets_per_group is None or number < rules.max_triplets_per_group:
             yield pairing
@@ -172,7 +172,7 @@ def _limited(group: "_Group", rules: PairRules, told: Told) -> Iterator[Pairing]
             told.counts["triplets_cut"] += 1
 
 
-def _in_turn(streams: list[Iterator[Pairing]], limit: int | None, told: Told) -> list[Pairing]:
+def _in_turn(streams: list[Iterator[Pairing]], limit: int | None, told: Counts) -> list[Pairing]:
     """One of each stream after the other, so that a cut stays even."""
     rows: list[Pairing] = []
     while streams:
@@ -189,7 +189,7 @@ class _Group:
 
     items: list[Item]
     rules: PairRules
-    told: Told
+    told: Counts
     small: frozenset[str] = frozenset()
     """Keys of pictures that are no targets."""
     name: str = ""

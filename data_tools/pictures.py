@@ -62,7 +62,7 @@ class Pictures:
                 pictures.copies[pictures.usable[-1].key] = like
         return pictures
 
-    def single(self, chosen: Sequence[Scanned], told: "Told") -> list[Scanned]:
+    def single(self, chosen: Sequence[Scanned], told: "Counts") -> list[Scanned]:
         """Of each cluster the one that stands for it, or the largest where that one is not among the chosen; the others
         are left out and counted."""
         if self.keep_copies:
@@ -125,7 +125,7 @@ class Captions:
 
 
 @dataclass(slots=True)
-class Told:
+class Counts:
     """What ways of labelling and pairing count while they go on."""
 
     counts: Counter[str] = field(default_factory=Counter)

@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components
 
 from data_tools.groups import check_splits
 from data_tools.output import SortedSet, fingerprint
-from data_tools.pictures import Told
+from data_tools.pictures import Counts
 from data_tools.stages import Run, Table
 from data_tools.step import count_splits, main_of_section
 from data_tools.triplets import Item, Pairing, read_items, read_left_out, write_rows
@@ -59,13 +59,13 @@ class SplitRules(Strict):
 
 def split(source: Table, rules: SplitRules, out: Path, run: Run) -> Table:
     """Give each item its split. Raises InputError where no split can be made."""
-    told = Told(left_out=read_left_out(source))
+    told = Counts(left_out=read_left_out(source))
     items = assign(read_items(source), rules, told)
     about = "split", (_RULES, rules.model_dump(mode="json"))
     return write_rows(Item, items, out, source, about, told.left_out, {**source.facts["counts"], **told.counts})
 
 
-def assign(items: Sequence[Item], rules: SplitRules, told: Told) -> list[Item]:
+def assign(items: Sequence[Item], rules: SplitRules, told: Counts) -> list[Item]:
     """Items with their splits; those that cannot be in any are left out and counted. Raises InputError."""
     ties = [list(_ties(item, rules.apart)) for item in items]
     pieces = _pieces(ties)
@@ -191,7 +191,7 @@ def _order(items: Sequence[Item]) -> dict[str, int]:
 
 
 def _without_leaks(
-    items: Sequence[Item], ties: Sequence[Sequence[tuple[str, str]]], order: Mapping[str, int], told: Told
+    items: Sequence[Item], ties: Sequence[Sequence[tuple[str, str]]], order: Mapping[str, int], told: Counts
 ) -> Iterator[Item]:
     latest: dict[tuple[str, str], str] = {}
     for item, each in zip(items, ties, strict=True):

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniature.fit import Draws, Fitted, Plan, fit, training
+from miniature.fit import Draws, FitSettings, Fitted, fit, training
 from miniature.gallery import Gallery
 
 _KL_WEIGHT = 3e-4  # small: latents are scaled to unit variance afterwards, sharpness comes first
 _STATISTICS_COUNT = 512
 
 
-def train_vae(vae: Any, gallery: Gallery, plan: Plan, seed: int, augment: bool) -> Fitted:
+def train_vae(vae: Any, gallery: Gallery, plan: FitSettings, seed: int, augment: bool) -> Fitted:
     """Trains in place, then writes the latents' own mean and spread into the config, as shift and scaling factor.
 
     `augment` flips, turns by quarters and swaps colour channels at random: for galleries of few pictures.

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miniature.fit import Draws, Fitted, Partial, Plan, fit, mixed_precision, training
+from miniature.fit import Draws, FitSettings, Fitted, Partial, fit, mixed_precision, training
 from miniature.gallery import Gallery
 from miniature.turns import turn_tokens
 from ztrain.conditioning import Encoded
@@ -87,7 +87,7 @@ def train_denoiser(
     encoder: TextEncoder,
     codec: LatentCodec,
     gallery: Gallery,
-    plan: Plan,
+    plan: FitSettings,
     density: SigmaDensity,
     seed: int,
     partial: Partial | None = None,

@@ -70,7 +70,7 @@ class Clusters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class JudgeOutputs:
     """What the judges see in T pictures: logits by label, (T, classes), and embeddings by style judge, (T, D)."""
 
     logits: dict[str, Tensor]
@@ -79,7 +79,7 @@ class Seen:
     def is_right(self, labels: dict[str, Tensor], names: Sequence[str]) -> Scores:
         return {name: correct(self.logits[name].argmax(1), labels[name]) for name in names}
 
-    def likeness(self, targets: "Seen", *, pools: Sequence[int] = ()) -> Scores:
+    def likeness(self, targets: "JudgeOutputs", *, pools: Sequence[int] = ()) -> Scores:
         """Style cosine to the targets by both judges and, for the pool sizes of consecutive rows, R@1."""
         scores: Scores = {}
         for name, embedding in self.styles.items():
@@ -98,15 +98,15 @@ class Judges:
         self.content = load_content_judge(folder, device)
         self.styles = {name: load_style_judge(folder, device, name) for name in STYLE_JUDGES}
 
-    def look(self, images: Tensor) -> Seen:
+    def look(self, images: Tensor) -> JudgeOutputs:
         styles = {name: judge.embed(images) for name, judge in self.styles.items()}
-        return Seen(logits=self.content.judge(images), styles=styles)
+        return JudgeOutputs(logits=self.content.judge(images), styles=styles)
 
 
 def score_pictures(
     images: Tensor,
-    seen: Seen,
-    true: Seen,
+    seen: JudgeOutputs,
+    true: JudgeOutputs,
     asked: dict[str, Tensor],
     shown: dict[str, Tensor],
     contents: Sequence[str],

@@ -25,7 +25,7 @@ _BLOCK = re.compile(r"^\d+\.\w*(?:layers|refiner|blocks)\.\d+\.")  # in the name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class FitSettings:
     """How long and how fast one stage trains."""
 
     steps: int
@@ -64,7 +64,7 @@ def fit(
     name: str,
     modules: Sequence[nn.Module],
     loss: Callable[[int], Tensor],
-    plan: Plan,
+    plan: FitSettings,
     device: torch.device | str,
     partial: Partial | None = None,
     shares: Sequence[float] | None = None,
@@ -121,7 +121,7 @@ def fit(
 
 
 def make_optimizers(
-    plan: Plan, share: float, weights: dict[str, nn.Parameter], on_gpu: bool
+    plan: FitSettings, share: float, weights: dict[str, nn.Parameter], on_gpu: bool
 ) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for the matrices within numbered blocks (as layers.0) where the plan has a rate for them."""
     matrices: dict[str, nn.Parameter] = {}
@@ -135,7 +135,7 @@ def make_optimizers(
     return [adamw, StackedMuon(matrices.values(), share * plan.matrix_learning_rate, decay)]
 
 
-def _rate(step: int, begin: int, plan: Plan) -> float:
+def _rate(step: int, begin: int, plan: FitSettings) -> float:
     """Share of the learning rate at a step of a run that began at step `begin`."""
     warmup = max(1, round(plan.warmup_share * plan.steps))
     cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, plan.steps - warmup)))

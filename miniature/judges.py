@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from miniature.fit import Draws, Fitted, Plan, fit, full_precision, training
+from miniature.fit import Draws, FitSettings, Fitted, fit, full_precision, training
 from miniature.gallery import Gallery
 from ztrain.frozen.sources import explained, read_json
 from ztrain.io.tensors import read_tensors
@@ -117,7 +117,7 @@ def _shaken(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return mixed + uniform(0.0, 0.08, 1, 1, 1) * noise + uniform(-0.05, 0.05, 3, 1, 1)
 
 
-def train_content_judge(judge: ContentJudge, gallery: Gallery, plan: Plan, seed: int) -> Fitted:
+def train_content_judge(judge: ContentJudge, gallery: Gallery, plan: FitSettings, seed: int) -> Fitted:
     """Cross-entropy over all labels, in place."""
     draws = Draws(len(gallery), plan.batch_size, seed, gallery.device)
 
@@ -130,7 +130,7 @@ def train_content_judge(judge: ContentJudge, gallery: Gallery, plan: Plan, seed:
         return fit("content judge", [judge], loss, plan, gallery.device)
 
 
-def train_style_judge(judge: StyleJudge, gallery: Gallery, plan: Plan, seed: int) -> Fitted:
+def train_style_judge(judge: StyleJudge, gallery: Gallery, plan: FitSettings, seed: int) -> Fitted:
     """Supervised contrastive loss over pairs of one style (arXiv 2004.11362, equation 2), in place.
 
     Raises ValueError if no style has two pictures.

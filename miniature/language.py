@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, Qwen2Tokenizer, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
 
-from miniature.fit import Draws, Fitted, Partial, Plan, fit, training
+from miniature.fit import Draws, FitSettings, Fitted, Partial, fit, training
 from miniature.gallery import Gallery
 from miniature.turns import ASSISTANT, IGNORED, TURN_KINDS, USER, Turns, picture_turns, text_turns
 from ztrain.frozen.vision_language import IMAGE_PAD, VISION_END, VISION_START
@@ -37,7 +37,7 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def train_language(
-    model: Qwen3ForCausalLM, tokenizer: Qwen2Tokenizer, gallery: Gallery, plan: Plan, seed: int
+    model: Qwen3ForCausalLM, tokenizer: Qwen2Tokenizer, gallery: Gallery, plan: FitSettings, seed: int
 ) -> Fitted:
     """Trains the text encoder in place, every token of every turn."""
     turns = text_turns(gallery, tokenizer, seed)
@@ -144,8 +144,8 @@ def train_vision_language(
     text_encoder: Qwen3ForCausalLM,
     tokenizer: Qwen2Tokenizer,
     gallery: Gallery,
-    front_end: Plan,
-    together: Plan,
+    front_end: FitSettings,
+    together: FitSettings,
     seed: int,
     min_pixels: int,
     partials: tuple[Partial, Partial] | None = None,

@@ -27,7 +27,7 @@ from transformers import Qwen2Tokenizer
 from miniature.autoencoder import train_vae
 from miniature.denoiser import train_denoiser
 from miniature.family import BASE, write_repositories, write_whole
-from miniature.fit import Fitted, Partial, Plan
+from miniature.fit import FitSettings, Fitted, Partial
 from miniature.gallery import Gallery, World
 from miniature.judges import (
     STYLE_JUDGES,
@@ -80,14 +80,14 @@ class Recipe:
     sizes: FamilySizes
     pictures: int | None
     """Pictures of a painted world to train on; None = its own choice, and all that a folder has."""
-    vae: Plan
-    language: Plan
-    front_end: Plan
-    together: Plan
-    siglip: Plan
-    content_judge: Plan
-    style_judge: Plan
-    transformer: Plan
+    vae: FitSettings
+    language: FitSettings
+    front_end: FitSettings
+    together: FitSettings
+    siglip: FitSettings
+    content_judge: FitSettings
+    style_judge: FitSettings
+    transformer: FitSettings
     density: SigmaDensity = field(default_factory=lambda: SigmaDensity(sampling="logit_normal", shift=2.0))
     shift: float = 3.0
     """Of the sampler's schedule, written into scheduler_config.json."""
@@ -127,24 +127,24 @@ SIZES = FamilySizes(
 PAINTED = Recipe(
     sizes=SIZES,
     pictures=None,
-    vae=Plan(steps=2500, batch_size=64, learning_rate=1e-3),
-    language=Plan(steps=3000, batch_size=256, learning_rate=2e-3),
-    front_end=Plan(steps=7000, batch_size=1024, learning_rate=1.5e-3, matrix_learning_rate=2e-3),
-    together=Plan(steps=1200, batch_size=512, learning_rate=1e-3),
-    siglip=Plan(steps=3000, batch_size=512, learning_rate=1e-3),
-    content_judge=Plan(steps=4000, batch_size=256, learning_rate=2e-3),
-    style_judge=Plan(steps=2500, batch_size=512, learning_rate=1e-3),
-    transformer=Plan(steps=14000, batch_size=1024, learning_rate=2e-3, matrix_learning_rate=3e-3),
+    vae=FitSettings(steps=2500, batch_size=64, learning_rate=1e-3),
+    language=FitSettings(steps=3000, batch_size=256, learning_rate=2e-3),
+    front_end=FitSettings(steps=7000, batch_size=1024, learning_rate=1.5e-3, matrix_learning_rate=2e-3),
+    together=FitSettings(steps=1200, batch_size=512, learning_rate=1e-3),
+    siglip=FitSettings(steps=3000, batch_size=512, learning_rate=1e-3),
+    content_judge=FitSettings(steps=4000, batch_size=256, learning_rate=2e-3),
+    style_judge=FitSettings(steps=2500, batch_size=512, learning_rate=1e-3),
+    transformer=FitSettings(steps=14000, batch_size=1024, learning_rate=2e-3, matrix_learning_rate=3e-3),
 )
 
 FOLDER = replace(
     PAINTED,
     # A VAE of factor 8 as the real one's: 128 pixels are 64 tokens of the transformer.
     sizes=replace(SIZES, bpe_tokens=2000, vae_channels=(32, 48, 64, 96)),
-    vae=Plan(steps=3000, batch_size=64, learning_rate=1e-3),
+    vae=FitSettings(steps=3000, batch_size=64, learning_rate=1e-3),
     augment_vae=True,
-    front_end=Plan(steps=3000, batch_size=512, learning_rate=1.5e-3, matrix_learning_rate=2e-3),
-    together=Plan(steps=600, batch_size=256, learning_rate=1e-3),
+    front_end=FitSettings(steps=3000, batch_size=512, learning_rate=1.5e-3, matrix_learning_rate=2e-3),
+    together=FitSettings(steps=600, batch_size=256, learning_rate=1e-3),
 )
 """For folders of a few thousand pictures."""
 
@@ -154,7 +154,7 @@ def smoke(recipe: Recipe) -> Recipe:
     short = {
         name: replace(getattr(recipe, name), steps=3, batch_size=8)
         for name in Recipe.__dataclass_fields__
-        if isinstance(getattr(recipe, name), Plan)
+        if isinstance(getattr(recipe, name), FitSettings)
     }
     sizes = FamilySizes(vae_channels=(8,) * len(recipe.sizes.vae_channels))
     return replace(recipe, sizes=sizes, pictures=64, **short)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Siglip2Model
 
-from miniature.fit import Draws, Fitted, Plan, fit, full_precision, training
+from miniature.fit import Draws, FitSettings, Fitted, fit, full_precision, training
 from miniature.gallery import Gallery
 
 _PATCH = 16
@@ -34,7 +34,9 @@ def siglip_patches(pixels: Tensor, num_patches: int) -> Tensor:
     return blocks.reshape(len(pixels), cells * cells, -1)
 
 
-def train_siglip(model: Siglip2Model, tokenizer: Qwen2Tokenizer, gallery: Gallery, plan: Plan, seed: int) -> Fitted:
+def train_siglip(
+    model: Siglip2Model, tokenizer: Qwen2Tokenizer, gallery: Gallery, plan: FitSettings, seed: int
+) -> Fitted:
     """Trains both towers in place, on the detailed captions."""
     num_patches = model.config.vision_config.num_patches
     cells = int(num_patches**0.5)

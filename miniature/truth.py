@@ -17,7 +17,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from miniature.exam import Judges, Scores, Seen, score_pictures
+from miniature.exam import JudgeOutputs, Judges, Scores, score_pictures
 from miniature.style_folders import read_name
 from miniature.world import CONTENT_CLASSES, contents_of
 from ztrain.data.exchange import Case
@@ -143,7 +143,7 @@ class PaintedTruth:
         self._styles: Tensor | None = None
         self._pools: Sequence[int] = ()
         self._size = torch.Size()
-        self._true: Seen | None = None
+        self._true: JudgeOutputs | None = None
 
     def learn(self, cases: Sequence[Case], *, pools: Sequence[int] = ()) -> None:
         """pools: sizes of consecutive rows in each of which a style is searched for, for R@1. Raises InputError for

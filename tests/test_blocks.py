@@ -21,7 +21,7 @@ from ztrain.model import layout
 from ztrain.model.adapted_dit import AdaptedDiT
 from ztrain.model.fast import block, blocks
 from ztrain.model.fast.block import Factors, Keep, Linears, Loras, Packing
-from ztrain.model.fast.blocks import Given, lora_row, slow_because, use_fast_blocks, use_stock_blocks
+from ztrain.model.fast.blocks import BlockInputs, lora_row, slow_because, use_fast_blocks, use_stock_blocks
 from ztrain.model.fast.loras import spread
 
 SIGMA = torch.tensor([0.9, 0.4, 0.65, 0.2, 0.5])
@@ -297,7 +297,7 @@ def test_one_compiled_block_keeps_what_it_is_told(family: Path, lengths: tuple[i
     for keep in (Keep.EVERYTHING, Keep.NOTHING, Keep.COSTLY, Keep.PRODUCTS):
         found: dict[int, int] = {}
         row = lora_row(model.dit.layers[:1], freqs)
-        given = Given(factors, tuple(spread(row, blocks._groups(layer))), torch.float32)
+        given = BlockInputs(factors, tuple(spread(row, blocks._groups(layer))), torch.float32)
 
         def pack(tensor: Tensor, found: dict[int, int] = found) -> Tensor:
             storage = tensor.untyped_storage()

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from tests.forge import Forged, the_forge
 from tests.triplets import ROOT, model_words, picture, tiny_config, write_triplets
 from ztrain.cache.cache import Cache
-from ztrain.cache.fill import Filled, _difference, fill, verify
+from ztrain.cache.fill import FillCounts, _difference, fill, verify
 from ztrain.cache.loader import Loader, read_batch
 from ztrain.cache.order import CAPTION, VARIANT, SampleKey, turn
 from ztrain.cache.prepare import cache_states
@@ -56,7 +56,7 @@ def config_of(family: Path, data: Path, cache: Path, *words: str) -> Config:
     return Config.model_validate_json(json.dumps(dumped))
 
 
-def filled(config: Config) -> Filled:
+def filled(config: Config) -> FillCounts:
     cache = Cache(config)
     return fill(cache, all_needs(config, read_samples(config, cache)), "cpu", progress=False)
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from benchmarks import findings, findings_book, shipped_adapters
-from benchmarks.drawings import Plan, Variant
+from benchmarks.drawings import StudySettings, Variant
 from benchmarks.laboratory import Laboratory
 from benchmarks.pages import MARKS
 from miniature.trials import text_only
 from ztrain.errors import InputError
 from ztrain.weights.adapter_folder import read_adapter
 
-PLAN = Plan(counts={"train": (3, 3), "test": (4, 2)}, steps=2, batch=2)
+PLAN = StudySettings(counts={"train": (3, 3), "test": (4, 2)}, steps=2, batch=2)
 EVERY = findings_book.VARIANTS | {f"shipped_{name}": variant for name, variant in shipped_adapters.VARIANTS.items()}
 
 

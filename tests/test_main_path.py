@@ -26,7 +26,7 @@ from tests.triplets import model_words
 from ztrain.cli import VERBS, parser_of, report_parser
 from ztrain.compare.record import read_comparison
 from ztrain.config import load_config
-from ztrain.demo import Plan
+from ztrain.demo import DemoSettings
 from ztrain.train.validate import VARIANTS
 from ztrain.weights.adapter_folder import read_adapter
 
@@ -375,12 +375,18 @@ def test_the_readme_shows_what_the_demo_measured() -> None:
     result = json.loads(demo_figures.RESULT.read_text())
     assert demo_figures.table(result) in (ROOT / "README.md").read_text()
     assert result["beats_splice"] and result["follows_prompt"] and result["triplets"] >= 128
-    assert (result["steps"], result["seed"]) == (Plan().steps, Plan().seed), "measure again: the demo's plan is another"
+    assert (result["steps"], result["seed"]) == (DemoSettings().steps, DemoSettings().seed), (
+        "measure again: the demo's plan is another"
+    )
 
 
 def test_only_the_default_demo_must_beat_the_splice() -> None:
-    assert [Plan().status(True), Plan().status(False)] == [0, 1]
-    assert [Plan(steps=4).status(False), Plan(adapters="lora").status(False), Plan(seed=1).status(False)] == [0, 0, 0]
+    assert [DemoSettings().status(True), DemoSettings().status(False)] == [0, 1]
+    assert [
+        DemoSettings(steps=4).status(False),
+        DemoSettings(adapters="lora").status(False),
+        DemoSettings(seed=1).status(False),
+    ] == [0, 0, 0]
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

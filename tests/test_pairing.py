@@ -24,7 +24,7 @@ from data_tools.label import LabelRules
 from data_tools.label import label as label_table
 from data_tools.pack import main as pack
 from data_tools.pair import PairRules, TargetRules, make_pairings
-from data_tools.pictures import Told
+from data_tools.pictures import Counts
 from data_tools.sources import Reader
 from data_tools.split import SplitRules, assign
 from data_tools.stages import Run, Table, attach
@@ -65,7 +65,7 @@ def item_lists(draw: st.DrawFn) -> list[Item]:
 @settings(max_examples=150, deadline=None)
 @given(items=item_lists(), apart=st.sets(st.sampled_from(["copies", "content", "style"])), seed=st.integers(0, 3))
 def test_splits_share_nothing_and_nothing_vanishes(items: list[Item], apart: set[Any], seed: int) -> None:
-    rules, told = SplitRules(apart=frozenset(apart), seed=seed), Told()
+    rules, told = SplitRules(apart=frozenset(apart), seed=seed), Counts()
     try:
         kept = assign(items, rules, told)
     except InputError as error:
@@ -88,12 +88,12 @@ def test_splits_share_nothing_and_nothing_vanishes(items: list[Item], apart: set
 def test_shares_are_met_and_a_picture_more_moves_hardly_any() -> None:
     items = [Item(picture=scanned(number), way="alone", whole=f"c{number // 2}") for number in range(1000)]
     rules = SplitRules(shares={"train": 8, "validation": 1, "test": 1})
-    before = {item.picture.key: item.split for item in assign(items, rules, Told())}
+    before = {item.picture.key: item.split for item in assign(items, rules, Counts())}
     assert Counter(before.values()) == {"train": 800, "validation": 100, "test": 100}
     more = [*items, Item(picture=scanned(5000), way="alone", whole="new")]
-    after = {item.picture.key: item.split for item in assign(more, rules, Told())}
+    after = {item.picture.key: item.split for item in assign(more, rules, Counts())}
     assert sum(before[key] != after[key] for key in before) <= 4
-    other = {item.picture.key: item.split for item in assign(items, SplitRules(seed=1, shares=rules.shares), Told())}
+    other = {item.picture.key: item.split for item in assign(items, SplitRules(seed=1, shares=rules.shares), Counts())}
     assert other != before
 
 
@@ -101,7 +101,7 @@ def test_styles_come_into_a_small_split_in_pairs() -> None:
     """Three of sixty pictures: of one style two or three, or none, for one alone would have no reference."""
     for seed in range(20):
         items = [Item(picture=scanned(number), way="styles", group=f"style{number % 6}") for number in range(60)]
-        placed = assign(items, SplitRules(shares={"train": 0.95, "validation": 0.05}, seed=seed), Told())
+        placed = assign(items, SplitRules(shares={"train": 0.95, "validation": 0.05}, seed=seed), Counts())
         counts = Counter(item.group for item in placed if item.split == "validation")
         assert min(counts.values()) >= 2 and sum(counts.values()) in (3, 4)
 
@@ -113,11 +113,11 @@ def test_references_are_never_the_target(
     items: list[Item], references: int, per_target: int, seed: int, most: float
 ) -> None:
     try:
-        kept = assign(items, SplitRules(), Told())
+        kept = assign(items, SplitRules(), Counts())
     except InputError:
         return  # no splits: the test above
     rules = PairRules(references_per_triplet=references, triplets_per_target=per_target, max_copy_score=most, seed=seed)
-    told, known = Told(), {item.picture.key: item for item in kept}
+    told, known = Counts(), {item.picture.key: item for item in kept}
     try:
         splits = make_pairings(kept, rules, told)
     except InputError as error:
@@ -148,7 +148,7 @@ def test_references_are_never_the_target(
                   if (other.group, other.split) == (item.group, item.split) and other.content != item.content
                   and other.picture.cluster != item.picture.cluster} - {item.picture.pixels}  # fmt: skip
         assert item.prompt is None or turns[item.picture.key] == min(per_target, len(others))
-    assert splits == make_pairings(kept, rules, Told())
+    assert splits == make_pairings(kept, rules, Counts())
 
 
 def test_what_looks_like_the_target_is_no_reference_for_it() -> None:
@@ -159,11 +159,11 @@ def test_what_looks_like_the_target_is_no_reference_for_it() -> None:
     ]
     items = [Item(picture=each.picture, way="styles", group="A", content=each.content, prompt="p", split="train")
              for each in items]  # fmt: skip
-    made = make_pairings(items, PairRules(triplets_per_target=2), Told())["train"]
+    made = make_pairings(items, PairRules(triplets_per_target=2), Counts())["train"]
     alike = {scanned(number).key for number in (2, 3, 4)}
     pairs = [(each.target.key, each.references[0].picture.key) for each in made]
     assert len(made) == 10 and not any(one in alike and other in alike for one, other in pairs)
-    loose = make_pairings(items, PairRules(triplets_per_target=4, max_copy_score=1.0), Told())["train"]
+    loose = make_pairings(items, PairRules(triplets_per_target=4, max_copy_score=1.0), Counts())["train"]
     assert len(loose) == 20
 
 
@@ -176,19 +176,19 @@ def test_small_pictures_are_no_targets_where_the_resolution_is_known(capsys: pyt
         for number, side in enumerate(sizes)
     ]  # fmt: skip
 
-    def paired(told: Told, **rules: Any) -> list[Pairing]:
+    def paired(told: Counts, **rules: Any) -> list[Pairing]:
         targets = TargetRules(resolution=64, **rules)
         return make_pairings(items, PairRules(targets=targets, triplets_per_target=1, self_share=1.0), told)["train"]
 
     with pytest.raises(InputError, match=r"2 of 5 targets must be enlarged by more than pair\.targets\.max_upscale"):
-        paired(Told())
-    told = Told()
+        paired(Counts())
+    told = Counts()
     made = paired(told, small_targets="leave_out")
     assert {each.target.width for each in made} == {64} and len(made) == 6
     assert told.counts["targets_too_small"] == 2 and [left.stage for left in told.left_out] == ["pair"] * 2
     assert {each.references[0].picture.width for each in made} == {50, 64}  # but references they may be
     assert "they are left out, as pair.targets.small_targets says" in capsys.readouterr().err
-    assert len(paired(Told(), small_targets="upscale")) == 10 == len(paired(Told(), max_upscale=1.3))
+    assert len(paired(Counts(), small_targets="upscale")) == 10 == len(paired(Counts(), max_upscale=1.3))
 
 
 # ---- every way, from files to files

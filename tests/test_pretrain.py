@@ -19,7 +19,7 @@ from transformers import Qwen2VLImageProcessorPil, Siglip2ImageProcessorPil
 
 from miniature import denoiser
 from miniature.denoiser import encode_captions, train_denoiser
-from miniature.fit import Draws, Fitted, Partial, Plan, fit, make_optimizers
+from miniature.fit import Draws, FitSettings, Fitted, Partial, fit, make_optimizers
 from miniature.gallery import Gallery
 from miniature.judges import (
     ContentJudge,
@@ -243,7 +243,7 @@ def test_fit_finds_the_least_squares() -> None:
     model = Line()
     with torch.no_grad():
         model.linear.weight.fill_(3.0)
-    plan = Plan(steps=400, batch_size=64, learning_rate=0.1, weight_decay=0.0, max_grad_norm=100.0)
+    plan = FitSettings(steps=400, batch_size=64, learning_rate=0.1, weight_decay=0.0, max_grad_norm=100.0)
     fitted = fit("line", [model], model.loss, plan, "cpu")
     design = torch.cat([model.x, torch.ones(64, 1)], 1)
     exact = torch.linalg.lstsq(design, model.y).solution.flatten()
@@ -281,7 +281,7 @@ def test_a_plan_with_a_rate_for_matrices_trains_everything() -> None:
     """Matrices in blocks by Muon, the rest by AdamW: each weight by exactly one."""
     dit = transformer().requires_grad_(True)
     weights = {f"0.{name}": parameter for name, parameter in dit.named_parameters()}
-    plan = Plan(steps=10, batch_size=4, learning_rate=2e-3, matrix_learning_rate=3e-3)
+    plan = FitSettings(steps=10, batch_size=4, learning_rate=2e-3, matrix_learning_rate=3e-3)
     adamw, muon = make_optimizers(plan, 0.5, weights, False)
     held = [[parameter for group in o.param_groups for parameter in group["params"]] for o in (adamw, muon)]
     assert sorted(map(id, [*held[0], *held[1]])) == sorted(map(id, weights.values()))
@@ -294,7 +294,7 @@ def test_a_plan_with_a_rate_for_matrices_trains_everything() -> None:
 
 @pytest.mark.usefixtures("every_other")
 def test_fit_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, plan = tmp_path / "deep/line.safetensors", Plan(steps=40, batch_size=64, learning_rate=0.01)
+    path, plan = tmp_path / "deep/line.safetensors", FitSettings(steps=40, batch_size=64, learning_rate=0.01)
     partial = Partial(path=path)
     model, asleep = Line(), nn.Linear(2, 2).requires_grad_(False)
     before = asleep.weight.clone()
@@ -341,7 +341,7 @@ def test_fit_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.usefixtures("every_other")
 def test_fit_refuses_a_loss_that_is_no_number(tmp_path: Path) -> None:
     model, partial = Line(), Partial(path=tmp_path / "line.safetensors")
-    plan = Plan(steps=40, batch_size=64, learning_rate=0.01)
+    plan = FitSettings(steps=40, batch_size=64, learning_rate=0.01)
     with pytest.raises(RuntimeError, match="^line: the loss is nan at step 6"):
         fit("line", [model], lambda step: model.loss(step) * (math.nan if step == 4 else 1), plan, "cpu", partial)
     assert all(tensor.isfinite().all() for tensor in load_file(partial.path).values()), "of step 4, before it"
@@ -569,7 +569,7 @@ def test_loss_of_a_model_that_predicts_nothing() -> None:
         nn.init.zeros_(layer.linear.weight)
         nn.init.zeros_(layer.linear.bias)
     gallery = PaintedWorld(size=32).gallery("train", 6, 0, "cpu")
-    plan = Plan(steps=1, batch_size=5, learning_rate=0.0)
+    plan = FitSettings(steps=1, batch_size=5, learning_rate=0.0)
     density = SigmaDensity(sampling="logit_normal", shift=2.0)
     fitted = train_denoiser(dit, text_encoder(), latent_codec, gallery, plan, density, 3)
 
@@ -593,7 +593,7 @@ def test_draws_are_a_function_of_the_step() -> None:
 
 
 def test_a_state_made_from_other_parts_is_refused(tmp_path: Path) -> None:
-    layer, plan = nn.Linear(2, 1), Plan(steps=80, batch_size=1, learning_rate=0.0)
+    layer, plan = nn.Linear(2, 1), FitSettings(steps=80, batch_size=1, learning_rate=0.0)
 
     def loss(step: int) -> Tensor:
         if step == 5:
@@ -620,7 +620,7 @@ def test_denoiser_overfits_four_pictures() -> None:
         return float(flow.loss(AdaptedDiT(dit, []).eval(), latents, noise, sigma, encoded).mean())
 
     before = error()
-    plan = Plan(steps=90, batch_size=16, learning_rate=5e-3)
+    plan = FitSettings(steps=90, batch_size=16, learning_rate=5e-3)
     fitted = train_denoiser(dit, encoder, latent_codec, gallery, plan, density, 0)
     assert fitted.loss < before / 2 and error() < before / 2, (before, fitted.loss, error())
 
@@ -639,7 +639,7 @@ def pictures() -> tuple[Gallery, Gallery]:
 def content_judge(pictures: tuple[Gallery, Gallery]) -> ContentJudge:
     torch.manual_seed(0)
     judge = ContentJudge({"place": 5, "count": 3})
-    train_content_judge(judge, pictures[0], Plan(steps=110, batch_size=64, learning_rate=2e-3), 0)
+    train_content_judge(judge, pictures[0], FitSettings(steps=110, batch_size=64, learning_rate=2e-3), 0)
     return judge
 
 
@@ -647,7 +647,7 @@ def content_judge(pictures: tuple[Gallery, Gallery]) -> ContentJudge:
 def style_judge(pictures: tuple[Gallery, Gallery]) -> StyleJudge:
     torch.manual_seed(0)
     judge = StyleJudge()
-    train_style_judge(judge, pictures[0], Plan(steps=60, batch_size=96, learning_rate=2e-3), 0)
+    train_style_judge(judge, pictures[0], FitSettings(steps=60, batch_size=96, learning_rate=2e-3), 0)
     return judge
 
 
@@ -690,7 +690,7 @@ def test_judges_are_what_they_were_after_a_round_trip(
 def test_style_judge_needs_pairs(pictures: tuple[Gallery, Gallery]) -> None:
     alone = replace(pictures[0], styles=torch.arange(len(pictures[0])))
     with pytest.raises(ValueError, match="no style has two pictures"):
-        train_style_judge(StyleJudge(), alone, Plan(steps=1, batch_size=8, learning_rate=1e-3), 0)
+        train_style_judge(StyleJudge(), alone, FitSettings(steps=1, batch_size=8, learning_rate=1e-3), 0)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import real_drawings
-from benchmarks.drawings import Plan
+from benchmarks.drawings import StudySettings
 from benchmarks.laboratory import Laboratory
 from miniature.family import MARKER
 from miniature.folders import FolderWorld
@@ -16,7 +16,7 @@ from miniature.style_folders import STYLES, paint_style_folders
 from ztrain.data.reading import read_triplets
 from ztrain.errors import InputError
 
-PLAN = Plan(counts={"train": (6, 40), "validation": (6, 2), "test": (6, 3)}, steps=2, batch=2)
+PLAN = StudySettings(counts={"train": (6, 40), "validation": (6, 2), "test": (6, 3)}, steps=2, batch=2)
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ pair: {triplets_per_target: 2, max_copy_score: 1.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class DemoSettings:
     """What the demo does. The default one must succeed; others, and smaller ones, only tell."""
 
     adapters: str = DEFAULT
@@ -69,10 +69,10 @@ class Plan:
 
     def status(self, succeeded: bool) -> int:
         """Exit status: 1 where the default list, steps and seed do not beat the splice."""
-        return 1 if self == Plan() and not succeeded else 0
+        return 1 if self == DemoSettings() and not succeeded else 0
 
 
-SMOKE = Plan(
+SMOKE = DemoSettings(
     painted={"train": (6, 4), "val": (3, 2), "test": (4, 2)},
     layers=(5,),
     overrides=(
@@ -88,16 +88,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ztrain.demo", description=__doc__)
     parser.add_argument("--out", type=given_path, default=Path("out/demo"))
     parser.add_argument("--adapters", choices=EXPERIMENTS, default=DEFAULT, help="experiment of configs/ to train")
-    parser.add_argument("--steps", type=int, default=Plan().steps, help="optimizer steps")
-    parser.add_argument("--seed", type=int, default=Plan().seed)
+    parser.add_argument("--steps", type=int, default=DemoSettings().steps, help="optimizer steps")
+    parser.add_argument("--seed", type=int, default=DemoSettings().seed)
     parser.add_argument("--smoke", action="store_true", help="few drawings and settings: shows that everything runs")
     options = parser.parse_args(arguments)
-    plan = SMOKE if options.smoke else Plan()
+    plan = SMOKE if options.smoke else DemoSettings()
     plan = replace(plan, adapters=options.adapters, steps=options.steps, seed=options.seed)
     return command(lambda: plan.status(demo(options.out, plan)))
 
 
-def demo(out: Path, plan: Plan) -> bool:
+def demo(out: Path, plan: DemoSettings) -> bool:
     """All steps; whether the adapter beats the splice and follows the prompt. The last line is the picture's path."""
     started = time.perf_counter()
 

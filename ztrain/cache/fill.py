@@ -37,7 +37,7 @@ _AHEAD = 4  # decoded pictures that wait for the encoder, for each worker
 
 
 @dataclass(slots=True)
-class Filled:
+class FillCounts:
     """What a process did, or several: states computed by kind, sentences for those that could not be, seconds in all,
     seconds in which there was something to encode, and of those the encoders' own, summed over processes."""
 
@@ -50,7 +50,7 @@ class Filled:
     """States that each computed, where there are several."""
 
     @classmethod
-    def of_all(cls, parts: Sequence["Filled"]) -> "Filled":
+    def of_all(cls, parts: Sequence["FillCounts"]) -> "FillCounts":
         """What several processes did at the same time."""
         return cls(
             computed=sum((part.computed for part in parts), Counter()),
@@ -61,7 +61,7 @@ class Filled:
             by_process=[sum(part.computed.values()) for part in parts],
         )
 
-    def add(self, later: "Filled") -> None:
+    def add(self, later: "FillCounts") -> None:
         """What the same process did after this."""
         self.computed += later.computed
         self.refused += later.refused
@@ -95,14 +95,14 @@ def fill(
     *,
     progress: bool = True,
     is_over: Callable[[], bool] = lambda: False,
-) -> Filled:
+) -> FillCounts:
     """Computes what is missing of `needs`, in this process, and waits for what others are at work on.
 
     is_over: asked before each shard; where it is true, for instance as another process has failed, nothing more is
     begun. A prompt or picture that cannot be encoded is written down as refused and counted; raises InputError for what
     makes further work pointless: a model that does not load, a full disk.
     """
-    filled, started = Filled(), time.perf_counter()
+    filled, started = FillCounts(), time.perf_counter()
     missing = cache.missing(needs)
     if missing:
         _require_writable(cache, missing)
@@ -231,7 +231,7 @@ class _Shard:
 class _Filling:
     """One pass over the missing states of one group: claims shards, computes their entries, publishes them."""
 
-    def __init__(self, cache: Cache, needs: Needs, scratch: Path, filled: Filled, is_over: Callable[[], bool]) -> None:
+    def __init__(self, cache: Cache, needs: Needs, scratch: Path, filled: FillCounts, is_over: Callable[[], bool]) -> None:
         self.cache, self.needs, self.scratch, self.filled, self.is_over = cache, needs, scratch, filled, is_over
         self.open: dict[tuple[str, str], _Shard] = {}  # by kind and key of each entry
         self.settled: set[tuple[str, str]] = set()  # kind and claim of shards that somebody has done, or this one

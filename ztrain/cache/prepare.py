@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from ztrain.cache.cache import Cache, Needs
 from ztrain.config import Config
 from ztrain.errors import MENDABLE, InputError
-from ztrain.cache.fill import Filled, fill, verify
+from ztrain.cache.fill import FillCounts, fill, verify
 from ztrain.distributed.launched import start_accelerator
 from ztrain.cache.samples import Samples, all_needs, drop_refused, needs_of, read_samples
 from ztrain.distributed.agreement import together
@@ -66,12 +66,12 @@ def _read(config: Config) -> tuple[Cache, Samples]:
 
 def _fill_and_drop(
     config: Config, cache: Cache, samples: Samples, device: torch.device | str, accelerator: Accelerator
-) -> Filled:
+) -> FillCounts:
     """Fills until nothing that is needed is missing: other held-out samples may take the place of refused ones.
 
     What all processes did; a failure of one is raised on all, after the shards that the others are at work on.
     """
-    own = Filled()
+    own = FillCounts()
     while True:
         with _failing_together(cache.folder, accelerator) as has_failed:
             own.add(
@@ -88,7 +88,7 @@ def _fill_and_drop(
                 cache.store(kind).reload()
             dropped = drop_refused(config, samples, cache)
         if not dropped:
-            return Filled.of_all(gather_object([own]))
+            return FillCounts.of_all(gather_object([own]))
 
 
 @contextlib.contextmanager
@@ -155,7 +155,7 @@ def _leave(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
-def describe(filled: Filled) -> str:
+def describe(filled: FillCounts) -> str:
     """One line: what was computed, how fast, how busy the encoders were, and how several processes shared the work."""
     if not filled.computed:
         return "cache: nothing to compute, everything is there"

@@ -50,7 +50,7 @@ _GIVEN_SIDE = 1024  # pixels of references and targets that are kept beside the 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class ComparisonPlan:
     """What is compared: `entries` in their order, the first without images. `candidates`: roles that may be best."""
 
     kind: Literal["compare", "sweep", "checkpoints"]
@@ -69,7 +69,7 @@ def compare(config: Config, truth: TruthLoader | None = None) -> Comparison:
     title = f"{said} beside the splice" if lists else "The splice beside no image"
     return carry_out(
         config,
-        Plan(
+        ComparisonPlan(
             kind="compare",
             title=title,
             folder=Path(config.compare.output_dir),
@@ -99,7 +99,7 @@ def compare_checkpoints(config: Config, run: Path, truth: TruthLoader | None = N
         )
         entries = [*entries_of(config), *exported]
         check_entries(entries)
-        plan = Plan(
+        plan = ComparisonPlan(
             kind="checkpoints",
             title=f"Checkpoints of {public_text(run.name)}",
             folder=folder,
@@ -123,7 +123,7 @@ def _mark_best(run: Path, judged: Comparison) -> None:
     write_best(run, judged.best, best, steps, by="compare --checkpoints")
 
 
-def carry_out(config: Config, plan: Plan, truth: TruthLoader | None) -> Comparison:
+def carry_out(config: Config, plan: ComparisonPlan, truth: TruthLoader | None) -> Comparison:
     """Draws what is missing, judges all of it, and writes sheet and record."""
     started = time.perf_counter()
     cache = Cache(config)
@@ -169,7 +169,7 @@ def _keep_given(cases: Sequence[Case], folder: Path) -> dict[str, str]:
 
 def _record(
     config: Config,
-    plan: Plan,
+    plan: ComparisonPlan,
     studio: Studio,
     drawn: Sequence[Sequence[Sequence[Path]]],
     verdicts: Verdicts,

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import pydantic
 
-from ztrain.compare.command import Plan, carry_out
+from ztrain.compare.command import ComparisonPlan, carry_out
 from ztrain.compare.judging import TruthLoader
 from ztrain.compare.lineup import Entry, check_entries, fitting, plain
 from ztrain.compare.record import Comparison
@@ -36,7 +36,7 @@ def sweep(config: Config, truth: TruthLoader | None = None) -> Comparison:
     check_entries(entries)
     found = carry_out(
         config,
-        Plan(
+        ComparisonPlan(
             kind="sweep",
             title="Settings of the splice",
             folder=folder,

@@ -23,7 +23,7 @@ from ztrain.errors import InputError
 from ztrain.frozen.sources import Source, check_weights, explained, load_part, read_json, require_loaded
 from ztrain.io.gguf import read_gguf, unpack_rest, unpacked
 from ztrain.io.tensors import read_tensors
-from ztrain.model.fast.block import Keep, Seen
+from ztrain.model.fast.block import AttentionScope, Keep
 from ztrain.model.fast.blocks import run
 from ztrain.model.layout import MULTIPLE, Grid, Layouts, Rows, Sequencing, padded
 
@@ -266,7 +266,7 @@ class _Block(NamedTuple):
 
     states: Tensor
     freqs: Tensor
-    seen: Seen | None
+    seen: AttentionScope | None
 
 
 def _refined(layers: nn.ModuleList, block: _Block, modulation: Tensor | None, keep: Keep) -> _Block:
@@ -348,4 +348,4 @@ def _with_scales(sequence: _Block, starts: Sequence[int], scales: _Scales) -> _B
     bias = factors.log()
     if sequence.seen is not None:
         bias = bias.masked_fill(~sequence.seen.mask, -math.inf)
-    return sequence._replace(seen=Seen(bias.to(sequence.states.dtype)[:, None, None, :], None))
+    return sequence._replace(seen=AttentionScope(bias.to(sequence.states.dtype)[:, None, None, :], None))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ztrain.conditioning import moved
-from ztrain.model.fast.block import Packing, Seen
+from ztrain.model.fast.block import AttentionScope, Packing
 from ztrain.model.fast.blocks import reads_real, rotary_factors
 
 MULTIPLE = 32  # SEQ_MULTI_OF in diffusers' transformer_z_image.py: every part is padded to this many tokens
@@ -35,7 +35,7 @@ class Sequencing(NamedTuple):
     length: int
     places: Tensor | None
     """(B, length) of each token among its sample's parts as they lie side by side; None where they lie so already."""
-    seen: Seen | None
+    seen: AttentionScope | None
 
 
 class Rows:
@@ -128,7 +128,7 @@ class Layouts:
         return self._made[key]
 
 
-def _seen(ends: Sequence[int], device: torch.device) -> Seen | None:
+def _seen(ends: Sequence[int], device: torch.device) -> AttentionScope | None:
     """Of rows that samples fill up to their `ends`; None where that is everything."""
     if len(set(ends)) == 1:
         return None
@@ -138,7 +138,7 @@ def _seen(ends: Sequence[int], device: torch.device) -> Seen | None:
         samples = _to(range(len(ends)), device).repeat_interleave(ends_there, output_size=total)  # (S,)
         before = ends_there.cumsum(0) - ends_there - max(ends) * _to(range(len(ends)), device)
         packing = Packing(tuple(ends), torch.arange(total, device=device) - before[samples], samples)
-    return Seen(torch.arange(max(ends), device=device) < ends_there.unsqueeze(1), packing)
+    return AttentionScope(torch.arange(max(ends), device=device) < ends_there.unsqueeze(1), packing)
 
 
 def _to(values: Sequence[Any], device: torch.device) -> Tensor:

@@ -42,9 +42,9 @@ class Packing(NamedTuple):
     samples: Tensor  # (S,), whose token it is
 
 
-class Seen(NamedTuple):
-    """What is attended to in rows that samples fill to different lengths, said two ways: a mask turns fast kernels off,
-    and what it hides is computed; samples one after the other take a call of attention for each."""
+class AttentionScope(NamedTuple):
+    """Two equal descriptions of rows that samples fill to different lengths. A mask turns fast kernels off, and padding
+    is computed; packing puts samples one after the other, with one call of attention for each."""
 
     mask: Tensor  # (B, N) bool, or a bias that broadcasts to (B, heads, N, N)
     packing: Packing | None

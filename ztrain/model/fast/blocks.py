@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ztrain.model.fast.block import (
+    AttentionScope,
     Factors,
     Keep,
     Linears,
     Loras,
     Norm,
     Packing,
-    Seen,
     Weights,
     complex_factors,
     compute_keeping,
@@ -40,23 +40,23 @@ ROW_BLOCKS = 3
 while earlier blocks are still to come, and processes sum them beside these."""
 
 
-class Given(NamedTuple):
-    """What a block gets that is made for all blocks at once."""
+class BlockInputs(NamedTuple):
+    """Inputs of one block that are computed for all blocks at once."""
 
     factors: Factors
     loras: tuple[Loras | None, ...]  # of q, k and v; of out; of w1 and w3; of w2
     products: torch.dtype
 
 
-class Wanted(NamedTuple):
-    """What a block makes its own `Given` of, where its weights are there only while it runs."""
+class DeferredBlockInputs(NamedTuple):
+    """What a block computes its own BlockInputs from, while its parameters are gathered (FSDP2, ZeRO 3)."""
 
     modulation: Tensor | None
     products: torch.dtype
 
 
 class FastForward:
-    """The forward of one block: ours for `Given` or `Wanted`, diffusers' for whatever diffusers gives it.
+    """The forward of one block: ours for BlockInputs or DeferredBlockInputs, diffusers' own for all else.
 
     is_alone: whether the block's weights are there only while it runs, as where processes share them.
     """
@@ -76,9 +76,9 @@ class FastForward:
         keep: Keep = Keep.EVERYTHING,
     ) -> Tensor:
         """packing: of x, which has one row then; read, keep: of block.py's `compute_keeping`; read None: all tokens."""
-        if isinstance(modulation, Wanted):
+        if isinstance(modulation, DeferredBlockInputs):
             modulation = next(_given([self.block], modulation.modulation, None, modulation.products))
-        if not isinstance(modulation, Given):
+        if not isinstance(modulation, BlockInputs):
             if not freqs.is_complex():
                 freqs = complex_factors(freqs)
             return type(self.block).forward(self.block, x, mask, freqs, modulation, *rest)
@@ -131,7 +131,7 @@ def run(
     layers: nn.ModuleList,
     x: Tensor,
     freqs: Tensor,
-    seen: Seen | None,
+    seen: AttentionScope | None,
     modulation: Tensor | None,
     keeps: Sequence[Keep],
     read: int | None = None,
@@ -144,9 +144,9 @@ def run(
     """
     fast = _fast(layers)
     products = _products(layers, x)
-    given: Iterator[Given | Wanted]
+    given: Iterator[BlockInputs | DeferredBlockInputs]
     if fast and fast[0].forward.is_alone:
-        given = itertools.repeat(Wanted(modulation, products))
+        given = itertools.repeat(DeferredBlockInputs(modulation, products))
     else:
         given = _given(fast, modulation, row, products)
     takes = {id(block) for block in fast}
@@ -246,7 +246,7 @@ def _fast(layers: nn.ModuleList) -> list[Any]:
 
 def _given(
     fast: Sequence[Any], modulation: Tensor | None, row: Tensor | None, products: torch.dtype
-) -> Iterator[Given]:
+) -> Iterator[BlockInputs]:
     """Of one block after the other. row: of all of them; None: one of `ROW_BLOCKS` at a time, when it is their turn."""
     factors = iter(_factors_together(fast, modulation) or [_factors_of(block, modulation) for block in fast])
     count = ROW_BLOCKS if row is None else max(len(fast), 1)
@@ -255,7 +255,7 @@ def _given(
         groups = [group for block in some for group in _groups(block)]
         loras = iter(spread(gathered(groups, products) if row is None else row, groups))
         for block in some:
-            yield Given(next(factors), tuple(next(loras) for _ in _groups(block)), products)
+            yield BlockInputs(next(factors), tuple(next(loras) for _ in _groups(block)), products)
 
 
 def _products(layers: nn.ModuleList, x: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ztrain.model.fast.block import Keep, Seen
+from ztrain.model.fast.block import AttentionScope, Keep
 from ztrain.model.fast.blocks import lora_row, run
 
 _GRAPHS = 24
@@ -38,7 +38,7 @@ class Replays:
         layers: nn.ModuleList,
         x: Tensor,
         freqs: Tensor,
-        seen: Seen | None,
+        seen: AttentionScope | None,
         modulation: Tensor | None,
         keeps: Sequence[Keep],
         read: int | None = None,
@@ -47,7 +47,7 @@ class Replays:
         if not few or not torch.is_grad_enabled() or not layers.training or modulation is None:
             return run(layers, x, freqs, seen, modulation, keeps, read)
         mask = None if seen is None else seen.mask
-        seen = None if seen is None else Seen(mask, None)  # no packing: hardly two batches have the same
+        seen = None if seen is None else AttentionScope(mask, None)  # no packing: hardly two batches have the same
         row = lora_row(layers, x)
         given = {"x": x, "freqs": freqs, "modulation": modulation, "row": row, "mask": mask}
         inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
@@ -93,6 +93,6 @@ class _Blocks(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         given = dict(zip(self.names, inputs, strict=True))
-        seen = Seen(given["mask"], None) if "mask" in given else None
+        seen = AttentionScope(given["mask"], None) if "mask" in given else None
         states, rest = (given["x"], given["freqs"], seen, given["modulation"]), (self.keeps, self.read)
         return run(self.layers, *states, *rest, given.get("row"))

@@ -39,7 +39,7 @@ def settings(family: Path, folder: Path, negative_prompt: str) -> Config:
 
 
 def begin(config: Config) -> Run:
-    return build(config, Accelerator(cpu=True), None, None)
+    return build(config, Accelerator(cpu=True), None)
 
 
 def pictures(folder: Path) -> dict[str, bytes]:

@@ -161,7 +161,10 @@ def enter_folder(config: Config, accelerator: Accelerator, held: ExitStack) -> c
 
 
 def build(
-    config: Config, accelerator: Accelerator, resumed: checkpoint.Checkpoint | None, truth: TruthLoader | None
+    config: Config,
+    accelerator: Accelerator,
+    resumed: checkpoint.Checkpoint | None,
+    truth: TruthLoader | None = None,
 ) -> Run:
     """Everything loaded and, where there is a checkpoint, restored from it."""
     check_trainable(config.models)

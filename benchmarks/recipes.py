@@ -77,11 +77,12 @@ STAGE_ONE: dict[str, str] = {
         [diffusers]({_DIFFUSERS}/examples/dreambooth/README_z_image.md). One triplet at a time, because two together
         take {{batch_two}} longer each by computation: less of a block can be kept""",
     "train.max_train_steps": f"""
-        by how long the miniature's lists learned: `[siglip]` went from style 0.41 after 800 steps of 16 to 0.71
-        after 4,000 of 64, `[siglip, lora]` from 0.51 to 0.95, `[projector]` stood at 0.46 and 0.47, `[splice, lora]`
-        only came to follow the prompt better ([early](findings/adapter_lists.md),
-        [long](../miniature/adapters/README.md)). `[lora]`: [ai-toolkit]({_AI_JOB}#L73). The most, not the right
-        number: see when to stop""",
+        by how long the miniature's lists learned: `[siglip]` went from style {{early_siglip}} after
+        {{early_steps}} steps of {{early_batch}} to {{long_siglip}} after {{long_steps}} of {{long_batch}},
+        `[siglip, lora]` from {{early_siglip_lora}} to {{long_siglip_lora}}, `[projector]` stood at
+        {{early_projector}} and {{long_projector}}, `[splice, lora]` only came to follow the prompt better
+        ([early](findings/guidance.md), [long](../miniature/adapters/README.md)). `[lora]`:
+        [ai-toolkit]({_AI_JOB}#L73). The most, not the right number: see when to stop""",
     "train.gradient_checkpointing": """
         at 1024 px, with a LoRA of rank 16, a step in 24 GiB of an H200 takes {budget_ms} ms, and {on_ms} with `on`
         ([figures](../benchmarks/results/step_nvidia_h200.json))""",
@@ -226,6 +227,10 @@ def said(value: Any) -> str:
     return f"`{json.dumps(value)}`" if value is None else str(value)
 
 
+LEARNED = ("findings/guidance.json", "shipped_adapters.json")
+"""Style of the miniature's lists without guidance, after few steps and after many."""
+
+
 def facts(stages: Sequence[Stage]) -> dict[str, str]:
     """What is computed or read for the reasons, by the name in braces."""
     small, large = ([stage for stage in stages if stage.side == side] for side in (512, 1024))
@@ -241,7 +246,16 @@ def facts(stages: Sequence[Stage]) -> dict[str, str]:
     wider = counted_of("siglip").dim / mini["dim"]
     decay = stages[0].config.train
     left = (1 - decay.learning_rate * decay.adam_weight_decay) ** 6000
-    return {
+    early, long = (json.loads((RESULTS / file).read_text(encoding="utf-8")) for file in LEARNED)
+    styles = {
+        f"early_{name}": early["training"][name]["ways"]["own"]["style"]["mean"] for name in LISTS if name != "lora"
+    } | {f"long_{name}": row["figures"]["unguided"]["style_cosine"]["mean"] for name, row in long["rows"].items()}
+    told = {name: f"{mean:.2f}" for name, mean in styles.items()} | {
+        f"{when}_{what}": f"{result['plan'][what]:,}"
+        for when, result in (("early", early), ("long", long))
+        for what in ("steps", "batch")
+    }
+    return told | {
         "less": f"{min(less):.1f} to {max(less):.1f}",
         "batch_two": f"{min(two):.0%} to {max(two):.0%}",
         "budget_ms": f"{ms['lora_1024_b1_24gib']:.0f}",

@@ -22,12 +22,10 @@ from tqdm.auto import tqdm
 from ztrain.cache.order import SampleKey
 from ztrain.distributed.strategy import NORM, SAMPLES, SIGNAL
 from ztrain.interrupt import Interruption
+from ztrain.model.flow import SIGMA_BINS
 from ztrain.version import VERSION
 
 ItemT = TypeVar("ItemT")
-
-SIGMA_BINS = 10
-"""Equal parts of [0, 1] by which the loss is also given: the only loss curves of flow matching that can be compared."""
 
 
 class PendingStep(NamedTuple):

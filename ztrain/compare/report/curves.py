@@ -11,8 +11,8 @@ from ztrain.compare.record import Comparison, Metric
 from ztrain.compare.report.charts import Chart, Series, line_chart, smooth, thin_out
 from ztrain.compare.report.runs import Run
 from ztrain.compare.report.words import ordered_metrics, written
+from ztrain.model.flow import SIGMA_BINS
 
-_SIGMA_BINS = 10  # equal parts of [0, 1]: ztrain/train/meter.py
 _PHASES = 5  # of a run, whose losses by sigma are laid over each other
 _SIGMA = "train/loss_sigma/"
 _VARIANTS = (("val/loss", "own reference"), ("val/loss_shuffled", "another's"), ("val/loss_no_reference", "none"))
@@ -47,7 +47,7 @@ def run_charts(run: Run) -> RunCharts:
     if known("val/image_use"):
         gap.append(_image_use(run))
     drawn |= {"val/image_use_low", "val/image_use_high", "val/other_style"}
-    if any([known(f"{_SIGMA}{place}") for place in range(_SIGMA_BINS)]):
+    if any([known(f"{_SIGMA}{place}") for place in range(SIGMA_BINS)]):
         sigma.append(_loss_by_sigma(run))
     if fixed := sorted({name for name in run.names() if name.startswith("val/loss_sigma_")}):
         series = [
@@ -122,10 +122,10 @@ def _loss_by_sigma(run: Run) -> Chart:
     series = []
     for place, part in enumerate(parts):
         x, y = [], []
-        for tenth in range(_SIGMA_BINS):
+        for tenth in range(SIGMA_BINS):
             values = [row[f"{_SIGMA}{tenth}"] for row in part if f"{_SIGMA}{tenth}" in row]
             if values:
-                x.append((tenth + 0.5) / _SIGMA_BINS)
+                x.append((tenth + 0.5) / SIGMA_BINS)
                 y.append(math.fsum(values) / len(values))
         if not x:
             continue
